@@ -1,0 +1,95 @@
+"""The virtual flat buffer: gradients stay where autograd left them, a table of tiles says where that is.
+
+A parameter list (or a matrix cut by ``offsets``) is cut into tiles of at most ``TILE`` elements. No tile crosses a
+tensor or a segment, so a kernel that works on one tile needs one address per task, one length and one segment
+number. Tiles are sorted by segment; the tiles of a segment follow each other.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TILE = 4096
+"""Elements of a tile: 16 KB of a float32 row. Large enough that its 32-byte table entry is free, small enough that
+a bias of 768 numbers wastes little of one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Tiles over ``n_segments`` segments. Made by :func:`tensor_layout` and :func:`column_layout`, never by hand.
+
+    Attributes:
+        tiles: (n_tiles, 4) int64: tensor number, first element, number of elements, segment.
+        bounds: (n_segments + 1,) int64; segment s owns tiles ``bounds[s]:bounds[s + 1]``.
+    """
+
+    n_segments: int
+    tiles: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    _on_device: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    def pieces(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Runs of at most ``size`` tiles of one segment: the unit of work of a reduction.
+
+        Returns:
+            (n_pieces, 2) int64, first tile and number of tiles; and (n_segments + 1,) int64, the pieces of segment s
+            being ``bounds[s]:bounds[s + 1]``.
+        """
+        per_segment = -(-np.diff(self.bounds) // size)
+        bounds = _bounds(per_segment)
+        segment = np.repeat(np.arange(self.n_segments), per_segment)
+        first = self.bounds[segment] + size * (np.arange(len(segment)) - bounds[segment])
+        count = np.minimum(size, self.bounds[segment + 1] - first)
+        return np.stack((first, count), 1), bounds
+
+    def tiles_on(self, device: torch.device) -> Tensor:
+        """The tile table on ``device``, copied there once."""
+        return self._once((device,), lambda: (self.tiles,))[0]
+
+    def pieces_on(self, device: torch.device, size: int) -> tuple[Tensor, ...]:
+        """:meth:`pieces` on ``device``, copied there once."""
+        return self._once((device, size), lambda: self.pieces(size))
+
+    def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
+        if key not in self._on_device:
+            self._on_device[key] = tuple(torch.from_numpy(table).to(key[0]) for table in tables())
+        return self._on_device[key]
+
+
+@lru_cache(maxsize=64)
+def tensor_layout(numels: tuple[int, ...], segments: tuple[int, ...], n_segments: int) -> Layout:
+    """The layout of tensors with ``numels`` elements, tensor k in segment ``segments[k]``; kept for the next step."""
+    n = len(numels)
+    return _layout(numels, range(n), (0,) * n, segments, n_segments)
+
+
+@lru_cache(maxsize=64)
+def column_layout(bounds: tuple[int, ...]) -> Layout:
+    """The layout of a matrix whose segment s is the columns ``bounds[s]:bounds[s + 1]``; kept for the next call."""
+    n = len(bounds) - 1
+    return _layout(tuple(np.diff(bounds)), (0,) * n, bounds[:-1], range(n), n)
+
+
+def _layout(
+    numels: Sequence[int], tensors: Sequence[int], starts: Sequence[int], segments: Sequence[int], n_segments: int
+) -> Layout:
+    """Cut run k, ``numels[k]`` elements of tensor ``tensors[k]`` from ``starts[k]`` on, into tiles of its segment."""
+    runs = np.array([numels, tensors, starts, segments], dtype=np.int64)
+    numel, tensor, start, segment = runs[:, np.argsort(runs[3], kind="stable")]
+    n_tiles = -(-numel // TILE)
+    run = np.repeat(np.arange(len(numel)), n_tiles)
+    offset = TILE * (np.arange(len(run)) - _bounds(n_tiles)[run])
+    length = np.minimum(TILE, numel[run] - offset)
+    tiles = np.stack((tensor[run], start[run] + offset, length, segment[run]), 1)
+    return Layout(n_segments, tiles, _bounds(np.bincount(segment[run], minlength=n_segments)))
+
+
+def _bounds(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 and the running totals of ``counts``."""
+    return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)

@@ -1,0 +1,92 @@
+"""Gramian, combination and projection of a matrix of task gradients: the checks, and the way in for autograd."""
+
+import torch
+from torch import Tensor
+
+from gradkern.ops import autograd
+from gradkern.ops.offsets import check_offsets
+from gradkern.ops.schema import DTYPES, arithmetic_dtype
+
+
+def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The Gramian M = J Jᵀ: every dot product of two task gradients.
+
+    Args:
+        J: (T, P), one row per task; float32, float64, bfloat16 or float16; unit column stride, any row stride.
+        offsets: None, or (S + 1,) int64 on the CPU, ascending from 0 to P: segment s is the columns
+            ``offsets[s]:offsets[s + 1]``, and has a Gramian of its own.
+
+    Returns:
+        (T, T), or (S, T, T) with ``offsets``; float64 for float64 input, otherwise float32, in which it is computed.
+        Differentiable. Equal input gives equal bits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+    check_matrix(J, offsets)
+    return autograd.gramian(J, offsets)
+
+
+def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The linear combination wᵀ J of the task gradients. A row whose weight is exactly 0 is not read.
+
+    Args:
+        J: as for :func:`gramian`.
+        w: (T,), or (S, T) with ``offsets``; floating.
+        offsets: as for :func:`gramian`.
+
+    Returns:
+        (P,) in J's dtype, computed in float32 (float64 for float64 input). Differentiable in J and w.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+    check_matrix(J, offsets)
+    _check_weights("w", w, J, offsets, (J.shape[0],))
+    return autograd.combine(J, w.to(arithmetic_dtype(J.dtype)), offsets)
+
+
+def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """The matrix product W J: with the coefficients of a method, the modified task gradients themselves.
+
+    Args:
+        J: as for :func:`gramian`.
+        W: (R, T), or (S, R, T) with ``offsets``; floating. R is T for the modified gradients, but may be any number.
+        offsets: as for :func:`gramian`.
+
+    Returns:
+        (R, P) in J's dtype, computed in float32 (float64 for float64 input). Differentiable in J and W.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+    check_matrix(J, offsets)
+    _check_weights("W", W, J, offsets, (W.shape[-2] if isinstance(W, Tensor) and W.ndim > 1 else 1, J.shape[0]))
+    return autograd.project(J, W.to(arithmetic_dtype(J.dtype)), offsets)
+
+
+def check_matrix(J: Tensor, offsets: Tensor | None) -> None:
+    """Raise unless ``J`` and ``offsets`` are as :func:`gramian` says."""
+    if not isinstance(J, Tensor):
+        raise TypeError(f"J must be a tensor, got {type(J).__name__}")
+    if J.dtype not in DTYPES:
+        raise TypeError(f"J must be float32, float64, bfloat16 or float16, got {J.dtype}")
+    if J.ndim != 2 or J.shape[0] == 0:
+        raise ValueError(f"J must have shape (T, P) with T >= 1, got {tuple(J.shape)}")
+    if J.shape[1] > 1 and J.stride(1) != 1:
+        raise ValueError(f"J must have unit column stride, got strides {J.stride()}: pass J.contiguous()")
+    if offsets is not None:
+        check_offsets(offsets)
+
+
+def _check_weights(name: str, w: Tensor, J: Tensor, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
+    if not isinstance(w, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(w).__name__}")
+    if not w.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating, got {w.dtype}")
+    if w.device != J.device:
+        raise ValueError(f"{name} must be on J's device, {J.device}; got {w.device}")
+    if offsets is not None:
+        shape = (offsets.shape[0] - 1, *shape)
+    if w.shape != torch.Size(shape):
+        raise ValueError(f"{name} must have shape {shape} for J of shape {tuple(J.shape)}, got {tuple(w.shape)}")

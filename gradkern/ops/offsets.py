@@ -1,0 +1,39 @@
+"""What ``offsets`` must be, checked on the host before any kernel sees it."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def check_offsets(offsets: Tensor) -> None:
+    """Check what can be told without the values.
+
+    Raises:
+        TypeError: ``offsets`` is not an int64 tensor.
+        ValueError: it is not on the CPU, or not of shape (S + 1,).
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"offsets must be an int64 tensor, got {type(offsets).__name__}")
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets must be int64, got {offsets.dtype}")
+    if offsets.device.type != "cpu":
+        raise ValueError(f"offsets must be on the CPU, got a tensor on {offsets.device}")
+    if offsets.ndim != 1 or offsets.shape[0] == 0:
+        raise ValueError(f"offsets must have shape (S + 1,), got {tuple(offsets.shape)}")
+
+
+def column_bounds(offsets: Tensor | None, P: int) -> tuple[int, ...]:
+    """Columns ``bounds[s]:bounds[s + 1]`` of P are segment s; without ``offsets`` all of them are one segment.
+
+    Raises:
+        TypeError, ValueError: as :func:`check_offsets`.
+        ValueError: ``offsets`` does not lead from 0 to P without descending.
+    """
+    if offsets is None:
+        return (0, P)
+    check_offsets(offsets)
+    bounds = tuple(offsets.tolist())
+    if bounds[0] != 0 or bounds[-1] != P or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(f"offsets must start at 0, never descend and end at P = {P}, got {list(bounds)}")
+    return bounds

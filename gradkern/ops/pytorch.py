@@ -1,0 +1,258 @@
+"""The operators in plain PyTorch: the CPU's back end, and any device's that has no kernels of its own.
+
+A skinny product J Jᵀ leaves most of the memory bandwidth unused, because a matrix multiply is cut along its output,
+which here is only T x T. So the columns are cut into chunks, a batched product multiplies each chunk with itself, and
+the T x T partial products are summed in a fixed order. Gradients of several tensors are gathered a cache-sized block
+at a time; the chunks of a segment run on across its tensors, so a list of tensors and the matrix of the same columns
+give the same bits.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from itertools import pairwise
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from gradkern.ops import schema  # noqa: F401  (declares the operators)
+from gradkern.ops.offsets import column_bounds
+from gradkern.ops.schema import arithmetic_dtype
+
+CHUNK = 2048
+"""Columns of one product in the batch. Measured at T = 2 … 40: flat from 1024 to 8192, worse outside."""
+BLOCK = 1 << 20
+"""Numbers gathered or converted at a time, all rows together: 4 MB of float32, which stays in cache."""
+COLUMNS = 1 << 18
+"""Columns combined at a time, so that the running sum stays in cache while the rows pass by."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register for every device without kernels of its own, with autocast off: it would round the products."""
+
+    def register(function: Callable[P, R]) -> Callable[P, R]:
+        @wraps(function)
+        def without_autocast(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not torch.is_autocast_enabled("cpu"):
+                return function(*args, **kwargs)
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **kwargs)
+
+        torch.library.impl(f"gradkern::{name}", "CompositeExplicitAutograd")(without_autocast)
+        return without_autocast
+
+    return register
+
+
+@_operator("gramian")
+def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """M = J Jᵀ, per segment."""
+    if offsets is None:
+        return _matrix_gramian(J)
+    bounds = column_bounds(offsets, J.shape[1])
+    return torch.stack([_matrix_gramian(J[:, a:b]) for a, b in pairwise(bounds)])
+
+
+@_operator("gramian.tensors")
+def gramian_tensors(grads: Sequence[Tensor | None], segments: Sequence[int], n_segments: int) -> Tensor:
+    """M = J Jᵀ, per segment, of the rows that the tensors of a segment form one after another."""
+    n = len(segments)
+    rows = [[None if g is None else _flat(g) for g in grads[t : t + n]] for t in range(0, len(grads), n)]
+    sample = next(g for g in grads if g is not None)
+    M = sample.new_zeros((n_segments, len(rows), len(rows)), dtype=arithmetic_dtype(sample.dtype))
+    for s in range(n_segments):
+        columns = [[row[k] for row in rows] for k in range(n) if segments[k] == s]
+        columns = [column for column in columns if any(g is not None for g in column)]
+        if columns:
+            M[s] = _tensors_gramian(columns, sample)
+    return M
+
+
+def _matrix_gramian(J: Tensor) -> Tensor:
+    T, P = J.shape
+    work = _work_dtype(J)
+    if work == J.dtype:
+        blocks = iter([J])
+    else:
+        step = _block_columns(T)
+        blocks = (J[:, a : a + step].to(work) for a in range(0, P, step))
+    return _sum_of_products(blocks, T, P, work).to(arithmetic_dtype(J.dtype))
+
+
+def _tensors_gramian(columns: list[list[Tensor | None]], sample: Tensor) -> Tensor:
+    """As :func:`_matrix_gramian`, of tensor k of task t at ``columns[k][t]``."""
+    work = _work_dtype(sample)
+    numels = [next(g.numel() for g in column if g is not None) for column in columns]
+    blocks = _gathered(columns, numels, sample.new_empty(0, dtype=work))
+    return _sum_of_products(blocks, len(columns[0]), sum(numels), work).to(arithmetic_dtype(sample.dtype))
+
+
+def _gathered(columns: list[list[Tensor | None]], numels: list[int], like: Tensor) -> Iterator[Tensor]:
+    """The rows, a block of columns at a time, in one scratch matrix that every block overwrites."""
+    T = len(columns[0])
+    step = min(_block_columns(T), sum(numels))
+    scratch = like.new_empty((T, step))
+    filled = 0
+    for column, numel in zip(columns, numels, strict=True):
+        done = 0
+        while done < numel:
+            count = min(numel - done, step - filled)
+            for t, g in enumerate(column):
+                into = scratch[t, filled : filled + count]
+                _ = into.zero_() if g is None else into.copy_(g[done : done + count])
+            done += count
+            filled += count
+            if filled == step:
+                yield scratch
+                filled = 0
+    if filled:
+        yield scratch[:, :filled]
+
+
+def _sum_of_products(blocks: Iterator[Tensor], T: int, P: int, dtype: torch.dtype) -> Tensor:
+    """Σ X Xᵀ over blocks X of the P columns, in chunks. Every block but the last holds whole chunks, two or more."""
+    if P == 0:
+        return torch.zeros((T, T), dtype=dtype)
+    if P < 2 * CHUNK:  # one block, too short to be worth a batch
+        X = next(blocks)
+        return X @ X.T
+    done, partials, tail = 0, None, None
+    for X in blocks:
+        n = X.shape[1] // CHUNK
+        chunks = X.as_strided((n, T, CHUNK), (CHUNK, X.stride(0), 1))
+        if partials is None:
+            partials = X.new_empty((P // CHUNK, T, T))
+        torch.bmm(chunks, chunks.mT, out=partials[done : done + n])
+        done += n
+        if n * CHUNK < X.shape[1]:
+            rest = X[:, n * CHUNK :]
+            tail = rest @ rest.T
+    assert partials is not None
+    total = partials.sum(0)
+    return total if tail is None else total.add_(tail)
+
+
+@_operator("cross")
+def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """A Bᵀ, per segment: a corner of the Gramian of both matrices' rows, on whatever back end that has."""
+    bounds = column_bounds(offsets, A.shape[1])
+    pieces = [row[a:b] for row in (*A, *B) for a, b in pairwise(bounds)]
+    n_segments = len(bounds) - 1
+    M = torch.ops.gradkern.gramian(pieces, list(range(n_segments)), n_segments)
+    K = M[:, : len(A), len(A) :].contiguous()
+    return K[0] if offsets is None else K
+
+
+@_operator("combine")
+def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """g = wᵀ J, per segment. A row whose weight is 0 is not read."""
+    out = J.new_empty(J.shape[1])
+    bounds = column_bounds(offsets, J.shape[1])
+    weights = w.reshape(-1, J.shape[0]).tolist()
+    for (a, b), ws in zip(pairwise(bounds), weights, strict=True):
+        _combine([row[a:b] for row in J], ws, out[a:b])
+    return out
+
+
+@_operator("combine.tensors")
+def combine_tensors(grads: Sequence[Tensor | None], w: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
+    """out[k] = Σ_t w[segments[k], t] grads[t, k]. A tensor whose weight is 0 is not read."""
+    n = len(out)
+    weights = w.tolist()
+    for k in range(n):
+        rows = [None if g is None else _flat(g) for g in grads[k::n]]
+        _combine(rows, weights[segments[k]], _flat(out[k]))
+
+
+def _combine(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
+    terms = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
+    if not terms:
+        out.zero_()
+        return
+    work = arithmetic_dtype(out.dtype)
+    for a in range(0, out.shape[0], COLUMNS):
+        into = out[a : a + COLUMNS]
+        total = into if work == out.dtype else torch.empty_like(into, dtype=work)
+        first, weight = terms[0]
+        torch.mul(first[a : a + COLUMNS].to(work), weight, out=total)
+        for row, weight in terms[1:]:
+            total.add_(row[a : a + COLUMNS], alpha=weight)
+        if total is not into:
+            into.copy_(total)
+
+
+@_operator("project")
+def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """W J, per segment."""
+    out = J.new_empty((W.shape[-2], J.shape[1]))
+    bounds = column_bounds(offsets, J.shape[1])
+    weights = W.reshape(-1, *W.shape[-2:])
+    for (a, b), Ws in zip(pairwise(bounds), weights, strict=True):
+        _project(J[:, a:b], Ws, out[:, a:b])
+    return out
+
+
+@_operator("project.tensors")
+def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
+    """out[r, k] = Σ_t W[segments[k], r, t] grads[t, k]; ``out`` is row-major, R x n."""
+    n = len(segments)
+    for k in range(n):
+        outs = [_flat(o) for o in out[k::n]]
+        rows = [torch.zeros_like(outs[0]) if g is None else _flat(g) for g in grads[k::n]]
+        product = outs[0].new_empty((len(outs), len(outs[0])))
+        _project(torch.stack(rows), W[segments[k]], product)
+        for o, row in zip(outs, product, strict=True):
+            o.copy_(row)
+
+
+def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
+    work = _work_dtype(J)
+    W = W.to(work)
+    step = _block_columns(J.shape[0])
+    for a in range(0, J.shape[1], step):
+        out[:, a : a + step] = W @ J[:, a : a + step].to(work)
+
+
+@_operator("pcgrad")
+def pcgrad(M: Tensor, keys: Tensor) -> Tensor:
+    """PCGrad's coefficients: task i visits the others in ascending order of ``keys[..., i, :]``."""
+    T = M.shape[-1]
+    wide = M.double()
+    C = torch.eye(T, dtype=torch.float64, device=M.device).expand_as(wide).clone()
+    D = wide.clone()  # D = C M: the dot products of the modified gradients with the original ones
+    order = torch.argsort(keys.expand_as(M), dim=-1, stable=True)
+    own = torch.arange(T, device=M.device).unsqueeze(-1)
+    norms = wide.diagonal(dim1=-2, dim2=-1)
+    for k in range(T):
+        j = order[..., k : k + 1]
+        s = D.gather(-1, j)
+        square = norms.gather(-1, j.squeeze(-1)).unsqueeze(-1)
+        conflict = (s < 0) & (square > 0) & (j != own)
+        step = torch.where(conflict, -s / square, 0.0)
+        C.scatter_(-1, j, C.gather(-1, j) + step)
+        partner = wide.gather(-2, j.expand_as(wide))  # row j of M, for every i
+        D += torch.where(conflict, step * partner, 0.0)
+    return C.to(M.dtype)
+
+
+def _flat(g: Tensor) -> Tensor:
+    """A dense tensor as the memory it is."""
+    return g.as_strided((g.numel(),), (1,))
+
+
+def _block_columns(n_rows: int) -> int:
+    """Columns of a block of ``n_rows`` rows, in whole chunks, two at least."""
+    return max(2, BLOCK // n_rows // CHUNK) * CHUNK
+
+
+def _work_dtype(rows: Tensor) -> torch.dtype:
+    """What the products are computed in. Where the user lets matrix products round to bfloat16 or TF32, float64:
+    that setting is global, so it could not be turned off here without touching other threads' products.
+    """
+    if rows.dtype == torch.float64:
+        return torch.float64
+    backend = torch.backends.mkldnn if rows.device.type == "cpu" else torch.backends.cuda
+    return torch.float32 if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64

@@ -1,0 +1,118 @@
+"""The operators' zero-copy form: gradients of several tensors, read where they lie, as the matrix they stand for."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from gradkern import reference
+from tests.tolerances import DTYPES, TOLERANCES, assert_near
+
+ops = torch.ops.gradkern
+
+SHAPES = [(300, 17), (), (0,), (4096,), (2, 3, 5), (5000,)]
+SEGMENTS = [1, 0, 1, 2, 0, 1]
+
+
+def tensors(T: int, dtype: torch.dtype, device: torch.device, missing: bool) -> list[Tensor | None]:
+    """T rows of one gradient per shape; some missing if asked for, of one shape all."""
+    grads: list[Tensor | None] = [
+        torch.randn(s, dtype=torch.float64).to(dtype).to(device) for _ in range(T) for s in SHAPES
+    ]
+    if missing:
+        n = len(SHAPES)
+        for t, k in [(0, 0), (1, 5), *((t, 3) for t in range(T))]:
+            grads[t * n + k] = None
+    return grads
+
+
+def dense_rows(grads: list[Tensor | None], members: list[int]) -> list[Tensor]:
+    """One vector per task: its gradients for the tensors ``members``, zeros for missing ones."""
+    n = len(SHAPES)
+    return [
+        torch.cat(
+            [
+                torch.zeros(SHAPES[k]).reshape(-1) if (g := grads[t + k]) is None else g.cpu().reshape(-1).double()
+                for k in members
+            ]
+        )
+        for t in range(0, len(grads), n)
+    ]
+
+
+def members(s: int) -> list[int]:
+    return [k for k, segment in enumerate(SEGMENTS) if segment == s]
+
+
+def poisoned(dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Tensor]:
+    return [torch.full(s, float("nan"), dtype=dtype, device=device) for _ in range(rows) for s in SHAPES]
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gramian(dtype: torch.dtype, missing: bool, device: torch.device) -> None:
+    grads = tensors(4, dtype, device, missing)
+    M = ops.gramian(grads, SEGMENTS, 4)
+    assert M.shape == (4, 4, 4)
+    assert torch.equal(M[3].cpu(), torch.zeros(4, 4))  # a segment without tensors
+    for s in range(3):
+        expected = reference.gramian(dense_rows(grads, members(s)))
+        norms = expected.diagonal().sqrt()
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        assert_near(M[s].cpu(), expected, torch.outer(norms, norms), TOLERANCES[sums])
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_combine_and_project(dtype: torch.dtype, missing: bool, device: torch.device) -> None:
+    grads = tensors(3, dtype, device, missing)
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    W = torch.randn(3, 2, 3, dtype=work)
+    W[1, 0, 2] = 0
+    combined, projected = poisoned(dtype, device), poisoned(dtype, device, rows=2)
+    ops.combine(grads, W[:, 0].contiguous().to(device), SEGMENTS, combined)
+    ops.project(grads, W.to(device), SEGMENTS, projected)
+    n = len(SHAPES)
+    for k, s in enumerate(SEGMENTS):
+        rows = dense_rows(grads, [k])
+        for r in range(2):
+            expected = reference.combine(rows, W[s, r].tolist())
+            size = reference.combine([row.abs() for row in rows], W[s, r].abs().tolist())
+            assert_near(projected[r * n + k].cpu().reshape(-1), expected, size, TOLERANCES[dtype])
+            if r == 0:
+                assert_near(combined[k].cpu().reshape(-1), expected, size, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [2, 3, 8, 17])
+def test_the_same_bits_as_the_matrix_of_the_same_layout(T: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Tensor k is segment k, and the matrix's offsets cut it where the tensors end."""
+    numels = [5100, 1, 0, 4096, 30, 9000]
+    offsets = torch.tensor([0, *torch.tensor(numels).cumsum(0).tolist()])
+    J = torch.randn(T, int(offsets[-1]), device=device).to(dtype)
+    grads = [part.clone() for row in J for part in row.split(numels)]
+    segments = list(range(len(numels)))
+    M = ops.gramian(J, offsets)
+    assert torch.equal(ops.gramian(grads, segments, len(numels)), M)
+    w = M[:, 0].contiguous()
+    out = [torch.full((n,), float("nan"), dtype=dtype, device=device) for n in numels]
+    ops.combine(grads, w, segments, out)
+    assert torch.equal(torch.cat(out), ops.combine(J, w, offsets))
+
+
+def test_columns_in_any_memory_order(device: torch.device) -> None:
+    """Tensors of equal strides are read as flat memory, whatever the strides are."""
+    grads = [torch.randn(4, 3, 5, 5, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
+    out = [torch.empty_like(grads[0])]
+    ops.combine(grads, torch.tensor([[2.0, -1.0]], device=device), [0], out)
+    assert_near(out[0], 2.0 * grads[0] - grads[1], 10.0, TOLERANCES[torch.float32])
+    M = ops.gramian(grads, [0], 1)[0]
+    assert_near(M[0, 1].cpu(), (grads[0] * grads[1]).double().sum().cpu(), 300.0, TOLERANCES[torch.float32])
+
+
+def test_operators_keep_torchs_contract(device: torch.device) -> None:
+    grads = tensors(3, torch.float32, device, missing=True)
+    opcheck(ops.gramian.tensors, (grads, SEGMENTS, 4))
+    out = [torch.zeros(s, device=device) for s in SHAPES]
+    opcheck(ops.combine.tensors, (grads, torch.randn(3, 3, device=device), SEGMENTS, out))
+    opcheck(ops.project.tensors, (grads, torch.randn(3, 1, 3, device=device), SEGMENTS, out))

@@ -1,0 +1,19 @@
+"""How far a result may be from the float64 truth, by the dtype that was stored, and why."""
+
+import torch
+from torch import Tensor
+
+# Relative to the size of the terms that were summed, not of the sum, which may cancel.
+# float64: a few hundred roundings of 1e-16. float32: the same of 6e-8, products and partial sums in float32.
+# bfloat16, float16: arithmetic is float32, so only the store rounds: half a unit in the last place of 8 and 11 bits,
+# and a whole one where the interpreter truncates instead.
+TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+DTYPES = list(TOLERANCES)
+
+
+def assert_near(actual: Tensor, expected: Tensor, scale: Tensor | float, tolerance: float) -> None:
+    """Every |actual - expected| is at most ``tolerance * scale``; NaN is never near anything."""
+    error = (actual.double() - expected.double()).abs()
+    bound = tolerance * torch.as_tensor(scale, dtype=torch.float64, device=error.device)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert bool((error <= bound).all()), f"error {error.max().item():.3e}, at most {bound.max().item():.3e} allowed"
