@@ -1,0 +1,72 @@
+"""What a method of gradient surgery is: a small program from the Gramian of the task gradients to their weights."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradkern.ops import combine, gramian
+
+
+class Aggregator(nn.Module, ABC):
+    """A method. On a matrix: ``aggregator(J)``; on a Gramian: ``aggregator.weights(M)``; on losses: :func:`backward`.
+
+    Args:
+        generator: where random decisions come from; None for the default generator of the Gramian's device. Its
+            state is part of ``state_dict``.
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        self.generator = generator
+
+    @abstractmethod
+    def weights(self, M: Tensor) -> Tensor:
+        """The weights of the task gradients in the update.
+
+        Args:
+            M: (..., T, T), Gramians; float32 or float64. Leading dimensions are independent problems.
+
+        Returns:
+            (..., T), of M's dtype and on its device. No gradient flows through them.
+
+        Raises:
+            TypeError, ValueError: ``M`` is not as said above, or does not fit the method's own arguments.
+        """
+
+    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The update wᵀ J of a matrix of task gradients, each segment with weights of its own.
+
+        Args:
+            J: (T, P), as for :func:`gradkern.gramian`.
+            offsets: None or (S + 1,), as for :func:`gradkern.gramian`.
+
+        Returns:
+            (P,) in J's dtype. Differentiable in J with the weights held constant.
+        """
+        return combine(J, self.weights(gramian(J.detach(), offsets)), offsets)
+
+    def get_extra_state(self) -> Tensor | None:
+        """The generator's state, where the method has a generator of its own."""
+        return None if self.generator is None else self.generator.get_state()
+
+    def set_extra_state(self, state: Any) -> None:
+        """Put back what :meth:`get_extra_state` gave."""
+        if state is None:
+            return
+        if self.generator is None:
+            raise ValueError(f"generator is None in {self!r}, but the state to load holds a generator's state")
+        self.generator.set_state(state)
+
+
+def check_gramian(M: Tensor) -> None:
+    """Raise unless ``M`` is (..., T, T) with T >= 1, float32 or float64."""
+    if not isinstance(M, Tensor):
+        raise TypeError(f"M must be a tensor, got {type(M).__name__}")
+    if M.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"M must be float32 or float64, as gradkern.gramian returns it; got {M.dtype}")
+    if M.ndim < 2 or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
+        raise ValueError(f"M must have shape (..., T, T) with T >= 1, got {tuple(M.shape)}")

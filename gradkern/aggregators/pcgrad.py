@@ -1,0 +1,87 @@
+"""PCGrad: projecting conflicting gradients (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Algorithm 1).
+
+Task i starts from c = e_i and visits the other tasks j in a random order of its own. s = (c M)_j is the dot product
+of its already modified gradient with the original g_j; where s < 0, c_j -= s / M_jj takes the conflict out.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import Aggregator, check_gramian
+from gradkern.ops import autograd  # noqa: F401  (registers the operator)
+
+Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class PCGrad(Aggregator):
+    """PCGrad of Yu et al. 2020, on the device of the Gramian and without a wait for the host.
+
+    Args:
+        order: None for the paper's fresh random order for each segment and task. Else integers: (T,), the partners
+            in the order every task visits them, or (T, T), row i the order of task i. Each row is a permutation of
+            0 … T-1; a task's own index in it is skipped.
+        reduction: "sum" of the T modified gradients, the paper's, or their "mean".
+        generator: of the Gramian's device, draws the random orders; None for the device's default generator.
+    """
+
+    def __init__(
+        self, order: Order | None = None, reduction: str = "sum", generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__(generator)
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        self.reduction = reduction
+        self.order = None if order is None else _checked(order)
+        # A key of task i for partner j is j's place in the order of i; kept where it was last used.
+        self._keys = None if self.order is None else torch.argsort(self.order, dim=-1).to(torch.float32)
+
+    def coefficients(self, M: Tensor) -> Tensor:
+        """The modified gradients as combinations of the original ones: row i of the result belongs to task i.
+
+        Args:
+            M: (..., T, T), Gramians; float32 or float64.
+
+        Returns:
+            (..., T, T), of M's dtype.
+        """
+        check_gramian(M)
+        T = M.shape[-1]
+        flat = M.detach().reshape(-1, T, T)
+        C: Tensor = torch.ops.gradkern.pcgrad(flat, self._visiting_keys(flat))
+        return C.view(M.shape)
+
+    def weights(self, M: Tensor) -> Tensor:
+        """The sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
+        C = self.coefficients(M)
+        return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
+
+    def _visiting_keys(self, M: Tensor) -> Tensor:
+        """(S or 1, T, T): task i visits its partners in ascending order of row i."""
+        T = M.shape[-1]
+        if self._keys is None:
+            if self.generator is not None and self.generator.device != M.device:
+                raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
+            return torch.rand(M.shape, generator=self.generator, device=M.device)
+        if self._keys.shape[-1] != T:
+            raise ValueError(f"order is for {self._keys.shape[-1]} tasks, M has {T}: {self.order}")
+        self._keys = self._keys.to(M.device)
+        return self._keys.expand(1, T, T).contiguous()
+
+    def __repr__(self) -> str:
+        order = None if self.order is None else self.order.tolist()
+        generator = "" if self.generator is None else f", generator={self.generator!r}"
+        return f"PCGrad(order={order}, reduction={self.reduction!r}{generator})"
+
+
+def _checked(order: Order) -> Tensor:
+    given = torch.as_tensor(order).cpu()
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"order must hold integers, got {given.dtype}")
+    T = given.shape[-1] if given.ndim else 0
+    if T == 0 or given.shape not in (torch.Size((T,)), torch.Size((T, T))):
+        raise ValueError(f"order must have shape (T,) or (T, T), got {tuple(given.shape)}")
+    if not torch.equal(given.long().sort(-1).values, torch.arange(T).expand(given.shape)):
+        raise ValueError(f"order must be a permutation of 0 … {T - 1} in every row, got {given.tolist()}")
+    return given.long()

@@ -1,0 +1,103 @@
+"""Unitary scalarization: fixed weights, so one backward pass of Σ w_i L_i and no surgery (Kurin et al. 2022)."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import Aggregator, check_gramian
+from gradkern.ops import combine
+from gradkern.ops.matrix import check_matrix
+
+
+class Scalarization(Aggregator):
+    """A method whose weights do not depend on the gradients. On losses it is torch's own backward of Σ w_i L_i."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._on_device: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+    def task_weights(self, n_tasks: int) -> list[float]:
+        """One weight per task.
+
+        Raises:
+            ValueError: the method was given weights for another number of tasks.
+        """
+        raise NotImplementedError
+
+    def weights_like(self, n_tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """:meth:`task_weights` as a tensor, copied to a device once and kept: the copy would wait for the device."""
+        key = (n_tasks, dtype, device)
+        if key not in self._on_device:
+            self._on_device[key] = torch.tensor(self.task_weights(n_tasks), dtype=dtype, device=device)
+        return self._on_device[key]
+
+    def weights(self, M: Tensor) -> Tensor:
+        """The fixed weights, for every Gramian in the batch; see :meth:`Aggregator.weights`."""
+        check_gramian(M)
+        return self.weights_like(M.shape[-1], M.dtype, M.device).expand(M.shape[:-1]).clone()
+
+    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The update wᵀ J; see :meth:`Aggregator.forward`. The Gramian is not computed: nothing needs it."""
+        check_matrix(J, offsets)
+        w = self.weights_like(J.shape[0], torch.float64, J.device)
+        return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets)
+
+
+class Constant(Scalarization):
+    """The weighted sum of the task gradients, Σ w_i g_i.
+
+    Args:
+        weights: T finite numbers, one per task.
+    """
+
+    def __init__(self, weights: Sequence[float] | Tensor) -> None:
+        super().__init__()
+        self._weights = _checked(weights)
+
+    def task_weights(self, n_tasks: int) -> list[float]:
+        """The given weights."""
+        if len(self._weights) != n_tasks:
+            raise ValueError(f"weights has {len(self._weights)} entries for {n_tasks} tasks: {self._weights}")
+        return self._weights
+
+    def __repr__(self) -> str:
+        return f"Constant(weights={self._weights})"
+
+
+class Sum(Scalarization):
+    """The sum of the task gradients, or their weighted sum.
+
+    Args:
+        weights: T finite numbers, or None for ones.
+    """
+
+    def __init__(self, weights: Sequence[float] | Tensor | None = None) -> None:
+        super().__init__()
+        self._given = None if weights is None else Constant(weights)
+
+    def task_weights(self, n_tasks: int) -> list[float]:
+        """The given weights, or ones."""
+        return [1.0] * n_tasks if self._given is None else self._given.task_weights(n_tasks)
+
+    def __repr__(self) -> str:
+        return f"Sum(weights={None if self._given is None else self._given._weights})"
+
+
+class Mean(Scalarization):
+    """The mean of the task gradients over all T tasks, absent ones counted as zero."""
+
+    def task_weights(self, n_tasks: int) -> list[float]:
+        """1/T for each task."""
+        return [1.0 / n_tasks] * n_tasks
+
+    def __repr__(self) -> str:
+        return "Mean()"
+
+
+def _checked(weights: Sequence[float] | Tensor) -> list[float]:
+    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
+    if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+        raise ValueError(f"weights must be finite numbers, one per task; got {weights!r}")
+    return [float(v) for v in values]

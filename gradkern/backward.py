@@ -1,0 +1,144 @@
+"""Losses in, ``.grad`` out: the task gradients of a step, their surgery, and the update.
+
+Nothing is written before everything has been computed, so a step that raises leaves every ``.grad`` as it was.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern import graph, rows
+from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.info import SurgeryInfo
+from gradkern.losses import Loss, checked, passes, stacked, unreached
+from gradkern.parameters import Groups, Parameters, Params, parameters, read, segments
+
+
+def backward(
+    losses: Sequence[Loss],
+    params: Params,
+    *,
+    aggregator: Aggregator,
+    groups: Groups = "model",
+    shared: Params | None = None,
+    retain_graph: bool = False,
+) -> SurgeryInfo:
+    """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
+
+    Surgery is for parameters that at least two losses reach. A parameter that one loss reaches gets that loss's
+    gradient as it is, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` are no
+    surgery: they are torch's own backward pass of the weighted sum of the losses.
+
+    Args:
+        losses: T entries, a task's position being its identity. Each is a tensor of one element, or a callable that
+            returns one, or None for a task absent in this step. Callables run once each, in order, with gradients
+            enabled, and each one's graph is freed before the next runs, so that one task's activations are alive at
+            a time; what autocast they need goes inside them.
+        params: a Module, tensors, or (name, tensor) pairs: leaf tensors on one device; float32, float64, bfloat16 or
+            float16, also mixed. Those that do not require grad are passed over.
+        aggregator: the method, such as ``gradkern.PCGrad()``.
+        groups: what has a Gramian, and weights, of its own: "model", all parameters together; "parameter", each;
+            "module", each owning module's; or a function from a parameter's name to its group.
+        shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
+            losses reach. All others get the plain sum.
+        retain_graph: keep the graphs for another backward pass.
+
+    Returns:
+        The step's losses, Gramian and weights, as tensors that stay on the device.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above, a loss reaches none of ``params``, a graph holds
+            reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then.
+    """
+    _refuse_distributed()
+    if not isinstance(aggregator, Aggregator):
+        raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
+    given = parameters(params)
+    numbers, n_segments = segments(given, groups)
+    named_shared = None if shared is None else _subset(shared, given)
+    targets = [p for p in given.tensors if p.requires_grad]
+    group_of = [s for p, s in zip(given.tensors, numbers, strict=True) if p.requires_grad]
+    losses = checked(losses, targets[0].device)
+    if isinstance(aggregator, Scalarization):
+        return _scalarize(losses, targets, aggregator, retain_graph)
+
+    values: list[Tensor | None] = [None] * len(losses)
+    grads: list[Sequence[Tensor | None]] = [[None] * len(targets) for _ in losses]
+    for i, value, found in passes(losses, targets, retain_graph):
+        values[i], grads[i] = value, found
+    with torch.no_grad():
+        is_shared = _several_reach(grads) if named_shared is None else [p in named_shared for p in targets]
+        where = [s if m else None for s, m in zip(group_of, is_shared, strict=True)]
+        columns = rows.columns(targets, grads, where)
+        M = rows.gramian(columns, len(losses), n_segments, targets[0].device)
+        w = aggregator.weights(M)
+        if w.shape != M.shape[:-1]:
+            raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
+        _write(rows.combine(columns, w))
+        if groups == "model":
+            M, w = M[0], w[0]
+        return SurgeryInfo(stacked(values, targets[0]), M, w)
+
+
+def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization, retain_graph: bool) -> SurgeryInfo:
+    """torch's own backward of Σ w_i L_i. Callables run, and are added up, one by one: one graph is alive at a time."""
+    weights = method.task_weights(len(losses))
+    values: list[Tensor | None] = [loss.detach() if isinstance(loss, Tensor) else None for loss in losses]
+    if any(callable(loss) for loss in losses):
+        totals: list[Tensor | None] = [None] * len(targets)
+        for i, value, grads in passes(losses, targets, retain_graph, weights):
+            values[i] = value
+            for k, (total, g) in enumerate(zip(totals, grads, strict=True)):
+                totals[k] = total if g is None else g if total is None else total + g
+            del grads  # not alive beside the next task's
+        with torch.no_grad():
+            _write((p, rows.owned(g, p)) for p, g in zip(targets, totals, strict=True) if g is not None)
+    else:
+        present = {i: loss for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+        reachable = set(targets)
+        graph.freeable(losses)  # raises now for a graph that would raise halfway
+        for i, loss in present.items():
+            if not any(leaf in reachable for leaf in graph.leaves(loss)):
+                raise unreached(i)
+        with torch.enable_grad():
+            terms = [weights[i] * loss for i, loss in present.items()]
+            total_loss = sum(terms[1:], terms[0])
+        torch.autograd.backward(total_loss, inputs=targets, retain_graph=retain_graph)
+    w = method.weights_like(len(losses), torch.float32, targets[0].device)
+    return SurgeryInfo(stacked(values, targets[0]), None, w.clone())
+
+
+def _refuse_distributed() -> None:
+    d = torch.distributed
+    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
+        raise ValueError(
+            f"torch.distributed runs on {d.get_world_size()} ranks: the gradient of one task goes past the all-reduce "
+            "of DistributedDataParallel, so the ranks would drift apart. Gradient surgery works on one rank for now"
+        )
+
+
+def _subset(shared: Params, given: Parameters) -> set[Tensor]:
+    chosen = read("shared", shared)
+    known = set(given.tensors)
+    for k, p in enumerate(chosen.tensors):
+        if p not in known:
+            raise ValueError(f"shared must be some of params; {chosen.name(k)} of shape {tuple(p.shape)} is not")
+    return set(chosen.tensors)
+
+
+def _several_reach(grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
+    return [sum(g is not None for g in column) > 1 for column in zip(*grads, strict=True)]
+
+
+def _write(results: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Accumulate each parameter's result into its ``.grad`` in place, then call its post-accumulate hooks."""
+    for p, g in results:
+        if p.grad is None:
+            p.grad = g
+        elif p.grad.is_sparse and not g.is_sparse:
+            p.grad = g + p.grad  # torch's own rule: a sparse tensor cannot take a dense one in
+        else:
+            p.grad += g
+        for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
+            hook(p)

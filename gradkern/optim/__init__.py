@@ -1,0 +1,5 @@
+"""Optimizers that do gradient surgery."""
+
+from gradkern.optim.surgery import SurgeryOptimizer
+
+__all__ = ["SurgeryOptimizer"]

@@ -1,0 +1,118 @@
+"""The parameters of a step: what the user gave, checked, named and numbered into groups."""
+
+import sys
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradkern.ops.schema import DTYPES
+
+Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
+Groups = str | Callable[[str], Hashable]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All parameters given, frozen ones too, so that freezing never renumbers a group.
+
+    Attributes:
+        tensors: n leaf tensors.
+        names: their names, or None where the user gave tensors only.
+    """
+
+    tensors: list[Tensor]
+    names: list[str] | None
+
+    def name(self, k: int) -> str:
+        """What to call parameter k in an error message."""
+        return f"params[{k}]" if self.names is None else repr(self.names[k])
+
+
+def parameters(params: Params) -> Parameters:
+    """Read ``params`` in any of its forms and check every tensor.
+
+    Raises:
+        TypeError: not a Module, tensors or (name, tensor) pairs; a tensor of a dtype that has no gradient surgery;
+            a DTensor.
+        ValueError: empty, a tensor given twice, a tensor that is no leaf, or trainable ones on several devices.
+    """
+    given = read("params", params)
+    if not given.tensors:
+        raise ValueError("params is empty")
+    seen: dict[Tensor, int] = {}
+    device: torch.device | None = None
+    for k, p in enumerate(given.tensors):
+        if seen.setdefault(p, k) != k:
+            raise ValueError(f"params holds the same tensor twice: {given.name(seen[p])} and {given.name(k)}")
+        if not p.requires_grad:
+            continue
+        _check(given, k, p)
+        if device is None:
+            device = p.device
+        elif p.device != device:
+            raise ValueError(f"params must be on one device; {given.name(k)} is on {p.device}, others on {device}")
+    if device is None:
+        raise ValueError(f"params holds no tensor that requires grad, of {len(given.tensors)} given")
+    return given
+
+
+def read(argument: str, params: Params) -> Parameters:
+    """Tensors and names from a Module, tensors or (name, tensor) pairs."""
+    if isinstance(params, nn.Module):
+        params = params.named_parameters()
+    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+        raise TypeError(f"{argument} must be a Module, tensors or (name, tensor) pairs, got {type(params).__name__}")
+    entries: list[Any] = list(params)
+    pairs = [isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], str) for e in entries]
+    tensors = [e[1] if pair else e for e, pair in zip(entries, pairs, strict=True)]
+    for k, p in enumerate(tensors):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{argument}[{k}] must be a tensor or a (name, tensor) pair, got {type(p).__name__}")
+    if any(pairs) and not all(pairs):
+        raise TypeError(f"{argument} mixes tensors with (name, tensor) pairs; {argument}[{pairs.index(False)}] is bare")
+    return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None)
+
+
+def _check(given: Parameters, k: int, p: Tensor) -> None:
+    if p.dtype not in DTYPES:
+        raise TypeError(f"params must be float32, float64, bfloat16 or float16; {given.name(k)} is {p.dtype}")
+    if not p.is_leaf:
+        raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    dtensor = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before this is imported
+    if dtensor is not None and isinstance(p, dtensor.DTensor):
+        raise TypeError(
+            f"params must not be DTensors; {given.name(k)} is one: the dot products of its shards would be "
+            "combined on each rank alone, and the ranks would drift apart"
+        )
+
+
+def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
+    """The group of each parameter, numbered by first appearance, and the number of groups.
+
+    Raises:
+        TypeError: ``groups`` is neither a string nor a function.
+        ValueError: an unknown string, or groups that need names where there are none.
+    """
+    n = len(given.tensors)
+    if groups == "model":
+        return [0] * n, 1
+    if groups == "parameter":
+        return list(range(n)), n
+    if isinstance(groups, str) and groups != "module":
+        raise ValueError(f"groups must be 'model', 'parameter', 'module' or a function of the name, got {groups!r}")
+    if not callable(groups) and groups != "module":
+        raise TypeError(f"groups must be a string or a function of the name, got {type(groups).__name__}")
+    if given.names is None:
+        raise ValueError(f"groups={groups!r} needs names: give params as a Module or as (name, tensor) pairs")
+    group_of = _owning_module if groups == "module" else groups
+    assert callable(group_of)
+    numbers: dict[Hashable, int] = {}
+    numbered = [numbers.setdefault(group_of(name), len(numbers)) for name in given.names]
+    return numbered, len(numbers)
+
+
+def _owning_module(name: str) -> str:
+    return name.rpartition(".")[0]
