@@ -1,0 +1,41 @@
+"""Small multi-task models, and the task gradients of their losses taken one by one with torch alone."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class TwoHeads(nn.Module):
+    """A trunk and one head per task: the usual shape of multi-task learning."""
+
+    def __init__(self, n_tasks: int = 3) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8))
+        self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(n_tasks))
+
+    def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        """One loss per task from one pass through the trunk."""
+        h = self.trunk(x)
+        return [(head(h).squeeze(-1) - target).square().mean() for head, target in zip(self.heads, y, strict=True)]
+
+    def loss(self, t: int, x: Tensor, y: Tensor) -> Tensor:
+        """Task t's loss from a forward pass of its own."""
+        return (self.heads[t](self.trunk(x)).squeeze(-1) - y[t]).square().mean()
+
+
+def problem(n_tasks: int = 3, device: torch.device | str = "cpu") -> tuple[TwoHeads, Tensor, Tensor]:
+    """A model, inputs (16, 6) and targets (n_tasks, 16) that pull the trunk in different directions."""
+    torch.manual_seed(0)
+    return TwoHeads(n_tasks).to(device), torch.randn(16, 6, device=device), 3 * torch.randn(n_tasks, 16, device=device)
+
+
+def task_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
+    """grads[t][k] by torch.autograd.grad; the graphs are kept."""
+    return [list(torch.autograd.grad(loss, list(params), retain_graph=True, allow_unused=True)) for loss in losses]
+
+
+def flat(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
+    """One float64 vector on the CPU, zeros where a gradient is missing."""
+    parts = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
+    return torch.cat([part.detach().reshape(-1).double().cpu() for part in parts])

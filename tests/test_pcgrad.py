@@ -1,0 +1,236 @@
+"""PCGrad on matrices and Gramians: against the paper's algorithm on vectors, and by its properties."""
+
+import itertools
+
+import hypothesis.extra.numpy as hnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import gradkern as gk
+from gradkern import reference
+from tests.tolerances import DTYPES, TOLERANCES, assert_near
+
+SOME_T = [1, 2, 3, 5, 8, 16, 40]
+
+
+def conflicting(T: int, P: int = 50) -> Tensor:
+    """Random gradients around a common direction pointing both ways: about half of the pairs conflict."""
+    return torch.randn(T, P, dtype=torch.float64) + torch.randn(T, 1, dtype=torch.float64)
+
+
+def random_order(T: int) -> Tensor:
+    return torch.stack([torch.randperm(T) for _ in range(T)])
+
+
+@pytest.mark.parametrize("T", SOME_T)
+def test_as_the_paper_says(T: int, device: torch.device) -> None:
+    J, order = conflicting(T), random_order(T)
+    method = gk.PCGrad(order=order)
+    modified = reference.pcgrad(J, order.tolist())
+    size = J.norm(dim=1).max() * T
+    C = method.coefficients(gk.gramian(J.to(device)))
+    # 1e-10: float64 throughout, each of the T^2 projections adding roundings that conflicts can magnify.
+    assert_near(gk.project(J.to(device), C).cpu(), torch.stack(modified), size, 1e-10)
+    assert_near(method(J.to(device)).cpu(), sum(modified), size, 1e-10)
+    assert torch.equal(C, torch.eye(T, dtype=C.dtype, device=device)) == (T == 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    J = conflicting(4, 5000).to(dtype)
+    expected = sum(reference.pcgrad(J, [range(4)] * 4))
+    out = gk.PCGrad(order=[0, 1, 2, 3])(J.to(device))
+    assert out.dtype == dtype
+    # 10: weights of up to a few units multiply the rounding of the rows.
+    assert_near(out.cpu(), expected, 10 * J.double().abs().max(), TOLERANCES[dtype])
+
+
+def test_one_order_for_all_tasks_skips_the_own_index(device: torch.device) -> None:
+    M = gk.gramian(conflicting(4).to(device))
+    row = [2, 0, 3, 1]
+    assert torch.equal(gk.PCGrad(order=row).weights(M), gk.PCGrad(order=[row] * 4).weights(M))
+
+
+def test_order_matters(device: torch.device) -> None:
+    """Otherwise the tests of the order would hold for any order."""
+    M = gk.gramian(conflicting(4).to(device))
+    found = {tuple(gk.PCGrad(order=p).weights(M).tolist()) for p in itertools.permutations(range(4))}
+    assert len(found) > 6
+
+
+def test_mean_is_the_sum_over_t(device: torch.device) -> None:
+    M = gk.gramian(conflicting(3).to(device))
+    total = gk.PCGrad(order=[0, 1, 2]).weights(M)
+    assert torch.allclose(gk.PCGrad(order=[0, 1, 2], reduction="mean").weights(M), total / 3, rtol=1e-14)
+
+
+def test_batched_over_leading_dimensions(device: torch.device) -> None:
+    M = torch.stack([gk.gramian(conflicting(3)) for _ in range(6)]).reshape(2, 3, 3, 3).to(device)
+    method = gk.PCGrad(order=[[0, 1, 2], [2, 1, 0], [1, 0, 2]])
+    w = method.weights(M)
+    assert w.shape == (2, 3, 3)
+    for i, j in itertools.product(range(2), range(3)):
+        assert torch.equal(w[i, j], method.weights(M[i, j]))
+
+
+def test_segments_are_independent_problems(device: torch.device) -> None:
+    J, offsets = conflicting(3, 300).to(device), torch.tensor([0, 100, 120, 300])
+    method = gk.PCGrad(order=[0, 1, 2])
+    parts = [method(part.contiguous()) for part in J.tensor_split((100, 120), dim=1)]
+    assert_near(method(J, offsets), torch.cat(parts), J.abs().max() * 10, TOLERANCES[torch.float64])
+
+
+def test_random_orders_are_fresh_per_segment_and_task_and_uniform(device: torch.device) -> None:
+    """Three tasks that all conflict: each order of each task gives its own coefficients, all equally often."""
+    M = torch.tensor([[1.0, -0.5, -0.4], [-0.5, 1.0, -0.3], [-0.4, -0.3, 1.0]], dtype=torch.float64, device=device)
+    n = 4000
+    C = gk.PCGrad(generator=torch.Generator(device).manual_seed(1)).coefficients(M.expand(n, 3, 3))
+    forward, backward = (gk.PCGrad(order=o).coefficients(M) for o in ([0, 1, 2], [2, 1, 0]))
+    is_forward = (C - forward).abs().amax(-1) < 1e-12
+    is_backward = (C - backward).abs().amax(-1) < 1e-12
+    assert (is_forward ^ is_backward).all()
+    share = is_forward.double().mean(0).cpu()
+    assert ((share - 0.5).abs() < 5 * 0.5 / n**0.5).all()  # five standard deviations
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        agree = (is_forward[:, i] == is_forward[:, j]).double().mean()
+        assert abs(agree.item() - 0.5) < 5 * 0.5 / n**0.5
+
+
+def test_generator_decides(device: torch.device) -> None:
+    M = gk.gramian(conflicting(5).to(device))
+
+    def draw(seed: int) -> Tensor:
+        return gk.PCGrad(generator=torch.Generator(device).manual_seed(seed)).weights(M.expand(8, 5, 5))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    torch.manual_seed(7)
+    first = gk.PCGrad().weights(M.expand(8, 5, 5))
+    torch.manual_seed(7)
+    assert torch.equal(gk.PCGrad().weights(M.expand(8, 5, 5)), first)
+
+
+def test_generator_state_is_saved_and_restored() -> None:
+    M = gk.gramian(conflicting(5)).expand(8, 5, 5)
+    method = gk.PCGrad(generator=torch.Generator().manual_seed(3))
+    method.weights(M)
+    saved = method.state_dict()
+    expected = method.weights(M)
+    fresh = gk.PCGrad(generator=torch.Generator())
+    fresh.load_state_dict(saved)
+    assert torch.equal(fresh.weights(M), expected)
+    with pytest.raises(ValueError, match="generator is None"):
+        gk.PCGrad().load_state_dict(saved)
+
+
+def test_non_finite_gramians_give_no_error_and_finite_ones_beside_them_are_untouched(device: torch.device) -> None:
+    M = gk.gramian(conflicting(3).to(device)).repeat(3, 1, 1)
+    M[0, 1, :] = M[0, :, 1] = float("nan")
+    M[1, 1, :] = M[1, :, 1] = -float("inf")
+    method = gk.PCGrad(order=[0, 1, 2])
+    assert torch.equal(method.weights(M)[2], method.weights(M[2]))
+
+
+def test_large_gradients_do_not_overflow(device: torch.device) -> None:
+    """Squares near the end of float32: a product of two of them would be infinite."""
+    J = torch.tensor([[1e19, 0.0], [-1e19, 1e18]], device=device)
+    expected = sum(reference.pcgrad(J.cpu(), [[0, 1], [0, 1]]))
+    assert_near(gk.PCGrad()(J).cpu(), expected, 1e19, TOLERANCES[torch.float32])
+
+
+gradients = hnp.arrays(
+    np.float64,
+    st.tuples(st.integers(2, 5), st.integers(1, 12)),
+    elements=st.floats(-10, 10, allow_subnormal=False).map(lambda x: round(x, 3)),
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(gradients)
+def test_two_tasks_never_conflict_with_the_result(rows: np.ndarray) -> None:
+    J = torch.from_numpy(rows[:2])
+    g = gk.PCGrad()(J)
+    # 1e-12: the roundings of the dot products, relative to the lengths.
+    assert (J @ g >= -1e-12 * (1 + J.norm(dim=1) ** 2 + J.norm() * g.norm())).all()
+
+
+@settings(deadline=None, max_examples=150)
+@given(gradients, st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**20]))
+def test_scaling_all_losses_scales_the_result(rows: np.ndarray, scale: float) -> None:
+    J = torch.from_numpy(rows)
+    method = gk.PCGrad(order=list(range(len(J))))
+    assert torch.equal(method(scale * J), scale * method(J))  # powers of two round nothing
+
+
+@settings(deadline=None, max_examples=150)
+@given(gradients, st.randoms(use_true_random=False))
+def test_permuting_tasks_and_order_changes_nothing(rows: np.ndarray, random) -> None:
+    J = torch.from_numpy(rows)
+    T = len(J)
+    perm = random.sample(range(T), T)
+    place = torch.argsort(torch.tensor(perm))
+    order = [random.sample(range(T), T) for _ in range(T)]
+    permuted = [[int(place[j]) for j in order[i]] for i in perm]
+    result, expected = gk.PCGrad(order=permuted)(J[perm]), gk.PCGrad(order=order)(J)
+    # Sums in another order; a dot product that is zero but for its rounding may be projected or not.
+    assert_near(result, expected, 1 + J.norm() * T, 1e-9)
+
+
+@settings(deadline=None, max_examples=150)
+@given(gradients)
+def test_without_conflict_it_is_the_sum(rows: np.ndarray) -> None:
+    J = torch.from_numpy(rows).abs()
+    assert torch.equal(gk.PCGrad()(J), gk.Sum()(J))
+
+
+@settings(deadline=None, max_examples=150)
+@given(gradients, st.integers(0, 5))
+def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
+    J = torch.from_numpy(rows)
+    T = len(J)
+    position = min(position, T)
+    with_zero = torch.cat((J[:position], torch.zeros_like(J[:1]), J[position:]))
+    others = [t for t in range(T + 1) if t != position]
+    order = [position, *others]
+    result = gk.PCGrad(order=order)(with_zero)
+    assert_near(result, gk.PCGrad(order=list(range(T)))(J), 1 + J.norm() * T, 1e-9)
+
+
+def test_repr_is_exact() -> None:
+    for text in ("PCGrad(order=None, reduction='sum')", "PCGrad(order=[[1, 0], [0, 1]], reduction='mean')"):
+        assert repr(eval(text, {"PCGrad": gk.PCGrad})) == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"reduction": "max"}, ValueError, "reduction must be 'sum' or 'mean', got 'max'"),
+        ({"order": [0, 2]}, ValueError, "order must be a permutation of 0 … 1 in every row, got \\[0, 2\\]"),
+        ({"order": [0.0, 1.0]}, TypeError, "order must hold integers, got torch.float32"),
+        ({"order": [[0, 1, 2], [0, 1, 2]]}, ValueError, "order must have shape .*got \\(2, 3\\)"),
+        ({"order": 3}, ValueError, "order must have shape"),
+        ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gk.PCGrad(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("M", "error", "message"),
+    [
+        ([[1.0]], TypeError, "M must be a tensor, got list"),
+        (torch.ones(2, 2, dtype=torch.int64), TypeError, "M must be float32 or float64.*int64"),
+        (torch.ones(2, 3), ValueError, "M must have shape .*got \\(2, 3\\)"),
+        (torch.ones(3), ValueError, "M must have shape .*got \\(3,\\)"),
+        (torch.eye(4), ValueError, "order is for 3 tasks, M has 4"),
+    ],
+)
+def test_bad_gramians(M: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        gk.PCGrad(order=[0, 1, 2]).weights(M)

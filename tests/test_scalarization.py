@@ -1,0 +1,101 @@
+"""Sum, Mean and Constant: torch's own backward of the weighted sum, bit for bit."""
+
+import pytest
+import torch
+
+import gradkern as gk
+from tests.models import problem
+
+METHODS = [
+    (gk.Sum(), [1.0, 1.0, 1.0]),
+    (gk.Sum([1.0, 0.4307, 1.6094]), [1.0, 0.4307, 1.6094]),
+    (gk.Mean(), [1 / 3, 1 / 3, 1 / 3]),
+    (gk.Constant([0.5, 0.0, -2.0]), [0.5, 0.0, -2.0]),
+]
+
+
+@pytest.mark.parametrize(("method", "weights"), METHODS)
+def test_losses_as_torch_would(method: gk.Aggregator, weights: list[float], device: torch.device) -> None:
+    model, x, y = problem(device=device)
+    sum(w * loss for w, loss in zip(weights, model.losses(x, y), strict=True)).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    info = gk.backward(model.losses(x, y), model, aggregator=method)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    assert info.gramian is info.norms is info.cosines is info.conflicts is None
+    assert torch.equal(info.weights.cpu(), torch.tensor(weights))
+    assert torch.equal(info.losses, torch.stack(model.losses(x, y)))
+
+
+@pytest.mark.parametrize(("method", "weights"), METHODS)
+def test_callables_as_torch_would_one_after_another(
+    method: gk.Aggregator, weights: list[float], device: torch.device
+) -> None:
+    model, x, y = problem(device=device)
+    for t, w in enumerate(weights):
+        (w * model.loss(t, x, y)).backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    gk.backward([lambda t=t: model.loss(t, x, y) for t in range(3)], model, aggregator=method)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_one_backward_pass_for_all_losses() -> None:
+    model, x, y = problem()
+    calls = []
+    model.trunk[0].weight.register_hook(lambda g: calls.append(g.shape))
+    gk.backward(model.losses(x, y), model, aggregator=gk.Sum())
+    assert len(calls) == 1
+
+
+def test_matrices_and_gramians(device: torch.device) -> None:
+    J = torch.randn(3, 40, dtype=torch.float64, device=device)
+    for method, weights in METHODS:
+        w = torch.tensor(weights, dtype=torch.float64, device=device)
+        assert torch.allclose(method(J), w @ J, rtol=1e-12)
+        assert torch.equal(method.weights(gk.gramian(J).expand(2, 5, 3, 3)), w.expand(2, 5, 3))
+        assert torch.allclose(method(J, torch.tensor([0, 7, 40])), w @ J, rtol=1e-12)
+
+
+def test_an_absent_task_leaves_the_others_weights_alone() -> None:
+    model, x, y = problem()
+    (sum(model.losses(x, y)[:2]) / 3).backward()
+    expected = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    info = gk.backward([*model.losses(x, y)[:2], None], model, aggregator=gk.Mean())
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert (p.grad is None) == (g is None)
+        assert g is None or torch.allclose(p.grad, g, rtol=1e-6)  # one rounding of the division by 3
+    assert info.losses.isnan().tolist() == [False, False, True]
+
+
+def test_a_callable_that_fails_changes_nothing() -> None:
+    model, x, y = problem()
+
+    def broken() -> torch.Tensor:
+        raise RuntimeError("no data")
+
+    with pytest.raises(RuntimeError, match="no data"):
+        gk.backward([lambda: model.loss(0, x, y), broken], model, aggregator=gk.Sum())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_repr_is_exact() -> None:
+    names = {"Sum": gk.Sum, "Mean": gk.Mean, "Constant": gk.Constant}
+    for text in ("Sum(weights=None)", "Sum(weights=[1.0, 2.0])", "Mean()", "Constant(weights=[0.5, -1.0])"):
+        assert repr(eval(text, names)) == text
+
+
+def test_weights_of_the_wrong_length() -> None:
+    model, x, y = problem()
+    with pytest.raises(ValueError, match=r"weights has 2 entries for 3 tasks: \[1.0, 2.0\]"):
+        gk.backward(model.losses(x, y), model, aggregator=gk.Constant([1, 2]))
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(ValueError, match="weights has 2 entries for 3 tasks"):
+        gk.Sum([1, 2])(torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("weights", [[], [float("nan")], ["a"], [float("inf"), 1.0]])
+def test_weights_that_are_no_weights(weights: list[object]) -> None:
+    with pytest.raises(ValueError, match="weights must be finite numbers"):
+        gk.Constant(weights)
