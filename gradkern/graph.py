@@ -6,8 +6,6 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-_REENTRANT = "CheckpointFunctionBackward"
-
 
 def freeable(losses: Sequence[object]) -> list[bool]:
     """Whether the graph of each loss may be freed when its own backward pass is done; entries that are no tensors may.
@@ -34,13 +32,19 @@ def freeable(losses: Sequence[object]) -> list[bool]:
                 continue
             if node in owner:
                 cluster[latest(owner[node])] = i
-            elif node.name() == _REENTRANT:
-                raise ValueError(
-                    f"losses[{i}] runs through reentrant activation checkpointing, which cannot give the gradients of "
-                    "one task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-                )
+            else:
+                _refuse_reentrant(i, node)
             owner[node] = i
     return [latest(i) == i for i in range(len(losses))]
+
+
+def refuse_reentrant(i: int, loss: Tensor) -> None:
+    """Raise ValueError if the graph of ``losses[i]`` holds reentrant activation checkpointing.
+
+    It hides the parameters it uses: asked for their gradients, autograd would say that no loss reaches them.
+    """
+    for node in _nodes(loss, ()):
+        _refuse_reentrant(i, node)
 
 
 def leaves(loss: Tensor) -> Iterator[Tensor]:
@@ -60,6 +64,14 @@ def _nodes(loss: Tensor, known: Collection[Node]) -> Iterator[Node]:
             below = [n for n, _ in node.next_functions if n is not None and n not in seen]
             seen.update(below)
             stack.extend(below)
+
+
+def _refuse_reentrant(i: int, node: Node) -> None:
+    if node.name() == "CheckpointFunctionBackward":
+        raise ValueError(
+            f"losses[{i}] runs through reentrant activation checkpointing, which cannot give the gradients of one "
+            "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
 
 
 def _leaf(node: Any) -> Tensor | None:

@@ -48,11 +48,17 @@ def passes(
         if loss is None:
             continue
         with torch.enable_grad():
-            value = loss if isinstance(loss, Tensor) else _check(i, loss(), targets[0].device)
+            value = loss if isinstance(loss, Tensor) else _called(i, loss, targets[0].device)
             scaled = value if weights is None else weights[i] * value
         retain = retain_graph or not free[i]
         yield i, value.detach(), _gradients(i, scaled, targets, retain)
         del value, scaled  # a callable's graph ends here
+
+
+def _called(i: int, loss: Callable[[], Tensor], device: torch.device) -> Tensor:
+    value = _check(i, loss(), device)
+    graph.refuse_reentrant(i, value)
+    return value
 
 
 def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:

@@ -21,14 +21,16 @@ class Parameters:
     Attributes:
         tensors: n leaf tensors.
         names: their names, or None where the user gave tensors only.
+        argument: what the user calls them.
     """
 
     tensors: list[Tensor]
     names: list[str] | None
+    argument: str
 
     def name(self, k: int) -> str:
         """What to call parameter k in an error message."""
-        return f"params[{k}]" if self.names is None else repr(self.names[k])
+        return f"{self.argument}[{k}]" if self.names is None else repr(self.names[k])
 
 
 def parameters(params: Params) -> Parameters:
@@ -73,7 +75,7 @@ def read(argument: str, params: Params) -> Parameters:
             raise TypeError(f"{argument}[{k}] must be a tensor or a (name, tensor) pair, got {type(p).__name__}")
     if any(pairs) and not all(pairs):
         raise TypeError(f"{argument} mixes tensors with (name, tensor) pairs; {argument}[{pairs.index(False)}] is bare")
-    return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None)
+    return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None, argument)
 
 
 def _check(given: Parameters, k: int, p: Tensor) -> None:

@@ -11,7 +11,7 @@ def check_offsets(offsets: Tensor) -> None:
 
     Raises:
         TypeError: ``offsets`` is not an int64 tensor.
-        ValueError: it is not on the CPU, or not of shape (S + 1,).
+        ValueError: it is not on the CPU, or not of shape (S + 1,) with S >= 1.
     """
     if not isinstance(offsets, Tensor):
         raise TypeError(f"offsets must be an int64 tensor, got {type(offsets).__name__}")
@@ -19,8 +19,8 @@ def check_offsets(offsets: Tensor) -> None:
         raise TypeError(f"offsets must be int64, got {offsets.dtype}")
     if offsets.device.type != "cpu":
         raise ValueError(f"offsets must be on the CPU, got a tensor on {offsets.device}")
-    if offsets.ndim != 1 or offsets.shape[0] == 0:
-        raise ValueError(f"offsets must have shape (S + 1,), got {tuple(offsets.shape)}")
+    if offsets.ndim != 1 or offsets.shape[0] < 2:
+        raise ValueError(f"offsets must have shape (S + 1,) with S >= 1, got {tuple(offsets.shape)}")
 
 
 def column_bounds(offsets: Tensor | None, P: int) -> tuple[int, ...]:

@@ -1,0 +1,159 @@
+"""Bad input: an exception that names the argument and the value, before any ``.grad`` has changed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradkern as gk
+from tests.models import TwoHeads, problem
+
+J = torch.randn(3, 10)
+
+OPERATORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: gk.gramian([[1.0]]), TypeError, "J must be a tensor, got list"),
+    (lambda: gk.gramian(torch.ones(3)), ValueError, r"J must have shape \(T, P\).*got \(3,\)"),
+    (lambda: gk.gramian(torch.ones(2, 3, 4)), ValueError, r"J must have shape .*got \(2, 3, 4\)"),
+    (lambda: gk.gramian(torch.ones(0, 4)), ValueError, r"J must have shape .*got \(0, 4\)"),
+    (lambda: gk.gramian(torch.ones(2, 3, dtype=torch.int64)), TypeError, "J must be float32.*got torch.int64"),
+    (lambda: gk.gramian(torch.ones(2, 3, dtype=torch.complex64)), TypeError, "got torch.complex64"),
+    (lambda: gk.gramian(J.T), ValueError, r"J must have unit column stride, got strides \(1, 10\)"),
+    (lambda: gk.gramian(J, [0, 10]), TypeError, "offsets must be an int64 tensor, got list"),
+    (lambda: gk.gramian(J, torch.tensor([0, 10], dtype=torch.int32)), TypeError, "offsets .*got torch.int32"),
+    (lambda: gk.gramian(J, torch.tensor([0, 10], device="meta")), ValueError, "offsets must be on the CPU.*meta"),
+    (lambda: gk.gramian(J, torch.tensor([[0, 10]])), ValueError, r"offsets must have shape .*got \(1, 2\)"),
+    (lambda: gk.gramian(J, torch.tensor([0])), ValueError, r"offsets must have shape .*got \(1,\)"),
+    (lambda: gk.gramian(J, torch.tensor([0, 7, 5, 10])), ValueError, r"offsets must start at 0.*got \[0, 7, 5, 10\]"),
+    (lambda: gk.gramian(J, torch.tensor([0, 9])), ValueError, r"offsets must start .*P = 10, got \[0, 9\]"),
+    (lambda: gk.combine(J, torch.ones(3), torch.tensor([0, 10])), ValueError, r"w must have shape \(1, 3\)"),
+    (lambda: gk.combine(J, torch.ones(2)), ValueError, r"w must have shape \(3,\) .*got \(2,\)"),
+    (lambda: gk.combine(J, [1.0, 1.0, 1.0]), TypeError, "w must be a tensor, got list"),
+    (lambda: gk.combine(J, torch.ones(3, dtype=torch.int64)), TypeError, "w must be floating, got torch.int64"),
+    (lambda: gk.combine(J, torch.ones(3, device="meta")), ValueError, "w must be on J's device, cpu; got meta"),
+    (lambda: gk.project(J, torch.ones(3)), ValueError, r"W must have shape \(1, 3\) .*got \(3,\)"),
+    (lambda: gk.project(J, torch.ones(2, 2)), ValueError, r"W must have shape \(2, 3\) .*got \(2, 2\)"),
+    (lambda: gk.PCGrad()(torch.ones(3)), ValueError, "J must have shape"),
+    (lambda: gk.Sum()([1.0]), TypeError, "J must be a tensor, got list"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), OPERATORS)
+def test_operators(call: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
+
+
+def _grown(model: TwoHeads) -> Tensor:
+    return model.trunk[0].weight * 2
+
+
+Case = tuple[Callable[[TwoHeads, list[Tensor]], dict[str, Any]], type[Exception], str]
+
+BACKWARD: list[Case] = [
+    (lambda m, ls: {"losses": ls[0]}, TypeError, "losses must be a sequence.*got Tensor"),
+    (lambda m, ls: {"losses": 3}, TypeError, "losses must be a sequence.*got int"),
+    (lambda m, ls: {"losses": []}, ValueError, "losses is empty"),
+    (lambda m, ls: {"losses": [None, None]}, ValueError, "losses has no task present"),
+    (lambda m, ls: {"losses": [ls[0], 0.5]}, TypeError, r"losses\[1\] must be a tensor, a callable.*got 0.5"),
+    (lambda m, ls: {"losses": [ls[0], lambda: 0.5]}, TypeError, r"losses\[1\] must be a tensor.*got 0.5"),
+    (lambda m, ls: {"losses": [ls[0], torch.stack(ls)]}, ValueError, r"losses\[1\] must have one element.*\(3,\)"),
+    (lambda m, ls: {"losses": [ls[0], lambda: torch.stack(ls)]}, ValueError, r"losses\[1\] must have one element"),
+    (lambda m, ls: {"losses": [ls[0], torch.ones((), dtype=torch.int64)]}, TypeError, r"losses\[1\].*torch.int64"),
+    (lambda m, ls: {"losses": [ls[0], torch.ones((), device="meta")]}, ValueError, r"losses\[1\].*cpu; got meta"),
+    (lambda m, ls: {"losses": [ls[0], torch.ones(())]}, ValueError, r"losses\[1\] reaches no parameter"),
+    (lambda m, ls: {"losses": [ls[0], torch.ones((), requires_grad=True) * 2]}, ValueError, r"\[1\] reaches no param"),
+    (lambda m, ls: {"losses": [ls[0], lambda: torch.ones(())]}, ValueError, r"losses\[1\] reaches no parameter"),
+    (
+        lambda m, ls: {"losses": [ls[0], lambda: torch.ones((), requires_grad=True) * 2]},
+        ValueError,
+        r"losses\[1\] reaches no parameter",
+    ),
+    (lambda m, ls: {"params": []}, ValueError, "params is empty"),
+    (lambda m, ls: {"params": m.trunk[0].weight}, TypeError, "params must be a Module.*got Parameter"),
+    (lambda m, ls: {"params": 3}, TypeError, "params must be a Module.*got int"),
+    (lambda m, ls: {"params": [m.trunk[0].weight, 3]}, TypeError, r"params\[1\] must be a tensor.*got int"),
+    (lambda m, ls: {"params": [("a", m.trunk[0].weight), m.trunk[0].bias]}, TypeError, r"params mixes.*params\[1\]"),
+    (
+        lambda m, ls: {"params": [*m.named_parameters(), ("again", m.trunk[0].weight)]},
+        ValueError,
+        "same tensor twice: 'trunk.0.weight' and 'again'",
+    ),
+    (
+        lambda m, ls: {"params": [*m.parameters(), m.trunk[0].weight]},
+        ValueError,
+        r"same tensor twice: params\[0\] and params\[10\]",
+    ),
+    (lambda m, ls: {"params": [_grown(m)]}, ValueError, r"params must be leaf tensors.*params\[0\]"),
+    (
+        lambda m, ls: {"params": [*m.parameters(), torch.ones(3, dtype=torch.complex64, requires_grad=True)]},
+        TypeError,
+        r"params must be float32.*params\[10\] is torch.complex64",
+    ),
+    (
+        lambda m, ls: {"params": [*m.parameters(), torch.ones(3, device="meta", requires_grad=True)]},
+        ValueError,
+        r"params must be on one device; params\[10\] is on meta, others on cpu",
+    ),
+    (lambda m, ls: {"params": [torch.ones(3)]}, ValueError, "params holds no tensor that requires grad"),
+    (lambda m, ls: {"groups": "layer"}, ValueError, "groups must be 'model', 'parameter', 'module'.*got 'layer'"),
+    (lambda m, ls: {"groups": 3}, TypeError, "groups must be a string or a function.*int"),
+    (lambda m, ls: {"groups": "module", "params": list(m.parameters())}, ValueError, "groups='module' needs names"),
+    (lambda m, ls: {"groups": lambda n: n, "params": list(m.parameters())}, ValueError, "groups=.* needs names"),
+    (lambda m, ls: {"aggregator": "pcgrad"}, TypeError, "aggregator must be a gradkern.Aggregator, got 'pcgrad'"),
+    (lambda m, ls: {"aggregator": gk.PCGrad}, TypeError, "aggregator must be a gradkern.Aggregator"),
+    (lambda m, ls: {"aggregator": gk.PCGrad(order=[0, 1])}, ValueError, "order is for 2 tasks, M has 3"),
+    (lambda m, ls: {"aggregator": gk.Constant([1, 2])}, ValueError, "weights has 2 entries for 3 tasks"),
+    (lambda m, ls: {"aggregator": WrongLength()}, ValueError, r"aggregator WrongLength.*weights of shape \(1, 2\)"),
+    (lambda m, ls: {"shared": [nn.Parameter(torch.ones(2))]}, ValueError, r"shared must be some of params; shared\[0"),
+    (lambda m, ls: {"shared": m.trunk[0].weight}, TypeError, "shared must be a Module.*got Parameter"),
+]
+
+
+class WrongLength(gk.Aggregator):
+    def weights(self, M: Tensor) -> Tensor:
+        return torch.ones(*M.shape[:-2], 2)
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(), gk.Sum()], ids=["PCGrad", "Sum"])
+@pytest.mark.parametrize(("change", "error", "message"), BACKWARD)
+def test_backward_raises_and_changes_nothing(
+    change: Callable[[TwoHeads, list[Tensor]], dict[str, Any]],
+    error: type[Exception],
+    message: str,
+    method: gk.Aggregator,
+) -> None:
+    model, x, y = problem()
+    losses = model.losses(x, y)
+    arguments: dict[str, Any] = {"losses": losses, "params": model, "aggregator": method} | change(model, losses)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 4.0)
+    with pytest.raises(error, match=message):
+        gk.backward(arguments.pop("losses"), arguments.pop("params"), **arguments)
+    assert all(torch.equal(p.grad, torch.full_like(p, 4.0)) for p in model.parameters())
+
+
+def test_more_than_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = problem()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    with pytest.raises(ValueError, match=r"torch\.distributed runs on 4 ranks"):
+        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
+
+
+def test_dtensor_parameters() -> None:
+    """A DTensor needs a process group, here one of a single rank, so that nothing else can be what raises."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        p = nn.Parameter(DTensor.from_local(torch.ones(3), mesh, [Replicate()]))
+        with pytest.raises(TypeError, match=r"params must not be DTensors; params\[0\] is one"):
+            gk.backward([p.sum(), p.square().sum()], [p], aggregator=gk.PCGrad())
+    finally:
+        dist.destroy_process_group()
