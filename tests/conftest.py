@@ -7,7 +7,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
+
+from tests import interpreter
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
@@ -16,6 +20,21 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device of this machine: a test that asks for it runs once on each."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def triton_serves_the_cpu() -> Iterator[list[str]]:
+    """The kernels serve CPU tensors during the test; the list of operators they have served so far."""
+    with interpreter.serving_the_cpu() as calls:
+        yield calls
+
+
+@pytest.fixture(params=["pytorch", pytest.param("triton", marks=interpreter.interpreted)])
+def back_end(request: pytest.FixtureRequest) -> str:
+    """Each back end in turn serves CPU tensors: a test that asks for it runs on both."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_serves_the_cpu")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class TwoHeads(nn.Module):
+class MultiHead(nn.Module):
     """A trunk and one head per task: the usual shape of multi-task learning."""
 
     def __init__(self, n_tasks: int = 3) -> None:
@@ -24,10 +24,11 @@ class TwoHeads(nn.Module):
         return (self.heads[t](self.trunk(x)).squeeze(-1) - y[t]).square().mean()
 
 
-def problem(n_tasks: int = 3, device: torch.device | str = "cpu") -> tuple[TwoHeads, Tensor, Tensor]:
+def problem(n_tasks: int = 3, device: torch.device | str = "cpu") -> tuple[MultiHead, Tensor, Tensor]:
     """A model, inputs (16, 6) and targets (n_tasks, 16) that pull the trunk in different directions."""
     torch.manual_seed(0)
-    return TwoHeads(n_tasks).to(device), torch.randn(16, 6, device=device), 3 * torch.randn(n_tasks, 16, device=device)
+    with torch.device(device):
+        return MultiHead(n_tasks), torch.randn(16, 6), 3 * torch.randn(n_tasks, 16)
 
 
 def task_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:

@@ -12,6 +12,8 @@ from tests.tolerances import TOLERANCES, assert_near
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 NEAR = TOLERANCES[torch.float32]
 
+pytestmark = pytest.mark.usefixtures("back_end")
+
 
 def expected_pcgrad(losses: list[Tensor], params: list[Tensor], order: list[list[int]] = ORDER) -> Tensor:
     """Surgery on ``params`` as one vector per task, by the reference."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern as gk
-from tests.models import TwoHeads, problem
+from tests.models import MultiHead, problem
 
 J = torch.randn(3, 10)
 
@@ -45,11 +45,11 @@ def test_operators(call: Callable[[], Any], error: type[Exception], message: str
         call()
 
 
-def _grown(model: TwoHeads) -> Tensor:
+def _grown(model: MultiHead) -> Tensor:
     return model.trunk[0].weight * 2
 
 
-Case = tuple[Callable[[TwoHeads, list[Tensor]], dict[str, Any]], type[Exception], str]
+Case = tuple[Callable[[MultiHead, list[Tensor]], dict[str, Any]], type[Exception], str]
 
 BACKWARD: list[Case] = [
     (lambda m, ls: {"losses": ls[0]}, TypeError, "losses must be a sequence.*got Tensor"),
@@ -119,7 +119,7 @@ class WrongLength(gk.Aggregator):
 @pytest.mark.parametrize("method", [gk.PCGrad(), gk.Sum()], ids=["PCGrad", "Sum"])
 @pytest.mark.parametrize(("change", "error", "message"), BACKWARD)
 def test_backward_raises_and_changes_nothing(
-    change: Callable[[TwoHeads, list[Tensor]], dict[str, Any]],
+    change: Callable[[MultiHead, list[Tensor]], dict[str, Any]],
     error: type[Exception],
     message: str,
     method: gk.Aggregator,

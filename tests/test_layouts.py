@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import gradkern as gk
 from tests.models import task_gradients
 
+pytestmark = pytest.mark.usefixtures("back_end")
+
 
 class Keep(torch.autograd.Function):
     """Hands out a gradient that the caller keeps and may change later."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import gradkern as gk
-from tests.models import TwoHeads, problem
+from tests.models import MultiHead, problem
 
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 
@@ -223,7 +223,7 @@ def test_checkpoint_resumes_exactly() -> None:
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=True)
 
-    def three_more(model: TwoHeads, opt: gk.SurgeryOptimizer) -> list[Tensor]:
+    def three_more(model: MultiHead, opt: gk.SurgeryOptimizer) -> list[Tensor]:
         for _ in range(3):
             opt.zero_grad()
             opt.backward(model.losses(x, y))
