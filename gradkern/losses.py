@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gradkern import graph
+from gradkern import graph, held
 
 Loss = Tensor | Callable[[], Tensor] | None
 
@@ -65,7 +65,7 @@ def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bo
     grads = torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
     if all(g is None for g in grads):
         raise unreached(i)
-    return grads
+    return held.copies(grads)
 
 
 def unreached(i: int) -> ValueError:

@@ -2,12 +2,14 @@
 held by somebody else, against torch's own sum of the same gradients."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gradkern as gk
+from gradkern import held
 from tests.models import task_gradients
 
 pytestmark = pytest.mark.usefixtures("back_end")
@@ -140,6 +142,43 @@ def test_a_gradient_that_the_caller_holds_is_neither_changed_nor_aliased(
     before = p.grad.clone()
     Keep.kept.fill_(99.0)
     assert torch.equal(p.grad, before)
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("aggregator", [gk.PCGrad(order=[0, 1]), gk.Sum()])
+def test_a_buffer_that_a_function_fills_anew_in_each_pass(aggregator: gk.Aggregator, view: bool) -> None:
+    """By the time the rows are read, the first task's gradient is gone from it."""
+    buffer = torch.empty(6)
+
+    class Reuse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, p: Tensor, factor: float) -> Tensor:
+            ctx.factor = factor
+            return factor * p.sum()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+            buffer.fill_(ctx.factor)
+            return buffer.view(6) if view else buffer, None
+
+    p = nn.Parameter(torch.randn(6))
+    gk.backward([lambda: Reuse.apply(p, 2.0), lambda: Reuse.apply(p, 5.0)], [p], aggregator=aggregator)
+    assert torch.equal(p.grad, torch.full((6,), 7.0))
+
+
+def test_autograds_own_gradients_are_not_copied() -> None:
+    """Nothing of the usual model is copied before it is read."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Flatten(),
+        nn.Linear(36, 8),
+        nn.LayerNorm(8),
+        nn.GELU(),
+        nn.Linear(8, 2),
+    )
+    fresh = torch.autograd.grad(model(torch.randn(2, 3, 5, 5)).square().sum(), list(model.parameters()))
+    assert all(a is b for a, b in zip(held.copies(fresh), fresh, strict=True))
 
 
 def test_a_hook_that_keeps_the_gradient_keeps_its_own() -> None:

@@ -50,7 +50,8 @@ class SurgeryOptimizer(Optimizer):
         self.aggregator = aggregator
         self.groups = groups
         self.shared: Any = shared if shared is None or isinstance(shared, torch.nn.Module) else list(shared)
-        self._outsiders_known = False
+        self._first = True  # the step in which to look for parameters outside
+        self._warned = False
         segments(parameters(self._params()), groups)
 
     @property
@@ -89,9 +90,9 @@ class SurgeryOptimizer(Optimizer):
             losses: one entry per task, as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
         """
-        if not self._outsiders_known:
-            losses = [self._watched(loss) for loss in losses] if isinstance(losses, list | tuple) else losses
-        return backward(
+        if self._first and isinstance(losses, list | tuple):
+            losses = [self._watched(loss) for loss in losses]
+        info = backward(
             losses,
             self._params(),
             aggregator=self.aggregator,
@@ -99,6 +100,8 @@ class SurgeryOptimizer(Optimizer):
             shared=self.shared,
             retain_graph=retain_graph,
         )
+        self._first = False
+        return info
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the wrapped optimizer; ``closure`` is passed on to it."""
@@ -158,7 +161,7 @@ class SurgeryOptimizer(Optimizer):
         return entries
 
     def _watched(self, loss: Loss) -> Loss:
-        """``loss``, and in its first step a look at what else it would have trained."""
+        """``loss``, and a look at what else it would have trained."""
         if isinstance(loss, Tensor):
             self._warn_of_outsiders(loss)
             return loss
@@ -176,8 +179,8 @@ class SurgeryOptimizer(Optimizer):
     def _warn_of_outsiders(self, loss: Tensor) -> None:
         inside = {p for group in self.param_groups for p in group["params"]}
         outside = [p for p in graph.leaves(loss) if p not in inside] if loss.requires_grad else []
-        if outside and not self._outsiders_known:
-            self._outsiders_known = True
+        if outside and not self._warned:
+            self._warned = True
             shapes = ", ".join(str(tuple(p.shape)) for p in outside[:5])
             warnings.warn(
                 f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; they get "
