@@ -15,14 +15,18 @@ from torch import Tensor
 
 from gradkern.ops import backends  # noqa: F401  (registers the operators)
 
-ops = torch.ops.gradkern
+# The overload itself: looking for it among the others costs as much as a small product.
+_gramian_op = torch.ops.gradkern.gramian.default
+_combine_op = torch.ops.gradkern.combine.default
+_project_op = torch.ops.gradkern.project.default
+_cross_op = torch.ops.gradkern.cross.default
 
 
 class _Gramian(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, J: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(J, offsets)
-        return ops.gramian(J, offsets)
+        return _gramian_op(J, offsets)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor, None]:
@@ -34,7 +38,7 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(J, w, offsets)
-        return ops.combine(J, w, offsets)
+        return _combine_op(J, w, offsets)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -49,7 +53,7 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(J, W, offsets)
-        return ops.project(J, W, offsets)
+        return _project_op(J, W, offsets)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -64,7 +68,7 @@ class _Cross(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
         ctx.save_for_backward(A, B, offsets)
-        return ops.cross(A, B, offsets)
+        return _cross_op(A, B, offsets)
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -76,22 +80,22 @@ class _Cross(torch.autograd.Function):
 
 def gramian(J: Tensor, offsets: Tensor | None) -> Tensor:
     """M = J Jᵀ."""
-    return _Gramian.apply(J, offsets) if _recording(J) else ops.gramian(J, offsets)
+    return _Gramian.apply(J, offsets) if _recording(J, J) else _gramian_op(J, offsets)
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
     """g = wᵀ J."""
-    return _Combine.apply(J, w, offsets) if _recording(J, w) else ops.combine(J, w, offsets)
+    return _Combine.apply(J, w, offsets) if _recording(J, w) else _combine_op(J, w, offsets)
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
     """Y = W J."""
-    return _Project.apply(J, W, offsets) if _recording(J, W) else ops.project(J, W, offsets)
+    return _Project.apply(J, W, offsets) if _recording(J, W) else _project_op(J, W, offsets)
 
 
 def _cross(A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
-    return _Cross.apply(A, B, offsets) if _recording(A, B) else ops.cross(A, B, offsets)
+    return _Cross.apply(A, B, offsets) if _recording(A, B) else _cross_op(A, B, offsets)
 
 
-def _recording(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _recording(a: Tensor, b: Tensor) -> bool:
+    return (a.requires_grad or b.requires_grad) and torch.is_grad_enabled()

@@ -7,20 +7,22 @@ at a time; the chunks of a segment run on across its tensors, so a list of tenso
 give the same bits.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache, wraps
 from itertools import pairwise
 from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from gradkern.ops import schema  # noqa: F401  (declares the operators)
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.schema import arithmetic_dtype
+from gradkern.ops.schema import arithmetic_dtype, sample
 
-CHUNK = 2048
-"""Columns of one product in the batch. Measured at T = 2 … 40: flat from 1024 to 8192, worse outside."""
+CHUNK = 1536
+"""Least columns of one product in the batch, up to twice as many. Measured at T = 2 … 40: flat from 1024 to 8192."""
+ALIGN = 16
+"""A chunk is a multiple of this many columns: whole vector registers of float32."""
 BLOCK = 1 << 20
 """Numbers gathered or converted at a time, all rows together: 4 MB of float32, which stays in cache."""
 COLUMNS = 1 << 18
@@ -61,39 +63,35 @@ def gramian_tensors(grads: Sequence[Tensor | None], segments: Sequence[int], n_s
     """M = J Jᵀ, per segment, of the rows that the tensors of a segment form one after another."""
     n = len(segments)
     rows = [[None if g is None else _flat(g) for g in grads[t : t + n]] for t in range(0, len(grads), n)]
-    sample = next(g for g in grads if g is not None)
-    M = sample.new_zeros((n_segments, len(rows), len(rows)), dtype=arithmetic_dtype(sample.dtype))
-    for s in range(n_segments):
-        columns = [[row[k] for row in rows] for k in range(n) if segments[k] == s]
-        columns = [column for column in columns if any(g is not None for g in column)]
-        if columns:
-            M[s] = _tensors_gramian(columns, sample)
+    like = sample(grads)
+    M = like.new_zeros((n_segments, len(rows), len(rows)), dtype=arithmetic_dtype(like.dtype))
+    members: dict[int, list[Sequence[Tensor | None]]] = defaultdict(list)
+    for s, column in zip(segments, zip(*rows, strict=True), strict=True):
+        if any(g is not None for g in column):
+            members[s].append(column)
+    for s, columns in members.items():
+        M[s] = _tensors_gramian(columns, like)
     return M
 
 
 def _matrix_gramian(J: Tensor) -> Tensor:
-    T, P = J.shape
-    work = _work_dtype(J)
-    if work == J.dtype:
-        blocks = iter([J])
-    else:
-        step = _block_columns(T)
-        blocks = (J[:, a : a + step].to(work) for a in range(0, P, step))
-    return _sum_of_products(blocks, T, P, work).to(arithmetic_dtype(J.dtype))
+    if J.dtype == torch.float32 == _work_dtype(J):
+        return _sum_of_products((J,), *J.shape)
+    # float64 too: the BLAS's last bits then depend on the rows' alignment, which gathering makes equal.
+    return _tensors_gramian([list(J)], J)
 
 
-def _tensors_gramian(columns: list[list[Tensor | None]], sample: Tensor) -> Tensor:
+def _tensors_gramian(columns: Sequence[Sequence[Tensor | None]], like: Tensor) -> Tensor:
     """As :func:`_matrix_gramian`, of tensor k of task t at ``columns[k][t]``."""
-    work = _work_dtype(sample)
     numels = [next(g.numel() for g in column if g is not None) for column in columns]
-    blocks = _gathered(columns, numels, sample.new_empty(0, dtype=work))
-    return _sum_of_products(blocks, len(columns[0]), sum(numels), work).to(arithmetic_dtype(sample.dtype))
+    blocks = _gathered(columns, numels, like.new_empty(0, dtype=_work_dtype(like)))
+    return _sum_of_products(blocks, len(columns[0]), sum(numels)).to(arithmetic_dtype(like.dtype))
 
 
-def _gathered(columns: list[list[Tensor | None]], numels: list[int], like: Tensor) -> Iterator[Tensor]:
+def _gathered(columns: Sequence[Sequence[Tensor | None]], numels: list[int], like: Tensor) -> Iterator[Tensor]:
     """The rows, a block of columns at a time, in one scratch matrix that every block overwrites."""
-    T = len(columns[0])
-    step = min(_block_columns(T), sum(numels))
+    T, P = len(columns[0]), sum(numels)
+    step = min(_block_columns(T, P), P) or 1
     scratch = like.new_empty((T, step))
     filled = 0
     for column, numel in zip(columns, numels, strict=True):
@@ -108,31 +106,41 @@ def _gathered(columns: list[list[Tensor | None]], numels: list[int], like: Tenso
             if filled == step:
                 yield scratch
                 filled = 0
-    if filled:
+    if filled or P == 0:
         yield scratch[:, :filled]
 
 
-def _sum_of_products(blocks: Iterator[Tensor], T: int, P: int, dtype: torch.dtype) -> Tensor:
-    """Σ X Xᵀ over blocks X of the P columns, in chunks. Every block but the last holds whole chunks, two or more."""
-    if P == 0:
-        return torch.zeros((T, T), dtype=dtype)
-    if P < 2 * CHUNK:  # one block, too short to be worth a batch
-        X = next(blocks)
-        return X @ X.T
-    done, partials, tail = 0, None, None
+def _sum_of_products(blocks: Iterable[Tensor], T: int, P: int) -> Tensor:
+    """Σ X Xᵀ over blocks X of the P columns; every block but the last holds whole chunks."""
+    width = _chunk_columns(T, P)
+    if width == P:
+        (X,) = blocks
+        return torch.mm(X, X.t())
+    partials = []
     for X in blocks:
-        n = X.shape[1] // CHUNK
-        chunks = X.as_strided((n, T, CHUNK), (CHUNK, X.stride(0), 1))
-        if partials is None:
-            partials = X.new_empty((P // CHUNK, T, T))
-        torch.bmm(chunks, chunks.mT, out=partials[done : done + n])
-        done += n
-        if n * CHUNK < X.shape[1]:
-            rest = X[:, n * CHUNK :]
-            tail = rest @ rest.T
-    assert partials is not None
-    total = partials.sum(0)
-    return total if tail is None else total.add_(tail)
+        n = X.shape[1] // width
+        chunks = X.as_strided((n, T, width), (width, X.stride(0), 1))
+        partials.append(torch.bmm(chunks, chunks.mT))
+        rest = X[:, n * width :]
+    total = (partials[0] if len(partials) == 1 else torch.cat(partials)).sum(0)
+    return total.add_(_sum_of_products((rest,), T, rest.shape[1])) if rest.shape[1] else total
+
+
+@lru_cache(maxsize=1024)
+def _chunk_columns(T: int, P: int) -> int:
+    """Columns of a chunk: those that divide P if any do, so that no rest costs a product of its own.
+
+    All P where one product is the faster. A BLAS may sum one product of four rows or more in an order that depends on
+    where in memory the rows lie; products in a batch, of two rows or three, or of few columns, it does not. So only
+    those are used, and rows that lie apart and rows of a matrix give the same bits.
+    """
+    if P < 64 or (T <= 3 and P <= 1 << 15):
+        return P
+    for width in range(CHUNK, min(2 * CHUNK, P // 2) + 1, ALIGN):
+        if P % (2 * width) == 0:
+            return width
+    n = 2 * max(1, P // (2 * CHUNK))  # even, for cores come in twos
+    return P // n // ALIGN * ALIGN if n <= 64 else CHUNK
 
 
 @_operator("cross")
@@ -211,7 +219,7 @@ def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequenc
 def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
     work = _work_dtype(J)
     W = W.to(work)
-    step = _block_columns(J.shape[0])
+    step = max(1, BLOCK // J.shape[0])
     for a in range(0, J.shape[1], step):
         out[:, a : a + step] = W @ J[:, a : a + step].to(work)
 
@@ -243,9 +251,10 @@ def _flat(g: Tensor) -> Tensor:
     return g.as_strided((g.numel(),), (1,))
 
 
-def _block_columns(n_rows: int) -> int:
-    """Columns of a block of ``n_rows`` rows, in whole chunks, two at least."""
-    return max(2, BLOCK // n_rows // CHUNK) * CHUNK
+def _block_columns(T: int, P: int) -> int:
+    """Columns of a block of T rows: as many whole chunks as ``BLOCK`` holds."""
+    width = max(1, _chunk_columns(T, P))
+    return max(1, BLOCK // T // width) * width
 
 
 def _work_dtype(rows: Tensor) -> torch.dtype:
@@ -254,5 +263,8 @@ def _work_dtype(rows: Tensor) -> torch.dtype:
     """
     if rows.dtype == torch.float64:
         return torch.float64
-    backend = torch.backends.mkldnn if rows.device.type == "cpu" else torch.backends.cuda
-    return torch.float32 if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+    matmul = _CPU_MATMUL if rows.device.type == "cpu" else torch.backends.cuda.matmul
+    return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
+
+
+_CPU_MATMUL = torch.backends.mkldnn.matmul

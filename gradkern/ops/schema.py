@@ -9,6 +9,8 @@ strides, so that they are read as flat memory, and tensor k belongs to segment `
 Arithmetic is float64 for float64 input and float32 for all others; Gramians and weights are of that dtype.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,14 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for every other floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sample(grads: Sequence[Tensor | None]) -> Tensor:
+    """Any gradient: all of them have its dtype and device."""
+    for g in grads:
+        if g is not None:
+            return g
+    raise ValueError("grads holds no tensor: nothing tells their dtype and device")
 
 
 @torch.library.register_fake("gradkern::gramian")
@@ -58,8 +68,8 @@ def _(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
 @torch.library.register_fake("gradkern::gramian.tensors")
 def _(grads: list[Tensor | None], segments: list[int], n_segments: int) -> Tensor:
     T = len(grads) // len(segments)
-    sample = next(g for g in grads if g is not None)
-    return sample.new_empty((n_segments, T, T), dtype=arithmetic_dtype(sample.dtype))
+    like = sample(grads)
+    return like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
 
 
 @torch.library.register_fake("gradkern::combine.tensors")

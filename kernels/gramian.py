@@ -1,0 +1,104 @@
+"""Gramian, first stage: sums of products of pieces. Here the form for few rows; more go to ``gramian_dot.py``.
+
+    M[i, j] = sum_e J[i, e] * J[j, e]
+
+Each program streams the tiles of one piece once and keeps one accumulator for each of the T (T + 1) / 2 pairs. An
+accumulator is a block of BLOCK / V numbers: a thread sums the V products of its own 128 bits first, and the threads
+meet only once, at the end. The sums of piece c are row c of the partials, pair (i, j) with j <= i in column
+i (i + 1) / 2 + j; ``reduce.py`` adds the rows up in a fixed order.
+"""
+# ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gramian_dot import gramian_dot
+from .launch import Launch
+from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments
+from .settings import gramian_setting, register_form
+
+
+@triton.jit
+def add_products(acc, x, T: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr):
+    """Accumulators plus the products of the rows ``x``, pair by pair."""
+    new = ()
+    for i in tl.static_range(T):
+        for j in tl.static_range(i + 1):
+            product = tl.sum(tl.reshape(x[i] * x[j], (BLOCK // V, V)), 1)
+            new = new + (acc[i * (i + 1) // 2 + j] + product,)
+    return new
+
+
+@triton.jit(do_not_specialize=["p_rows", "s_row"])
+def gramian_kernel(
+    p_tiles,
+    p_pieces,
+    p_rows,
+    s_row: tl.int64,
+    p_partials,
+    T: tl.constexpr,
+    TABLE: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    V: tl.constexpr,
+):
+    """One program: one piece."""
+    PAIRS: tl.constexpr = T * (T + 1) // 2
+    i_piece = tl.program_id(0).to(tl.int64)
+    i_first = tl.load(p_pieces + 2 * i_piece)
+    n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
+    o_block = tl.arange(0, BLOCK)
+
+    acc = ()
+    for _i_pair in tl.static_range(PAIRS):
+        acc = acc + (tl.zeros((BLOCK // V,), ACC),)
+
+    for i_tile in range(i_first, i_first + n_tiles):
+        i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
+        a = ()
+        low = n ^ TILE  # any bit left in it sends the tile down the slow road
+        for t in tl.static_range(T):
+            a_row = row_address(p_rows, s_row, t, i_tensor, o_first, True, TABLE, D)
+            low = low | (a_row & 15)
+            a = a + (a_row,)
+        if low == 0:
+            for o in range(0, TILE, BLOCK):
+                x = ()
+                for t in tl.static_range(T):
+                    x = x + (load_full(a[t], o + o_block, D).to(ACC),)
+                acc = add_products(acc, x, T, BLOCK, V)
+        else:
+            for o in range(0, n, BLOCK):
+                x = ()
+                for t in tl.static_range(T):
+                    x = x + (load_part(a[t], o + o_block, n, D).to(ACC),)
+                acc = add_products(acc, x, T, BLOCK, V)
+
+    for i_pair in tl.static_range(PAIRS):
+        tl.store(p_partials + i_piece * PAIRS + i_pair, tl.sum(acc[i_pair]))
+
+
+def gramian(
+    rows: Rows, tiles: Tensor, tile: int, pieces: Tensor, partials: Tensor, tensor_cores: bool, interpreted: bool
+) -> Launch:
+    """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows, in whichever form suits their number.
+
+    ``tensor_cores`` and ``interpreted`` concern :func:`gramian_dot` alone.
+    """
+    if not register_form(rows.count, rows.dtype.itemsize):
+        return gramian_dot(rows, tiles, tile, pieces, partials, tensor_cores, interpreted)
+    setting = gramian_setting(rows.dtype.itemsize)
+    arguments = {
+        "p_tiles": tiles,
+        "p_pieces": pieces,
+        "p_partials": partials,
+        "T": rows.count,
+        "TILE": tile,
+        "BLOCK": setting.BLOCK,
+        "V": setting.V,
+        **row_arguments(rows),
+    }
+    return Launch(gramian_kernel, (len(pieces),), arguments, setting.threads)

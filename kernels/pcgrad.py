@@ -1,0 +1,57 @@
+"""PCGrad on a Gramian: the coefficients of every projected gradient (Yu et al. 2020, Algorithm 1).
+
+    c = e_i;  for j != i in the order of task i:  s = (c M)_j;  if s < 0: c_j -= s / M_jj;  then C[i] = c
+
+The order is given by random keys: task i visits its partners j in ascending keys[i, j], so that drawing an order is
+drawing uniform numbers and nothing is sorted. A program follows one task i through its partners, with d = c M kept
+up to date instead of recomputed, in float64. Comparisons with NaN are false: a row with NaN is left alone.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+
+
+@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "T"])
+def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, BLOCK: tl.constexpr):
+    """One program: segment s, task i."""
+    i_segment = tl.program_id(0).to(tl.int64)
+    i_task = tl.program_id(1)
+    i_partner = tl.arange(0, BLOCK)
+    p_M += i_segment * T * T
+    o_row = i_task.to(tl.int64) * T
+
+    m_left = (i_partner < T) & (i_partner != i_task)
+    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=float("inf"))
+    c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
+    d = tl.load(p_M + o_row + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
+    for _ in range(1, T):
+        key = tl.min(tl.where(m_left, keys, float("inf")), 0)
+        j = tl.min(tl.where(m_left & (keys == key), i_partner, BLOCK), 0)
+        m_left = m_left & (i_partner != j)
+        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=(i_partner < T) & (j < T), other=0.0).to(tl.float64)
+        M_jj = tl.sum(tl.where(i_partner == j, M_j, 0.0), 0)
+        s = tl.sum(tl.where(i_partner == j, d, 0.0), 0)
+        if (s < 0) & (M_jj > 0):
+            # c_j -= s / M_jj
+            coefficient = -s / M_jj
+            c += tl.where(i_partner == j, coefficient, 0.0)
+            d += coefficient * M_j
+    p_C += (i_segment * T + i_task) * T
+    tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=i_partner < T)
+
+
+def pcgrad(M: Tensor, keys: Tensor, C: Tensor) -> Launch:
+    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), all contiguous."""
+    S, T, _ = M.shape
+    arguments = {
+        "p_M": M,
+        "p_keys": keys,
+        "s_keys": T * T if len(keys) > 1 else 0,
+        "p_C": C,
+        "T": T,
+        "BLOCK": triton.next_power_of_2(T),
+    }
+    return Launch(pcgrad_kernel, (S, T), arguments, 32 if T <= 32 else 64)

@@ -1,0 +1,99 @@
+"""Matrix product of a small W with the rows: the projected gradients themselves.
+
+    out[r, e] = sum_t W[s, r, t] * J[t, e]      s the segment of e
+
+A plain product: 0 times NaN is NaN here. A program owns a tile and up to eight output rows, each with its own
+accumulator, so up to eight rows cost one read of J. T is a run-time value, walked in groups of four rows.
+"""
+# ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
+from .settings import OUTPUT_ROWS, project_setting
+
+
+@triton.jit
+def add_row(acc, x, p_W, i_out, i_row, R, T, ROWS: tl.constexpr):
+    """Accumulators plus row ``i_row`` of J, each with its own weight."""
+    new = ()
+    for r in tl.static_range(ROWS):
+        i_r = i_out + r
+        w = tl.load(p_W + i_r * T + i_row, mask=(i_r < R) & (i_row < T), other=0.0)
+        new = new + (acc[r] + w * x,)
+    return new
+
+
+@triton.jit(do_not_specialize=["p_rows", "s_row", "p_W", "p_out", "s_out", "R", "T"])
+def project_kernel(
+    p_tiles,
+    p_rows,
+    s_row: tl.int64,
+    p_W,
+    p_out,
+    s_out: tl.int64,
+    R: tl.int64,
+    T: tl.int64,
+    TABLE: tl.constexpr,
+    TABLE_OUT: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program: one tile, ROWS output rows."""
+    i_tensor, o_first, n, i_segment = load_tile(p_tiles, tl.program_id(0).to(tl.int64))
+    i_out = tl.program_id(1).to(tl.int64) * ROWS
+    p_W += i_segment * R * T
+    for o_start in range(0, n, BLOCK):
+        o = o_start + tl.arange(0, BLOCK)
+        acc = ()
+        for _r in tl.static_range(ROWS):
+            acc = acc + (tl.zeros((BLOCK,), ACC),)
+        for i_group in range(0, T, 4):
+            a = ()
+            low = n ^ TILE  # any bit left in it sends the tile down the slow road
+            for t in tl.static_range(4):
+                i_row = i_group + t
+                a_row = row_address(p_rows, s_row, i_row, i_tensor, o_first, i_row < T, TABLE, D)
+                low = low | (a_row & 15)
+                a = a + (a_row,)
+            if low == 0:
+                x = ()
+                for t in tl.static_range(4):
+                    x = x + (load_full(a[t], o, D),)
+                for t in tl.static_range(4):
+                    acc = add_row(acc, x[t].to(ACC), p_W, i_out, i_group + t, R, T, ROWS)
+            else:
+                for t in tl.static_range(4):
+                    x_row = load_part(a[t], o, n, D).to(ACC)
+                    acc = add_row(acc, x_row, p_W, i_out, i_group + t, R, T, ROWS)
+        for r in tl.static_range(ROWS):
+            i_r = i_out + r
+            if i_r < R:
+                a_out = row_address(p_out, s_out, i_r, i_tensor, o_first, True, TABLE_OUT, D)
+                store_row(a_out, o, n, acc[r], ((n ^ TILE) | (a_out & 15)) == 0, D)
+
+
+def project(rows: Rows, tiles: Tensor, tile: int, W: Tensor, out: Rows) -> Launch:
+    """Fill the R rows of ``out``; ``W`` (S, R, T) is in the arithmetic dtype of the rows, contiguous."""
+    setting = project_setting(rows.dtype.itemsize)
+    n_rows = min(OUTPUT_ROWS, triton.next_power_of_2(out.count))
+    arguments = {
+        "p_tiles": tiles,
+        "p_W": W,
+        "p_out": out.source,
+        "s_out": out.stride,
+        "R": out.count,
+        "T": rows.count,
+        "TABLE_OUT": out.table,
+        "TILE": tile,
+        "BLOCK": setting.BLOCK,
+        "ROWS": n_rows,
+        **row_arguments(rows),
+    }
+    return Launch(project_kernel, (len(tiles), triton.cdiv(out.count, n_rows)), arguments, setting.threads)

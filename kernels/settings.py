@@ -1,0 +1,102 @@
+"""How each kernel is launched: a written table, no autotune.
+
+The first step of a training run must not be slow, and the ranks of a distributed run must agree to the last bit, so
+nothing is searched at run time. The reasons beside the entries are register counts of ahead-of-time builds (sm_90;
+``python tests/aot.py`` prints all of them) and arithmetic on them. They are predictions: no entry has been measured
+on a GPU yet.
+"""
+
+from typing import NamedTuple
+
+PROGRAMS = 4096
+"""Pieces a Gramian is cut into where there are that many tiles: some three waves of an H100 at ten programs on each
+of 132 multiprocessors, so that the last wave idles little, and few enough that summing the partials stays cheap."""
+
+LONGEST_PIECE = 64
+"""Tiles of a piece at most: bounds the length of a float32 running sum."""
+
+DOT_T = 64
+"""Most rows of one Gramian launch; larger Gramians are put together from pairs of half as many."""
+
+OUTPUT_ROWS = 8
+"""Most output rows of one program of project: J is read once for up to this many."""
+
+
+def register_form(T: int, itemsize: int) -> bool:
+    """Whether each pair of rows has an accumulator of its own, instead of ``tl.dot``.
+
+    At T = 12 these take 168 registers in float32 and 230 in float64. 16-bit rows hold twice the elements a thread:
+    117 registers at T = 8, while at 12 they spill on sm_100; tensor cores take them as stored, so they go there early.
+    """
+    return T <= 8 or (T <= 12 and itemsize > 2)
+
+
+class GramianSetting(NamedTuple):
+    """Register form. A thread sums ``V`` products of neighbouring elements before it touches an accumulator."""
+
+    BLOCK: int
+    V: int
+    threads: int
+
+
+def gramian_setting(itemsize: int) -> GramianSetting:
+    """One 128-bit load a thread and row: V is what 16 bytes hold, BLOCK what 128 threads hold at that.
+
+    40 registers at T = 3 in float32: twelve programs a multiprocessor, 72 KB of loads in flight; at T = 12 three, as
+    many bytes.
+    """
+    V = 16 // itemsize
+    return GramianSetting(128 * V, V, 128)
+
+
+class DotSetting(NamedTuple):
+    """``tl.dot`` form: ROWS x BLOCK operands, sums restarted every CHAIN elements."""
+
+    ROWS: int
+    BLOCK: int
+    CHAIN: int
+    threads: int
+
+
+DOT_SETTINGS = {
+    # 16-bit: operands are small, so 64 columns; a tensor core step takes 16 of them, a chain is 64 steps.
+    2: (
+        DotSetting(16, 64, 1024, 32),  # one warp: 107 registers, 19 programs a multiprocessor
+        DotSetting(32, 64, 1024, 128),  # 80 registers
+        DotSetting(64, 64, 1024, 128),  # 132 registers
+    ),
+    # float32: up to 32 rows multiplied as they are; for 64, two tf32 products, 8 columns a step, 64 steps a chain.
+    4: (
+        DotSetting(16, 64, 512, 32),  # one warp: 152 registers, 13 programs
+        DotSetting(32, 32, 512, 128),  # 102 registers; 64 columns spill in the loop on sm_80
+        DotSetting(64, 32, 512, 128),  # 196 registers; 64 columns need all 255
+    ),
+    # float64: half the columns or twice the threads, for a number takes two registers.
+    8: (
+        DotSetting(16, 32, 512, 64),  # 128 registers
+        DotSetting(32, 32, 512, 128),  # 168 registers
+        DotSetting(64, 32, 512, 256),  # 247 registers; 128 threads spill
+    ),
+}
+
+
+def dot_setting(T: int, itemsize: int) -> DotSetting:
+    """The smallest that holds T rows."""
+    return next(setting for setting in DOT_SETTINGS[itemsize] if T <= setting.ROWS)
+
+
+class TileSetting(NamedTuple):
+    """Combine and project: elements a program holds at a time."""
+
+    BLOCK: int
+    threads: int
+
+
+def combine_setting() -> TileSetting:
+    """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program."""
+    return TileSetting(4096, 256)
+
+
+def project_setting(itemsize: int) -> TileSetting:
+    """Eight float32 accumulators a thread and output row, half in float64, where a number takes two registers."""
+    return TileSetting(512 if itemsize == 8 else 1024, 128)

@@ -1,0 +1,241 @@
+"""Compile every kernel at every launch setting for GPUs that are not here, and look at the machine code.
+
+``python tests/aot.py`` prints a table of registers; ``--json`` the same as data, which ``test_aot.py`` holds
+against the rules. It must run without TRITON_INTERPRET, so the tests start it in a process of its own.
+
+Nothing is declared a second time: the real launchers are called with small CPU tensors, and the launches they
+return are compiled through Triton's own dispatch, for a driver that names a target instead of asking a device.
+"""
+
+import argparse
+import json
+import multiprocessing
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from gradkern.kernels import combine, gramian, pcgrad, project, reduce
+from gradkern.kernels.launch import Launch
+from gradkern.kernels.rows import Rows, arithmetic
+from gradkern.kernels.settings import DOT_T, OUTPUT_ROWS
+from gradkern.layout import TILE, column_layout
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
+"""The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 else), and the largest of each
+setting of the other."""
+
+
+WIDE = r"\bLDG(STS)?\.\S*128\b"
+NARROW = r"\bLDG(STS)?\.(?!\S*128\b)"
+
+
+class Case(NamedTuple):
+    """One launch to compile: what it is called in the table, and whether it streams rows."""
+
+    kernel: str
+    dtype: str
+    setting: str
+    launch: Launch
+    streams: bool
+
+
+class Driver:
+    """As much of a Triton driver as compiling asks of one: the target."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        """Triton keeps what it compiled by device, so each target is one."""
+        return str(self.target.arch)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def cases(target: GPUTarget) -> Iterator[Case]:
+    """Every kernel at every setting, as the operators would launch it: in every dtype for tables of addresses, and
+    for matrices, which differ in how an address is found, in float32."""
+    layout = column_layout((0, 2 * TILE))
+    cpu = torch.device("cpu")
+    tiles = layout.tiles_on(cpu)
+    pieces, bounds = layout.pieces_on(cpu, 1)
+    for table in (False, True):
+        for name, dtype in DTYPES.items() if table else (("fp32", torch.float32),):
+            brief = name == "fp16"  # differs from bf16 by the conversions alone
+            for T in (8, DOT_T) if brief else GRAMIAN_T:
+                rows = _rows(T, dtype, table)
+                partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
+                launch = gramian.gramian(rows, tiles, TILE, pieces, partials, target.backend == "cuda", False)
+                yield Case("gramian", name, f"T={T}", launch, True)
+            w = torch.empty(1, 3, dtype=arithmetic(dtype))
+            out = _rows(1, dtype, table)
+            yield Case("combine", name, "any T", combine.combine(_rows(3, dtype, table), tiles, TILE, w, out), True)
+            for R in (OUTPUT_ROWS,) if brief else (1, 2, 4, OUTPUT_ROWS):
+                W = torch.empty(1, R, 3, dtype=arithmetic(dtype))
+                launch = project.project(_rows(3, dtype, table), tiles, TILE, W, _rows(R, dtype, table))
+                yield Case("project", name, f"R={R}", launch, True)
+    for name in ("fp64", "fp32"):
+        partials = torch.empty(len(pieces), 6, dtype=DTYPES[name])
+        M = torch.empty(1, 3, 3, dtype=DTYPES[name])
+        yield Case("reduce", name, "any T", reduce.reduce(partials, bounds, M), False)
+        for T in (1, 3, 8, 64):
+            M = torch.empty(1, T, T, dtype=DTYPES[name])
+            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, torch.empty(1, T, T), M), False)
+
+
+def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:
+    if table:
+        return Rows(torch.zeros(T, 1, dtype=torch.int64), 1, T, dtype, table=True)
+    return Rows(torch.empty(T, 2 * TILE, dtype=dtype), 2 * TILE, T, dtype, table=False)
+
+
+def build(arch: str, index: int) -> dict[str, Any]:
+    """Compile case ``index`` for ``arch`` and say what came out."""
+    target = TARGETS[arch]
+    triton.runtime.driver.set_active(Driver(target))
+    case = list(cases(target))[index]
+    compiled = case.launch.compile()
+    source = "table" if case.launch.arguments.get("TABLE") else "matrix"
+    report: dict[str, Any] = {
+        "kernel": case.kernel,
+        "dtype": case.dtype,
+        "setting": case.setting,
+        "source": source if case.streams else "",
+        "arch": arch,
+        "streams": case.streams,
+        "shared": compiled.metadata.shared,
+    }
+    if target.backend == "cuda":
+        return report | inspect_cubin(compiled.asm["cubin"])
+    return report | inspect_amdgcn(compiled.asm["amdgcn"])
+
+
+def inspect_cubin(cubin: bytes) -> dict[str, Any]:
+    """Registers, bytes of stack, and what the streaming loops are made of."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("-sass", file.name)
+    found = dict(re.findall(r"\b(REG|STACK):(\d+)", usage))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"]), "loops": streaming_loops(sass)}
+
+
+def streaming_loops(sass: str) -> list[dict[str, int]]:
+    """The innermost loops with 128-bit loads from global memory: how many of these, of narrower ones, of local ones.
+
+    Innermost, because the loop over the tiles around them also holds the road for short tiles, which is cold and may
+    spill. ``LDGSTS`` are loads straight into shared memory.
+    """
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)
+    instructions = [instruction for _, instruction in code]
+    loops = find_loops([int(address, 16) for address, _ in code], instructions)
+    wide = [loop for loop in loops if any(re.search(WIDE, instructions[i]) for i in loop)]
+    patterns = {"wide": WIDE, "narrow": NARROW, "local": r"\b(LDL|STL)\b", "instructions": ""}
+    return [
+        {name: sum(1 for i in loop if re.search(pattern, instructions[i])) for name, pattern in patterns.items()}
+        for loop in wide
+        if not any(other < loop for other in wide)
+    ]
+
+
+def find_loops(addresses: list[int], instructions: list[str]) -> list[set[int]]:
+    """The natural loops, as sets of instruction numbers.
+
+    A branch to a smaller address closes a loop; the loop is all from where that branch is reached without passing its
+    target. Code laid out of line belongs to the loop all the same. Where even the first instruction reaches the
+    branch around the target, the jump went back to shared code and closes nothing; nor does the branch to itself at
+    the end of every kernel.
+    """
+    number = {address: i for i, address in enumerate(addresses)}
+    before: list[set[int]] = [set() for _ in instructions]
+    backward = []
+    for i, instruction in enumerate(instructions):
+        jump = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)
+        if jump:
+            target = number[int(jump[1], 16)]
+            before[target].add(i)
+            if target < i:
+                backward.append((target, i))
+        if i + 1 < len(instructions) and not re.match(r"(BRA(?!.*P\d)|EXIT|RET)", instruction):
+            before[i + 1].add(i)
+    loops: dict[int, set[int]] = {}
+    for head, tail in backward:
+        loop, todo = {head}, [tail]
+        while todo:
+            i = todo.pop()
+            if i not in loop:
+                loop.add(i)
+                todo += before[i]
+        if head == 0 or 0 not in loop:
+            loops[head] = loops.get(head, set()) | loop
+    return list(loops.values())
+
+
+def inspect_amdgcn(assembly: str) -> dict[str, Any]:
+    """Vector registers, accumulation registers included, bytes of stack, and the whole kernel as if it were one loop.
+
+    AMD's kernels have registers enough to spill nowhere, so the loops need not be told from the rest.
+    """
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
+    stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
+    assert registers is not None
+    assert stack is not None
+    patterns = {"wide": r"_load_dwordx4\b", "local": r"\bscratch_(load|store)"}
+    loops = [{name: len(re.findall(pattern, assembly)) for name, pattern in patterns.items()}]
+    return {"registers": int(registers[1]), "stack": int(stack[1]), "loops": loops}
+
+
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def build_all() -> list[dict[str, Any]]:
+    """Every case for every target, on two processes."""
+    jobs = [(arch, index) for arch, target in TARGETS.items() for index in range(len(list(cases(target))))]
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(build, *zip(*jobs, strict=True), chunksize=4))
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+    """Registers as markdown, one line for each kernel, dtype, setting and source, one column for each target."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for report in reports:
+        key = tuple(report[k] for k in ("kernel", "dtype", "setting", "source"))
+        stack = f" (stack {report['stack']})" if report["stack"] else ""
+        lines.setdefault(key, {})[report["arch"]] = f"{report['registers']}{stack}"
+    head = ("kernel", "dtype", "setting", "rows", *TARGETS)
+    body = [(*key, *(cells[arch] for arch in TARGETS)) for key, cells in lines.items()]
+    rows = [head, ("---",) * len(head), *body]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
+    reports = build_all()
+    print(json.dumps(reports) if parser.parse_args().json else table(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    """Built in a process of its own: this one may have told Triton to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def name(report: dict[str, Any]) -> str:
+    return " ".join(report[k] for k in ("kernel", "dtype", "setting", "source", "arch"))
+
+
+def test_everything_compiles_for_every_target(reports: list[dict[str, Any]]) -> None:
+    kernels = {"gramian", "combine", "project", "reduce", "pcgrad"}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        assert {r["kernel"] for r in reports if r["arch"] == arch} == kernels
+
+
+def test_rows_are_streamed_in_128_bit_loads(reports: list[dict[str, Any]]) -> None:
+    streams = [r for r in reports if r["streams"]]
+    assert not [name(r) for r in streams if not any(loop["wide"] for loop in r["loops"])]
+
+
+def test_no_streaming_loop_spills(reports: list[dict[str, Any]]) -> None:
+    assert not [name(r) for r in reports if any(loop["local"] for loop in r["loops"])]
+
+
+def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
+    """64 KB is what a workgroup of gfx942 has; NVIDIA's blocks have more than twice that."""
+    assert not [name(r) for r in reports if r["shared"] > 64 * 1024]
