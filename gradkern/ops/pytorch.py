@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, wraps
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -267,4 +267,4 @@ def _work_dtype(rows: Tensor) -> torch.dtype:
     return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
 
 
-_CPU_MATMUL = torch.backends.mkldnn.matmul
+_CPU_MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]

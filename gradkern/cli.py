@@ -1,0 +1,129 @@
+"""The command line: ``gradkern demo`` and ``gradkern info``. Arguments are read here, the work is done elsewhere."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import gradkern
+from gradkern.demo.methods import METHODS
+
+DEMO_EXTRA = ("matplotlib", "rich", "sklearn")
+"""What the demo imports and a base install lacks."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line on ``argv`` (default: this process's arguments) and return the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        return _demo(args) if args.command == "demo" else _info()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130  # what a shell reports for a process that SIGINT ended
+
+
+def _demo(args: argparse.Namespace) -> int:
+    try:
+        for name in DEMO_EXTRA:
+            importlib.import_module(name)
+    except ImportError as error:
+        print(f'gradkern demo needs {error.name}: pip install "gradkern[demo]"', file=sys.stderr)
+        return 1
+    from gradkern.demo.run import run
+
+    methods = [name for name in METHODS if name in args.method or "all" in args.method]
+    run(methods, list(dict.fromkeys(args.seed)), args.epochs, args.device, args.out)
+    return 0
+
+
+def _info() -> int:
+    from gradkern.selfcheck import info
+
+    return info()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gradkern", description=gradkern.__doc__)
+    parser.add_argument("--version", action="version", version=f"gradkern {gradkern.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser(
+        "demo",
+        help="compare methods on overlaid digits",
+        description="Train on pairs of overlaid digits, three tasks at once, and compare methods over the same seeds.",
+    )
+    known = " | ".join(["all", *(name.lower() for name in METHODS)])
+    demo.add_argument(
+        "--method", nargs="+", type=_method, default=["all"], metavar="METHOD", help=f"{known} (default: all)"
+    )
+    demo.add_argument(
+        "--epochs", type=_positive, default=6, metavar="N", help="passes over the training pairs (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--seed", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help="one run each (default: 0 1 2)"
+    )
+    demo.add_argument(
+        "--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--out",
+        type=_folder,
+        default="demo-out",
+        metavar="DIR",
+        help="where tables and plots go (default: %(default)s)",
+    )
+
+    commands.add_parser(
+        "info",
+        help="versions, devices, back ends, and a self-check",
+        description="Show versions, devices and back ends, and check every operator; the exit status says if all work.",
+    )
+    return parser
+
+
+def _method(text: str) -> str:
+    known = {name.lower(): name for name in ("all", *METHODS)}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
+    return known[text.lower()]
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 2**63 - 1")
+    return int(text)
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a CPU nor a CUDA device")
+    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    if (device.index or 0) >= present:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not on this machine, which has {present} {device.type} device(s)"
+        )
+    return device
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _folder(text: str) -> Path:
+    path = Path(text)
+    if path.exists() and not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return path

@@ -1,0 +1,222 @@
+"""Methods trained side by side on the same seeds, and what the comparison needs measured on the way."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import gradkern as gk
+from gradkern.aggregators import Scalarization
+from gradkern.demo.data import Pairs, overlaid_pairs, split_digits
+from gradkern.demo.methods import METHODS
+from gradkern.demo.model import TASK_PAIRS, TASKS, MultiTaskNet
+from gradkern.demo.results import Result
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The size of a run.
+
+    Attributes:
+        train_pairs, test_pairs: how many pairs of digits.
+        probe_every: steps from one probe to the next; each epoch's first step has one.
+        warm_up: first steps of a run, which no timing counts.
+    """
+
+    train_pairs: int = 8192
+    test_pairs: int = 2048
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    probe_every: int = 4
+    warm_up: int = 5
+
+
+def compare(
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    epochs: int,
+    device: torch.device,
+    settings: Settings,
+    on_epoch: Callable[[], None] = lambda: None,
+) -> list[Result]:
+    """Train every method on every seed.
+
+    The methods of a seed take turns epoch by epoch, so that a machine that slows down slows all of them.
+
+    Args:
+        methods: names in ``METHODS``.
+        seeds: each decides digits, pairs, first weights, batches and random orders, for all methods alike.
+        epochs: passes over the training pairs.
+        device: what to train on.
+        settings: the size of a run.
+        on_epoch: called after each epoch of each run, while nothing is timed.
+    """
+    results = []
+    with one_thread():
+        for seed in seeds:
+            data = make_data(seed, settings)
+            runs = [Run(method, seed, data, device, settings) for method in methods]
+            for _ in range(epochs):
+                for run in runs:
+                    run.epoch()
+                    on_epoch()
+            results += [run.result() for run in runs]
+    return results
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keep torch to one CPU thread.
+
+    A second one saves such small steps a third of their time on an idle machine, but makes them many times as long
+    where another process wants its core: the threads wait for each other in every layer.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_data(seed: int, settings: Settings) -> tuple[Pairs, Pairs]:
+    """The training and the test pairs of a seed; the single digits are split first, so none is in both."""
+    rng = np.random.default_rng(seed)
+    train, test = split_digits(rng)
+    return overlaid_pairs(train, settings.train_pairs, rng), overlaid_pairs(test, settings.test_pairs, rng)
+
+
+class Run:
+    """One method on one seed. On equal seeds all methods start from the same weights and see the same batches."""
+
+    def __init__(
+        self, method: str, seed: int, data: tuple[Pairs, Pairs], device: torch.device, settings: Settings
+    ) -> None:
+        self.method, self.seed, self.device, self.settings = method, seed, device, settings
+        self.train, self.test = (pairs.to(device) for pairs in data)
+        torch.manual_seed(seed)
+        self.model = MultiTaskNet().to(device)
+        aggregator = _method(method, seed, device)
+        inner = torch.optim.AdamW(self.model.named_parameters(), lr=settings.learning_rate, fused=True)
+        self.opt = gk.SurgeryOptimizer(inner, aggregator)
+        self.batches = torch.Generator().manual_seed(seed)
+        # A probe has a method of its own, so that the training's keeps its random stream and its state. A
+        # scalarization sees no task gradients; PCGrad's backward pass then tells their cosines.
+        self.surgery = not isinstance(aggregator, Scalarization)
+        self.prober = _method(method, seed, device) if self.surgery else gk.PCGrad(order=range(len(TASKS)))
+        self.steps = 0
+        self.step_seconds: list[float] = []
+        self.surgery_seconds: list[float] = []
+        self.losses: list[list[float]] = []
+        self.cosines: list[list[float]] = []
+        self.conflicting: list[float] = []
+
+    def epoch(self) -> None:
+        """One pass over the training pairs."""
+        losses, cosines = [], []
+        order = torch.randperm(len(self.train.images), generator=self.batches).to(self.device)
+        for k, batch in enumerate(order.split(self.settings.batch_size)):
+            images, labels = self.train.images[batch], [label[batch] for label in self.train.labels]
+            if k % self.settings.probe_every == 0:
+                cosines.append(self.probe(images, labels))
+            losses.append(self.step(images, labels))
+        i, j = zip(*TASK_PAIRS, strict=True)
+        of_pairs = torch.stack(cosines)[:, i, j]
+        self.losses.append(torch.stack(losses).mean(0).tolist())
+        self.cosines.append(of_pairs.mean(0).tolist())
+        self.conflicting.append((of_pairs < 0).double().mean().item())
+
+    def step(self, images: Tensor, labels: list[Tensor]) -> Tensor:
+        """One training step, timed as a whole. Returns its losses, (T,)."""
+
+        def step() -> gk.SurgeryInfo:
+            self.opt.zero_grad()
+            info = self.opt.backward(self.task_losses(images, labels))
+            self.opt.step()
+            return info
+
+        seconds, info = self._timed(step)
+        if self.steps >= self.settings.warm_up:
+            self.step_seconds.append(seconds)
+        self.steps += 1
+        return info.losses
+
+    def probe(self, images: Tensor, labels: list[Tensor]) -> Tensor:
+        """The cosines of one batch, (T, T), and the time of its surgery, without a trace in the training.
+
+        The cosines of all methods come from probes, so that they are means over the same steps. The time of surgery
+        is that of the whole backward pass less that of one plain ``torch.autograd.grad`` per task on the same graph:
+        the Gramian, the weights, the combination and all bookkeeping around them.
+        """
+        losses = self.task_losses(images, labels)
+        params = list(self.model.parameters())
+        self.opt.zero_grad()  # as a step does first; what the probe leaves in .grad, the next step clears
+
+        def with_surgery() -> gk.SurgeryInfo:
+            return gk.backward(losses, params, aggregator=self.prober, retain_graph=True)
+
+        def plain() -> None:
+            for loss in losses:
+                torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+
+        if not self.surgery or self.steps < self.settings.warm_up:
+            info = with_surgery()
+        elif len(self.surgery_seconds) % 2:  # whichever goes second finds warmer caches: they take turns
+            seconds, info = self._timed(with_surgery)
+            self.surgery_seconds.append(seconds - self._timed(plain)[0])
+        else:
+            plain_seconds, _ = self._timed(plain)
+            seconds, info = self._timed(with_surgery)
+            self.surgery_seconds.append(seconds - plain_seconds)
+        assert info.cosines is not None  # the prober is no scalarization: it sees the task gradients
+        return info.cosines
+
+    def task_losses(self, images: Tensor, labels: list[Tensor]) -> list[Tensor]:
+        """The mean cross-entropy of each task, T scalars of one forward pass."""
+        return [cross_entropy(scores, label) for scores, label in zip(self.model(images), labels, strict=True)]
+
+    @torch.no_grad()
+    def accuracy(self) -> list[float]:
+        """The share of test pairs that each task gets right."""
+        return [
+            (scores.argmax(1) == label).double().mean().item()
+            for scores, label in zip(self.model(self.test.images), self.test.labels, strict=True)
+        ]
+
+    def result(self) -> Result:
+        """What has come of the run."""
+        return Result(
+            method=self.method,
+            seed=self.seed,
+            device=str(self.device),
+            accuracy=self.accuracy(),
+            losses=self.losses,
+            cosines=self.cosines,
+            conflicting=float(np.mean(self.conflicting)),
+            surgery_ms=1e3 * median(self.surgery_seconds) if self.surgery else None,
+            step_ms=1e3 * median(self.step_seconds),
+        )
+
+    def _timed(self, work: Callable[[], R]) -> tuple[float, R]:
+        start = self._now()
+        result = work()
+        return self._now() - start, result
+
+    def _now(self) -> float:
+        """Seconds, once the device has done all it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def _method(name: str, seed: int, device: torch.device) -> gk.Aggregator:
+    return METHODS[name](torch.Generator(device).manual_seed(seed))

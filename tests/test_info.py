@@ -1,0 +1,107 @@
+"""``gradkern info``: it tells what is there, checks every operator, and fails when one is wrong."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradkern
+from gradkern import cli, selfcheck
+
+DEVICES = [str(device) for device in selfcheck.devices()]
+
+
+@contextmanager
+def broken(operator: str, wrong) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """``operator`` computes something else on every device, for a while."""
+    library = torch.library.Library("gradkern", "IMPL")
+    try:
+        for key in ("CPU", "CUDA"):
+            library.impl(operator, wrong, key, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def test_info_tells_versions_devices_and_back_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"gradkern  {gradkern.__version__}\n" in printed
+    for version in (platform.python_version(), torch.__version__, "triton", "numpy"):
+        assert version in printed
+    for device in selfcheck.devices():
+        assert all(words in printed for words in (str(device), *gradkern.ops.backend(device.type)))
+    assert "FAILED" not in printed
+    for operator in selfcheck.CHECKS:
+        lines = [line for line in printed.splitlines() if line.split()[:1] == [operator]]
+        assert [line.split()[1] for line in lines] == DEVICES
+        assert all(line.endswith("OK") for line in lines)
+
+
+def test_every_operator_is_checked() -> None:
+    registered = torch._C._dispatch_get_all_op_names()
+    assert set(selfcheck.CHECKS) == {name.removeprefix("gradkern::") for name in registered if "gradkern::" in name}
+
+
+def slightly_off(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    M = J.double() @ J.double().T
+    blocks = 1 if offsets is None else len(offsets) - 1
+    M = (M * (1 + 1e-5)).to(torch.float64 if J.dtype == torch.float64 else torch.float32)
+    return M if offsets is None else M.expand(blocks, *M.shape).clone()
+
+
+def writes_nothing(*arguments: object) -> None:
+    return None
+
+
+def projects_nothing(M: Tensor, keys: Tensor) -> Tensor:
+    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M).clone()
+
+
+def does_not_launch(*arguments: object) -> Tensor:
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("operator", "wrong", "why"),
+    [
+        ("gramian", slightly_off, "allowed"),
+        ("combine.tensors", writes_nothing, "nan"),
+        ("pcgrad", projects_nothing, "allowed"),
+        ("project", does_not_launch, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_broken_operator_fails_the_check(  # type: ignore[no-untyped-def]
+    operator: str, wrong, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with broken(operator, wrong):
+        assert cli.main(["info"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED:" in line]
+    assert [line.split()[0] for line in failed] == [operator] * len(DEVICES)
+    assert all(why in line for line in failed)
+    assert lines[-1] == f"{len(DEVICES)} of {len(DEVICES) * len(selfcheck.CHECKS)} checks FAILED"
+
+
+def test_results_of_the_wrong_shape_or_not_a_number_are_errors() -> None:
+    one = torch.ones(2)
+    assert selfcheck._error(one, one.double(), one) == 0
+    assert selfcheck._error(one * torch.nan, one.double(), one) != 0
+    with pytest.raises(ValueError, match=r"shape \(2,\) in place of \(1,\)"):
+        selfcheck._error(one, one[:1], one[:1])
+
+
+def test_info_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert selfcheck.versions()["triton"].startswith("none: ")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gradkern {gradkern.__version__}\n"
