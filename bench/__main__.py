@@ -1,4 +1,4 @@
-"""``python -m bench --out FILE.json``: measure, print the table, keep the raw results."""
+"""``python -m bench --out FILE.json``: measure, print, keep the raw results."""
 
 import argparse
 import json
@@ -10,28 +10,29 @@ import torch
 
 import gradkern
 from bench.gramian import sweep
-from bench.report import table
+from bench.report import COLUMNS, line, summary
 
 
 def main() -> None:
-    """Measure the sweep, or with ``--show`` print the table of results already kept."""
+    """Measure the sweep, or with --show print the summary of results already kept."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__)
     parser.add_argument("--seconds", type=float, default=1.0, help="how long to measure each shape (default 1)")
     parser.add_argument("--out", type=Path, help="where to write the raw results")
-    parser.add_argument("--show", type=Path, help="print the table of this file instead of measuring")
+    parser.add_argument("--show", type=Path, help="print the summary of this file instead of measuring")
     arguments = parser.parse_args()
     if arguments.show:
-        print(table(json.loads(arguments.show.read_text())))
+        print(summary(json.loads(arguments.show.read_text())))
         return
+    print(COLUMNS)
     rows = []
     for row in sweep(arguments.seconds):
         rows.append(row)
-        print(table({"rows": [row]}).splitlines()[-1], flush=True)
+        print(line(row), flush=True)
     results = {"machine": machine(), "rows": rows}
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(f"\n{summary(results)}")
 
 
 def machine() -> dict[str, Any]:

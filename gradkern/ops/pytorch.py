@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, wraps
 from itertools import pairwise
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,10 @@ from torch import Tensor
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.schema import arithmetic_dtype, sample
 
-CHUNK = 1536
-"""Least columns of one product in the batch, up to twice as many. Measured at T = 2 … 40: flat from 1024 to 8192."""
+CHUNK = 2048
+FEW_ROWS_CHUNK = 6144
+"""Least columns of one product in the batch, up to twice as many; with up to four rows the latter. Measured at T = 2
+… 40: flat from 1024 to 8192, and for few rows to 32768, where fewer chunks leave fewer partial products to sum."""
 ALIGN = 16
 """A chunk is a multiple of this many columns: whole vector registers of float32."""
 BLOCK = 1 << 20
@@ -136,11 +138,12 @@ def _chunk_columns(T: int, P: int) -> int:
     """
     if P < 64 or (T <= 3 and P <= 1 << 15):
         return P
-    for width in range(CHUNK, min(2 * CHUNK, P // 2) + 1, ALIGN):
+    least = FEW_ROWS_CHUNK if T <= 4 else CHUNK
+    for width in range(least, min(2 * least, P // 2) + 1, ALIGN):
         if P % (2 * width) == 0:
             return width
-    n = 2 * max(1, P // (2 * CHUNK))  # even, for cores come in twos
-    return P // n // ALIGN * ALIGN if n <= 64 else CHUNK
+    n = 2 * max(1, P // (2 * least))  # even, for cores come in twos
+    return P // n // ALIGN * ALIGN if n <= 64 else least
 
 
 @_operator("cross")
@@ -263,8 +266,9 @@ def _work_dtype(rows: Tensor) -> torch.dtype:
     """
     if rows.dtype == torch.float64:
         return torch.float64
-    matmul = _CPU_MATMUL if rows.device.type == "cpu" else torch.backends.cuda.matmul
-    return torch.float32 if matmul.fp32_precision in ("none", "ieee") else torch.float64
+    setting = _matmul_precision("mkldnn" if rows.device.type == "cpu" else "cuda", "matmul")
+    return torch.float32 if setting in ("none", "ieee") else torch.float64
 
 
-_CPU_MATMUL: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+# What ``torch.backends.mkldnn.matmul.fp32_precision`` reads; through all its properties that costs 1 µs a call.
+_matmul_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter

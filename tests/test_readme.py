@@ -1,0 +1,42 @@
+"""What the README says that can be checked without installing anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_that_of_the_raw_results() -> None:
+    report = pytest.importorskip("bench.report", reason="bench/ is in the checkout only")
+    command = next(line for line in README.splitlines() if line.startswith("<!-- python -m bench --show "))
+    file = ROOT / command.split()[5]
+    assert report.summary(json.loads(file.read_text())) in README
+
+
+def test_its_examples_run() -> None:
+    """Every Python block, one after another, on a small model; names the prose leaves open are given here."""
+    import torch
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+
+    def losses() -> list[torch.Tensor]:
+        return list(model(torch.ones(2, 4)).square().mean(0))
+
+    names: dict[str, object] = {
+        "torch": torch,
+        "model": model,
+        "J": torch.randn(3, 10),
+        "offsets": torch.tensor([0, 10]),
+    }
+    names |= dict(zip(("loss_a", "loss_b", "loss_c"), losses(), strict=True))
+    blocks = [part.split("```")[0] for part in README.split("```python\n")[1:]]
+    assert len(blocks) == 4
+    for block in blocks:
+        names["losses"] = losses()
+        exec(block, names)
+    assert model.weight.grad is not None
+    assert names["Strongest"]().weights(names["M"]).sum() == 1
