@@ -1,5 +1,7 @@
 """Gramian, combination and projection of a matrix, on every device, against the reference."""
 
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -121,6 +123,20 @@ def test_the_same_bits_every_time(device: torch.device) -> None:
         J = torch.randn(T, P, device=device)
         first = gk.gramian(J)
         assert all(torch.equal(gk.gramian(J), first) for _ in range(5))
+
+
+def test_the_same_bits_in_another_process() -> None:
+    code = """
+import hashlib, torch, gradkern as gk
+torch.manual_seed(0)
+J = torch.randn(5, 70001)
+M = gk.gramian(J)
+g = gk.PCGrad()(J)
+print(hashlib.sha256(M.numpy().tobytes() + g.numpy().tobytes()).hexdigest())
+"""
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+    assert len(runs[0].stdout.strip()) == 64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
