@@ -222,6 +222,9 @@ def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequenc
 def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
     work = _work_dtype(J)
     W = W.to(work)
+    if work == J.dtype:
+        torch.mm(W, J, out=out)
+        return
     step = max(1, BLOCK // J.shape[0])
     for a in range(0, J.shape[1], step):
         out[:, a : a + step] = W @ J[:, a : a + step].to(work)
