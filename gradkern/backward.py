@@ -1,6 +1,6 @@
 """Losses in, ``.grad`` out: the task gradients of a step, their surgery, and the update.
 
-Nothing is written before everything has been computed, so a step that raises leaves every ``.grad`` as it was.
+Surgery writes nothing before it has computed everything, so a step that raises leaves every ``.grad`` as it was.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from gradkern import graph, rows
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss, checked, passes, stacked, unreached
-from gradkern.parameters import Groups, Parameters, Params, parameters, read, segments
+from gradkern.parameters import Groups, Params, parameters, segments, subset
 
 
 def backward(
@@ -49,14 +49,16 @@ def backward(
 
     Raises:
         TypeError, ValueError: an argument is not as said above, a loss reaches none of ``params``, a graph holds
-            reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then.
+            reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then,
+            nor if a callable or a hook raises; but if torch's own backward pass of a weighted sum of tensors fails
+            halfway, ``.grad`` is as that leaves it.
     """
     _refuse_distributed()
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
     given = parameters(params)
     numbers, n_segments = segments(given, groups)
-    named_shared = None if shared is None else _subset(shared, given)
+    named_shared = None if shared is None else subset(shared, given)
     targets = [p for p in given.tensors if p.requires_grad]
     group_of = [s for p, s in zip(given.tensors, numbers, strict=True) if p.requires_grad]
     losses = checked(losses, targets[0].device)
@@ -66,13 +68,15 @@ def backward(
     values: list[Tensor | None] = [None] * len(losses)
     grads: list[Sequence[Tensor | None]] = [[None] * len(targets) for _ in losses]
     for i, value, found in passes(losses, targets, retain_graph):
-        values[i], grads[i] = value, found
+        values[i], grads[i] = value, rows.readable(found, targets)
     with torch.no_grad():
         is_shared = _several_reach(grads) if named_shared is None else [p in named_shared for p in targets]
         where = [s if m else None for s, m in zip(group_of, is_shared, strict=True)]
         columns = rows.columns(targets, grads, where)
         M = rows.gramian(columns, len(losses), n_segments, targets[0].device)
         w = aggregator.weights(M)
+        if not isinstance(w, Tensor) or not w.is_floating_point():
+            raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
         if w.shape != M.shape[:-1]:
             raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
         _write(rows.combine(columns, w))
@@ -89,8 +93,9 @@ def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization,
         totals: list[Tensor | None] = [None] * len(targets)
         for i, value, grads in passes(losses, targets, retain_graph, weights):
             values[i] = value
-            for k, (total, g) in enumerate(zip(totals, grads, strict=True)):
-                totals[k] = total if g is None else g if total is None else total + g
+            for k, g in enumerate(grads):
+                if g is not None:
+                    totals[k] = rows.added(totals[k], g)
             del grads  # not alive beside the next task's
         with torch.no_grad():
             _write((p, rows.owned(g, p)) for p, g in zip(targets, totals, strict=True) if g is not None)
@@ -118,15 +123,6 @@ def _refuse_distributed() -> None:
         )
 
 
-def _subset(shared: Params, given: Parameters) -> set[Tensor]:
-    chosen = read("shared", shared)
-    known = set(given.tensors)
-    for k, p in enumerate(chosen.tensors):
-        if p not in known:
-            raise ValueError(f"shared must be some of params; {chosen.name(k)} of shape {tuple(p.shape)} is not")
-    return set(chosen.tensors)
-
-
 def _several_reach(grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
     return [sum(g is not None for g in column) > 1 for column in zip(*grads, strict=True)]
 
@@ -137,8 +133,8 @@ def _write(results: Iterable[tuple[Tensor, Tensor]]) -> None:
         if p.grad is None:
             p.grad = g
         elif p.grad.is_sparse and not g.is_sparse:
-            p.grad = g + p.grad  # torch's own rule: a sparse tensor cannot take a dense one in
+            p.grad = rows.added(p.grad, g)
         else:
             p.grad += g
-        for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
+        for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # one may remove itself
             hook(p)

@@ -123,7 +123,10 @@ def _default_device() -> str:
 
 
 def _folder(text: str) -> Path:
-    path = Path(text)
-    if path.exists() and not path.is_dir():
+    if not text:
         raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
-    return path
+    try:
+        Path(text).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder: {error.strerror}") from None
+    return Path(text)

@@ -2,7 +2,7 @@
 
 A row is read after all backward passes. A Function that fills the same buffer in each pass would have overwritten the
 first task's gradient by then, so what is held elsewhere is copied before the next pass. Autograd's own gradients are
-held by nobody, and are not.
+held by nobody, and are not. (Memory that PyTorch does not count, such as a NumPy array's, cannot be told.)
 """
 
 import sys
@@ -14,25 +14,30 @@ from torch import Tensor
 
 
 def copies(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """``grads``, with a copy in place of each tensor that Python code outside holds, itself or the one it views."""
+    """``grads``, with a copy in place of each tensor that is held elsewhere, itself, its base or its storage."""
     times = Counter(id(g) for g in grads)  # one tensor may be the gradient of two parameters
     return [g.clone() if g is not None and _is_held(g, times[id(g)] - 1) else g for g in grads]
 
 
 def _is_held(g: Tensor, more: int) -> bool:
-    own, base = _references(g)
-    return own > _ALONE[0] + more or base > _ALONE[1]
+    alone = _ALONE_VIEW if g._base is not None else _ALONE
+    own, base, storage = _references(g)
+    return own > alone[0] + more or base > alone[1] or storage > alone[2]
 
 
-def _references(g: Tensor) -> tuple[int, int]:
-    return sys.getrefcount(g), 0 if g._base is None else sys.getrefcount(g._base)
+def _references(g: Tensor) -> tuple[int, int, int]:
+    """How many refer to the tensor, to the one it is a view of, and to its memory."""
+    base = 0 if g._base is None else sys.getrefcount(g._base)
+    storage = 0 if g.layout != torch.strided else torch._C._storage_Use_Count(g.untyped_storage()._cdata)
+    return sys.getrefcount(g), base, storage
 
 
-def _counts_of_a_tensor_that_nobody_holds() -> tuple[int, int]:
-    def as_above(g: Tensor) -> tuple[int, int]:
+def _references_if_nobody_holds(tensors: Sequence[Tensor]) -> tuple[int, int, int]:
+    def as_above(g: Tensor) -> tuple[int, int, int]:
         return _references(g)
 
-    return next(as_above(g) for g in (torch.zeros(2).view(2, 1),))
+    return next(as_above(g) for g in tensors)
 
 
-_ALONE = _counts_of_a_tensor_that_nobody_holds()
+_ALONE = _references_if_nobody_holds((torch.zeros(2),))
+_ALONE_VIEW = _references_if_nobody_holds((torch.zeros(2).view(2, 1),))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SurgeryInfo:
     """One step's surgery over T tasks. With groups other than "model", S Gramians: a leading dimension (S,).
 

@@ -48,6 +48,10 @@ class Layout:
         count = np.minimum(size, self.bounds[segment + 1] - first)
         return np.stack((first, count), 1), bounds
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether :meth:`tiles_on` has the table there already."""
+        return (device,) in self._on_device
+
     def tiles_on(self, device: torch.device) -> Tensor:
         """The tile table on ``device``, copied there once."""
         return self._once((device,), lambda: (self.tiles,))[0]

@@ -62,7 +62,16 @@ def _called(i: int, loss: Callable[[], Tensor], device: torch.device) -> Tensor:
 
 
 def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
-    grads = torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+    try:
+        grads = torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise ValueError(
+            f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
+            "activations: set torch._functorch.config.donated_buffer = False, or pass losses as callables, each with "
+            "a forward pass of its own"
+        ) from error
     if all(g is None for g in grads):
         raise unreached(i)
     return held.copies(grads)
@@ -70,7 +79,7 @@ def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bo
 
 def unreached(i: int) -> ValueError:
     """The error for a loss that was computed from no trainable parameter."""
-    return ValueError(f"losses[{i}] reaches no parameter: it was computed from none of params that require grad")
+    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params")
 
 
 def _check(i: int, loss: object, device: torch.device) -> Tensor:

@@ -78,6 +78,20 @@ def read(argument: str, params: Params) -> Parameters:
     return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None, argument)
 
 
+def subset(shared: Params, given: Parameters) -> set[Tensor]:
+    """``shared`` in any form, as a set of tensors of ``given``.
+
+    Raises:
+        TypeError, ValueError: not in a form of ``params``, or holding a tensor that is not among them.
+    """
+    chosen = read("shared", shared)
+    known = set(given.tensors)
+    for k, p in enumerate(chosen.tensors):
+        if p not in known:
+            raise ValueError(f"shared must be some of params; {chosen.name(k)} of shape {tuple(p.shape)} is not")
+    return set(chosen.tensors)
+
+
 def _check(given: Parameters, k: int, p: Tensor) -> None:
     if p.dtype not in DTYPES:
         raise TypeError(f"params must be float32, float64, bfloat16 or float16; {given.name(k)} is {p.dtype}")
@@ -99,20 +113,27 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
         ValueError: an unknown string, or groups that need names where there are none.
     """
     n = len(given.tensors)
+    if not isinstance(groups, str) and not callable(groups):
+        raise TypeError(f"groups must be a string or a function of the name, got {type(groups).__name__}")
     if groups == "model":
         return [0] * n, 1
     if groups == "parameter":
         return list(range(n)), n
     if isinstance(groups, str) and groups != "module":
         raise ValueError(f"groups must be 'model', 'parameter', 'module' or a function of the name, got {groups!r}")
-    if not callable(groups) and groups != "module":
-        raise TypeError(f"groups must be a string or a function of the name, got {type(groups).__name__}")
     if given.names is None:
         raise ValueError(f"groups={groups!r} needs names: give params as a Module or as (name, tensor) pairs")
     group_of = _owning_module if groups == "module" else groups
     assert callable(group_of)
     numbers: dict[Hashable, int] = {}
-    numbered = [numbers.setdefault(group_of(name), len(numbers)) for name in given.names]
+    numbered = []
+    for name in given.names:
+        group = group_of(name)
+        if not isinstance(group, Hashable) or isinstance(group, Tensor):
+            raise TypeError(
+                f"groups must give something that can be told apart and hashed; gave {group!r} for {name!r}"
+            )
+        numbered.append(numbers.setdefault(group, len(numbers)))
     return numbered, len(numbers)
 
 

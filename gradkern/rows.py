@@ -22,14 +22,24 @@ class Column:
     """One parameter's T gradients, None where a task does not reach it.
 
     Attributes:
+        dtype: of the gradients, and so of ``.grad``.
         segment: the parameter's group, or None for one outside surgery, which gets the plain sum.
         sparse: all gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
     """
 
     param: Tensor
     grads: list[Tensor | None]
+    dtype: torch.dtype
     segment: int | None
     sparse: bool
+
+
+def readable(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """One task's gradients, those copied that do not lie as a new ``.grad`` would; sparse ones stay as they are.
+
+    To be called pass by pass: then no more than one task's gradients are ever alive beside their copies.
+    """
+    return [None if g is None else _readable(g, p) for g, p in zip(grads, params, strict=True)]
 
 
 def columns(
@@ -42,11 +52,10 @@ def columns(
         present = [g for g in column if g is not None]
         if not present:
             continue
-        sparse = all(g.layout == torch.sparse_coo for g in present)
-        if not sparse:
-            stride = _new_grad_stride(p)
-            column = [None if g is None else _readable(g, p, stride) for g in column]
-        found.append(Column(p, column, segment, sparse))
+        sparse = all(g.is_sparse for g in present)
+        if not sparse and any(g.is_sparse for g in present):
+            column = [_laid_out(g, p) if g is not None and g.is_sparse else g for g in column]
+        found.append(Column(p, column, _grad_dtype(p), segment, sparse))
     return found
 
 
@@ -57,7 +66,9 @@ def gramian(columns: Sequence[Column], n_tasks: int, n_segments: int, device: to
         ops.gramian(_row_major(group), [c.segment for c in group], n_segments)
         for group in _by_dtype([c for c in under_surgery if not c.sparse])
     ]
-    M = sum(parts[1:], parts[0]) if parts else torch.zeros((n_segments, n_tasks, n_tasks), device=device)
+    wide = any(c.dtype == torch.float64 for c in under_surgery)
+    zeros = torch.zeros((n_segments, n_tasks, n_tasks), dtype=torch.float64 if wide else torch.float32, device=device)
+    M = sum(parts, zeros)
     for c in under_surgery:
         if c.sparse:  # dense for as long as its dot products take, one parameter at a time
             M[c.segment] += ops.gramian([None if g is None else g.to_dense() for g in c.grads], [0], 1)[0]
@@ -75,7 +86,7 @@ def combine(columns: Sequence[Column], w: Tensor) -> list[tuple[Tensor, Tensor]]
     w = torch.cat((w, torch.ones_like(w[:1])))
     results: dict[Tensor, Tensor] = {}
     for group in _by_dtype([c for c in columns if not c.sparse]):
-        out = [torch.empty_like(c.param) for c in group]
+        out = [torch.empty_like(c.param, dtype=c.dtype) for c in group]
         segments = [plain if c.segment is None else c.segment for c in group]
         ops.combine(_row_major(group), w.to(arithmetic_dtype(out[0].dtype)), segments, out)
         results.update(zip((c.param for c in group), out, strict=True))
@@ -88,7 +99,7 @@ def combine(columns: Sequence[Column], w: Tensor) -> list[tuple[Tensor, Tensor]]
 def _by_dtype(columns: Sequence[Column]) -> list[list[Column]]:
     groups: dict[torch.dtype, list[Column]] = defaultdict(list)
     for c in columns:
-        groups[c.param.dtype].append(c)
+        groups[c.dtype].append(c)
     return list(groups.values())
 
 
@@ -104,20 +115,34 @@ def _combine_sparse(c: Column, w: Tensor) -> Tensor:
     return torch.sparse_coo_tensor(indices, values, c.param.shape, check_invariants=False)
 
 
+def added(total: Tensor | None, g: Tensor) -> Tensor:
+    """``total + g``, in a new tensor, whichever of them is sparse."""
+    if total is None:
+        return g
+    return g + total if total.is_sparse else total + g  # a sparse tensor cannot take a dense one in
+
+
 def owned(g: Tensor, p: Tensor) -> Tensor:
     """A copy of ``g`` that nobody else holds, laid out as a new ``.grad`` of ``p``; sparse if ``g`` is."""
-    return g.clone() if g.layout == torch.sparse_coo else _laid_out(g, p)
+    return g.clone() if g.is_sparse else _laid_out(g, p)
 
 
-def _readable(g: Tensor, p: Tensor, stride: tuple[int, ...]) -> Tensor:
-    in_place = g.layout == torch.strided and g.stride() == stride and not g.is_neg()
-    return g if in_place else _laid_out(g, p)
+def _readable(g: Tensor, p: Tensor) -> Tensor:
+    if g.is_sparse:
+        return g
+    in_place = g.layout == torch.strided and g.stride() == _new_grad_stride(p) and g.dtype == _grad_dtype(p)
+    return g if in_place and not g.is_neg() else _laid_out(g, p)
 
 
 def _laid_out(g: Tensor, p: Tensor) -> Tensor:
-    return torch.empty_like(p).copy_(g if g.layout == torch.strided else g.to_dense())
+    return torch.empty_like(p, dtype=_grad_dtype(p)).copy_(g if g.layout == torch.strided else g.to_dense())
 
 
 def _new_grad_stride(p: Tensor) -> tuple[int, ...]:
     """What torch gives a new ``.grad``: the parameter's own strides where it is dense, else a contiguous tensor's."""
     return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+
+
+def _grad_dtype(p: Tensor) -> torch.dtype:
+    """What ``.grad`` is stored in; since torch 2.10 a parameter may ask for another dtype than its own."""
+    return getattr(p, "grad_dtype", None) or p.dtype

@@ -247,6 +247,35 @@ def test_sparse_gradients(mixed: bool) -> None:
     assert_near(info.gramian, reference.gramian(rows), rows[0].norm() * rows[1].norm() + 1, 1e-5)
 
 
+def test_sparse_then_dense_terms_of_a_sum_of_callables() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    words = torch.tensor([1, 1])
+    losses = [lambda: embedding(words).sum(), lambda: embedding.weight.square().sum()]
+    for ordered in (losses, losses[::-1]):
+        embedding.weight.grad = None
+        gk.backward(ordered, embedding, aggregator=gk.Sum())
+        expected = 2 * embedding.weight.detach()
+        expected[1] += 2
+        assert torch.allclose(embedding.weight.grad, expected)
+
+
+def test_sparse_float64_gradients_have_a_float64_gramian() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True, dtype=torch.float64)
+    out = embedding(torch.tensor([1, 2]))
+    assert gk.backward([out.sum(), out[0].sum()], embedding, aggregator=gk.PCGrad()).gramian.dtype == torch.float64
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no grad_dtype")
+@pytest.mark.parametrize("method", [gk.PCGrad(order=[0, 1]), gk.Sum()])
+def test_a_parameter_that_asks_for_another_grad_dtype(method: gk.Aggregator) -> None:
+    p = nn.Parameter(torch.randn(3).bfloat16())
+    p.grad_dtype = torch.float32
+    q = nn.Parameter(torch.randn(3))
+    gk.backward([p.float().sum() + q.sum(), 2 * p.float().sum() + q.sum()], [q, p], aggregator=method)
+    assert p.grad.dtype == torch.float32
+    assert p.grad.tolist() == [3.0, 3.0, 3.0]
+
+
 def test_non_finite_gradients_reach_grad_and_raise_nothing() -> None:
     """GradScaler looks for them there, and skips the step."""
     for factor in (float("inf"), float("nan")):

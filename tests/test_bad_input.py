@@ -33,6 +33,7 @@ OPERATORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: gk.combine(J, torch.ones(3, dtype=torch.int64)), TypeError, "w must be floating, got torch.int64"),
     (lambda: gk.combine(J, torch.ones(3, device="meta")), ValueError, "w must be on J's device, cpu; got meta"),
     (lambda: gk.project(J, torch.ones(3)), ValueError, r"W must have shape \(1, 3\) .*got \(3,\)"),
+    (lambda: gk.project(J, torch.ones(0, 3)), ValueError, r"W must have shape \(1, 3\) .*got \(0, 3\)"),
     (lambda: gk.project(J, torch.ones(2, 2)), ValueError, r"W must have shape \(2, 3\) .*got \(2, 2\)"),
     (lambda: gk.PCGrad()(torch.ones(3)), ValueError, "J must have shape"),
     (lambda: gk.Sum()([1.0]), TypeError, "J must be a tensor, got list"),
@@ -99,6 +100,8 @@ BACKWARD: list[Case] = [
     (lambda m, ls: {"params": [torch.ones(3)]}, ValueError, "params holds no tensor that requires grad"),
     (lambda m, ls: {"groups": "layer"}, ValueError, "groups must be 'model', 'parameter', 'module'.*got 'layer'"),
     (lambda m, ls: {"groups": 3}, TypeError, "groups must be a string or a function.*int"),
+    (lambda m, ls: {"groups": lambda n: [n]}, TypeError, r"groups must give .*gave \['trunk.0.weight'\]"),
+    (lambda m, ls: {"aggregator": GivesNothing()}, TypeError, "aggregator GivesNothing.* gave None"),
     (lambda m, ls: {"groups": "module", "params": list(m.parameters())}, ValueError, "groups='module' needs names"),
     (lambda m, ls: {"groups": lambda n: n, "params": list(m.parameters())}, ValueError, "groups=.* needs names"),
     (lambda m, ls: {"aggregator": "pcgrad"}, TypeError, "aggregator must be a gradkern.Aggregator, got 'pcgrad'"),
@@ -109,6 +112,11 @@ BACKWARD: list[Case] = [
     (lambda m, ls: {"shared": [nn.Parameter(torch.ones(2))]}, ValueError, r"shared must be some of params; shared\[0"),
     (lambda m, ls: {"shared": m.trunk[0].weight}, TypeError, "shared must be a Module.*got Parameter"),
 ]
+
+
+class GivesNothing(gk.Aggregator):
+    def weights(self, M: Tensor) -> Tensor:
+        return None
 
 
 class WrongLength(gk.Aggregator):

@@ -124,6 +124,15 @@ def test_post_accumulate_hooks_see_the_final_grad_once(method: gk.Aggregator, as
         assert torch.equal(seen[p][0], g)
 
 
+def test_a_post_accumulate_hook_may_remove_itself() -> None:
+    p = nn.Parameter(torch.ones(2))
+    calls = []
+    handle = p.register_post_accumulate_grad_hook(lambda p: (calls.append(1), handle.remove()))
+    p.register_post_accumulate_grad_hook(lambda p: calls.append(2))
+    gk.backward([p.sum(), p.square().sum()], [p], aggregator=gk.PCGrad())
+    assert calls == [1, 2]
+
+
 def test_a_post_accumulate_hook_may_step_and_drop_the_gradient() -> None:
     """The optimizer-in-backward pattern."""
     model, x, y = problem()
@@ -139,6 +148,33 @@ def test_a_post_accumulate_hook_may_step_and_drop_the_gradient() -> None:
     for p, value in zip(model.parameters(), before, strict=True):
         assert p.grad is None
         assert not torch.equal(p, value)
+
+
+def test_a_compiled_trunk_under_several_losses_says_what_to_do() -> None:
+    """The compiler may let the first backward pass overwrite activations that the second needs; torch then raises this.
+
+    Whether it does depends on the graph and on the compiler's caches, so here a Function raises in its place.
+    """
+
+    class Compiled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:
+            raise RuntimeError(
+                "This backward function was compiled with non-empty donated buffers which requires create_graph=False "
+                "and retain_graph=False."
+            )
+
+    p = nn.Parameter(torch.ones(3))
+    h = Compiled.apply(p)
+    with pytest.raises(
+        ValueError, match=r"losses\[0\] shares a compiled graph.*donated_buffer = False, or pass losses"
+    ):
+        gk.backward([h.sum(), h.square().sum()], [p], aggregator=gk.PCGrad())
+    assert p.grad is None
 
 
 class Normed(nn.Module):

@@ -81,10 +81,22 @@ class RefusesReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def refused_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that read a CPU tensor without an operator that a mode could see."""
+
+    def refuse(*args: Any) -> None:
+        raise AssertionError("a method reads the device")
+
+    for name in ("tolist", "numpy", "item", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(Tensor, name, refuse)
+
+
 @interpreted
 @pytest.mark.parametrize("groups", ["model", "parameter"])
-def test_the_triton_path_reads_nothing(groups: str) -> None:
+def test_the_triton_path_reads_nothing(groups: str, request: pytest.FixtureRequest) -> None:
     step(gk.PCGrad(), groups)  # work that is done once: layouts
+    request.getfixturevalue("refused_methods")
     with RefusesReads():
         step(gk.PCGrad(), groups)
 
@@ -93,6 +105,18 @@ def test_the_triton_path_reads_nothing(groups: str) -> None:
 def test_a_read_on_the_triton_path_is_caught() -> None:
     with RefusesReads(), pytest.raises(AssertionError, match="reads the device"):
         step(ReadsTheHost())
+
+
+@interpreted
+@pytest.mark.parametrize("read", [Tensor.tolist, Tensor.numpy])
+def test_a_read_without_an_operator_is_caught(read: Callable[[Tensor], Any], refused_methods: None) -> None:
+    class Reads(gk.Aggregator):
+        def weights(self, M: Tensor) -> Tensor:
+            getattr(M, read.__name__)()
+            return M.diagonal(dim1=-2, dim2=-1)
+
+    with RefusesReads(), pytest.raises(AssertionError, match="a method reads the device"):
+        step(Reads())
 
 
 @interpreted

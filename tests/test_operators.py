@@ -180,6 +180,19 @@ def test_derivatives(P: int, segments: int | None, device: torch.device) -> None
         assert check(lambda J, W: gk.project(J, W, offsets), (J, W))
 
 
+def test_torch_func_is_right_or_raises() -> None:
+    J = torch.randn(3, 50, dtype=torch.float64)
+
+    def f(J: Tensor) -> Tensor:
+        return gk.combine(J, gk.gramian(J)[0]).square().sum()
+
+    x = J.clone().requires_grad_()
+    assert torch.allclose(torch.func.grad(f)(J), torch.autograd.grad(f(x), x)[0], rtol=1e-12)
+    for operator in (gk.gramian, lambda J: gk.combine(J, J[:, 0]), lambda J: gk.project(J, J[:, :3])):
+        with pytest.raises(RuntimeError, match="jvp"):
+            torch.func.jvp(operator, (J,), (J,))
+
+
 def test_the_graph_can_be_used_twice(device: torch.device) -> None:
     J = torch.randn(3, 50, device=device, requires_grad=True)
     value = gk.combine(J, gk.gramian(J)[0]).sum()
@@ -215,7 +228,9 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     opcheck(ops.combine.default, (J, torch.randn(2, 3, device=device), offsets))
     opcheck(ops.project.default, (J, torch.randn(2, 3, device=device)))
     opcheck(ops.cross.default, (J, torch.randn(2, 9000, device=device), offsets))
-    opcheck(ops.pcgrad.default, (torch.randn(2, 3, 3, device=device), torch.rand(1, 3, 3, device=device)))
+    M = torch.randn(2, 3, 3, device=device)
+    opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device)))
+    opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device)))
 
 
 def _sum(dtype: torch.dtype) -> float:

@@ -262,6 +262,37 @@ def test_a_checkpoint_of_another_method_loads_nothing() -> None:
     assert opt.param_groups[0]["lr"] == 0.01
 
 
+@pytest.mark.parametrize(
+    ("surgery", "message"),
+    [
+        ({}, "must hold 'method' and 'state'"),
+        ({"method": "PCGrad", "state": {"_extra_state": torch.Generator().get_state()}}, "generator is None"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_loads_nothing(surgery: dict[str, Any], message: str) -> None:
+    model, x, y = problem()
+    saved = wrap(model)
+    saved.backward(model.losses(x, y))
+    saved.step()
+    saved.param_groups[0]["lr"] = 0.5
+    opt = wrap(model)
+    with pytest.raises(ValueError, match=message):
+        opt.load_state_dict(saved.state_dict() | {"surgery": surgery})
+    assert opt.param_groups[0]["lr"] == 0.01
+    assert not opt.state
+
+
+def test_a_checkpoint_that_the_wrapped_optimizer_refuses_leaves_the_method_alone() -> None:
+    model, _, _ = problem()
+    generator = torch.Generator().manual_seed(1)
+    opt = wrap(model, gk.PCGrad(generator=generator))
+    other = wrap(nn.Linear(2, 2), gk.PCGrad(generator=torch.Generator().manual_seed(2)))
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="parameter group"):
+        opt.load_state_dict(other.state_dict())
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_state_dict_hooks_run() -> None:
     model, _, _ = problem()
     opt = wrap(model)
@@ -337,18 +368,21 @@ def test_a_parameter_outside_the_optimizer_gets_no_grad_and_one_warning(as_calla
     def losses() -> list[Any]:
         return [lambda t=t: model.loss(t, x, y) for t in range(3)] if as_callables else model.losses(x, y)
 
-    with pytest.warns(UserWarning, match=r"2 tensor\(s\) that require grad and are not in the optimizer") as caught:
+    with pytest.warns(UserWarning, match=r"6 tensor\(s\) that require grad and are not in the optimizer") as caught:
         opt.backward(losses())
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opt.backward(losses())
     assert all(p.grad is None for p in model.heads.parameters())
 
 
-def test_pickle_and_deepcopy() -> None:
+@pytest.mark.parametrize("part", [None, "module", "tensors"])
+def test_pickle_and_deepcopy(part: str | None) -> None:
     model, x, y = problem()
-    opt = wrap(model, groups="module")
+    shared = {None: None, "module": model.trunk[2], "tensors": list(model.trunk[2].parameters())}[part]
+    opt = wrap(model, groups="module", shared=shared)
     scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)  # which puts a step of its own on the instance
     opt.backward(model.losses(x, y))
     opt.step()
@@ -373,5 +407,9 @@ def test_bad_arguments() -> None:
         gk.SurgeryOptimizer(inner, "pcgrad")
     with pytest.raises(ValueError, match="groups must be 'model'"):
         gk.SurgeryOptimizer(inner, gk.PCGrad(), groups="layers")
+    with pytest.raises(TypeError, match=r"shared must be a Module.*got Parameter"):
+        gk.SurgeryOptimizer(inner, gk.PCGrad(), shared=model.trunk[0].weight)
+    with pytest.raises(ValueError, match=r"shared must be some of params; shared\[0\]"):
+        gk.SurgeryOptimizer(inner, gk.PCGrad(), shared=[nn.Parameter(torch.ones(2))])
     with pytest.raises(TypeError, match=r"losses must be a sequence.*got Tensor"):
         gk.SurgeryOptimizer(inner, gk.PCGrad()).backward(torch.ones(()))

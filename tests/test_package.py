@@ -18,7 +18,7 @@ def run(code: str) -> str:
 
 
 def test_import_is_quick_beyond_torch() -> None:
-    """1.5 s is what the library allows itself; it takes some hundredths, so a loaded machine does not matter."""
+    """The library allows itself 1.5 s. It takes some hundredths, with Triton some tenths: load does not matter."""
     seconds = run("import time, torch; a = time.perf_counter(); import gradkern; print(time.perf_counter() - a)")
     assert float(seconds) < 1.5
 
@@ -37,11 +37,14 @@ class Absent:
         if name.partition(".")[0] == "triton":
             raise ModuleNotFoundError("No module named 'triton'", name="triton")
 sys.meta_path.insert(0, Absent())
-import torch, gradkern as gk
+import torch
+torch.version.cuda = "13.0"  # so that a CPU build looks for Triton too
+import gradkern as gk
 J = torch.tensor([[1.0, 0.0], [-1.0, 1.0]])
-print(gk.PCGrad()(J).tolist(), gk.ops.backend("cpu")[0], "triton" in sys.modules)
+print(gk.PCGrad()(J).tolist(), *gk.ops.backend("cuda"), "triton" in sys.modules)
 """
-    assert run(code) == "[0.5, 1.5] pytorch False"
+    why = "Triton cannot be imported (No module named 'triton'); every step then waits on the device"
+    assert run(code) == f"[0.5, 1.5] pytorch {why} False"
 
 
 def test_version_is_the_packages() -> None:

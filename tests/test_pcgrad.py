@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
@@ -200,6 +201,40 @@ def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
     assert_near(result, gk.PCGrad(order=list(range(T)))(J), 1 + J.norm() * T, 1e-9)
 
 
+def test_the_order_is_the_methods_own() -> None:
+    order = torch.tensor([1, 0])
+    method = gk.PCGrad(order)
+    order[0] = 7
+    assert method.order.tolist() == [1, 0]
+
+
+def test_ambient_dtype_and_device_change_nothing() -> None:
+    M = gk.gramian(conflicting(5)).expand(50, 5, 5)
+    expected = gk.PCGrad(generator=torch.Generator().manual_seed(1)).weights(M)
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(gk.PCGrad(generator=torch.Generator().manual_seed(1)).weights(M), expected)
+        p = torch.nn.Parameter(torch.ones(2, dtype=torch.float32))
+        assert gk.backward([p.sum(), None], [p], aggregator=gk.PCGrad()).gramian.dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        method = gk.PCGrad(order=torch.tensor([0, 1, 2, 3, 4], device="cpu"))
+    assert torch.equal(method.weights(M), gk.PCGrad(order=range(5)).weights(M))
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(order=[1, 0]), gk.Sum()])
+def test_a_use_without_numbers_leaves_no_trace(method: gk.Aggregator) -> None:
+    J = torch.eye(2)
+    with FakeTensorMode():
+        method(torch.eye(2))
+    method(J.to("meta"))
+    with torch.inference_mode():
+        method(torch.eye(2))
+    (g,) = torch.autograd.grad(method(J.requires_grad_()).sum(), J)
+    assert torch.equal(g, torch.ones(2, 2))
+
+
 def test_repr_is_exact() -> None:
     for text in ("PCGrad(order=None, reduction='sum')", "PCGrad(order=[[1, 0], [0, 1]], reduction='mean')"):
         assert repr(eval(text, {"PCGrad": gk.PCGrad})) == text
@@ -213,6 +248,9 @@ def test_repr_is_exact() -> None:
         ({"order": [0.0, 1.0]}, TypeError, "order must hold integers, got torch.float32"),
         ({"order": [[0, 1, 2], [0, 1, 2]]}, ValueError, "order must have shape .*got \\(2, 3\\)"),
         ({"order": 3}, ValueError, "order must have shape"),
+        ({"order": []}, ValueError, "order must have shape"),
+        ({"order": [0, None]}, TypeError, r"order must be integers.*got \[0, None\]"),
+        ({"order": [[0, 1], [1]]}, TypeError, "order must be integers"),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
     ],
 )

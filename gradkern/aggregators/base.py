@@ -59,7 +59,24 @@ class Aggregator(nn.Module, ABC):
             return
         if self.generator is None:
             raise ValueError(f"generator is None in {self!r}, but the state to load holds a generator's state")
-        self.generator.set_state(state)
+        self.generator.set_state(state.cpu())
+
+
+class PerDevice:
+    """Numbers of the host, as a tensor on whatever device asks: copied to a GPU once, since each copy waits for it."""
+
+    def __init__(self, values: list[Any]) -> None:
+        self.values = values
+        self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The numbers as a tensor of ``dtype`` on ``device``."""
+        if device.type == "cpu" or device.type == "meta":
+            return torch.tensor(self.values, dtype=dtype, device=device)
+        if (device, dtype) not in self._copies:
+            with torch.inference_mode(False):  # or autograd could not save the copy later
+                self._copies[device, dtype] = torch.tensor(self.values, dtype=dtype, device=device)
+        return self._copies[device, dtype]
 
 
 def check_gramian(M: Tensor) -> None:

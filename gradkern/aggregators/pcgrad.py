@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, check_gramian
+from gradkern.aggregators.base import Aggregator, PerDevice, check_gramian
 from gradkern.ops import autograd  # noqa: F401  (registers the operator)
 
 Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
@@ -34,8 +34,8 @@ class PCGrad(Aggregator):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
         self.order = None if order is None else _checked(order)
-        # A key of task i for partner j is j's place in the order of i; kept where it was last used.
-        self._keys = None if self.order is None else torch.argsort(self.order, dim=-1).to(torch.float32)
+        # A key of task i for partner j is j's place in the order of i.
+        self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
 
     def coefficients(self, M: Tensor) -> Tensor:
         """The modified gradients as combinations of the original ones: row i of the result belongs to task i.
@@ -63,11 +63,11 @@ class PCGrad(Aggregator):
         if self._keys is None:
             if self.generator is not None and self.generator.device != M.device:
                 raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
-            return torch.rand(M.shape, generator=self.generator, device=M.device)
-        if self._keys.shape[-1] != T:
-            raise ValueError(f"order is for {self._keys.shape[-1]} tasks, M has {T}: {self.order}")
-        self._keys = self._keys.to(M.device)
-        return self._keys.expand(1, T, T).contiguous()
+            return torch.rand(M.shape, generator=self.generator, dtype=torch.float32, device=M.device)
+        n_tasks = len(self._keys.values)
+        if n_tasks != T:
+            raise ValueError(f"order is for {n_tasks} tasks, M has {T}: {self.order}")
+        return self._keys.on(M.device, torch.float32).expand(1, T, T).contiguous()
 
     def __repr__(self) -> str:
         order = None if self.order is None else self.order.tolist()
@@ -76,12 +76,17 @@ class PCGrad(Aggregator):
 
 
 def _checked(order: Order) -> Tensor:
-    given = torch.as_tensor(order).cpu()
+    try:
+        given = torch.as_tensor(order, device="cpu").clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"order must be integers, (T,) or (T, T); got {order!r}") from error
+    if given.numel() == 0:
+        raise ValueError(f"order must have shape (T,) or (T, T) with T >= 1, got {order!r}")
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise TypeError(f"order must hold integers, got {given.dtype}")
     T = given.shape[-1] if given.ndim else 0
-    if T == 0 or given.shape not in (torch.Size((T,)), torch.Size((T, T))):
+    if given.shape not in (torch.Size((T,)), torch.Size((T, T))):
         raise ValueError(f"order must have shape (T,) or (T, T), got {tuple(given.shape)}")
-    if not torch.equal(given.long().sort(-1).values, torch.arange(T).expand(given.shape)):
+    if not torch.equal(given.long().sort(-1).values, torch.arange(T, device="cpu").expand(given.shape)):
         raise ValueError(f"order must be a permutation of 0 … {T - 1} in every row, got {given.tolist()}")
     return given.long()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, check_gramian
+from gradkern.aggregators.base import Aggregator, PerDevice, check_gramian
 from gradkern.ops import combine
 from gradkern.ops.matrix import check_matrix
 
@@ -16,7 +16,7 @@ class Scalarization(Aggregator):
 
     def __init__(self) -> None:
         super().__init__()
-        self._on_device: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+        self._tensors: dict[int, PerDevice] = {}
 
     def task_weights(self, n_tasks: int) -> list[float]:
         """One weight per task.
@@ -27,11 +27,10 @@ class Scalarization(Aggregator):
         raise NotImplementedError
 
     def weights_like(self, n_tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """:meth:`task_weights` as a tensor, copied to a device once and kept: the copy would wait for the device."""
-        key = (n_tasks, dtype, device)
-        if key not in self._on_device:
-            self._on_device[key] = torch.tensor(self.task_weights(n_tasks), dtype=dtype, device=device)
-        return self._on_device[key]
+        """:meth:`task_weights` as a tensor, (T,)."""
+        if n_tasks not in self._tensors:
+            self._tensors[n_tasks] = PerDevice(self.task_weights(n_tasks))
+        return self._tensors[n_tasks].on(device, dtype)
 
     def weights(self, M: Tensor) -> Tensor:
         """The fixed weights, for every Gramian in the batch; see :meth:`Aggregator.weights`."""
@@ -97,7 +96,10 @@ class Mean(Scalarization):
 
 
 def _checked(weights: Sequence[float] | Tensor) -> list[float]:
-    values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    if not values or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    try:
+        values = [float(v) for v in weights]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"weights must be finite numbers, one per task; got {weights!r}") from error
+    if not values or not all(math.isfinite(v) for v in values):
         raise ValueError(f"weights must be finite numbers, one per task; got {weights!r}")
-    return [float(v) for v in values]
+    return values

@@ -22,10 +22,17 @@ _project_op = torch.ops.gradkern.project.default
 _cross_op = torch.ops.gradkern.cross.default
 
 
-class _Gramian(torch.autograd.Function):
+class _Operator(torch.autograd.Function):
+    """All operators save their arguments. Made so that ``torch.func`` differentiates them in reverse too."""
+
     @staticmethod
-    def forward(ctx: Any, J: Tensor, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(J, offsets)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class _Gramian(_Operator):
+    @staticmethod
+    def forward(J: Tensor, offsets: Tensor | None) -> Tensor:
         return _gramian_op(J, offsets)
 
     @staticmethod
@@ -34,10 +41,9 @@ class _Gramian(torch.autograd.Function):
         return project(J, G + G.mT, offsets), None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(_Operator):
     @staticmethod
-    def forward(ctx: Any, J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(J, w, offsets)
+    def forward(J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
         return _combine_op(J, w, offsets)
 
     @staticmethod
@@ -49,10 +55,9 @@ class _Combine(torch.autograd.Function):
         return dJ, dw, None
 
 
-class _Project(torch.autograd.Function):
+class _Project(_Operator):
     @staticmethod
-    def forward(ctx: Any, J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(J, W, offsets)
+    def forward(J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
         return _project_op(J, W, offsets)
 
     @staticmethod
@@ -64,10 +69,9 @@ class _Project(torch.autograd.Function):
         return dJ, dW, None
 
 
-class _Cross(torch.autograd.Function):
+class _Cross(_Operator):
     @staticmethod
-    def forward(ctx: Any, A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
-        ctx.save_for_backward(A, B, offsets)
+    def forward(A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
         return _cross_op(A, B, offsets)
 
     @staticmethod
@@ -98,4 +102,6 @@ def _cross(A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def _recording(a: Tensor, b: Tensor) -> bool:
-    return (a.requires_grad or b.requires_grad) and torch.is_grad_enabled()
+    # Under a transform of torch.func a tensor's own flag says nothing.
+    wanted = a.requires_grad or b.requires_grad or torch._C._are_functorch_transforms_active()
+    return wanted and torch.is_grad_enabled()

@@ -1,21 +1,17 @@
 """Which back end serves which device. PyTorch's serves all; Triton's kernels take CUDA tensors over where they can."""
 
-from importlib.util import find_spec
-
 import torch
 
 from gradkern.ops import pytorch  # noqa: F401  (registers)
 
-_WHY_NO_TRITON = (
-    "this PyTorch is built without CUDA and ROCm"
-    if torch.version.cuda is None and torch.version.hip is None
-    else "Triton is not installed"
-    if find_spec("triton") is None
-    else None
-)
-
-if _WHY_NO_TRITON is None:
-    from gradkern.ops import cuda  # noqa: F401  (registers)
+_why_no_triton: str | None = None
+if torch.version.cuda is None and torch.version.hip is None:
+    _why_no_triton = "this PyTorch is built without CUDA and ROCm"
+else:
+    try:
+        from gradkern.ops import cuda  # noqa: F401  (registers)
+    except ImportError as error:  # there is no Triton for every platform, and one may be there that does not load
+        _why_no_triton = f"Triton cannot be imported ({error})"
 
 
 def backend(device_type: str) -> tuple[str, str]:
@@ -28,6 +24,6 @@ def backend(device_type: str) -> tuple[str, str]:
         return "pytorch", "CPU tensors are served by blocked PyTorch operations"
     if device_type != "cuda":
         return "pytorch", "the Triton kernels are for CUDA and ROCm devices"
-    if _WHY_NO_TRITON is not None:
-        return "pytorch", f"{_WHY_NO_TRITON}; every step then waits on the device"
+    if _why_no_triton is not None:
+        return "pytorch", f"{_why_no_triton}; every step then waits on the device"
     return "triton", "Triton is installed and PyTorch is built for the device"

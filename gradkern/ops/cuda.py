@@ -52,7 +52,7 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     layout = column_layout(column_bounds(offsets, P))
     out = J.new_empty(1, P)
     weights = _weights("w", w, J.dtype, (layout.n_segments, T))
-    tiles = layout.tiles_on(J.device)
+    tiles = _tiles(layout, J.device)
     combine_kernel.combine(_matrix_rows(J), tiles, TILE, weights, _matrix_rows(out)).run(J.device)
     return out[0]
 
@@ -64,7 +64,7 @@ def combine_tensors(grads: OptionalTensors, w: Tensor, segments: Sequence[int], 
     device = like.device
     weights = _weights("w", w, like.dtype, (n_segments, len(rows)))
     source, target = (_table_rows(r, like.dtype, device) for r in (rows, _addresses("out", out, len(segments))))
-    combine_kernel.combine(source, layout.tiles_on(device), TILE, weights, target).run(device)
+    combine_kernel.combine(source, _tiles(layout, device), TILE, weights, target).run(device)
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -75,7 +75,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     R = W.shape[-2]
     out = J.new_empty(R, P)
     weights = _weights("W", W, J.dtype, (layout.n_segments, R, T))
-    tiles = layout.tiles_on(J.device)
+    tiles = _tiles(layout, J.device)
     project_kernel.project(_matrix_rows(J), tiles, TILE, weights, _matrix_rows(out)).run(J.device)
     return out
 
@@ -88,7 +88,7 @@ def project_tensors(grads: OptionalTensors, W: Tensor, segments: Sequence[int], 
     targets = _addresses("out", out, len(segments))
     weights = _weights("W", W, like.dtype, (n_segments, len(targets), len(rows)))
     source, target = (_table_rows(r, like.dtype, device) for r in (rows, targets))
-    project_kernel.project(source, layout.tiles_on(device), TILE, weights, target).run(device)
+    project_kernel.project(source, _tiles(layout, device), TILE, weights, target).run(device)
 
 
 def pcgrad(M: Tensor, keys: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def _gramian(rows: Rows, layout: Layout, device: torch.device) -> Tensor:
     T = rows.count
     dtype = arithmetic_dtype(rows.dtype)
     size = min(LONGEST_PIECE, max(1, len(layout.tiles) // PROGRAMS))
-    tiles = layout.tiles_on(device)
+    tiles = _tiles(layout, device)
     pieces, bounds = layout.pieces_on(device, size)
     partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=dtype, device=device)
     M = torch.empty(layout.n_segments, T, T, dtype=dtype, device=device)
@@ -173,18 +173,38 @@ def _weights(name: str, w: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -
     return w.to(arithmetic_dtype(dtype)).contiguous()
 
 
-_captured: list[Tensor] = []
+_captured: list[Tensor | Layout] = []
+"""What captured CUDA graphs read at each replay; nothing tells when the last graph that does is gone."""
 
 
 def _on_device(values: list[list[int]], device: torch.device) -> Tensor:
     """A table of int64 on ``device`` without waiting for it: from pinned memory, in the order of the stream."""
     if device.type == "cpu":
-        return torch.tensor(values, dtype=torch.int64)
-    staging = torch.tensor(values, dtype=torch.int64, pin_memory=True)
-    if torch.cuda.is_current_stream_capturing():
-        # A captured graph copies from this very buffer at each replay, so it must live as long as any graph may.
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+    staging = torch.tensor(values, dtype=torch.int64, device="cpu", pin_memory=True)
+    if _capturing(device):
         _captured.append(staging)
     return staging.to(device, non_blocking=True)
+
+
+def _tiles(layout: Layout, device: torch.device) -> Tensor:
+    """The tile table of ``layout``, which a capture keeps, and must find on the device already.
+
+    Raises:
+        RuntimeError: the first use of a layout falls into a capture, where nothing can be copied from pageable memory.
+    """
+    if _capturing(device):
+        if not layout.is_on(device):
+            raise RuntimeError("a CUDA graph is being captured: run the same step once before, to lay out its work")
+        _captured.append(layout)
+    return layout.tiles_on(device)
+
+
+def _capturing(device: torch.device) -> bool:
+    if device.type == "cpu":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 _OPERATORS: dict[str, Callable[..., object]] = {

@@ -51,7 +51,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
 
     Args:
         J: as for :func:`gramian`.
-        W: (R, T), or (S, R, T) with ``offsets``; floating. R is T for the modified gradients, but may be any number.
+        W: (R, T), or (S, R, T) with ``offsets``; floating. R is T for the modified gradients, but may be any from 1.
         offsets: as for :func:`gramian`.
 
     Returns:
@@ -61,7 +61,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
         TypeError, ValueError: an argument is not as said above.
     """
     check_matrix(J, offsets)
-    _check_weights("W", W, J, offsets, (W.shape[-2] if isinstance(W, Tensor) and W.ndim > 1 else 1, J.shape[0]))
+    _check_weights("W", W, J, offsets, (W.shape[-2] or 1 if isinstance(W, Tensor) and W.ndim > 1 else 1, J.shape[0]))
     return autograd.project(J, W.to(arithmetic_dtype(J.dtype)), offsets)
 
 

@@ -84,4 +84,4 @@ def _(grads: list[Tensor | None], W: Tensor, segments: list[int], out: list[Tens
 
 @torch.library.register_fake("gradkern::pcgrad")
 def _(M: Tensor, keys: Tensor) -> Tensor:
-    return torch.empty_like(M)
+    return torch.empty_like(M, memory_format=torch.contiguous_format)

@@ -1,12 +1,10 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -15,7 +13,7 @@ from gradkern.aggregators import Aggregator
 from gradkern.backward import backward
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
-from gradkern.parameters import Groups, Params, parameters, segments
+from gradkern.parameters import Groups, Params, parameters, segments, subset
 
 
 class SurgeryOptimizer(Optimizer):
@@ -49,10 +47,13 @@ class SurgeryOptimizer(Optimizer):
         self.optimizer = optimizer
         self.aggregator = aggregator
         self.groups = groups
-        self.shared: Any = shared if shared is None or isinstance(shared, torch.nn.Module) else list(shared)
+        # An iterator serves once, and every step asks again.
+        self.shared = list(shared) if isinstance(shared, Iterator) else shared
         self._first = True  # the step in which to look for parameters outside
-        self._warned = False
-        segments(parameters(self._params()), groups)
+        given = parameters(self._params())
+        segments(given, groups)
+        if self.shared is not None:
+            subset(self.shared, given)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -90,8 +91,9 @@ class SurgeryOptimizer(Optimizer):
             losses: one entry per task, as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
         """
-        if self._first and isinstance(losses, list | tuple):
-            losses = [self._watched(loss) for loss in losses]
+        outside: dict[Tensor, None] = {}
+        if self._first and isinstance(losses, Iterable) and not isinstance(losses, Tensor):
+            losses = [self._watched(loss, outside) for loss in losses]
         info = backward(
             losses,
             self._params(),
@@ -101,6 +103,14 @@ class SurgeryOptimizer(Optimizer):
             retain_graph=retain_graph,
         )
         self._first = False
+        if outside:
+            shapes = ", ".join(str(tuple(p.shape)) for p in list(outside)[:5])
+            warnings.warn(
+                f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; they get "
+                f"no .grad. Shapes: {shapes}",
+                UserWarning,
+                stacklevel=2,
+            )
         return info
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -130,28 +140,38 @@ class SurgeryOptimizer(Optimizer):
         """Load what :meth:`state_dict` gave, or a plain optimizer's, which leaves the method's state as it is.
 
         Raises:
-            ValueError: the checkpoint is of another method. Nothing has been loaded then.
+            ValueError: the checkpoint is of another method, or its state does not fit this one. Nothing has been loaded
+                then.
         """
         state = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state)
             state = state if replaced is None else replaced
         surgery = state.pop("surgery", None)
-        method = type(self.aggregator).__name__
-        if surgery is not None and surgery["method"] != method:
-            raise ValueError(f"state_dict is of a step with {surgery['method']}, this optimizer's method is {method}")
-        self.optimizer.load_state_dict(state)
+        before = self.aggregator.state_dict()
         if surgery is not None:
-            self.aggregator.load_state_dict(surgery["state"])
+            self._load_method(surgery)
+        try:
+            self.optimizer.load_state_dict(state)
+        except Exception:
+            self.aggregator.load_state_dict(before)
+            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _load_method(self, surgery: Any) -> None:
+        method = type(self.aggregator).__name__
+        if not isinstance(surgery, dict) or set(surgery) != {"method", "state"}:
+            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {surgery!r}")
+        if surgery["method"] != method:
+            raise ValueError(f"state_dict is of a step with {surgery['method']}, this optimizer's method is {method}")
+        self.aggregator.load_state_dict(surgery["state"])
 
     def __repr__(self) -> str:
         return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # torch's own keeps groups and state only
-        make = partial(SurgeryOptimizer, groups=self.groups, shared=self.shared)
-        return make, (self.optimizer, self.aggregator)
+        return _made, (type(self), self.optimizer, self.aggregator, self.groups, self.shared)
 
     def _params(self) -> list[Any]:
         entries: list[Any] = []
@@ -160,31 +180,25 @@ class SurgeryOptimizer(Optimizer):
             entries += group["params"] if names is None else zip(names, group["params"], strict=True)
         return entries
 
-    def _watched(self, loss: Loss) -> Loss:
-        """``loss``, and a look at what else it would have trained."""
-        if isinstance(loss, Tensor):
-            self._warn_of_outsiders(loss)
-            return loss
-        if not callable(loss):
+    def _watched(self, loss: Loss, outside: dict[Tensor, None]) -> Loss:
+        """``loss``; what it would have trained besides, had ``backward`` been torch's own, is put into ``outside``."""
+        inside = {p for group in self.param_groups for p in group["params"]}
+
+        def watch(value: object) -> None:
+            if isinstance(value, Tensor) and value.requires_grad:
+                outside.update((p, None) for p in graph.leaves(value) if p not in inside)
+
+        if loss is None or not callable(loss):
+            watch(loss)
             return loss
 
         def watched() -> Tensor:
             value = loss()
-            if isinstance(value, Tensor):
-                self._warn_of_outsiders(value)
+            watch(value)
             return value
 
         return watched
 
-    def _warn_of_outsiders(self, loss: Tensor) -> None:
-        inside = {p for group in self.param_groups for p in group["params"]}
-        outside = [p for p in graph.leaves(loss) if p not in inside] if loss.requires_grad else []
-        if outside and not self._warned:
-            self._warned = True
-            shapes = ", ".join(str(tuple(p.shape)) for p in outside[:5])
-            warnings.warn(
-                f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; they get "
-                f"no .grad. Shapes: {shapes}",
-                UserWarning,
-                stacklevel=2,
-            )
+
+def _made(kind: type[SurgeryOptimizer], optimizer: Optimizer, method: Aggregator, groups: Any, shared: Any) -> Any:
+    return kind(optimizer, method, groups=groups, shared=shared)
