@@ -39,7 +39,8 @@ def parameters(params: Params) -> Parameters:
     Raises:
         TypeError: not a Module, tensors or (name, tensor) pairs; a tensor of a dtype that has no gradient surgery;
             a DTensor.
-        ValueError: empty, a tensor given twice, a tensor that is no leaf, or trainable ones on several devices.
+        ValueError: empty, a tensor given twice, one that is no leaf, trainable ones on several devices, or an expanded
+            ``.grad``.
     """
     given = read("params", params)
     if not given.tensors:
@@ -97,12 +98,18 @@ def _check(given: Parameters, k: int, p: Tensor) -> None:
         raise TypeError(f"params must be float32, float64, bfloat16 or float16; {given.name(k)} is {p.dtype}")
     if not p.is_leaf:
         raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    if p.grad is not None and not p.grad.is_sparse and _has_overlap(p.grad):
+        raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {p.grad.stride()}")
     dtensor = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before this is imported
     if dtensor is not None and isinstance(p, dtensor.DTensor):
         raise TypeError(
             f"params must not be DTensors; {given.name(k)} is one: the dot products of its shards would be "
             "combined on each rank alone, and the ranks would drift apart"
         )
+
+
+def _has_overlap(g: Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True))
 
 
 def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:

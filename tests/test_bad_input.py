@@ -142,6 +142,15 @@ def test_backward_raises_and_changes_nothing(
     assert all(torch.equal(p.grad, torch.full_like(p, 4.0)) for p in model.parameters())
 
 
+@pytest.mark.parametrize("method", [gk.PCGrad(), gk.Sum()], ids=["PCGrad", "Sum"])
+def test_a_grad_that_cannot_be_added_to(method: gk.Aggregator) -> None:
+    p, q = (nn.Parameter(torch.ones(4)) for _ in range(2))
+    q.grad = torch.ones(1).expand(4)
+    with pytest.raises(ValueError, match=r"\.grad of params\[1\] .* in place: strides \(0,\)"):
+        gk.backward([(p * q).sum(), p.sum() - q.sum()], [p, q], aggregator=method)
+    assert p.grad is None
+
+
 def test_more_than_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, y = problem()
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
