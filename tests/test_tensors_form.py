@@ -100,6 +100,15 @@ def test_the_same_bits_as_the_matrix_of_the_same_layout(T: int, dtype: torch.dty
     assert torch.equal(torch.cat(out), ops.combine(J, w, offsets))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("T", "P"), [(3, 800_000), (4, 5_000), (13, 90_001), (40, 26_304), (64, 54_480)])
+def test_on_the_cpu_a_segment_of_several_tensors_has_the_bits_of_the_matrix(T: int, P: int, dtype: torch.dtype) -> None:
+    """In one block of gathered columns or in several, the last of them short; chunks reach from tensor to tensor."""
+    J = torch.randn(T, P).to(dtype)
+    grads = [part.clone() for row in J for part in row.split([P // 3, 7, P - P // 3 - 7])]
+    assert torch.equal(ops.gramian(grads, [0, 0, 0], 1)[0], ops.gramian(J))
+
+
 def test_columns_in_any_memory_order(device: torch.device) -> None:
     """Tensors of equal strides are read as flat memory, whatever the strides are."""
     grads = [torch.randn(4, 3, 5, 5, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
