@@ -287,9 +287,7 @@ def test_non_finite_gradients_reach_grad_and_raise_nothing() -> None:
         assert any(not p.grad.isfinite().all() for p in model.trunk.parameters())
 
 
-def test_a_method_without_gradients_of_its_own_dtype() -> None:
-    """Whatever method is given decides the weights: here one written by a user."""
-
+def test_a_users_own_method_decides_the_weights() -> None:
     class First(gk.Aggregator):
         def weights(self, M: Tensor) -> Tensor:
             w = torch.zeros(M.shape[:-1], dtype=M.dtype)

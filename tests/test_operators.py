@@ -82,6 +82,18 @@ def test_project_is_the_matrix_product(dtype: torch.dtype, offsets: list[int] | 
     assert_near(out.cpu(), torch.cat(expected, 1), torch.cat(size, 1), TOLERANCES[dtype])
 
 
+def test_the_operators_themselves_take_any_column_stride(device: torch.device) -> None:
+    """The functions refuse it; a derivative or a caller of torch.ops may still hand such a matrix over."""
+    J = torch.randn(9000, 8, device=device).T
+    expected = reference.gramian(J.cpu())
+    norms = expected.diagonal().sqrt()
+    assert_near(torch.ops.gradkern.gramian(J).cpu(), expected, torch.outer(norms, norms), _sum(torch.float32))
+    w = torch.randn(8, device=device)
+    size = reference.combine(J.cpu().abs(), w.abs().tolist())
+    combined = torch.ops.gradkern.combine(J, w)
+    assert_near(combined.cpu(), reference.combine(J.cpu(), w.tolist()), size, TOLERANCES[torch.float32])
+
+
 def test_a_row_of_weight_zero_is_not_read(device: torch.device) -> None:
     J = torch.ones(3, 5000, device=device)
     J[1] = float("nan")

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
@@ -107,6 +109,24 @@ def test_on_the_cpu_a_segment_of_several_tensors_has_the_bits_of_the_matrix(T: i
     J = torch.randn(T, P).to(dtype)
     grads = [part.clone() for row in J for part in row.split([P // 3, 7, P - P // 3 - 7])]
     assert torch.equal(ops.gramian(grads, [0, 0, 0], 1)[0], ops.gramian(J))
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.lists(st.integers(0, 5000), min_size=1, max_size=6), st.sampled_from(DTYPES), st.data())
+def test_any_layout_has_the_bits_of_the_matrix_cut_alike(
+    T: int, numels: list[int], dtype: torch.dtype, data: st.DataObject
+) -> None:
+    """A gradient that is missing is a row of zeros."""
+    J = torch.randn(T, sum(numels)).to(dtype)
+    grads: list[Tensor | None] = [part.clone() for row in J for part in row.split(numels)]
+    missing = data.draw(st.sets(st.integers(0, len(grads) - 1), max_size=len(grads) - 1))
+    starts = [0, *torch.tensor(numels).cumsum(0).tolist()]
+    for i in missing:
+        t, k = divmod(i, len(numels))
+        grads[i] = None
+        J[t, starts[k] : starts[k + 1]] = 0
+    M = ops.gramian(grads, list(range(len(numels))), len(numels))
+    assert torch.equal(M, ops.gramian(J, torch.tensor(starts)))
 
 
 def test_columns_in_any_memory_order(device: torch.device) -> None:

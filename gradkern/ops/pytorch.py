@@ -77,7 +77,7 @@ def gramian_tensors(grads: Sequence[Tensor | None], segments: Sequence[int], n_s
 
 
 def _matrix_gramian(J: Tensor) -> Tensor:
-    if J.dtype == torch.float32 == _work_dtype(J):
+    if J.dtype == torch.float32 == _work_dtype(J) and J.stride(1) == 1:
         return _sum_of_products((J,), *J.shape)
     # float64 too: the BLAS's last bits then depend on the rows' alignment, which gathering makes equal.
     return _tensors_gramian([list(J)], J)
