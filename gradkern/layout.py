@@ -2,11 +2,12 @@
 
 A parameter list (or a matrix cut by ``offsets``) is cut into tiles of at most ``TILE`` elements. No tile crosses a
 tensor or a segment, so a kernel that works on one tile needs one address per task, one length and one segment
-number. Tiles are sorted by segment; the tiles of a segment follow each other.
+number. Tiles are sorted by segment; the tiles of a segment follow each other. Where elements are dropped or kept in
+units of ``block`` neighbours, a tile also needs to know where among the units it starts.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,18 +22,36 @@ a bias of 768 numbers wastes little of one."""
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class Tables:
+    """Tables that are the same in every step, each copied to a device once."""
+
+    _on_device: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether what every use needs is there already."""
+        return (device,) in self._on_device
+
+    def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
+        if key not in self._on_device:
+            self._on_device[key] = tuple(torch.from_numpy(table).to(key[0]) for table in tables())
+        return self._on_device[key]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout(Tables):
     """Tiles over ``n_segments`` segments. Made by :func:`tensor_layout` and :func:`column_layout`, never by hand.
 
     Attributes:
         tiles: (n_tiles, 4) int64: tensor number, first element, number of elements, segment.
         bounds: (n_segments + 1,) int64; segment s owns tiles ``bounds[s]:bounds[s + 1]``.
+        units: (n_tiles, 2) int64: the unit that a tile starts in, -1 if it is not masked, and how many elements of
+            that unit lie before the tile; no rows where no tensor is masked.
     """
 
     n_segments: int
     tiles: NDArray[np.int64]
     bounds: NDArray[np.int64]
-    _on_device: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    units: NDArray[np.int64]
 
     def pieces(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Runs of at most ``size`` tiles of one segment: the unit of work of a reduction.
@@ -48,29 +67,62 @@ class Layout:
         count = np.minimum(size, self.bounds[segment + 1] - first)
         return np.stack((first, count), 1), bounds
 
-    def is_on(self, device: torch.device) -> bool:
-        """Whether :meth:`tiles_on` has the table there already."""
-        return (device,) in self._on_device
-
-    def tiles_on(self, device: torch.device) -> Tensor:
-        """The tile table on ``device``, copied there once."""
-        return self._once((device,), lambda: (self.tiles,))[0]
+    def tiles_on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``tiles`` and ``units`` on ``device``, copied there once."""
+        return self._once((device,), lambda: (self.tiles, self.units))
 
     def pieces_on(self, device: torch.device, size: int) -> tuple[Tensor, ...]:
         """:meth:`pieces` on ``device``, copied there once."""
         return self._once((device, size), lambda: self.pieces(size))
 
-    def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
-        if key not in self._on_device:
-            self._on_device[key] = tuple(torch.from_numpy(table).to(key[0]) for table in tables())
-        return self._on_device[key]
+
+@dataclass(frozen=True, eq=False)
+class Totals(Tables):
+    """Where each of n tensors, one after another, starts and ends. Made by :func:`totals`.
+
+    Attributes:
+        bounds: (n + 1,) int64; tensor k is the positions ``bounds[k]:bounds[k + 1]``.
+    """
+
+    bounds: NDArray[np.int64]
+
+    def bounds_on(self, device: torch.device) -> Tensor:
+        """``bounds`` on ``device``, copied there once."""
+        return self._once((device,), lambda: (self.bounds,))[0]
 
 
 @lru_cache(maxsize=64)
-def tensor_layout(numels: tuple[int, ...], segments: tuple[int, ...], n_segments: int) -> Layout:
-    """The layout of tensors with ``numels`` elements, tensor k in segment ``segments[k]``; kept for the next step."""
+def totals(numels: tuple[int, ...]) -> Totals:
+    """The running totals of tensors with ``numels`` elements; kept for the next step."""
+    return Totals(_bounds(np.array(numels, dtype=np.int64)))
+
+
+@lru_cache(maxsize=64)
+def tensor_layout(
+    numels: tuple[int, ...],
+    segments: tuple[int, ...],
+    n_segments: int,
+    units: tuple[int, ...] | None = None,
+    block: int = 1,
+) -> Layout:
+    """The layout of tensors with ``numels`` elements, tensor k in segment ``segments[k]``; kept for the next step.
+
+    ``units[k]`` is the number of tensor k's first unit of ``block`` elements, negative if tensor k is not masked.
+
+    Raises:
+        ValueError: a unit number is not a multiple of 4.
+    """
     n = len(numels)
-    return _layout(numels, range(n), (0,) * n, segments, n_segments)
+    if units is None:
+        return _layout(numels, range(n), (0,) * n, segments, n_segments)
+    odd = [u for u in units if u >= 0 and u % 4]
+    if odd:
+        raise ValueError(f"units must be multiples of 4 or negative, got {odd[0]}")
+    layout = _layout(numels, range(n), (0,) * n, segments, n_segments)
+    tensor, offset = layout.tiles[:, 0], layout.tiles[:, 1]
+    first = np.array(units, dtype=np.int64)[tensor]
+    table = np.stack((np.where(first < 0, -1, first + offset // block), offset % block), 1)
+    return replace(layout, units=table)
 
 
 @lru_cache(maxsize=64)
@@ -91,7 +143,8 @@ def _layout(
     offset = TILE * (np.arange(len(run)) - _bounds(n_tiles)[run])
     length = np.minimum(TILE, numel[run] - offset)
     tiles = np.stack((tensor[run], start[run] + offset, length, segment[run]), 1)
-    return Layout(n_segments, tiles, _bounds(np.bincount(segment[run], minlength=n_segments)))
+    bounds = _bounds(np.bincount(segment[run], minlength=n_segments))
+    return Layout(n_segments, tiles, bounds, np.empty((0, 2), dtype=np.int64))
 
 
 def _bounds(counts: NDArray[np.int64]) -> NDArray[np.int64]:

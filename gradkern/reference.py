@@ -3,7 +3,8 @@
 Nothing here is fast, and nothing here is shared with what it checks. Arithmetic is float64.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +51,170 @@ def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tens
                 g_pc = g_pc - dot / square * originals[j]
         modified.append(g_pc)
     return modified
+
+
+def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int]) -> list[Tensor]:
+    """Each gradient projected onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3)."""
+    return pcgrad(grads, [[j] for j in partners])
+
+
+def most_similar(grads: Sequence[Tensor]) -> list[int]:
+    """For each of T >= 2 tasks the other one with the largest cosine (Rhapsody, eq. 7); of equals the first."""
+    return [max(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+
+
+def most_different(grads: Sequence[Tensor]) -> list[int]:
+    """For each of T >= 2 tasks the other one with the smallest cosine (Rhapsody, eq. 8); of equals the first."""
+    return [min(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+
+
+def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
+    """The mean over T - 1 partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
+    modified = []
+    for i, g in enumerate(grads):
+        projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in _others(grads, i)]
+        modified.append(torch.stack(projected).mean(0) if projected else g.double())
+    return modified
+
+
+def gradvac(
+    grads: Sequence[Tensor], order: Sequence[Sequence[int]], targets: Tensor, beta: float, eps: float
+) -> tuple[list[Tensor], Tensor]:
+    """GradVac (Wang et al. 2021, Algorithm 1): the modified gradients, and the moved targets.
+
+    Args:
+        grads: T vectors of P numbers.
+        order: as for :func:`pcgrad`.
+        targets: (T, T), φ̂_ij.
+        beta: how far a target moves toward the cosine.
+        eps: a square within this of the terms that it is summed from counts as zero, and a target stays this far
+            from -1 and 1.
+    """
+    originals = [g.double() for g in grads]
+    J = torch.stack(originals)
+    M = gramian(originals)
+    moved = targets.double().clone()
+    modified = []
+    for i in range(len(grads)):
+        c = torch.zeros(len(grads), dtype=torch.float64)
+        c[i] = 1
+        for j in order[i]:
+            if j == i:
+                continue
+            g, g_j = c @ J, originals[j]
+            terms = torch.outer(c, c).mul(M).abs().sum()
+            n, n_j = _length(g), _length(g_j)
+            if n * n <= eps * terms or n_j == 0 or not math.isfinite(n * n_j):
+                continue
+            phi = max(-1.0, min(1.0, float(torch.dot(g / n, g_j / n_j))))
+            target = max(-1 + eps, min(1 - eps, float(moved[i, j])))
+            if phi < target:
+                a = n * (target * math.sqrt(1 - phi**2) - phi * math.sqrt(1 - target**2))
+                c[j] += a / (n_j * math.sqrt(1 - target**2))
+            moved[i, j] = (1 - beta) * moved[i, j] + beta * phi
+        modified.append(c @ J)
+    if not M.isfinite().all():
+        moved = targets.double().clone()
+    return modified, moved
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    """The cosine of two vectors; 0 where either is zero."""
+    n_a, n_b = _length(a), _length(b)
+    return 0.0 if n_a == 0 or n_b == 0 else float(torch.dot(a.double() / n_a, b.double() / n_b))
+
+
+def step_scale(grads: Sequence[Tensor], mode: str, reduce: str) -> float:
+    """κ, by which the step is scaled (Rhapsody, §3.4): 1 + φ to attenuate conflict, 1 - φ to amplify it."""
+    nonzero = [g for g in grads if _length(g) != 0]
+    phis = [cosine(a, b) for i, a in enumerate(nonzero) for b in nonzero[i + 1 :]]
+    if not phis or not all(math.isfinite(phi) for phi in phis):
+        return 1.0
+    phi = min(phis) if reduce == "min" else sum(phis) / len(phis)
+    return 1 + phi if mode == "attenuate" else 1 - phi
+
+
+def philox(seed: int, step: int, counters: Tensor) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011) at the 128-bit counters (counter, step), key the seed: (n, 4) int64 words.
+
+    Args:
+        seed, step: 64-bit unsigned.
+        counters: (n,) int64.
+    """
+    word = 2**32 - 1
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        """High and low word of a 64-bit product, which int64 cannot hold: from two of 48 bits."""
+        low, high = (a & 0xFFFF) * b, (a >> 16) * b
+        return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & word
+
+    c0, c1 = counters & word, (counters >> 32) & word
+    c2, c3 = torch.full_like(counters, step & word), torch.full_like(counters, step >> 32)
+    k0, k1 = seed & word, seed >> 32
+    for _ in range(10):
+        (high0, low0), (high1, low1) = product(0xD2511F53, c0), product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return torch.stack((c0, c1, c2, c3), 1)
+
+
+def kept(seed: int, step: int, p: float, block: int, first_unit: int, numel: int) -> Tensor:
+    """Which entries of a parameter gradient suppression keeps (Rhapsody, §3.5): (numel,) bool.
+
+    Entry e is of unit ``first_unit + e // block``; unit u is dropped where word u mod 4 at counter u div 4 is below
+    p 2³².
+    """
+    units = first_unit + torch.arange(numel) // block
+    words = philox(seed, step, units // 4)
+    return words[torch.arange(numel), units % 4] >= round(p * 2**32)
+
+
+def first_units(numels: Sequence[int], block: int) -> list[int]:
+    """The first unit of each parameter: ⌈numel / block⌉ units each, every parameter starting at a multiple of 4."""
+    firsts, unit = [], 0
+    for numel in numels:
+        firsts.append(unit)
+        unit += -(-numel // block)
+        unit += -unit % 4
+    return firsts
+
+
+def suppressed(
+    grads: Sequence[Tensor], keep: Tensor, scope: str, method: Callable[[Sequence[Tensor]], list[Tensor]]
+) -> Tensor:
+    """b ⊙ Σ_i g_i′ (Rhapsody, eq. 11), ``method`` giving the modified gradients; over the kept entries alone for "all".
+
+    Args:
+        keep: (P,) bool, the mask b.
+    """
+    zero = torch.zeros((), dtype=torch.float64)
+    rows = [torch.where(keep, g.double(), zero) for g in grads] if scope == "all" else [g.double() for g in grads]
+    return torch.where(keep, torch.stack(method(rows)).sum(0), zero)
+
+
+def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
+    """softmax(r / τ), r_i = Σ_j φ_ij: what GradAttention's objective Σ_i α_i r_i + τ H(α) is largest at."""
+    r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
+    return torch.softmax(r / entropy, 0)
+
+
+class Memory:
+    """Steps that bring some tasks only, the others' last gradients kept as vectors (Rhapsody, §3.2)."""
+
+    def __init__(self, n_tasks: int, n_entries: int) -> None:
+        self.rows = [torch.zeros(n_entries, dtype=torch.float64) for _ in range(n_tasks)]
+
+    def step(self, present: dict[int, Tensor], method: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensor:
+        """The sum of the present tasks' modified gradients; ``method`` modifies all, remembered ones included."""
+        for i, g in present.items():
+            self.rows[i] = g.double()
+        modified = method(self.rows)
+        return torch.stack([modified[i] for i in present]).sum(0)
+
+
+def _others(grads: Sequence[Tensor], i: int) -> list[int]:
+    return [j for j in range(len(grads)) if j != i]
+
+
+def _length(g: Tensor) -> float:
+    return float(g.double().norm())

@@ -4,7 +4,8 @@
 
 A program owns a tile. It walks the rows in groups of four whose loads are all in flight together, so the number of
 rows is a run-time value and no T compiles a kernel of its own. A row of weight exactly 0 is not read, and what
-stands in it, NaN included, does not reach the result; nor is a missing one.
+stands in it, NaN included, does not reach the result; nor is a missing one. Under a mask (``masks.py``) what is
+dropped is exactly 0, and each program adds the number of elements it kept to one integer: exact in any order.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -13,11 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
 from .settings import combine_setting
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "p_w", "p_out", "s_out", "T"])
+@triton.jit(do_not_specialize=["p_rows", "s_row", "p_w", "p_out", "s_out", "T", "p_state", "block"])
 def combine_kernel(
     p_tiles,
     p_rows,
@@ -26,17 +28,26 @@ def combine_kernel(
     p_out,
     s_out: tl.int64,
     T: tl.int64,
+    p_units,
+    p_state,
+    block,
+    p_count,
     TABLE: tl.constexpr,
     TABLE_OUT: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One program: one tile, which is one block."""
     tl.static_assert(BLOCK == TILE)
-    i_tensor, o_first, n, i_segment = load_tile(p_tiles, tl.program_id(0).to(tl.int64))
+    i_tile = tl.program_id(0).to(tl.int64)
+    i_tensor, o_first, n, i_segment = load_tile(p_tiles, i_tile)
+    units = load_units(p_units, i_tile, GROUP)
     o = tl.arange(0, BLOCK)
+    state = load_state(p_state, GROUP)
+    m_read = to_read(kept(units, state, 0, block, BLOCK, GROUP, D), GROUP)
     acc = tl.zeros((BLOCK,), ACC)
     for i_group in range(0, T, 4):
         a = ()
@@ -52,28 +63,42 @@ def combine_kernel(
         if low == 0:
             x = ()
             for t in tl.static_range(4):
-                x = x + (load_full(a[t], o, D),)
+                x = x + (load_full(a[t], o, m_read, D),)
             for t in tl.static_range(4):
                 acc += w[t] * x[t].to(ACC)
         else:
             for t in tl.static_range(4):
-                acc += w[t] * load_part(a[t], o, n, D).to(ACC)
+                acc += w[t] * load_part(a[t], o, n, m_read, D).to(ACC)
+    if GROUP != DENSE:
+        # Drawn late where no load waits for it, for the registers; what was drawn above is not drawn again.
+        keep = kept(units, state, 0, block, BLOCK, GROUP, D)
+        acc = tl.where(keep, acc, 0.0)
+        first_unit, _ = units
+        if first_unit >= 0:
+            tl.atomic_add(p_count, tl.sum((keep & (o < n)).to(tl.int32), 0).to(tl.int64), sem="relaxed")
     a_out = row_address(p_out, s_out, 0, i_tensor, o_first, True, TABLE_OUT, D)
     store_row(a_out, o, n, acc, ((n ^ TILE) | (a_out & 15)) == 0, D)
 
 
-def combine(rows: Rows, tiles: Tensor, tile: int, w: Tensor, out: Rows) -> Launch:
-    """Fill the one row of ``out``; ``w`` (S, T) is in the arithmetic dtype of the rows, contiguous."""
+def combine(
+    rows: Rows, tiles: Tensor, tile: int, mask: Mask | None, w: Tensor, out: Rows, count: Tensor | None
+) -> Launch:
+    """Fill the one row of ``out``; ``w`` (S, T) is in the arithmetic dtype of the rows, contiguous.
+
+    With a mask, ``count``, int64 of one number, grows by how many elements of masked tiles are kept.
+    """
     setting = combine_setting()
     arguments = {
         "p_tiles": tiles,
         "p_w": w,
         "p_out": out.source,
+        "p_count": count,
         "s_out": out.stride,
         "T": rows.count,
         "TABLE_OUT": out.table,
         "TILE": tile,
         "BLOCK": setting.BLOCK,
         **row_arguments(rows),
+        **mask_arguments(mask, rows.dtype),
     }
     return Launch(combine_kernel, (len(tiles),), arguments, setting.threads)

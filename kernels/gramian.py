@@ -4,8 +4,8 @@
 
 Each program streams the tiles of one piece once and keeps one accumulator for each of the T (T + 1) / 2 pairs. An
 accumulator is a block of BLOCK / V numbers: a thread sums the V products of its own 128 bits first, and the threads
-meet only once, at the end. The sums of piece c are row c of the partials, pair (i, j) with j <= i in column
-i (i + 1) / 2 + j; ``reduce.py`` adds the rows up in a fixed order.
+meet only once, at the end. What a mask drops (``masks.py``) counts as zero. The sums of piece c are row c of the
+partials, pair (i, j) with j <= i in column i (i + 1) / 2 + j; ``reduce.py`` adds the rows up in a fixed order.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .gramian_dot import gramian_dot
 from .launch import Launch
+from .masks import Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments
 from .settings import gramian_setting, register_form
 
@@ -30,13 +31,16 @@ def add_products(acc, x, T: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row"])
+@triton.jit(do_not_specialize=["p_rows", "s_row", "p_state", "block"])
 def gramian_kernel(
     p_tiles,
     p_pieces,
     p_rows,
     s_row: tl.int64,
     p_partials,
+    p_units,
+    p_state,
+    block,
     T: tl.constexpr,
     TABLE: tl.constexpr,
     D: tl.constexpr,
@@ -44,6 +48,7 @@ def gramian_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     V: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One program: one piece."""
     PAIRS: tl.constexpr = T * (T + 1) // 2
@@ -51,6 +56,7 @@ def gramian_kernel(
     i_first = tl.load(p_pieces + 2 * i_piece)
     n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
     o_block = tl.arange(0, BLOCK)
+    state = load_state(p_state, GROUP)
 
     acc = ()
     for _i_pair in tl.static_range(PAIRS):
@@ -58,6 +64,7 @@ def gramian_kernel(
 
     for i_tile in range(i_first, i_first + n_tiles):
         i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
+        units = load_units(p_units, i_tile, GROUP)
         a = ()
         low = n ^ TILE  # any bit left in it sends the tile down the slow road
         for t in tl.static_range(T):
@@ -66,15 +73,18 @@ def gramian_kernel(
             a = a + (a_row,)
         if low == 0:
             for o in range(0, TILE, BLOCK):
+                keep = kept(units, state, o, block, BLOCK, GROUP, D)
                 x = ()
                 for t in tl.static_range(T):
-                    x = x + (load_full(a[t], o + o_block, D).to(ACC),)
+                    x_row = load_full(a[t], o + o_block, to_read(keep, GROUP), D)
+                    x = x + (zero_dropped(x_row, keep, GROUP).to(ACC),)
                 acc = add_products(acc, x, T, BLOCK, V)
         else:
             for o in range(0, n, BLOCK):
+                keep = kept(units, state, o, block, BLOCK, GROUP, D)
                 x = ()
                 for t in tl.static_range(T):
-                    x = x + (load_part(a[t], o + o_block, n, D).to(ACC),)
+                    x = x + (load_part(a[t], o + o_block, n, keep, D).to(ACC),)
                 acc = add_products(acc, x, T, BLOCK, V)
 
     for i_pair in tl.static_range(PAIRS):
@@ -82,14 +92,21 @@ def gramian_kernel(
 
 
 def gramian(
-    rows: Rows, tiles: Tensor, tile: int, pieces: Tensor, partials: Tensor, tensor_cores: bool, interpreted: bool
+    rows: Rows,
+    tiles: Tensor,
+    tile: int,
+    mask: Mask | None,
+    pieces: Tensor,
+    partials: Tensor,
+    tensor_cores: bool,
+    interpreted: bool,
 ) -> Launch:
     """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows, in whichever form suits their number.
 
     ``tensor_cores`` and ``interpreted`` concern :func:`gramian_dot` alone.
     """
     if not register_form(rows.count, rows.dtype.itemsize):
-        return gramian_dot(rows, tiles, tile, pieces, partials, tensor_cores, interpreted)
+        return gramian_dot(rows, tiles, tile, mask, pieces, partials, tensor_cores, interpreted)
     setting = gramian_setting(rows.dtype.itemsize)
     arguments = {
         "p_tiles": tiles,
@@ -100,5 +117,6 @@ def gramian(
         "BLOCK": setting.BLOCK,
         "V": setting.V,
         **row_arguments(rows),
+        **mask_arguments(mask, rows.dtype),
     }
     return Launch(gramian_kernel, (len(pieces),), arguments, setting.threads)

@@ -17,21 +17,33 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
 from .rows import Rows, load_tile, row_address, row_arguments
 from .settings import dot_setting
 
 
 @triton.jit
-def load_rows_full(a, o, D: tl.constexpr):
+def load_rows_full(a, o, m_read, D: tl.constexpr):
     """``rows.load_full`` for a vector of addresses."""
     p = tl.multiple_of(a.to(tl.pointer_type(D)), 16)
-    return tl.load(p[:, None] + o[None, :], mask=(a != 0)[:, None], other=0.0)
+    return tl.load(p[:, None] + o[None, :], mask=(a != 0)[:, None] & m_read, other=0.0)
 
 
 @triton.jit
-def load_rows_part(a, o, n, D: tl.constexpr):
+def load_rows_part(a, o, n, m_read, D: tl.constexpr):
     """``rows.load_part`` for a vector of addresses."""
-    return tl.load(a.to(tl.pointer_type(D))[:, None] + o[None, :], mask=(a != 0)[:, None] & (o < n)[None, :], other=0.0)
+    p = a.to(tl.pointer_type(D))
+    return tl.load(p[:, None] + o[None, :], mask=(a != 0)[:, None] & (o < n)[None, :] & m_read, other=0.0)
+
+
+@triton.jit
+def kept_columns(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
+    """``masks.kept`` for a block of rows, which all have the same mask."""
+    keep = kept(units, state, o_start, block, BLOCK, GROUP, D)
+    if GROUP == DENSE:
+        return keep
+    else:
+        return keep[None, :]
 
 
 @triton.jit
@@ -50,7 +62,7 @@ def add_dot(acc, x, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr
         return tl.dot(x, tl.trans(x), acc, input_precision="ieee", out_dtype=ACC)
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "T"])
+@triton.jit(do_not_specialize=["p_rows", "s_row", "T", "p_state", "block"])
 def gramian_dot_kernel(
     p_tiles,
     p_pieces,
@@ -58,6 +70,9 @@ def gramian_dot_kernel(
     s_row: tl.int64,
     p_partials,
     T: tl.int64,
+    p_units,
+    p_state,
+    block,
     TABLE: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -67,6 +82,7 @@ def gramian_dot_kernel(
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """One program: one piece."""
     i_piece = tl.program_id(0).to(tl.int64)
@@ -74,23 +90,28 @@ def gramian_dot_kernel(
     n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
     i_row = tl.arange(0, ROWS)
     o_block = tl.arange(0, BLOCK)
+    state = load_state(p_state, GROUP)
 
     total = tl.zeros((ROWS, ROWS), ACC)
     for i_tile in range(i_first, i_first + n_tiles):
         i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
+        units = load_units(p_units, i_tile, GROUP)
         a = row_address(p_rows, s_row, i_row.to(tl.int64), i_tensor, o_first, i_row < T, TABLE, D)
         misaligned = tl.max(a & 15, 0)
         if (n == TILE) & (misaligned == 0):
             for o_chain in range(0, TILE, CHAIN):
                 acc = tl.zeros((ROWS, ROWS), ACC)
                 for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    acc = add_dot(acc, load_rows_full(a, o + o_block, D), SPLIT, UPCAST, ACC)
+                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, D)
+                    x = load_rows_full(a, o + o_block, to_read(keep, GROUP), D)
+                    acc = add_dot(acc, zero_dropped(x, keep, GROUP), SPLIT, UPCAST, ACC)
                 total += acc
         else:
             for o_chain in range(0, n, CHAIN):
                 acc = tl.zeros((ROWS, ROWS), ACC)
                 for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    acc = add_dot(acc, load_rows_part(a, o + o_block, n, D), SPLIT, UPCAST, ACC)
+                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, D)
+                    acc = add_dot(acc, load_rows_part(a, o + o_block, n, keep, D), SPLIT, UPCAST, ACC)
                 total += acc
 
     if SPLIT:
@@ -103,7 +124,14 @@ def gramian_dot_kernel(
 
 
 def gramian_dot(
-    rows: Rows, tiles: Tensor, tile: int, pieces: Tensor, partials: Tensor, tensor_cores: bool, interpreted: bool
+    rows: Rows,
+    tiles: Tensor,
+    tile: int,
+    mask: Mask | None,
+    pieces: Tensor,
+    partials: Tensor,
+    tensor_cores: bool,
+    interpreted: bool,
 ) -> Launch:
     """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows.
 
@@ -123,5 +151,6 @@ def gramian_dot(
         "SPLIT": tensor_cores and rows.dtype.itemsize == 4 and setting.ROWS > 32,
         "UPCAST": interpreted,
         **row_arguments(rows),
+        **mask_arguments(mask, rows.dtype),
     }
     return Launch(gramian_dot_kernel, (len(pieces),), arguments, setting.threads)

@@ -2,9 +2,8 @@
 
     c = e_i;  for j != i in the order of task i:  s = (c M)_j;  if s < 0: c_j -= s / M_jj;  then C[i] = c
 
-The order is given by random keys: task i visits its partners j in ascending keys[i, j], so that drawing an order is
-drawing uniform numbers and nothing is sorted. A program follows one task i through its partners, with d = c M kept
-up to date instead of recomputed, in float64. Comparisons with NaN are false: a row with NaN is left alone.
+A program follows one task i through as many partners as it is to visit (``visits.py``), with d = c M kept up to date
+instead of recomputed, in float64. Comparisons with NaN are false: a row with NaN is left alone.
 """
 
 import triton
@@ -12,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch
+from .visits import next_partner, pick
 
 
-@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "T"])
-def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "T", "visits"])
+def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits, BLOCK: tl.constexpr):
     """One program: segment s, task i."""
     i_segment = tl.program_id(0).to(tl.int64)
     i_task = tl.program_id(1)
@@ -24,16 +24,15 @@ def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, BLOCK: tl.con
     o_row = i_task.to(tl.int64) * T
 
     m_left = (i_partner < T) & (i_partner != i_task)
-    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=float("inf"))
+    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=0.0)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
     d = tl.load(p_M + o_row + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
-    for _ in range(1, T):
-        key = tl.min(tl.where(m_left, keys, float("inf")), 0)
-        j = tl.min(tl.where(m_left & (keys == key), i_partner, BLOCK), 0)
+    for _ in range(visits):
+        j = next_partner(keys, m_left, i_partner, BLOCK)
         m_left = m_left & (i_partner != j)
-        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=(i_partner < T) & (j < T), other=0.0).to(tl.float64)
-        M_jj = tl.sum(tl.where(i_partner == j, M_j, 0.0), 0)
-        s = tl.sum(tl.where(i_partner == j, d, 0.0), 0)
+        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
+        M_jj = pick(M_j, i_partner, j)
+        s = pick(d, i_partner, j)
         if (s < 0) & (M_jj > 0):
             # c_j -= s / M_jj
             coefficient = -s / M_jj
@@ -43,8 +42,11 @@ def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, BLOCK: tl.con
     tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=i_partner < T)
 
 
-def pcgrad(M: Tensor, keys: Tensor, C: Tensor) -> Launch:
-    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), all contiguous."""
+def pcgrad(M: Tensor, keys: Tensor, visits: int, C: Tensor) -> Launch:
+    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), all contiguous.
+
+    A task visits ``visits`` partners, of which it has T - 1.
+    """
     S, T, _ = M.shape
     arguments = {
         "p_M": M,
@@ -52,6 +54,7 @@ def pcgrad(M: Tensor, keys: Tensor, C: Tensor) -> Launch:
         "s_keys": T * T if len(keys) > 1 else 0,
         "p_C": C,
         "T": T,
+        "visits": visits,
         "BLOCK": triton.next_power_of_2(T),
     }
     return Launch(pcgrad_kernel, (S, T), arguments, 32 if T <= 32 else 64)

@@ -65,12 +65,12 @@ def project_kernel(
             if low == 0:
                 x = ()
                 for t in tl.static_range(4):
-                    x = x + (load_full(a[t], o, D),)
+                    x = x + (load_full(a[t], o, True, D),)
                 for t in tl.static_range(4):
                     acc = add_row(acc, x[t].to(ACC), p_W, i_out, i_group + t, R, T, ROWS)
             else:
                 for t in tl.static_range(4):
-                    x_row = load_part(a[t], o, n, D).to(ACC)
+                    x_row = load_part(a[t], o, n, True, D).to(ACC)
                     acc = add_row(acc, x_row, p_W, i_out, i_group + t, R, T, ROWS)
         for r in tl.static_range(ROWS):
             i_r = i_out + r

@@ -81,19 +81,20 @@ def row_address(p_rows, s_row, i_row, i_tensor, o_first, m_row, TABLE: tl.conste
 
 
 @triton.jit
-def load_full(a, o, D: tl.constexpr):
-    """Elements ``o`` from the 16-byte-aligned address ``a``, zeros from address 0, in 128-bit loads.
+def load_full(a, o, m_read, D: tl.constexpr):
+    """Elements ``o`` from the 16-byte-aligned address ``a``, in 128-bit loads.
 
-    The compiler believes the hint only where it follows the cast.
+    Zeros from address 0, and without ``m_read``, where nothing is read. The compiler believes the hint only where it
+    follows the cast.
     """
     p = tl.multiple_of(a.to(tl.pointer_type(D)), 16)
-    return tl.load(p + o, mask=a != 0, other=0.0)
+    return tl.load(p + o, mask=(a != 0) & m_read, other=0.0)
 
 
 @triton.jit
-def load_part(a, o, n, D: tl.constexpr):
-    """Elements ``o`` below ``n`` from any address ``a``, zeros beyond and from address 0."""
-    return tl.load(a.to(tl.pointer_type(D)) + o, mask=(o < n) & (a != 0), other=0.0)
+def load_part(a, o, n, m_read, D: tl.constexpr):
+    """Elements ``o`` below ``n`` from any address ``a``, zeros beyond, from address 0 and without ``m_read``."""
+    return tl.load(a.to(tl.pointer_type(D)) + o, mask=(o < n) & (a != 0) & m_read, other=0.0)
 
 
 @triton.jit

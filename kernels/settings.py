@@ -21,6 +21,10 @@ DOT_T = 64
 OUTPUT_ROWS = 8
 """Most output rows of one program of project: J is read once for up to this many."""
 
+ENTRIES = 128
+"""Positions of a program of gather and scatter, one a thread: some thousands of them, times T rows, are a program for
+each multiprocessor, and each waits for memory a dozen times in a row, so there is no use in giving it more."""
+
 
 def register_form(T: int, itemsize: int) -> bool:
     """Whether each pair of rows has an accumulator of its own, instead of ``tl.dot``.
@@ -43,7 +47,7 @@ def gramian_setting(itemsize: int) -> GramianSetting:
     """One 128-bit load a thread and row: V is what 16 bytes hold, BLOCK what 128 threads hold at that.
 
     40 registers at T = 3 in float32: twelve programs a multiprocessor, 72 KB of loads in flight; at T = 12 three, as
-    many bytes.
+    many bytes. Masks (``masks.py``) leave these numbers where they are: 38 and 158.
     """
     V = 16 // itemsize
     return GramianSetting(128 * V, V, 128)
@@ -97,7 +101,10 @@ class TileSetting(NamedTuple):
 
 
 def combine_setting() -> TileSetting:
-    """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program."""
+    """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program.
+
+    122 registers, and under a mask 104 to 128: two programs a multiprocessor.
+    """
     return TileSetting(4096, 256)
 
 

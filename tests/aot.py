@@ -22,11 +22,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from gradkern.kernels import combine, gramian, pcgrad, project, reduce
+from gradkern.kernels import combine, entries, gradvac, gramian, pcgrad, project, reduce
 from gradkern.kernels.launch import Launch
+from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, arithmetic
 from gradkern.kernels.settings import DOT_T, OUTPUT_ROWS
-from gradkern.layout import TILE, column_layout
+from gradkern.layout import TILE, column_layout, tensor_layout
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -38,7 +39,10 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
 """The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 else), and the largest of each
 setting of the other."""
-
+BLOCKS = {"elements": 1, "units": 128}
+"""The forms of a mask by a block that has it: any block of whole 128-bit loads is compiled to the same."""
+MASKED_T = {"fp32": (3, 12, 16, 32, DOT_T), "bf16": (3, 8, 16, 32, DOT_T)}
+"""Of the T of ``GRAMIAN_T`` those that are built with a mask, on sm_90; elsewhere the usual and the largest."""
 
 WIDE = r"\bLDG(STS)?\.\S*128\b"
 NARROW = r"\bLDG(STS)?\.(?!\S*128\b)"
@@ -76,7 +80,7 @@ def cases(target: GPUTarget) -> Iterator[Case]:
     for matrices, which differ in how an address is found, in float32."""
     layout = column_layout((0, 2 * TILE))
     cpu = torch.device("cpu")
-    tiles = layout.tiles_on(cpu)
+    tiles, _ = layout.tiles_on(cpu)
     pieces, bounds = layout.pieces_on(cpu, 1)
     for table in (False, True):
         for name, dtype in DTYPES.items() if table else (("fp32", torch.float32),):
@@ -84,22 +88,57 @@ def cases(target: GPUTarget) -> Iterator[Case]:
             for T in (8, DOT_T) if brief else GRAMIAN_T:
                 rows = _rows(T, dtype, table)
                 partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
-                launch = gramian.gramian(rows, tiles, TILE, pieces, partials, target.backend == "cuda", False)
+                launch = gramian.gramian(rows, tiles, TILE, None, pieces, partials, target.backend == "cuda", False)
                 yield Case("gramian", name, f"T={T}", launch, True)
             w = torch.empty(1, 3, dtype=arithmetic(dtype))
             out = _rows(1, dtype, table)
-            yield Case("combine", name, "any T", combine.combine(_rows(3, dtype, table), tiles, TILE, w, out), True)
+            yield Case(
+                "combine", name, "any T", combine.combine(_rows(3, dtype, table), tiles, TILE, None, w, out, None), True
+            )
             for R in (OUTPUT_ROWS,) if brief else (1, 2, 4, OUTPUT_ROWS):
                 W = torch.empty(1, R, 3, dtype=arithmetic(dtype))
                 launch = project.project(_rows(3, dtype, table), tiles, TILE, W, _rows(R, dtype, table))
                 yield Case("project", name, f"R={R}", launch, True)
+    yield from masked_cases(target)
     for name in ("fp64", "fp32"):
         partials = torch.empty(len(pieces), 6, dtype=DTYPES[name])
         M = torch.empty(1, 3, 3, dtype=DTYPES[name])
         yield Case("reduce", name, "any T", reduce.reduce(partials, bounds, M), False)
         for T in (1, 3, 8, 64):
             M = torch.empty(1, T, T, dtype=DTYPES[name])
-            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, torch.empty(1, T, T), M), False)
+            keys = torch.empty(1, T, T)
+            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, keys, T - 1, M), False)
+            targets, moving = torch.empty(1, T, T, dtype=torch.float64), torch.empty(T, dtype=torch.bool)
+            if T in (3, 64):
+                yield Case("gradvac", name, f"T={T}", gradvac.gradvac(M, keys, targets, moving, 0.1, M), False)
+    index = torch.empty(200, dtype=torch.int64)
+    for name, dtype in DTYPES.items():
+        values = torch.empty(3, 200, dtype=arithmetic(dtype))
+        launch = entries.gather(_rows(3, dtype, True), index[:2], index, values)
+        yield Case("gather", name, "any T", launch, False)
+        yield Case("scatter", name, "", entries.scatter(values[0], index[:2], index, _rows(1, dtype, True)), False)
+
+
+def masked_cases(target: GPUTarget) -> Iterator[Case]:
+    """The kernels that take a mask, in every form of it, on tables of addresses, as no other rows are masked."""
+    state = torch.empty(3, dtype=torch.int64)
+    count = torch.empty((), dtype=torch.int64)
+    for name, counts in MASKED_T.items():
+        dtype = DTYPES[name]
+        for form, block in (BLOCKS | {"odd": 3}).items():
+            wide = form in BLOCKS
+            layout = tensor_layout((2 * TILE,), (0,), 1, (0,), block)
+            tiles, units = layout.tiles_on(torch.device("cpu"))
+            pieces, _ = layout.pieces_on(torch.device("cpu"), 1)
+            mask = Mask(units, block, state)
+            for T in counts if wide and target.arch == 90 else (3, DOT_T) if wide else (3,):
+                rows = _rows(T, dtype, True)
+                partials = torch.empty(len(pieces), T * (T + 1) // 2)
+                launch = gramian.gramian(rows, tiles, TILE, mask, pieces, partials, target.backend == "cuda", False)
+                yield Case("gramian", name, f"T={T}, {form}", launch, wide)
+            rows, w = _rows(3, dtype, True), torch.empty(1, 3)
+            launch = combine.combine(rows, tiles, TILE, mask, w, _rows(1, dtype, True), count)
+            yield Case("combine", name, f"any T, {form}", launch, wide)
 
 
 def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:

@@ -28,7 +28,7 @@ def name(report: dict[str, Any]) -> str:
 
 
 def test_everything_compiles_for_every_target(reports: list[dict[str, Any]]) -> None:
-    kernels = {"gramian", "combine", "project", "reduce", "pcgrad"}
+    kernels = {"gramian", "combine", "project", "reduce", "gather", "scatter", "pcgrad", "gradvac"}
     for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
         assert {r["kernel"] for r in reports if r["arch"] == arch} == kernels
 

@@ -241,8 +241,8 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     opcheck(ops.project.default, (J, torch.randn(2, 3, device=device)))
     opcheck(ops.cross.default, (J, torch.randn(2, 9000, device=device), offsets))
     M = torch.randn(2, 3, 3, device=device)
-    opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device)))
-    opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device)))
+    opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device), 2))
+    opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device), 1))
 
 
 def _sum(dtype: torch.dtype) -> float:

@@ -8,15 +8,15 @@ give the same bits.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import pairwise
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from gradkern.ops.offsets import column_bounds
+from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype, sample
 
 CHUNK = 2048
@@ -30,28 +30,13 @@ BLOCK = 1 << 20
 COLUMNS = 1 << 18
 """Columns combined at a time, so that the running sum stays in cache while the rows pass by."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Erase = Callable[[int, int, Tensor], None]
+"""Given a tensor's number, and from which entry on a matrix holds its rows: put 0 for those that do not count."""
+Columns = Mapping[int, Sequence[Tensor | None]]
+"""By its number, the T gradients of a tensor."""
 
 
-def _operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register for every device without kernels of its own, with autocast off: it would round the products."""
-
-    def register(function: Callable[P, R]) -> Callable[P, R]:
-        @wraps(function)
-        def without_autocast(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.is_autocast_enabled("cpu"):
-                return function(*args, **kwargs)
-            with torch.autocast("cpu", enabled=False):
-                return function(*args, **kwargs)
-
-        torch.library.impl(f"gradkern::{name}", "CompositeExplicitAutograd")(without_autocast)
-        return without_autocast
-
-    return register
-
-
-@_operator("gramian")
+@operator("gramian")
 def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     """M = J Jᵀ, per segment."""
     if offsets is None:
@@ -60,19 +45,26 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     return torch.stack([_matrix_gramian(J[:, a:b]) for a, b in pairwise(bounds)])
 
 
-@_operator("gramian.tensors")
+@operator("gramian.tensors")
 def gramian_tensors(grads: Sequence[Tensor | None], segments: Sequence[int], n_segments: int) -> Tensor:
     """M = J Jᵀ, per segment, of the rows that the tensors of a segment form one after another."""
+    return segment_gramians(grads, segments, n_segments)
+
+
+def segment_gramians(
+    grads: Sequence[Tensor | None], segments: Sequence[int], n_segments: int, erase: Erase | None = None
+) -> Tensor:
+    """:func:`gramian_tensors`, of what ``erase`` leaves."""
     n = len(segments)
-    rows = [[None if g is None else _flat(g) for g in grads[t : t + n]] for t in range(0, len(grads), n)]
+    rows = [[None if g is None else flat(g) for g in grads[t : t + n]] for t in range(0, len(grads), n)]
     like = sample(grads)
     M = like.new_zeros((n_segments, len(rows), len(rows)), dtype=arithmetic_dtype(like.dtype))
-    members: dict[int, list[Sequence[Tensor | None]]] = defaultdict(list)
-    for s, column in zip(segments, zip(*rows, strict=True), strict=True):
+    members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
+    for k, (s, column) in enumerate(zip(segments, zip(*rows, strict=True), strict=True)):
         if any(g is not None for g in column):
-            members[s].append(column)
+            members[s][k] = column
     for s, columns in members.items():
-        M[s] = _tensors_gramian(columns, like)
+        M[s] = _tensors_gramian(columns, like, erase)
     return M
 
 
@@ -80,29 +72,32 @@ def _matrix_gramian(J: Tensor) -> Tensor:
     if J.dtype == torch.float32 == _work_dtype(J) and J.stride(1) == 1:
         return _sum_of_products((J,), *J.shape)
     # float64 too: the BLAS's last bits then depend on the rows' alignment, which gathering makes equal.
-    return _tensors_gramian([list(J)], J)
+    return _tensors_gramian({0: list(J)}, J)
 
 
-def _tensors_gramian(columns: Sequence[Sequence[Tensor | None]], like: Tensor) -> Tensor:
+def _tensors_gramian(columns: Columns, like: Tensor, erase: Erase | None = None) -> Tensor:
     """As :func:`_matrix_gramian`, of tensor k of task t at ``columns[k][t]``."""
-    numels = [next(g.numel() for g in column if g is not None) for column in columns]
-    blocks = _gathered(columns, numels, like.new_empty(0, dtype=_work_dtype(like)))
-    return _sum_of_products(blocks, len(columns[0]), sum(numels)).to(arithmetic_dtype(like.dtype))
+    numels = [next(g.numel() for g in column if g is not None) for column in columns.values()]
+    T = len(next(iter(columns.values())))
+    blocks = _gathered(columns, numels, like.new_empty((T, 0), dtype=_work_dtype(like)), erase)
+    return _sum_of_products(blocks, T, sum(numels)).to(arithmetic_dtype(like.dtype))
 
 
-def _gathered(columns: Sequence[Sequence[Tensor | None]], numels: list[int], like: Tensor) -> Iterator[Tensor]:
+def _gathered(columns: Columns, numels: list[int], like: Tensor, erase: Erase | None) -> Iterator[Tensor]:
     """The rows, a block of columns at a time, in one scratch matrix that every block overwrites."""
-    T, P = len(columns[0]), sum(numels)
+    T, P = len(like), sum(numels)
     step = min(_block_columns(T, P), P) or 1
     scratch = like.new_empty((T, step))
     filled = 0
-    for column, numel in zip(columns, numels, strict=True):
+    for (k, column), numel in zip(columns.items(), numels, strict=True):
         done = 0
         while done < numel:
             count = min(numel - done, step - filled)
             for t, g in enumerate(column):
                 into = scratch[t, filled : filled + count]
                 _ = into.zero_() if g is None else into.copy_(g[done : done + count])
+            if erase is not None:
+                erase(k, done, scratch[:, filled : filled + count])
             done += count
             filled += count
             if filled == step:
@@ -146,7 +141,7 @@ def _chunk_columns(T: int, P: int) -> int:
     return P // n // ALIGN * ALIGN if n <= 64 else least
 
 
-@_operator("cross")
+@operator("cross")
 def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
     """A Bᵀ, per segment: a corner of the Gramian of both matrices' rows, on whatever back end that has."""
     bounds = column_bounds(offsets, A.shape[1])
@@ -157,28 +152,29 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
     return K[0] if offsets is None else K
 
 
-@_operator("combine")
+@operator("combine")
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """g = wᵀ J, per segment. A row whose weight is 0 is not read."""
     out = J.new_empty(J.shape[1])
     bounds = column_bounds(offsets, J.shape[1])
     weights = w.reshape(-1, J.shape[0]).tolist()
     for (a, b), ws in zip(pairwise(bounds), weights, strict=True):
-        _combine([row[a:b] for row in J], ws, out[a:b])
+        combine_flat([row[a:b] for row in J], ws, out[a:b])
     return out
 
 
-@_operator("combine.tensors")
+@operator("combine.tensors")
 def combine_tensors(grads: Sequence[Tensor | None], w: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
     """out[k] = Σ_t w[segments[k], t] grads[t, k]. A tensor whose weight is 0 is not read."""
     n = len(out)
     weights = w.tolist()
     for k in range(n):
-        rows = [None if g is None else _flat(g) for g in grads[k::n]]
-        _combine(rows, weights[segments[k]], _flat(out[k]))
+        rows = [None if g is None else flat(g) for g in grads[k::n]]
+        combine_flat(rows, weights[segments[k]], flat(out[k]))
 
 
-def _combine(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
+def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
+    """out = Σ_t weights[t] rows[t], all of one dimension; a row of weight 0 is not read."""
     terms = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
     if not terms:
         out.zero_()
@@ -195,7 +191,7 @@ def _combine(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tenso
             into.copy_(total)
 
 
-@_operator("project")
+@operator("project")
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """W J, per segment."""
     out = J.new_empty((W.shape[-2], J.shape[1]))
@@ -206,13 +202,13 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     return out
 
 
-@_operator("project.tensors")
+@operator("project.tensors")
 def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
     """out[r, k] = Σ_t W[segments[k], r, t] grads[t, k]; ``out`` is row-major, R x n."""
     n = len(segments)
     for k in range(n):
-        outs = [_flat(o) for o in out[k::n]]
-        rows = [torch.zeros_like(outs[0]) if g is None else _flat(g) for g in grads[k::n]]
+        outs = [flat(o) for o in out[k::n]]
+        rows = [torch.zeros_like(outs[0]) if g is None else flat(g) for g in grads[k::n]]
         product = outs[0].new_empty((len(outs), len(outs[0])))
         _project(torch.stack(rows), W[segments[k]], product)
         for o, row in zip(outs, product, strict=True):
@@ -230,29 +226,7 @@ def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
         out[:, a : a + step] = W @ J[:, a : a + step].to(work)
 
 
-@_operator("pcgrad")
-def pcgrad(M: Tensor, keys: Tensor) -> Tensor:
-    """PCGrad's coefficients: task i visits the others in ascending order of ``keys[..., i, :]``."""
-    T = M.shape[-1]
-    wide = M.double()
-    C = torch.eye(T, dtype=torch.float64, device=M.device).expand_as(wide).clone()
-    D = wide.clone()  # D = C M: the dot products of the modified gradients with the original ones
-    order = torch.argsort(keys.expand_as(M), dim=-1, stable=True)
-    own = torch.arange(T, device=M.device).unsqueeze(-1)
-    norms = wide.diagonal(dim1=-2, dim2=-1)
-    for k in range(T):
-        j = order[..., k : k + 1]
-        s = D.gather(-1, j)
-        square = norms.gather(-1, j.squeeze(-1)).unsqueeze(-1)
-        conflict = (s < 0) & (square > 0) & (j != own)
-        step = torch.where(conflict, -s / square, 0.0)
-        C.scatter_(-1, j, C.gather(-1, j) + step)
-        partner = wide.gather(-2, j.expand_as(wide))  # row j of M, for every i
-        D += torch.where(conflict, step * partner, 0.0)
-    return C.to(M.dtype)
-
-
-def _flat(g: Tensor) -> Tensor:
+def flat(g: Tensor) -> Tensor:
     """A dense tensor as the memory it is."""
     return g.as_strided((g.numel(),), (1,))
 

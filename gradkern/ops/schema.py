@@ -7,6 +7,20 @@ strides, so that they are read as flat memory, and tensor k belongs to segment `
 
 ``offsets`` is an int64 tensor on the CPU, (S + 1,): segment s is the columns ``offsets[s]:offsets[s + 1]``.
 Arithmetic is float64 for float64 input and float32 for all others; Gramians and weights are of that dtype.
+
+The overloads ``masked`` are of gradient suppression: runs of ``block`` neighbouring entries of a tensor, its units,
+count as zero and are not read where word u mod 4 of Philox4x32-10, key ``mask[0]``, counter (u div 4, ``mask[1]``),
+is below ``mask[2]``; u is the unit's number, ``units[k]`` that of the first one of tensor k and a multiple of 4. A
+tensor with a negative number is not masked. ``mask`` holds seed, step and threshold, int64 on the device, so that none
+of them is asked for and a captured CUDA graph moves on. ``combine.masked`` returns how many entries of masked tensors
+were kept, int64 of no dimension.
+
+``gather`` and ``scatter`` are of single entries, at the ascending positions ``index`` (d,), int64 on the device, of the
+tensors one after another, ``numels[k]`` elements each. ``gather`` gives (T, d) in arithmetic dtype; ``scatter`` writes
+``values`` (d,) and leaves all others as they are, also all of a tensor in ``out`` that has no elements.
+
+``pcgrad`` and ``gradvac`` are T x T programs. Task i visits the others in ascending order of ``keys[..., i, :]``,
+floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike.
 """
 
 from collections.abc import Sequence
@@ -24,7 +38,23 @@ torch.library.define("gradkern::gramian.tensors", "(Tensor?[] grads, int[] segme
 torch.library.define("gradkern::combine.tensors", "(Tensor?[] grads, Tensor w, int[] segments, Tensor(a!)[] out) -> ()")
 torch.library.define("gradkern::project.tensors", "(Tensor?[] grads, Tensor W, int[] segments, Tensor(a!)[] out) -> ()")
 
-torch.library.define("gradkern::pcgrad", "(Tensor M, Tensor keys) -> Tensor")
+torch.library.define(
+    "gradkern::gramian.masked",
+    "(Tensor?[] grads, int[] segments, int n_segments, int[] units, int block, Tensor mask) -> Tensor",
+)
+torch.library.define(
+    "gradkern::combine.masked",
+    "(Tensor?[] grads, Tensor w, int[] segments, int[] units, int block, Tensor mask, Tensor(a!)[] out) -> Tensor",
+)
+
+torch.library.define("gradkern::gather", "(Tensor?[] grads, int[] numels, Tensor index) -> Tensor")
+torch.library.define("gradkern::scatter", "(Tensor values, int[] numels, Tensor index, Tensor(a!)[] out) -> ()")
+
+torch.library.define("gradkern::pcgrad", "(Tensor M, Tensor keys, int visits) -> Tensor")
+torch.library.define(
+    "gradkern::gradvac",
+    "(Tensor M, Tensor keys, Tensor(a!) targets, Tensor moving, float beta) -> Tensor",
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """What a gradient may be stored in."""
@@ -82,6 +112,44 @@ def _(grads: list[Tensor | None], W: Tensor, segments: list[int], out: list[Tens
     return None
 
 
+@torch.library.register_fake("gradkern::gramian.masked")
+def _(
+    grads: list[Tensor | None], segments: list[int], n_segments: int, units: list[int], block: int, mask: Tensor
+) -> Tensor:
+    T = len(grads) // len(segments)
+    like = sample(grads)
+    return like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
+
+
+@torch.library.register_fake("gradkern::combine.masked")
+def _(
+    grads: list[Tensor | None],
+    w: Tensor,
+    segments: list[int],
+    units: list[int],
+    block: int,
+    mask: Tensor,
+    out: list[Tensor],
+) -> Tensor:
+    return mask.new_empty(())
+
+
+@torch.library.register_fake("gradkern::gather")
+def _(grads: list[Tensor | None], numels: list[int], index: Tensor) -> Tensor:
+    like = sample(grads)
+    return like.new_empty((len(grads) // len(numels), index.shape[0]), dtype=arithmetic_dtype(like.dtype))
+
+
+@torch.library.register_fake("gradkern::scatter")
+def _(values: Tensor, numels: list[int], index: Tensor, out: list[Tensor]) -> None:
+    return None
+
+
+@torch.library.register_fake("gradkern::gradvac")
+def _(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
+    return torch.empty_like(M, memory_format=torch.contiguous_format)
+
+
 @torch.library.register_fake("gradkern::pcgrad")
-def _(M: Tensor, keys: Tensor) -> Tensor:
+def _(M: Tensor, keys: Tensor, visits: int) -> Tensor:
     return torch.empty_like(M, memory_format=torch.contiguous_format)

@@ -1,0 +1,34 @@
+"""The T x T programs of the methods on CUDA and ROCm tensors."""
+
+import torch
+from torch import Tensor
+
+from gradkern.kernels import gradvac as gradvac_kernel
+from gradkern.kernels import pcgrad as pcgrad_kernel
+
+
+def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
+    """Coefficients of PCGrad's projected gradients, (S, T, T), ``visits`` partners visited in ascending ``keys``."""
+    _check("keys", keys, M, (1, M.shape[0]))
+    C = torch.empty_like(M, memory_format=torch.contiguous_format)
+    visits = min(visits, M.shape[-1] - 1)
+    pcgrad_kernel.pcgrad(M.contiguous(), keys.contiguous(), visits, C).run(M.device)
+    return C
+
+
+def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
+    """Coefficients of GradVac's modified gradients, (S, T, T); the ``targets`` of the ``moving`` tasks follow."""
+    _check("keys", keys, M, (1, M.shape[0]))
+    _check("targets", targets, M, (M.shape[0],))
+    if targets.dtype != torch.float64 or not targets.is_contiguous():
+        raise ValueError(f"targets must be contiguous float64, got {targets.dtype}, strides {targets.stride()}")
+    C = torch.empty_like(M, memory_format=torch.contiguous_format)
+    gradvac_kernel.gradvac(M.contiguous(), keys.contiguous(), targets, moving.contiguous(), beta, C).run(M.device)
+    return C
+
+
+def _check(name: str, given: Tensor, M: Tensor, sizes: tuple[int, ...]) -> None:
+    """Raise unless ``given`` has M's shape, one of ``sizes`` in place of the number of segments."""
+    if given.shape[1:] != M.shape[1:] or given.shape[0] not in sizes:
+        shapes = " or ".join(str((size, *M.shape[1:])) for size in dict.fromkeys(reversed(sizes)))
+        raise ValueError(f"{name} must be {shapes}, got {tuple(given.shape)}")

@@ -1,0 +1,107 @@
+"""GradVac on a Gramian: coefficients that raise cosines to their targets (Wang et al. 2021, "Gradient Vaccine").
+
+    c = e_i;  for j != i in the order of task i:
+        phi = cos(c J, J_j) = (c M)_j / (n sqrt(M_jj)),  n = |c J| = sqrt(c M c^T)
+        if phi < target u: c_j += a,  a = n (u sqrt(1 - phi^2) - phi sqrt(1 - u^2)) / (sqrt(M_jj) sqrt(1 - u^2))
+        target = (1 - beta) target + beta phi, corrected or not
+
+A program follows one task i through its partners (``visits.py``) in float64, with d = c M and e = |c| |M| kept up to
+date. c M c^T of rows that nearly cancel is rounding error, of any sign: up to eps * sum |c_a M_ab c_b| = eps * |c| e
+it counts as zero. Comparisons with NaN are false: a pair without two positive lengths is left alone, and so is its
+target.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import Launch
+from .visits import next_partner, pick
+
+
+@triton.jit
+def length(c, d, e, eps: tl.constexpr):
+    """|c J|, zero where it is nothing but rounding error."""
+    square = tl.sum(c * d, 0)
+    return tl.sqrt(tl.where(square > eps * tl.sum(tl.abs(c) * e, 0), square, 0.0))
+
+
+@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "p_targets", "p_moving", "T"])
+def gradvac_kernel(
+    p_M,
+    p_keys,
+    s_keys: tl.int64,
+    p_targets,
+    p_moving,
+    beta: tl.float64,
+    p_C,
+    T: tl.int64,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: segment s, task i."""
+    i_segment = tl.program_id(0).to(tl.int64)
+    i_task = tl.program_id(1)
+    i_partner = tl.arange(0, BLOCK)
+    m_partner = i_partner < T
+    p_M += i_segment * T * T
+    o_row = i_task.to(tl.int64) * T
+    p_targets += i_segment * T * T + o_row
+
+    m_left = m_partner & (i_partner != i_task)
+    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=0.0)
+    targets = tl.load(p_targets + i_partner, mask=m_partner, other=0.0)
+    c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
+    d = tl.load(p_M + o_row + i_partner, mask=m_partner, other=0.0).to(tl.float64)
+    e = tl.abs(d)
+    n = length(c, d, e, EPS)
+    limit = 1 - tl.full((), EPS, tl.float64)  # a literal would be rounded to float32, to 1
+    for _ in range(1, T):
+        j = next_partner(keys, m_left, i_partner, BLOCK)
+        m_left = m_left & (i_partner != j)
+        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=m_partner, other=0.0).to(tl.float64)
+        M_jj = pick(M_j, i_partner, j)
+        if (n > 0) & (M_jj > 0):
+            root = tl.sqrt(M_jj)
+            # phi = cos(c J, J_j), within [-1, 1] and NaN if it is
+            phi = pick(d, i_partner, j) / n / root
+            phi = tl.where(phi > 1, 1.0, tl.where(phi < -1, -1.0, phi))
+            target = pick(targets, i_partner, j)
+            u = tl.where(target > limit, limit, tl.where(target < -limit, -limit, target))
+            if phi < u:
+                # a = n (u sqrt(1 - phi^2) - phi sqrt(1 - u^2)) / (sqrt(M_jj) sqrt(1 - u^2))
+                sine = tl.sqrt(1 - u * u)
+                a = n * (u * tl.sqrt(1 - phi * phi) - phi * sine) / (root * sine)
+                c_j = pick(c, i_partner, j)
+                e += (tl.abs(c_j + a) - tl.abs(c_j)) * tl.abs(M_j)
+                c += tl.where(i_partner == j, a, 0.0)
+                d += a * M_j
+                n = length(c, d, e, EPS)
+            # target = (1 - beta) target + beta phi
+            targets = tl.where(i_partner == j, (1 - beta) * target + beta * phi, targets)
+    p_C += i_segment * T * T + o_row
+    tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=m_partner)
+    moving = tl.load(p_moving + i_task) != 0
+    tl.store(p_targets + i_partner, targets, mask=m_partner & moving)
+
+
+def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float, C: Tensor) -> Launch:
+    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), and move the ``targets``.
+
+    ``targets`` (S, T, T) are float64; those of task i move if ``moving[i]``. All are contiguous.
+    """
+    S, T, _ = M.shape
+    arguments = {
+        "p_M": M,
+        "p_keys": keys,
+        "s_keys": T * T if len(keys) > 1 else 0,
+        "p_targets": targets,
+        "p_moving": moving,
+        "beta": beta,
+        "p_C": C,
+        "T": T,
+        "EPS": torch.finfo(M.dtype).eps,
+        "BLOCK": triton.next_power_of_2(T),
+    }
+    return Launch(gradvac_kernel, (S, T), arguments, 32 if T <= 32 else 64)

@@ -1,0 +1,149 @@
+"""Which elements gradient suppression keeps: a function of seed, step and unit number, the same wherever it is asked.
+
+Neighbouring elements of a tensor, ``block`` at a time, are a unit; unit u is dropped if
+
+    word u mod 4 of Philox4x32-10(key = seed, counter = (u div 4, step), each of 64 bits) < threshold
+
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Nothing of the mask is stored. How many words a
+thread draws, and whether a load can be left out, depends on ``GROUP``, all that a kernel is compiled for:
+
+- ``DENSE``: no mask at all.
+- ``EACH``, blocks of one element: four neighbours take the four words of one Philox where they are, no thread asks
+  another. Memory is read in sectors of 32 bytes, in which almost never all elements are dropped, so loads stay whole
+  and what is dropped is set to zero afterwards.
+- else how many neighbours of one 128-bit load surely share a unit, the largest power of two that divides ``block``:
+  one Philox for them, and the load is left out where they are dropped.
+
+Seed, step and threshold lie in device memory, and ``block`` is a run-time number, so that none compiles a kernel anew.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+DENSE = tl.constexpr(0)
+EACH = tl.constexpr(-1)
+
+LARGEST_BLOCK = 1 << 30
+"""Positions within a unit and a tile are counted in 32 bits."""
+
+
+class Mask(NamedTuple):
+    """What is dropped of the elements of a layout."""
+
+    units: Tensor
+    """(n_tiles, 2) int64: the unit a tile starts in, -1 if nothing of it is masked; how far into that unit."""
+    block: int
+    """Elements of a unit, from 1 to ``LARGEST_BLOCK``."""
+    state: Tensor
+    """(3,) int64: seed and step, by their bits, and the threshold, from 0 to 2**32."""
+
+
+def mask_arguments(mask: Mask | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments by which every kernel knows the mask over rows of ``dtype``."""
+    if mask is None:
+        return {"p_units": None, "p_state": None, "block": None, "GROUP": DENSE.value}
+    vector = 16 // dtype.itemsize
+    group = EACH.value if mask.block == 1 else math.gcd(mask.block, vector)
+    return {"p_units": mask.units, "p_state": mask.state, "block": mask.block, "GROUP": group}
+
+
+@triton.jit
+def load_state(p_state, GROUP: tl.constexpr):
+    """(seed, step, threshold); nothing without a mask."""
+    if GROUP == DENSE:
+        return ()
+    else:
+        return tl.load(p_state), tl.load(p_state + 1), tl.load(p_state + 2)
+
+
+@triton.jit
+def load_units(p_units, i_tile, GROUP: tl.constexpr):
+    """(unit that a tile starts in, elements of that unit before it); nothing without a mask."""
+    if GROUP == DENSE:
+        return ()
+    else:
+        return tl.load(p_units + 2 * i_tile), tl.load(p_units + 2 * i_tile + 1).to(tl.uint32)
+
+
+@triton.jit
+def draw(counter, state):
+    """For each of the four words of Philox at ``counter``, whether it keeps its unit."""
+    seed, step, threshold = state
+    c0 = counter.to(tl.uint32)
+    c1 = (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(c0)
+    c2 = zero + step.to(tl.uint32)
+    c3 = zero + (step >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    # A threshold of 2**32, which drops everything, is one more than a word can hold.
+    low = threshold.to(tl.uint32)
+    m_some = (threshold >> 32) == 0
+    return (w0 >= low) & m_some, (w1 >= low) & m_some, (w2 >= low) & m_some, (w3 >= low) & m_some
+
+
+@triton.jit
+def kept(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
+    """Which of the BLOCK elements from ``o_start`` of a tile are kept; True without a mask."""
+    if GROUP == DENSE:
+        return True
+    elif GROUP == EACH:
+        return kept_each(units, state, o_start, BLOCK, D)
+    else:
+        return kept_groups(units, state, o_start, block, BLOCK, GROUP)
+
+
+@triton.jit
+def to_read(keep, GROUP: tl.constexpr):
+    """What of ``keep`` the wide loads are predicated on: whole vectors, or nothing."""
+    if GROUP > 0:
+        return keep
+    else:
+        return True
+
+
+@triton.jit
+def zero_dropped(x, keep, GROUP: tl.constexpr):
+    """``x`` as loaded under :func:`to_read`, zero where it was read and is not kept."""
+    if GROUP == EACH:
+        return tl.where(keep, x, 0.0)
+    else:
+        return x
+
+
+@triton.jit
+def kept_each(units, state, o_start, BLOCK: tl.constexpr, D: tl.constexpr):
+    """Every element a unit: a thread draws for the elements of its own 128-bit loads, one Philox or two."""
+    first_unit, _ = units
+    DRAWS: tl.constexpr = 2 if D.primitive_bitwidth == 16 else 1
+    counter = ((first_unit + o_start) >> 2) + DRAWS * tl.arange(0, BLOCK // (4 * DRAWS))
+    k0, k1, k2, k3 = draw(counter, state)
+    if DRAWS == 2:
+        l0, l1, l2, l3 = draw(counter + 1, state)
+        k0, k1, k2, k3 = tl.join(k0, l0), tl.join(k1, l1), tl.join(k2, l2), tl.join(k3, l3)
+    # The last join varies fastest: words 0, 1, 2, 3 in turn.
+    keep = tl.reshape(tl.join(tl.join(k0, k2), tl.join(k1, k3)), (BLOCK,))
+    return keep | (first_unit < 0)
+
+
+@triton.jit
+def kept_groups(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    """GROUP neighbours in one unit: one Philox for them, of which they take one word."""
+    first_unit, before = units
+    o = (o_start + GROUP * tl.arange(0, BLOCK // GROUP)).to(tl.uint32)
+    unit = first_unit + ((before + o) // block.to(tl.uint32)).to(tl.int64)
+    k0, k1, k2, k3 = draw(unit >> 2, state)
+    word = (unit & 3).to(tl.int32)
+    keep = tl.where(word < 2, tl.where(word == 0, k0, k1), tl.where(word == 2, k2, k3)) | (first_unit < 0)
+    # By joins, each group stays in one thread; the hint keeps its load in one piece.
+    if GROUP >= 2:
+        keep = tl.join(keep, keep)
+    if GROUP >= 4:
+        keep = tl.join(keep, keep)
+    if GROUP >= 8:
+        keep = tl.join(keep, keep)
+    return tl.max_constancy(tl.reshape(keep, (BLOCK,)), [GROUP])
