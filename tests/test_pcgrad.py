@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.aggregators.pcgrad import PARTNERS
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 SOME_T = [1, 2, 3, 5, 8, 16, 40]
@@ -203,7 +204,7 @@ def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
 
 def test_the_order_is_the_methods_own() -> None:
     order = torch.tensor([1, 0])
-    method = gk.PCGrad(order)
+    method = gk.PCGrad(order=order)
     order[0] = 7
     assert method.order.tolist() == [1, 0]
 
@@ -236,7 +237,10 @@ def test_a_use_without_numbers_leaves_no_trace(method: gk.Aggregator) -> None:
 
 
 def test_repr_is_exact() -> None:
-    for text in ("PCGrad(order=None, reduction='sum')", "PCGrad(order=[[1, 0], [0, 1]], reduction='mean')"):
+    for text in (
+        "PCGrad(partner='all', order=None, reduction='sum')",
+        "PCGrad(partner='random', order=[[1, 0], [0, 1]], reduction='mean')",
+    ):
         assert repr(eval(text, {"PCGrad": gk.PCGrad})) == text
 
 
@@ -251,12 +255,32 @@ def test_repr_is_exact() -> None:
         ({"order": []}, ValueError, "order must have shape"),
         ({"order": [0, None]}, TypeError, r"order must be integers.*got \[0, None\]"),
         ({"order": [[0, 1], [1]]}, TypeError, "order must be integers"),
+        ({"partner": "none"}, ValueError, "partner must be one of 'all', 'random'.*got 'none'"),
+        ({"partner": [0, 1]}, ValueError, r"partner must be one of .*got \[0, 1\]"),
+        (
+            {"partner": "average", "order": [0, 1]},
+            ValueError,
+            r"order must be None with partner='average'.*got \[0, 1\]",
+        ),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gk.PCGrad(**arguments)
+
+
+anything = st.one_of(st.text(max_size=5), st.integers(), st.none(), st.booleans(), st.sampled_from(PARTNERS))
+
+
+@given(anything, st.one_of(anything, st.sampled_from(["sum", "mean"])))
+def test_what_is_out_of_range_names_itself(partner: object, reduction: object) -> None:
+    if partner in PARTNERS and reduction in ("sum", "mean"):
+        gk.PCGrad(partner, reduction=reduction)
+    else:
+        name = "partner" if partner not in PARTNERS else "reduction"
+        with pytest.raises(ValueError, match=f"{name} must be .*got "):
+            gk.PCGrad(partner, reduction=reduction)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,19 @@
 """Methods: from a Gramian to weights."""
 
-from gradkern.aggregators.base import Aggregator
+from gradkern.aggregators.attention import GradAttention
+from gradkern.aggregators.base import Aggregator, Solution
+from gradkern.aggregators.gradvac import GradVac
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.scalarization import Constant, Mean, Scalarization, Sum
 
-__all__ = ["Aggregator", "Constant", "Mean", "PCGrad", "Scalarization", "Sum"]
+__all__ = [
+    "Aggregator",
+    "Constant",
+    "GradAttention",
+    "GradVac",
+    "Mean",
+    "PCGrad",
+    "Scalarization",
+    "Solution",
+    "Sum",
+]

@@ -1,12 +1,22 @@
 """What a method of gradient surgery is: a small program from the Gramian of the task gradients to their weights."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradkern.ops import combine, gramian
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A step's weights, and what else a method can tell of it: see :class:`gradkern.SurgeryInfo`."""
+
+    weights: Tensor
+    targets: Tensor | None = None
+    attention: Tensor | None = None
 
 
 class Aggregator(nn.Module, ABC):
@@ -36,6 +46,17 @@ class Aggregator(nn.Module, ABC):
         Raises:
             TypeError, ValueError: ``M`` is not as said above, or does not fit the method's own arguments.
         """
+
+    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+        """What :func:`gradkern.backward` asks a method: the weights of a step that some tasks only may take.
+
+        Args:
+            M: (S, T, T), as for :meth:`weights`.
+            present: (T,) bool on M's device, the tasks whose gradients are of this step while the others' are
+                remembered: only the modified gradients of the present ones add up. None for all.
+        """
+        w = self.weights(M)
+        return Solution(w if present is None else torch.where(present, w, 0.0))
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J of a matrix of task gradients, each segment with weights of its own.

@@ -2,91 +2,68 @@
 
 Task i starts from c = e_i and visits the other tasks j in a random order of its own. s = (c M)_j is the dot product
 of its already modified gradient with the original g_j; where s < 0, c_j -= s / M_jj takes the conflict out.
-"""
 
-from collections.abc import Sequence
+The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner only, or take the mean over partners.
+"""
 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, PerDevice, check_gramian
-from gradkern.ops import autograd  # noqa: F401  (registers the operator)
+from gradkern.aggregators.projection import Order, Projection
+from gradkern.cosines import cosines
 
-Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
+PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 
 
-class PCGrad(Aggregator):
+class PCGrad(Projection):
     """PCGrad of Yu et al. 2020, on the device of the Gramian and without a wait for the host.
 
     Args:
+        partner: whom a task's gradient is projected onto, where they conflict. "all" others, one after another, the
+            paper's; "random", one other; "most_similar" and "most_different", the other with the largest or the
+            smallest cosine, of equals the first; or "average", the mean over all others of the projections, each from
+            the original gradient.
         order: None for the paper's fresh random order for each segment and task. Else integers: (T,), the partners
             in the order every task visits them, or (T, T), row i the order of task i. Each row is a permutation of
-            0 … T-1; a task's own index in it is skipped.
+            0 … T-1; a task's own index in it is skipped. With ``partner="random"`` the first in it is the partner;
+            the other three depend on no order and take none.
         reduction: "sum" of the T modified gradients, the paper's, or their "mean".
         generator: of the Gramian's device, draws the random orders; None for the device's default generator.
     """
 
     def __init__(
-        self, order: Order | None = None, reduction: str = "sum", generator: torch.Generator | None = None
+        self,
+        partner: str = "all",
+        order: Order | None = None,
+        reduction: str = "sum",
+        generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__(generator)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        self.reduction = reduction
-        self.order = None if order is None else _checked(order)
-        # A key of task i for partner j is j's place in the order of i.
-        self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
+        if not isinstance(partner, str) or partner not in PARTNERS:
+            raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
+        if order is not None and partner not in ("all", "random"):
+            raise ValueError(f"order must be None with partner={partner!r}, which depends on no order; got {order!r}")
+        super().__init__(order, reduction, generator)
+        self.partner = partner
 
-    def coefficients(self, M: Tensor) -> Tensor:
-        """The modified gradients as combinations of the original ones: row i of the result belongs to task i.
-
-        Args:
-            M: (..., T, T), Gramians; float32 or float64.
-
-        Returns:
-            (..., T, T), of M's dtype.
-        """
-        check_gramian(M)
-        T = M.shape[-1]
-        flat = M.detach().reshape(-1, T, T)
-        C: Tensor = torch.ops.gradkern.pcgrad(flat, self._visiting_keys(flat))
-        return C.view(M.shape)
-
-    def weights(self, M: Tensor) -> Tensor:
-        """The sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
-        C = self.coefficients(M)
-        return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
-
-    def _visiting_keys(self, M: Tensor) -> Tensor:
-        """(S or 1, T, T): task i visits its partners in ascending order of row i."""
-        T = M.shape[-1]
-        if self._keys is None:
-            if self.generator is not None and self.generator.device != M.device:
-                raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
-            return torch.rand(M.shape, generator=self.generator, dtype=torch.float32, device=M.device)
-        n_tasks = len(self._keys.values)
-        if n_tasks != T:
-            raise ValueError(f"order is for {n_tasks} tasks, M has {T}: {self.order}")
-        return self._keys.on(M.device, torch.float32).expand(1, T, T).contiguous()
+    def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
+        if self.partner == "average":
+            return _average(M)
+        if self.partner in ("all", "random"):
+            keys = self._visiting_keys(M)
+        else:
+            phi = cosines(M.double())
+            keys = (phi if self.partner == "most_different" else -phi).nan_to_num(torch.inf, torch.inf, -torch.inf)
+        n_others = M.shape[-1] - 1
+        C: Tensor = torch.ops.gradkern.pcgrad(M, keys, n_others if self.partner == "all" else min(1, n_others))
+        return C
 
     def __repr__(self) -> str:
-        order = None if self.order is None else self.order.tolist()
-        generator = "" if self.generator is None else f", generator={self.generator!r}"
-        return f"PCGrad(order={order}, reduction={self.reduction!r}{generator})"
+        return f"PCGrad(partner={self.partner!r}, {self._repr_shared()})"
 
 
-def _checked(order: Order) -> Tensor:
-    try:
-        given = torch.as_tensor(order, device="cpu").clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"order must be integers, (T,) or (T, T); got {order!r}") from error
-    if given.numel() == 0:
-        raise ValueError(f"order must have shape (T,) or (T, T) with T >= 1, got {order!r}")
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"order must hold integers, got {given.dtype}")
-    T = given.shape[-1] if given.ndim else 0
-    if given.shape not in (torch.Size((T,)), torch.Size((T, T))):
-        raise ValueError(f"order must have shape (T,) or (T, T), got {tuple(given.shape)}")
-    if not torch.equal(given.long().sort(-1).values, torch.arange(T, device="cpu").expand(given.shape)):
-        raise ValueError(f"order must be a permutation of 0 … {T - 1} in every row, got {given.tolist()}")
-    return given.long()
+def _average(M: Tensor) -> Tensor:
+    """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
+    wide = M.double()
+    C = torch.where(wide < 0, -wide / wide.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), 0.0) / max(1, M.shape[-1] - 1)
+    C.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return C.to(M.dtype)

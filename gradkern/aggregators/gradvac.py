@@ -1,0 +1,98 @@
+"""GradVac (Wang et al. 2021, "Gradient Vaccine: Investigating and Improving Multi-task Optimization", Algorithm 1).
+
+Every pair of tasks has a target, a running mean of the cosine between the one's modified and the other's original
+gradient. A task whose cosine with a partner falls short of the target gets as much of the partner's gradient added as
+brings it there; PCGrad is the case of targets that stay zero.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import Solution
+from gradkern.aggregators.projection import Order, Projection
+
+
+class GradVac(Projection):
+    """GradVac of Wang et al. 2021, with targets of its own for each group, all groups in one launch.
+
+    The targets are state: one call is one step, they are part of ``state_dict``, and an instance that has made no step
+    yet takes them in whatever shape they come. A step with any dot product that is not finite leaves all of them alone,
+    for a gradient scaler will skip it. Groups added later start from targets of zero.
+
+    Args:
+        beta: how far a target moves toward the cosine in a step, φ̂ ← (1 - β) φ̂ + β φ; from 0, with which targets
+            stay where they are, to 1.
+        order: as for :class:`PCGrad`.
+        reduction: as for :class:`PCGrad`.
+        generator: as for :class:`PCGrad`.
+
+    Attributes:
+        targets: (S, T, T) float64, φ̂ for each group, task and partner; None before the first step.
+    """
+
+    targets: Tensor | None
+
+    def __init__(
+        self,
+        beta: float = 0.01,
+        order: Order | None = None,
+        reduction: str = "sum",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(order, reduction, generator)
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN is not
+            raise ValueError(f"beta must be a number from 0 to 1, got {beta!r}")
+        self.beta = float(beta)
+        self.register_buffer("targets", None)
+
+    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+        """The present tasks' weights, and the targets after the step; only present tasks' targets move."""
+        weights = super().solution(M, present).weights
+        assert self.targets is not None  # the step has made them
+        return Solution(weights, targets=self.targets.clone().view(M.shape))
+
+    def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
+        targets = self._targets_for(M)
+        moving = M.isfinite().all().expand(M.shape[-1])
+        if present is not None:
+            moving = moving & present
+        C: Tensor = torch.ops.gradkern.gradvac(M, self._visiting_keys(M), targets, moving, self.beta)
+        return C
+
+    def _targets_for(self, M: Tensor) -> Tensor:
+        S, T, _ = M.shape
+        known = self.targets
+        if known is None:
+            known = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
+        elif known.shape[-1] != T or len(known) > S:
+            raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(known.shape)}")
+        elif len(known) < S or known.device != M.device:
+            fresh = torch.zeros((S - len(known), T, T), dtype=torch.float64, device=M.device)
+            known = torch.cat((known.to(M.device), fresh))
+        self.targets = known
+        return known
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Other devices, but never another dtype: a running mean with so small a share needs its digits."""
+        targets, self.targets = self.targets, None
+        super()._apply(fn, recurse)
+        if targets is not None:
+            self.targets = targets.to(fn(targets).device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        loaded = state_dict.get(f"{prefix}targets")
+        if loaded is not None:
+            if not isinstance(loaded, Tensor) or loaded.ndim != 3 or loaded.shape[1] != loaded.shape[2]:
+                raise ValueError(f"targets in state_dict must be of shape (S, T, T), got {loaded!r}")
+            if self.targets is None or self.targets.shape != loaded.shape:
+                device = loaded.device if self.targets is None else self.targets.device
+                self.targets = torch.zeros(loaded.shape, dtype=torch.float64, device=device)
+        else:
+            self.targets = None  # saved before its first step
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return f"GradVac(beta={self.beta}, {self._repr_shared()})"

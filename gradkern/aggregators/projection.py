@@ -1,0 +1,99 @@
+"""What PCGrad and GradVac share: every task's gradient is modified by those of its partners, visited in some order."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import Aggregator, PerDevice, Solution, check_gramian
+from gradkern.ops import autograd  # noqa: F401  (registers the operators)
+
+Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+
+class Projection(Aggregator):
+    """A method that gives each task a modified gradient, a combination of the original ones.
+
+    Args:
+        order: None for a fresh random order for each segment and task. Else integers: (T,), the partners in the order
+            every task visits them, or (T, T), row i the order of task i. Each row is a permutation of 0 … T-1; a
+            task's own index in it is skipped.
+        reduction: "sum" of the T modified gradients, or their "mean".
+        generator: of the Gramian's device, draws the random orders; None for the device's default generator.
+    """
+
+    def __init__(self, order: Order | None, reduction: str, generator: torch.Generator | None) -> None:
+        super().__init__(generator)
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
+        self.reduction = reduction
+        self.order = None if order is None else _checked(order)
+        # A key of task i for partner j is j's place in the order of i.
+        self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
+
+    def coefficients(self, M: Tensor) -> Tensor:
+        """The modified gradients as combinations of the original ones: row i of the result belongs to task i.
+
+        Args:
+            M: (..., T, T), Gramians; float32 or float64.
+
+        Returns:
+            (..., T, T), of M's dtype.
+        """
+        return self._modified(M, None)
+
+    def weights(self, M: Tensor) -> Tensor:
+        """The sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
+        return self._reduced(self._modified(M, None))
+
+    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+        """The sum (or mean) of the present tasks' coefficients; see :meth:`Aggregator.solution`."""
+        C = self._modified(M, present)
+        return Solution(self._reduced(C if present is None else torch.where(present.unsqueeze(-1), C, 0.0)))
+
+    def _modified(self, M: Tensor, present: Tensor | None) -> Tensor:
+        check_gramian(M)
+        T = M.shape[-1]
+        return self._solve(M.detach().reshape(-1, T, T), present).view(M.shape)
+
+    @abstractmethod
+    def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
+        """:meth:`coefficients` of M (S, T, T). ``present`` as for :meth:`Aggregator.solution`."""
+
+    def _reduced(self, C: Tensor) -> Tensor:
+        return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
+
+    def _visiting_keys(self, M: Tensor) -> Tensor:
+        """(S or 1, T, T): task i visits its partners in ascending order of row i."""
+        T = M.shape[-1]
+        if self._keys is None:
+            if self.generator is not None and self.generator.device != M.device:
+                raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
+            return torch.rand(M.shape, generator=self.generator, dtype=torch.float32, device=M.device)
+        n_tasks = len(self._keys.values)
+        if n_tasks != T:
+            raise ValueError(f"order is for {n_tasks} tasks, M has {T}: {self.order}")
+        return self._keys.on(M.device, torch.float32).expand(1, T, T).contiguous()
+
+    def _repr_shared(self) -> str:
+        order = None if self.order is None else self.order.tolist()
+        generator = "" if self.generator is None else f", generator={self.generator!r}"
+        return f"order={order}, reduction={self.reduction!r}{generator}"
+
+
+def _checked(order: Order) -> Tensor:
+    try:
+        given = torch.as_tensor(order, device="cpu").clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"order must be integers, (T,) or (T, T); got {order!r}") from error
+    if given.numel() == 0:
+        raise ValueError(f"order must have shape (T,) or (T, T) with T >= 1, got {order!r}")
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise TypeError(f"order must hold integers, got {given.dtype}")
+    T = given.shape[-1] if given.ndim else 0
+    if given.shape not in (torch.Size((T,)), torch.Size((T, T))):
+        raise ValueError(f"order must have shape (T,) or (T, T), got {tuple(given.shape)}")
+    if not torch.equal(given.long().sort(-1).values, torch.arange(T, device="cpu").expand(given.shape)):
+        raise ValueError(f"order must be a permutation of 0 … {T - 1} in every row, got {given.tolist()}")
+    return given.long()
