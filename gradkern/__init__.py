@@ -1,19 +1,25 @@
 """gradkern: the fast backend for gradient surgery in multi-task learning."""
 
-from gradkern.aggregators import Aggregator, Constant, Mean, PCGrad, Sum
+from gradkern.aggregators import Aggregator, Constant, GradAttention, GradVac, Mean, PCGrad, Sum
 from gradkern.backward import backward
+from gradkern.conflict_lr import ConflictLR
 from gradkern.info import SurgeryInfo
 from gradkern.ops import combine, gramian, project
 from gradkern.optim import SurgeryOptimizer
+from gradkern.suppression import Suppression
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Aggregator",
+    "ConflictLR",
     "Constant",
+    "GradAttention",
+    "GradVac",
     "Mean",
     "PCGrad",
     "Sum",
+    "Suppression",
     "SurgeryInfo",
     "SurgeryOptimizer",
     "backward",

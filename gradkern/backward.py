@@ -10,9 +10,13 @@ from torch import Tensor
 
 from gradkern import graph, rows
 from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.conflict_lr import ConflictLR
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss, checked, passes, stacked, unreached
+from gradkern.memory import Memory
 from gradkern.parameters import Groups, Params, parameters, segments, subset
+from gradkern.suppression import Suppression
+from gradkern.surgery import operate
 
 
 def backward(
@@ -22,6 +26,7 @@ def backward(
     aggregator: Aggregator,
     groups: Groups = "model",
     shared: Params | None = None,
+    suppression: Suppression | None = None,
     retain_graph: bool = False,
 ) -> SurgeryInfo:
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
@@ -42,6 +47,7 @@ def backward(
             "module", each owning module's; or a function from a parameter's name to its group.
         shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
             losses reach. All others get the plain sum.
+        suppression: drops entries of the result at random, under any ``aggregator``; the shared parameters' alone.
         retain_graph: keep the graphs for another backward pass.
 
     Returns:
@@ -53,16 +59,42 @@ def backward(
             nor if a callable or a hook raises; but if torch's own backward pass of a weighted sum of tensors fails
             halfway, ``.grad`` is as that leaves it.
     """
+    return step(losses, params, aggregator, groups, shared, suppression, retain_graph)
+
+
+def step(
+    losses: Sequence[Loss],
+    params: Params,
+    aggregator: Aggregator,
+    groups: Groups,
+    shared: Params | None,
+    suppression: Suppression | None,
+    retain_graph: bool,
+    conflict_lr: ConflictLR | None = None,
+    memory: Memory | None = None,
+) -> SurgeryInfo:
+    """:func:`backward`, and what only an optimizer can ask for.
+
+    Args:
+        losses, params, aggregator, groups, shared, suppression, retain_graph: as for :func:`backward`.
+        conflict_lr: tell κ in ``SurgeryInfo.step_scale``.
+        memory: let absent tasks take part with their last gradients.
+    """
     _refuse_distributed()
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
+    if suppression is not None and not isinstance(suppression, Suppression):
+        raise TypeError(f"suppression must be a gradkern.Suppression or None, got {suppression!r}")
     given = parameters(params)
     numbers, n_segments = segments(given, groups)
     named_shared = None if shared is None else subset(shared, given)
-    targets = [p for p in given.tensors if p.requires_grad]
-    group_of = [s for p, s in zip(given.tensors, numbers, strict=True) if p.requires_grad]
-    losses = checked(losses, targets[0].device)
-    if isinstance(aggregator, Scalarization):
+    trained = [k for k, p in enumerate(given.tensors) if p.requires_grad]
+    targets = [given.tensors[k] for k in trained]
+    device = targets[0].device
+    losses = checked(losses, device)
+    if memory is not None:
+        memory.check(len(losses))
+    if isinstance(aggregator, Scalarization) and suppression is None and conflict_lr is None:
         return _scalarize(losses, targets, aggregator, retain_graph)
 
     values: list[Tensor | None] = [None] * len(losses)
@@ -70,19 +102,40 @@ def backward(
     for i, value, found in passes(losses, targets, retain_graph):
         values[i], grads[i] = value, rows.readable(found, targets)
     with torch.no_grad():
-        is_shared = _several_reach(grads) if named_shared is None else [p in named_shared for p in targets]
-        where = [s if m else None for s, m in zip(group_of, is_shared, strict=True)]
-        columns = rows.columns(targets, grads, where)
-        M = rows.gramian(columns, len(losses), n_segments, targets[0].device)
-        w = aggregator.weights(M)
-        if not isinstance(w, Tensor) or not w.is_floating_point():
-            raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
-        if w.shape != M.shape[:-1]:
-            raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
-        _write(rows.combine(columns, w))
-        if groups == "model":
-            M, w = M[0], w[0]
-        return SurgeryInfo(stacked(values, targets[0]), M, w)
+        here = [loss is not None for loss in losses]
+        present = None if memory is None or all(here) else memory.present_on(here, targets[0])
+        known = grads if memory is None else memory.recall(here, grads, targets)
+        is_shared = _several_reach(known) if named_shared is None else [p in named_shared for p in targets]
+        where = [numbers[k] if m else None for k, m in zip(trained, is_shared, strict=True)]
+        units = [-1] * len(numbers)
+        if suppression is not None:
+            units = suppression.first_units([p.numel() for p in given.tensors])
+        # Outside surgery nothing is remembered: an absent task's head stays as it is.
+        taken = [[known[t][n] if m else row[n] for n, m in enumerate(is_shared)] for t, row in enumerate(grads)]
+        columns = rows.columns(targets, taken, where, [units[k] for k in trained])
+        written = None if suppression is None else suppression.mask(device)
+        seen = None if suppression is None or suppression.scope == "update" else written
+        outcome = operate(columns, n_segments, aggregator, present, seen, written)
+        _write(outcome.results)
+        if memory is not None:
+            memory.remember(here, grads, targets)
+        if suppression is not None:
+            suppression.advance()
+        solution = outcome.solution
+        alone = groups == "model"  # then there is no dimension of groups
+
+        def told(value: Tensor | None) -> Tensor | None:
+            return value[0] if alone and value is not None else value
+
+        return SurgeryInfo(
+            losses=stacked(values, targets[0]),
+            gramian=told(outcome.gramian),
+            weights=solution.weights[0] if alone else solution.weights,
+            targets=told(solution.targets),
+            attention=told(solution.attention),
+            kept=outcome.kept,
+            step_scale=None if conflict_lr is None else conflict_lr.scale(outcome.gramian.sum(0)),
+        )
 
 
 def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization, retain_graph: bool) -> SurgeryInfo:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import torch
 from torch import Tensor
+
+from gradkern.cosines import cosines
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,14 +14,23 @@ class SurgeryInfo:
 
     Attributes:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
-        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters; None for a
-            method that needs no task gradients.
+        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters, of the kept
+            entries alone under ``Suppression(scope="all")``; None for a method that needs no task gradients.
         weights: (T,) or (S, T), the weights of the task gradients in the update.
+        targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for
+            other methods.
+        attention: (T,) or (S, T), what GradAttention gives to each task, summing to 1; None for other methods.
+        kept: (), the share of the shared parameters' entries that gradient suppression kept; None without.
+        step_scale: (), κ, by which ``ConflictLR`` scales the optimizer's step; None without.
     """
 
     losses: Tensor
     gramian: Tensor | None
     weights: Tensor
+    targets: Tensor | None = None
+    attention: Tensor | None = None
+    kept: Tensor | None = None
+    step_scale: Tensor | None = None
 
     @cached_property
     def norms(self) -> Tensor | None:
@@ -30,13 +40,7 @@ class SurgeryInfo:
     @cached_property
     def cosines(self) -> Tensor | None:
         """(T, T) or (S, T, T), the cosines of two task gradients; 0 where either gradient is zero."""
-        if self.gramian is None or self.norms is None:
-            return None
-        norms = self.norms
-        nonzero = (norms.unsqueeze(-1) != 0) & (norms.unsqueeze(-2) != 0)
-        # One root after the other: the product of two squared norms can overflow.
-        cosines = self.gramian / norms.unsqueeze(-1) / norms.unsqueeze(-2)
-        return torch.where(nonzero, cosines, 0.0)
+        return None if self.gramian is None else cosines(self.gramian)
 
     @cached_property
     def conflicts(self) -> Tensor | None:

@@ -6,13 +6,15 @@ lies as its parameter does is read in place; any other is copied to the paramete
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gradkern.ops import autograd  # noqa: F401  (registers the operators)
+from gradkern.ops.philox import dropped_at
 from gradkern.ops.schema import arithmetic_dtype
+from gradkern.suppression import Mask
 
 ops = torch.ops.gradkern
 
@@ -24,6 +26,7 @@ class Column:
     Attributes:
         dtype: of the gradients, and so of ``.grad``.
         segment: the parameter's group, or None for one outside surgery, which gets the plain sum.
+        unit: the number of the first unit of gradient suppression in it; -1 for one that is never masked.
         sparse: all gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
     """
 
@@ -31,6 +34,7 @@ class Column:
     grads: list[Tensor | None]
     dtype: torch.dtype
     segment: int | None
+    unit: int
     sparse: bool
 
 
@@ -43,7 +47,10 @@ def readable(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[T
 
 
 def columns(
-    params: Sequence[Tensor], grads: Sequence[Sequence[Tensor | None]], segments: Sequence[int | None]
+    params: Sequence[Tensor],
+    grads: Sequence[Sequence[Tensor | None]],
+    segments: Sequence[int | None],
+    units: Sequence[int],
 ) -> list[Column]:
     """The columns of all parameters that any task reaches; ``grads[t][k]`` belongs to task t and ``params[k]``."""
     found = []
@@ -55,45 +62,86 @@ def columns(
         sparse = all(g.is_sparse for g in present)
         if not sparse and any(g.is_sparse for g in present):
             column = [_laid_out(g, p) if g is not None and g.is_sparse else g for g in column]
-        found.append(Column(p, column, _grad_dtype(p), segment, sparse))
+        unit = -1 if segment is None else units[k]
+        found.append(Column(p, column, _grad_dtype(p), segment, unit, sparse))
     return found
 
 
-def gramian(columns: Sequence[Column], n_tasks: int, n_segments: int, device: torch.device) -> Tensor:
-    """(S, T, T), the dot products of the task gradients within each group; float64 if any gradient is."""
+def dense(columns: Sequence[Column]) -> list[Column]:
+    """``columns``, sparse gradients made dense."""
+    return [
+        replace(c, grads=[None if g is None else _laid_out(g, c.param) for g in c.grads], sparse=False)
+        if c.sparse
+        else c
+        for c in columns
+    ]
+
+
+def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Tensor:
+    """(S, T, T), the dot products of the task gradients within each group; float64 if any gradient is.
+
+    Args:
+        columns: as :func:`columns` gives them.
+        n_segments: S.
+        mask: leave out what it drops.
+    """
+
+    def products(grads: Sequence[Tensor | None], segments: list[int], n: int, units: list[int]) -> Tensor:
+        if mask is None:
+            return ops.gramian(grads, segments, n)
+        return ops.gramian(grads, segments, n, units, mask.block, mask.words)
+
     under_surgery = [c for c in columns if c.segment is not None]
     parts = [
-        ops.gramian(_row_major(group), [c.segment for c in group], n_segments)
+        products(row_major(group), [c.segment for c in group if c.segment is not None], n_segments, _units(group))
         for group in _by_dtype([c for c in under_surgery if not c.sparse])
     ]
     wide = any(c.dtype == torch.float64 for c in under_surgery)
-    zeros = torch.zeros((n_segments, n_tasks, n_tasks), dtype=torch.float64 if wide else torch.float32, device=device)
+    T, device = len(columns[0].grads), columns[0].param.device
+    zeros = torch.zeros((n_segments, T, T), dtype=torch.float64 if wide else torch.float32, device=device)
     M = sum(parts, zeros)
     for c in under_surgery:
         if c.sparse:  # dense for as long as its dot products take, one parameter at a time
-            M[c.segment] += ops.gramian([None if g is None else g.to_dense() for g in c.grads], [0], 1)[0]
+            M[c.segment] += products([None if g is None else _laid_out(g, c.param) for g in c.grads], [0], 1, [c.unit])[
+                0
+            ]
     return M
 
 
-def combine(columns: Sequence[Column], w: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Each parameter with Σ_t w[segment, t] g_t, newly allocated; the plain sum for one outside surgery.
+def combine(
+    columns: Sequence[Column], w: Tensor, plain: Tensor, mask: Mask | None
+) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    """Each parameter with Σ_t w[segment, t] g_t, newly allocated; one outside surgery with Σ_t plain[t] g_t.
 
     Args:
         columns: as :func:`columns` gives them.
         w: (S, T), the weights of each group.
+        plain: (T,), like ``w``.
+        mask: what it drops becomes 0.
+
+    Returns:
+        The parameters and their results; and the share of the entries that the mask kept, (), None without one. (Of
+        dense gradients: the entries that sparse ones lack are dropped anyhow.)
     """
-    plain = len(w)
-    w = torch.cat((w, torch.ones_like(w[:1])))
+    last = len(w)
+    w = torch.cat((w, plain.unsqueeze(0)))
     results: dict[Tensor, Tensor] = {}
+    kept: list[Tensor] = []
     for group in _by_dtype([c for c in columns if not c.sparse]):
         out = [torch.empty_like(c.param, dtype=c.dtype) for c in group]
-        segments = [plain if c.segment is None else c.segment for c in group]
-        ops.combine(_row_major(group), w.to(arithmetic_dtype(out[0].dtype)), segments, out)
+        segments = [last if c.segment is None else c.segment for c in group]
+        ws = w.to(arithmetic_dtype(out[0].dtype))
+        if mask is None:
+            ops.combine(row_major(group), ws, segments, out)
+        else:
+            kept.append(ops.combine(row_major(group), ws, segments, _units(group), mask.block, mask.words, out))
         results.update(zip((c.param for c in group), out, strict=True))
     for c in columns:
         if c.sparse:
-            results[c.param] = _combine_sparse(c, w[plain if c.segment is None else c.segment])
-    return [(c.param, results[c.param]) for c in columns]
+            results[c.param] = _combine_sparse(c, w[last if c.segment is None else c.segment], mask)
+    n_masked = sum(c.param.numel() for c in columns if c.unit >= 0 and not c.sparse)
+    share = sum(kept[1:], kept[0]) / n_masked if kept and n_masked else None
+    return [(c.param, results[c.param]) for c in columns], share
 
 
 def _by_dtype(columns: Sequence[Column]) -> list[list[Column]]:
@@ -103,16 +151,34 @@ def _by_dtype(columns: Sequence[Column]) -> list[list[Column]]:
     return list(groups.values())
 
 
-def _row_major(columns: Sequence[Column]) -> list[Tensor | None]:
+def row_major(columns: Sequence[Column]) -> list[Tensor | None]:
+    """The gradients task by task, as the operators take them."""
     return [g for row in zip(*(c.grads for c in columns), strict=True) for g in row]
 
 
-def _combine_sparse(c: Column, w: Tensor) -> Tensor:
+def _units(columns: Sequence[Column]) -> list[int]:
+    return [c.unit for c in columns]
+
+
+def _combine_sparse(c: Column, w: Tensor, mask: Mask | None) -> Tensor:
     """The entries of all tasks one after another, each scaled; equal indices add up when torch next coalesces."""
     present = [(t, g) for t, g in enumerate(c.grads) if g is not None]
     indices = torch.cat([g._indices() for _, g in present], 1)
     values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values()).to(g.dtype) for t, g in present])
+    if mask is not None and c.unit >= 0:
+        units = c.unit + _places(indices, c.param) // mask.block
+        values = values.masked_fill(dropped_at(units, mask.words), 0.0)
     return torch.sparse_coo_tensor(indices, values, c.param.shape, check_invariants=False)
+
+
+def _places(indices: Tensor, p: Tensor) -> Tensor:
+    """Where the entries of a sparse gradient lie in the memory of a dense one: of the values' shape."""
+    strides = _new_grad_stride(p)
+    n = len(indices)
+    places = sum((i * stride for i, stride in zip(indices, strides[:n], strict=True)), torch.zeros_like(indices[0]))
+    for size, stride in zip(p.shape[n:], strides[n:], strict=True):
+        places = places.unsqueeze(-1) + stride * torch.arange(size, device=indices.device)
+    return places
 
 
 def added(total: Tensor | None, g: Tensor) -> Tensor:

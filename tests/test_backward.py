@@ -38,7 +38,7 @@ def test_shared_parameters_get_surgery_and_heads_their_own_gradient(device: torc
     )
     for reduction, scale in (("sum", 1.0), ("mean", 1 / 3)):
         model.zero_grad()
-        info = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER, reduction))
+        info = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER, reduction=reduction))
         assert_near(grads_of(trunk), scale * expected, expected.norm(), NEAR)
         assert torch.equal(grads_of(heads), own)  # unscaled, whatever the reduction
     rows = [flat(grads, trunk) for grads in task_gradients(model.losses(x, y), trunk)]
@@ -62,7 +62,7 @@ def test_tensors_callables_and_separate_graphs_agree(device: torch.device) -> No
         [model.loss(0, x, y), lambda: model.loss(1, x, y), model.loss(2, x, y)],
     ):
         model.zero_grad()
-        gk.backward(losses, model, aggregator=gk.PCGrad(ORDER))
+        gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER))
         results.append(grads_of(list(model.parameters())))
     for result in results[1:]:
         assert_near(result, results[0], results[0].norm(), NEAR)
@@ -70,10 +70,10 @@ def test_tensors_callables_and_separate_graphs_agree(device: torch.device) -> No
 
 def test_grad_accumulates_in_place_and_is_detached_and_alone() -> None:
     model, x, y = problem()
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
     first = [p.grad for p in model.parameters()]
     values = [g.clone() for g in first]
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
     for p, g, value in zip(model.parameters(), first, values, strict=True):
         assert p.grad is g
         assert torch.equal(g, value + value)
@@ -112,7 +112,7 @@ def test_an_absent_task_is_a_zero_row(device: torch.device) -> None:
     trunk = list(model.trunk.parameters())
     losses = model.losses(x, y)
     rows = [flat(grads, trunk) for grads in task_gradients([losses[0], losses[2]], trunk)]
-    info = gk.backward([losses[0], None, losses[2]], model, aggregator=gk.PCGrad(ORDER))
+    info = gk.backward([losses[0], None, losses[2]], model, aggregator=gk.PCGrad(order=ORDER))
     expected = sum(reference.pcgrad([rows[0], torch.zeros_like(rows[0]), rows[1]], ORDER))
     assert_near(grads_of(trunk), expected, expected.norm(), NEAR)
     assert info.gramian[1].abs().max() == 0
@@ -127,7 +127,7 @@ def test_shared_names_the_parameters_under_surgery() -> None:
     plain = torch.stack([flat(g, rest) for g in task_gradients(model.losses(x, y), rest)]).sum(0)
     for shared in (model.trunk[2], chosen, [("a", chosen[0]), ("b", chosen[1])]):
         model.zero_grad()
-        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER, "mean"), shared=shared)
+        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER, reduction="mean"), shared=shared)
         assert_near(grads_of(chosen), expected / 3, expected.norm(), NEAR)
         assert_near(grads_of(rest), plain, plain.norm(), NEAR)
 
@@ -137,7 +137,7 @@ def test_a_shared_parameter_may_be_reached_by_one_loss_only() -> None:
     model, x, y = problem()
     params = [*model.trunk.parameters(), *model.heads[0].parameters()]
     expected = expected_pcgrad(model.losses(x, y), params)
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER), shared=params)
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER), shared=params)
     assert_near(grads_of(params), expected, expected.norm(), NEAR)
 
 
@@ -150,7 +150,7 @@ def test_each_group_is_a_problem_of_its_own(groups: object, device: torch.device
         key = name if groups == "parameter" else name.rpartition(".")[0] if groups == "module" else groups(name)
         members.setdefault(key, []).append(p)
     expected = {key: expected_pcgrad(model.losses(x, y), params) for key, params in members.items()}
-    info = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER), groups=groups)
+    info = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER), groups=groups)
     for key, params in members.items():
         assert_near(grads_of(params), expected[key], expected[key].norm(), NEAR)
     n_groups = {"parameter": 10, "module": 5}.get(groups, 2) if isinstance(groups, str) else 2
@@ -161,9 +161,9 @@ def test_each_group_is_a_problem_of_its_own(groups: object, device: torch.device
 def test_groups_are_numbered_over_all_parameters_reached_or_not() -> None:
     """Freezing the first layer must not move the second layer's number."""
     model, x, y = problem()
-    before = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER), groups="module")
+    before = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER), groups="module")
     model.trunk[0].requires_grad_(False)
-    after = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER), groups="module")
+    after = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER), groups="module")
     assert before.gramian[0].abs().max() > 0
     assert after.gramian[0].abs().max() == 0
     assert torch.equal(after.gramian[1], before.gramian[1])
@@ -174,7 +174,7 @@ def test_frozen_parameters_get_nothing() -> None:
     model.trunk[0].weight.requires_grad_(False)
     trunk = [p for p in model.trunk.parameters() if p.requires_grad]
     expected = expected_pcgrad(model.losses(x, y), trunk)
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
     assert model.trunk[0].weight.grad is None
     assert_near(grads_of(trunk), expected, expected.norm(), NEAR)
 
@@ -193,7 +193,7 @@ def test_tied_parameters_count_once() -> None:
     assert len(params) == 4
     order = [[0, 1], [0, 1]]
     expected = expected_pcgrad(losses(), params, order)
-    gk.backward(losses(), model, aggregator=gk.PCGrad(order))
+    gk.backward(losses(), model, aggregator=gk.PCGrad(order=order))
     assert_near(grads_of(params), expected, expected.norm(), NEAR)
 
 
@@ -209,7 +209,7 @@ def test_several_dtypes_in_one_model(device: torch.device) -> None:
     def loss(c: list[Tensor]) -> Tensor:
         return sum((p.double() * v.to(device)).sum() for p, v in zip(params, c, strict=True))
 
-    info = gk.backward([loss(a), loss(b)], params, aggregator=gk.PCGrad([0, 1]))
+    info = gk.backward([loss(a), loss(b)], params, aggregator=gk.PCGrad(order=[0, 1]))
     rows = [torch.cat(a), torch.cat(b)]
     assert info.gramian.dtype == torch.float64
     assert_near(info.gramian.cpu(), reference.gramian(rows), rows[0].norm() ** 2, NEAR)
@@ -240,7 +240,7 @@ def test_sparse_gradients(mixed: bool) -> None:
     order = [[0, 1], [0, 1]]
     expected = sum(reference.pcgrad(rows, order))
     for times in (1, 2):
-        info = gk.backward(losses(), params, aggregator=gk.PCGrad(order))
+        info = gk.backward(losses(), params, aggregator=gk.PCGrad(order=order))
         assert embedding.weight.grad.is_sparse != mixed
         result = torch.cat([p.grad.to_dense().reshape(-1).double() for p in params])
         assert_near(result, times * expected, times * expected.norm(), NEAR)
@@ -304,12 +304,12 @@ def test_a_users_own_method_decides_the_weights() -> None:
 def test_retain_graph() -> None:
     model, x, y = problem()
     losses = model.losses(x, y)
-    gk.backward(losses, model, aggregator=gk.PCGrad(ORDER), retain_graph=True)
+    gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER), retain_graph=True)
     first = grads_of(list(model.parameters()))
-    gk.backward(losses, model, aggregator=gk.PCGrad(ORDER))
+    gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER))
     assert_near(grads_of(list(model.parameters())), 2 * first, first.norm(), NEAR)
     with pytest.raises(RuntimeError, match="second time"):
-        gk.backward(losses, model, aggregator=gk.PCGrad(ORDER))
+        gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER))
 
 
 def test_the_same_bits_every_time(device: torch.device) -> None:
@@ -329,18 +329,18 @@ def test_autocast_reaches_the_users_model_but_not_the_surgery() -> None:
     trunk = list(model.trunk.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = expected_pcgrad(model.losses(x, y), trunk)
-        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
     assert_near(grads_of(trunk), expected, expected.norm(), NEAR)
 
 
 def test_no_grad_around_it_changes_nothing() -> None:
     model, x, y = problem()
     losses = [lambda t=t: model.loss(t, x, y) for t in range(3)]
-    gk.backward(losses, model, aggregator=gk.PCGrad(ORDER))
+    gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER))
     expected = grads_of(list(model.parameters()))
     model.zero_grad()
     with torch.no_grad():
-        gk.backward(losses, model, aggregator=gk.PCGrad(ORDER))
+        gk.backward(losses, model, aggregator=gk.PCGrad(order=ORDER))
     assert torch.equal(grads_of(list(model.parameters())), expected)
 
 
@@ -349,12 +349,12 @@ def test_forty_tasks() -> None:
     trunk = list(model.trunk.parameters())
     order = [torch.randperm(40).tolist() for _ in range(40)]
     expected = expected_pcgrad(model.losses(x, y), trunk, order)
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order))
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=order))
     # 1e-4: the dot products are float32, and 39 projections in a row magnify their rounding.
     assert_near(grads_of(trunk), expected, expected.norm(), 1e-4)
 
 
 def test_a_loss_that_is_a_parameter() -> None:
     p = nn.Parameter(torch.tensor(2.0))
-    gk.backward([p, -0.5 * p], [p], aggregator=gk.PCGrad([0, 1]))
+    gk.backward([p, -0.5 * p], [p], aggregator=gk.PCGrad(order=[0, 1]))
     assert p.grad == 0.0  # both are projected away: 1 - (-0.5/0.25)(-0.5) = 0

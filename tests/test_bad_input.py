@@ -111,7 +111,20 @@ BACKWARD: list[Case] = [
     (lambda m, ls: {"aggregator": WrongLength()}, ValueError, r"aggregator WrongLength.*weights of shape \(1, 2\)"),
     (lambda m, ls: {"shared": [nn.Parameter(torch.ones(2))]}, ValueError, r"shared must be some of params; shared\[0"),
     (lambda m, ls: {"shared": m.trunk[0].weight}, TypeError, "shared must be a Module.*got Parameter"),
+    (lambda m, ls: {"suppression": 0.5}, TypeError, "suppression must be a gradkern.Suppression or None, got 0.5"),
 ]
+
+OPTIMIZER: list[tuple[dict[str, Any], str]] = [
+    ({"suppression": 0.3}, "suppression must be a gradkern.Suppression or None, got 0.3"),
+    ({"conflict_lr": "amplify"}, "conflict_lr must be a gradkern.ConflictLR or None, got 'amplify'"),
+    ({"memory": 1}, "memory must be True or False, got 1"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIMIZER)
+def test_what_stands_beside_a_method_is_checked_when_given(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        gk.SurgeryOptimizer(torch.optim.SGD(problem()[0].parameters()), gk.PCGrad(), **options)
 
 
 class GivesNothing(gk.Aggregator):

@@ -6,6 +6,7 @@ With a GPU the step runs under torch's own check for synchronisation and is capt
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkern as gk
+from gradkern.aggregators.pcgrad import PARTNERS
 from tests.interpreter import interpreted, triton_implementations
 from tests.models import flat, problem
 from tests.tolerances import TOLERANCES, assert_near
@@ -31,10 +33,28 @@ class ReadsTheHost(gk.Aggregator):
         return w if M.sum() > 0 else 2 * w
 
 
-def step(aggregator: gk.Aggregator, groups: str = "model", as_callables: bool = False) -> tuple[Any, ...]:
+METHODS: dict[str, Callable[[], gk.Aggregator]] = {
+    **{partner: partial(gk.PCGrad, partner) for partner in PARTNERS},
+    "gradvac": gk.GradVac,
+    "attention": partial(gk.GradAttention, 16, 8, 1),
+    "attention-subset": partial(gk.GradAttention, 16, 8, 1, "subset"),
+}
+SCALARIZATIONS = {"sum": gk.Sum, "mean": gk.Mean, "constant": lambda: gk.Constant([1.0, 2.0, 3.0])}
+BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
+    "alone": dict,
+    "suppressed": lambda: {"suppression": gk.Suppression(0.4, seed=1), "conflict_lr": gk.ConflictLR()},
+    "all-suppressed": lambda: {"suppression": gk.Suppression(0.4, 4, "all", seed=1), "memory": True},
+}
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def step(
+    aggregator: gk.Aggregator, groups: str = "model", as_callables: bool = False, **beside: Any
+) -> tuple[Any, ...]:
     """One step of a small model on the CPU, fake where a mode says so."""
     model, x, y = problem()
-    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), aggregator, groups=groups)
+    inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    opt = gk.SurgeryOptimizer(inner, aggregator, groups=groups, **beside)
     opt.zero_grad()
     losses = [lambda t=t: model.loss(t, x, y) for t in range(3)] if as_callables else model.losses(x, y)
     info = opt.backward(losses)
@@ -43,14 +63,14 @@ def step(aggregator: gk.Aggregator, groups: str = "model", as_callables: bool = 
     return info, grads, model
 
 
+@pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("as_callables", [False, True])
 @pytest.mark.parametrize("groups", ["model", "parameter", "module"])
-@pytest.mark.parametrize("method", [gk.PCGrad, gk.Sum, gk.Mean, lambda: gk.Constant([1.0, 2.0, 3.0])])
-def test_the_step_runs_on_tensors_without_numbers(
-    method: Callable[[], gk.Aggregator], groups: str, as_callables: bool
-) -> None:
+@pytest.mark.parametrize("method", METHODS | SCALARIZATIONS)
+def test_the_step_runs_on_tensors_without_numbers(method: str, groups: str, as_callables: bool, beside: str) -> None:
     with FakeTensorMode():
-        info, grads, model = step(method(), groups, as_callables)
+        made = (METHODS | SCALARIZATIONS)[method]()
+        info, grads, model = step(made, groups, as_callables, **BESIDE[beside]())
         assert info.weights.shape[-1] == 3
         if info.gramian is not None:
             assert info.cosines.shape == info.conflicts.shape == info.gramian.shape
@@ -93,12 +113,15 @@ def refused_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("beside", BESIDE)
 @pytest.mark.parametrize("groups", ["model", "parameter"])
-def test_the_triton_path_reads_nothing(groups: str, request: pytest.FixtureRequest) -> None:
-    step(gk.PCGrad(), groups)  # work that is done once: layouts
+@each_method
+def test_the_triton_path_reads_nothing(method: str, groups: str, beside: str, request: pytest.FixtureRequest) -> None:
+    step(METHODS[method](), groups, **BESIDE[beside]())  # work that is done once: layouts
+    made, options = METHODS[method](), BESIDE[beside]()
     request.getfixturevalue("refused_methods")
     with RefusesReads():
-        step(gk.PCGrad(), groups)
+        step(made, groups, **options)
 
 
 @interpreted
@@ -122,9 +145,9 @@ def test_a_read_without_an_operator_is_caught(read: Callable[[Tensor], Any], ref
 @interpreted
 @pytest.mark.parametrize("groups", ["model", "module"])
 def test_both_back_ends_take_the_same_step(groups: str, request: pytest.FixtureRequest) -> None:
-    info, grads, _ = step(gk.PCGrad(ORDER), groups)
+    info, grads, _ = step(gk.PCGrad(order=ORDER), groups)
     calls = request.getfixturevalue("triton_serves_the_cpu")
-    triton_info, triton_grads, _ = step(gk.PCGrad(ORDER), groups)
+    triton_info, triton_grads, _ = step(gk.PCGrad(order=ORDER), groups)
     assert calls == ["gramian_tensors", "pcgrad", "combine_tensors"]
     assert_near(triton_info.gramian, info.gramian, info.gramian.abs().max(), TOLERANCES[torch.float32])
     for a, b in zip(triton_grads, grads, strict=True):
@@ -151,7 +174,7 @@ def test_the_step_never_synchronises(method: type[gk.Aggregator], groups: str) -
 def test_a_captured_step_replays_with_new_data() -> None:
     model, x, y = problem(device="cuda")
     trunk = list(model.trunk.parameters())
-    method = gk.PCGrad(ORDER)
+    method = gk.PCGrad(order=ORDER)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

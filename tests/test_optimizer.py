@@ -30,7 +30,7 @@ def build(kind: type[Optimizer], model: nn.Module, **options: Any) -> Optimizer:
 
 def wrap(model: nn.Module, method: gk.Aggregator | None = None, **options: Any) -> gk.SurgeryOptimizer:
     inner = torch.optim.AdamW(model.named_parameters(), lr=0.01)
-    return gk.SurgeryOptimizer(inner, method or gk.PCGrad(ORDER), **options)
+    return gk.SurgeryOptimizer(inner, method or gk.PCGrad(order=ORDER), **options)
 
 
 def values(model: nn.Module) -> list[Tensor]:
@@ -54,7 +54,7 @@ def test_every_torch_optimizer_steps_as_after_gk_backward(kind: type[Optimizer])
         params = [p for group in inner.param_groups for p in group["params"]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # Muon leaves the biases out
-            opt = gk.SurgeryOptimizer(inner, gk.PCGrad(ORDER)) if wrapped else inner
+            opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER)) if wrapped else inner
             for _ in range(3):
 
                 def closure() -> Tensor:
@@ -63,7 +63,7 @@ def test_every_torch_optimizer_steps_as_after_gk_backward(kind: type[Optimizer])
                     if wrapped:  # noqa: B023
                         opt.backward(losses)  # noqa: B023
                     else:
-                        gk.backward(losses, params, aggregator=gk.PCGrad(ORDER))  # noqa: B023
+                        gk.backward(losses, params, aggregator=gk.PCGrad(order=ORDER))  # noqa: B023
                     return sum(losses)
 
                 if kind.__name__ == "LBFGS":
@@ -85,11 +85,11 @@ def test_sparse_adam() -> None:
         out = embedding(torch.tensor([1, 2, 1]))
         losses = [out.sum(), -out.square().sum()]
         if wrapped:
-            opt = gk.SurgeryOptimizer(inner, gk.PCGrad([0, 1]))
+            opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=[0, 1]))
             opt.backward(losses)
             opt.step()
         else:
-            gk.backward(losses, embedding, aggregator=gk.PCGrad([0, 1]))
+            gk.backward(losses, embedding, aggregator=gk.PCGrad(order=[0, 1]))
             inner.step()
         results.append(values(embedding))
     assert same(*results)
@@ -101,13 +101,13 @@ def test_adamw_in_each_implementation(options: dict[str, bool]) -> None:
     for wrapped in (False, True):
         model, x, y = problem()
         inner = torch.optim.AdamW(model.parameters(), lr=0.01, **options)
-        opt = gk.SurgeryOptimizer(inner, gk.PCGrad(ORDER)) if wrapped else inner
+        opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER)) if wrapped else inner
         for _ in range(3):
             opt.zero_grad()
             if wrapped:
                 opt.backward(model.losses(x, y))
             else:
-                gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+                gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
             opt.step()
         results.append(values(model))
     assert same(*results)
@@ -150,14 +150,14 @@ def test_schedulers(name: str) -> None:
     for wrapped in (False, True):
         model, x, y = problem()
         inner = torch.optim.AdamW(model.parameters(), lr=0.01)
-        opt = gk.SurgeryOptimizer(inner, gk.PCGrad(ORDER)) if wrapped else inner
+        opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER)) if wrapped else inner
         with warnings.catch_warnings():
             if name != "SequentialLR":  # its own use of its parts warns with a plain optimizer too
                 warnings.simplefilter("error")  # torch warns when it thinks that no step was taken
             scheduler = SCHEDULERS[name](opt)
             seen = []
             for _ in range(5):
-                gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(ORDER))
+                gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
                 opt.step()
                 scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
                 seen.append(inner.param_groups[0]["lr"])
@@ -166,7 +166,7 @@ def test_schedulers(name: str) -> None:
     assert len(set(rates[0])) > 1
 
 
-@pytest.mark.parametrize("method", [gk.PCGrad(ORDER), gk.Sum()])
+@pytest.mark.parametrize("method", [gk.PCGrad(order=ORDER), gk.Sum()])
 def test_grad_scaler(method: gk.Aggregator) -> None:
     """Scaled losses, unscaled by the scaler before the step, give the step without a scaler; an overflow gives none."""
     expected, x, y = problem()
@@ -198,7 +198,7 @@ def test_grad_scaler_with_a_fused_optimizer_unscales_before_the_step() -> None:
     stepped = []
     for scale in (1.0, 2.0**16):
         model, x, y = problem()
-        opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, fused=True), gk.PCGrad(ORDER))
+        opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1, fused=True), gk.PCGrad(order=ORDER))
         assert opt.optimizer._step_supports_amp_scaling
         scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         opt.backward([scaler.scale(loss) for loss in model.losses(x, y)])
@@ -267,6 +267,8 @@ def test_a_checkpoint_of_another_method_loads_nothing() -> None:
     [
         ({}, "must hold 'method' and 'state'"),
         ({"method": "PCGrad", "state": {"_extra_state": torch.Generator().get_state()}}, "generator is None"),
+        ({"method": "PCGrad", "state": {}, "suppression": {"seed": 1, "step": 2}}, "steps with suppression"),
+        ({"method": "PCGrad", "state": {}, "memory": [[None] * 10] * 3}, "steps with memory"),
     ],
 )
 def test_a_checkpoint_that_does_not_fit_loads_nothing(surgery: dict[str, Any], message: str) -> None:
@@ -336,7 +338,7 @@ def test_step_passes_the_closure_through() -> None:
 def test_add_param_group() -> None:
     model, x, y = problem()
     inner = torch.optim.SGD(model.trunk[2].named_parameters(prefix="trunk.2"), lr=0.1)
-    opt = gk.SurgeryOptimizer(inner, gk.PCGrad(ORDER), groups="parameter")
+    opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER), groups="parameter")
     opt.add_param_group({"params": list(model.heads.named_parameters(prefix="heads")), "lr": 0.2})
     assert len(opt.param_groups) == 2
     with warnings.catch_warnings():
@@ -354,7 +356,7 @@ def test_groups_by_module_over_named_param_groups() -> None:
         [{"params": list(m.named_parameters(prefix=n))} for n, m in (("trunk", model.trunk), ("heads", model.heads))],
         lr=0.1,
     )
-    info = gk.SurgeryOptimizer(inner, gk.PCGrad(ORDER), groups="module").backward(model.losses(x, y))
+    info = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER), groups="module").backward(model.losses(x, y))
     assert info.gramian.shape == (5, 3, 3)
     with pytest.raises(ValueError, match="groups='module' needs names"):
         gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gk.PCGrad(), groups="module")

@@ -1,5 +1,6 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
@@ -10,10 +11,13 @@ from torch.optim import Optimizer
 
 from gradkern import graph
 from gradkern.aggregators import Aggregator
-from gradkern.backward import backward
+from gradkern.backward import step
+from gradkern.conflict_lr import ConflictLR, rescale
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
+from gradkern.memory import Memory
 from gradkern.parameters import Groups, Params, parameters, segments, subset
+from gradkern.suppression import Suppression
 
 
 class SurgeryOptimizer(Optimizer):
@@ -29,18 +33,37 @@ class SurgeryOptimizer(Optimizer):
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: as in :func:`gradkern.backward`.
         shared: as in :func:`gradkern.backward`.
+        suppression: as in :func:`gradkern.backward`; its step is part of ``state_dict``.
+        conflict_lr: scale each step by how much the tasks' gradients conflict in the last backward pass before it.
+        memory: let a task that is absent in a step take part with the gradient of its last step, which the present
+            tasks' gradients are modified against; before its first, with zeros. The T gradients are kept from step to
+            step, and are part of ``state_dict``.
     """
 
     # A scaler would hand its scale to this optimizer, and the wrapped one would step scaled gradients.
     _step_supports_amp_scaling = False
 
     def __init__(
-        self, optimizer: Optimizer, aggregator: Aggregator, *, groups: Groups = "model", shared: Params | None = None
+        self,
+        optimizer: Optimizer,
+        aggregator: Aggregator,
+        *,
+        groups: Groups = "model",
+        shared: Params | None = None,
+        suppression: Suppression | None = None,
+        conflict_lr: ConflictLR | None = None,
+        memory: bool = False,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
+        if suppression is not None and not isinstance(suppression, Suppression):
+            raise TypeError(f"suppression must be a gradkern.Suppression or None, got {suppression!r}")
+        if conflict_lr is not None and not isinstance(conflict_lr, ConflictLR):
+            raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {conflict_lr!r}")
+        if not isinstance(memory, bool):
+            raise TypeError(f"memory must be True or False, got {memory!r}")
         # torch's own __init__ sets up the hooks and writes fresh groups and state: let it write them to a stand-in.
         self.optimizer: Any = SimpleNamespace(add_param_group=lambda group: None)
         super().__init__([{"params": []}], {})
@@ -49,6 +72,10 @@ class SurgeryOptimizer(Optimizer):
         self.groups = groups
         # An iterator serves once, and every step asks again.
         self.shared = list(shared) if isinstance(shared, Iterator) else shared
+        self.suppression = suppression
+        self.conflict_lr = conflict_lr
+        self._memory = Memory() if memory else None
+        self._step_scale: Tensor | None = None  # κ of the last backward pass, until a step takes it
         self._first = True  # the step in which to look for parameters outside
         given = parameters(self._params())
         segments(given, groups)
@@ -94,14 +121,18 @@ class SurgeryOptimizer(Optimizer):
         outside: dict[Tensor, None] = {}
         if self._first and isinstance(losses, Iterable) and not isinstance(losses, Tensor):
             losses = [self._watched(loss, outside) for loss in losses]
-        info = backward(
+        info = step(
             losses,
             self._params(),
-            aggregator=self.aggregator,
-            groups=self.groups,
-            shared=self.shared,
-            retain_graph=retain_graph,
+            self.aggregator,
+            self.groups,
+            self.shared,
+            self.suppression,
+            retain_graph,
+            self.conflict_lr,
+            self._memory,
         )
+        self._step_scale = info.step_scale
         self._first = False
         if outside:
             shapes = ", ".join(str(tuple(p.shape)) for p in list(outside)[:5])
@@ -114,7 +145,20 @@ class SurgeryOptimizer(Optimizer):
         return info
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of the wrapped optimizer; ``closure`` is passed on to it."""
+        """One step of the wrapped optimizer, scaled by ``conflict_lr``; ``closure`` is passed on to it."""
+        if self.conflict_lr is None:
+            return self._inner_step(closure)
+        params = self._tensors()
+        if closure is None:
+            params = [p for p in params if p.grad is not None]
+        before = [p.detach().clone() for p in params]
+        result = self._inner_step(closure)
+        if self._step_scale is not None:
+            rescale(params, before, self._step_scale)
+            self._step_scale = None
+        return result
+
+    def _inner_step(self, closure: Callable[[], float] | None) -> Any:
         return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -126,11 +170,14 @@ class SurgeryOptimizer(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``state_dict`` and, under "surgery", the method's name and state."""
+        """The wrapped optimizer's ``state_dict`` and, under "surgery", all that the surgery remembers.
+
+        That is the method's name and state, the suppression's seed and step, and the tasks' gradients of ``memory``.
+        """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state: dict[str, Any] = dict(self.optimizer.state_dict())
-        state["surgery"] = {"method": type(self.aggregator).__name__, "state": dict(self.aggregator.state_dict())}
+        state["surgery"] = self._surgery_state()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -148,30 +195,53 @@ class SurgeryOptimizer(Optimizer):
             replaced = hook(self, state)
             state = state if replaced is None else replaced
         surgery = state.pop("surgery", None)
-        before = self.aggregator.state_dict()
-        if surgery is not None:
-            self._load_method(surgery)
+        before = self._surgery_state()
+        before["state"] = copy.deepcopy(before["state"])  # loading writes into what it refers to
         try:
+            if surgery is not None:
+                self._load_surgery(surgery)
             self.optimizer.load_state_dict(state)
         except Exception:
-            self.aggregator.load_state_dict(before)
+            self._load_surgery(before)
             raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load_method(self, surgery: Any) -> None:
+    def _surgery_state(self) -> dict[str, Any]:
+        return {
+            "method": type(self.aggregator).__name__,
+            "state": dict(self.aggregator.state_dict()),
+            "suppression": None if self.suppression is None else self.suppression.state_dict(),
+            "memory": None if self._memory is None else self._memory.state_dict(self._tensors()),
+        }
+
+    def _load_surgery(self, surgery: Any) -> None:
         method = type(self.aggregator).__name__
-        if not isinstance(surgery, dict) or set(surgery) != {"method", "state"}:
-            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {surgery!r}")
+        if not isinstance(surgery, dict) or not {"method", "state"} <= set(surgery):
+            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {surgery!r:.200}")
         if surgery["method"] != method:
             raise ValueError(f"state_dict is of a step with {surgery['method']}, this optimizer's method is {method}")
+        suppression, memory = surgery.get("suppression"), surgery.get("memory")
+        for name, saved, mine in (("suppression", suppression, self.suppression), ("memory", memory, self._memory)):
+            if saved is not None and mine is None:
+                raise ValueError(f"state_dict is of steps with {name}, which this optimizer has none of")
         self.aggregator.load_state_dict(surgery["state"])
+        if self.suppression is not None and suppression is not None:
+            self.suppression.load_state_dict(suppression)
+        if self._memory is not None and memory is not None:
+            self._memory.load_state_dict(memory, self._tensors())
 
     def __repr__(self) -> str:
-        return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r})"
+        beside = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
+        given = "".join(f", {name}={value!r}" for name, value in beside.items() if value is not None)
+        return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{given})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # torch's own keeps groups and state only
-        return _made, (type(self), self.optimizer, self.aggregator, self.groups, self.shared)
+        beside = (self.groups, self.shared, self.suppression, self.conflict_lr)
+        return _made, (type(self), self.optimizer, self.aggregator, *beside, self._memory)
+
+    def _tensors(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def _params(self) -> list[Any]:
         entries: list[Any] = []
@@ -182,7 +252,7 @@ class SurgeryOptimizer(Optimizer):
 
     def _watched(self, loss: Loss, outside: dict[Tensor, None]) -> Loss:
         """``loss``; what it would have trained besides, had ``backward`` been torch's own, is put into ``outside``."""
-        inside = {p for group in self.param_groups for p in group["params"]}
+        inside = set(self._tensors())
 
         def watch(value: object) -> None:
             if isinstance(value, Tensor) and value.requires_grad:
@@ -200,5 +270,16 @@ class SurgeryOptimizer(Optimizer):
         return watched
 
 
-def _made(kind: type[SurgeryOptimizer], optimizer: Optimizer, method: Aggregator, groups: Any, shared: Any) -> Any:
-    return kind(optimizer, method, groups=groups, shared=shared)
+def _made(
+    kind: type[SurgeryOptimizer],
+    optimizer: Optimizer,
+    method: Aggregator,
+    groups: Any,
+    shared: Any,
+    suppression: Suppression | None,
+    conflict_lr: ConflictLR | None,
+    memory: Memory | None,
+) -> SurgeryOptimizer:
+    made = kind(optimizer, method, groups=groups, shared=shared, suppression=suppression, conflict_lr=conflict_lr)
+    made._memory = memory
+    return made

@@ -1,0 +1,66 @@
+"""The learning rate by conflict (Rhapsody on a Theme of Gradient Surgery, §3.4): how far a step goes.
+
+The step is scaled and not the gradient, whose scale Adam and its relatives divide out again:
+
+    θ ← θ_before + κ (θ_after - θ_before)       around the step of any optimizer
+
+which is its step with lr κ, decoupled weight decay included. κ stays on the device.
+"""
+
+import torch
+from torch import Tensor
+
+from gradkern.cosines import cosines
+
+MODES = ("attenuate", "amplify")
+REDUCTIONS = ("mean", "min")
+
+
+class ConflictLR:
+    """Scale each step by κ = 1 + φ or 1 - φ, φ the cosine of the tasks' gradients over all shared parameters.
+
+    Args:
+        mode: "attenuate", κ = 1 + φ, takes smaller steps under conflict; "amplify", κ = 1 - φ, larger ones.
+        reduce: what φ is with more than two tasks: the "mean" over the pairs of tasks whose gradients are not zero, or
+            the "min".
+    """
+
+    def __init__(self, mode: str = "attenuate", reduce: str = "mean") -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be 'attenuate' or 'amplify', got {mode!r}")
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be 'mean' or 'min', got {reduce!r}")
+        self.mode = mode
+        self.reduce = reduce
+
+    def scale(self, M: Tensor) -> Tensor:
+        """κ of the whole model's Gramian.
+
+        Args:
+            M: (T, T), float32 or float64.
+
+        Returns:
+            (), of M's dtype and on its device; 1 where there is no pair of gradients that are not zero, or κ would not
+            be finite.
+        """
+        pairs = torch.ones_like(M, dtype=torch.bool).triu(1)
+        norms = M.diagonal()
+        pairs &= (norms != 0).unsqueeze(-1) & (norms != 0)
+        phi = cosines(M.double())
+        if self.reduce == "min":
+            phi = torch.where(pairs, phi, torch.inf).min()
+        else:
+            phi = torch.where(pairs, phi, 0.0).sum() / pairs.sum()
+        kappa = 1 + phi if self.mode == "attenuate" else 1 - phi
+        return torch.where(kappa.isfinite(), kappa, 1.0).to(M.dtype)
+
+    def __repr__(self) -> str:
+        return f"ConflictLR(mode={self.mode!r}, reduce={self.reduce!r})"
+
+
+@torch.no_grad()
+def rescale(params: list[Tensor], before: list[Tensor], kappa: Tensor) -> None:
+    """Leave ``params``, which an optimizer has moved from ``before``, κ of the way; exactly where they are at κ = 1."""
+    moved = torch._foreach_sub(params, before)
+    torch._foreach_mul_(moved, 1 - kappa)
+    torch._foreach_sub_(params, moved)

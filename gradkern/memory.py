@@ -1,0 +1,77 @@
+"""The last gradient of each task, for steps that bring some tasks only (Rhapsody on a Theme of Gradient Surgery, §3.2).
+
+An absent task takes part with the gradient of its last step, before its first with zeros: the present tasks' gradients
+are modified against it, and only they are added up. The gradients are kept as autograd gave them, never copied.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import PerDevice
+
+Row = dict[Tensor, Tensor]
+"""The gradients of one task by parameter."""
+
+
+class Memory:
+    """What the optimizer remembers of its tasks: T rows, from the first step on."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+        self._patterns: dict[tuple[bool, ...], PerDevice] = {}
+
+    def check(self, n_tasks: int) -> None:
+        """Raise ValueError if the steps so far were of another number of tasks."""
+        if self._rows and len(self._rows) != n_tasks:
+            raise ValueError(f"losses has {n_tasks} entries; the steps remembered had {len(self._rows)}")
+
+    def recall(
+        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
+    ) -> list[Sequence[Tensor | None]]:
+        """``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
+        rows = self._rows or [{} for _ in present]
+        remembered = [[row.get(p) for p in params] for row in rows]
+        return [new if here else old for here, new, old in zip(present, grads, remembered, strict=True)]
+
+    def remember(
+        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
+    ) -> None:
+        """Keep the present tasks' rows in place of their last ones."""
+        self._rows = self._rows or [{} for _ in present]
+        for t, here in enumerate(present):
+            if here:
+                self._rows[t] = {p: g for p, g in zip(params, grads[t], strict=True) if g is not None}
+
+    def present_on(self, present: Sequence[bool], like: Tensor) -> Tensor:
+        """``present`` as (T,) bool on the device of ``like``; copied there once for each pattern."""
+        pattern = tuple(present)
+        if pattern not in self._patterns:
+            self._patterns[pattern] = PerDevice(list(pattern))
+        return self._patterns[pattern].on(like.device, torch.bool)
+
+    def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """T rows of one gradient, or None, for each of ``params``."""
+        return [[row.get(p) for p in params] for row in self._rows]
+
+    def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave, moved to where the parameters are.
+
+        Raises:
+            ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
+        """
+        rows = list(state) if isinstance(state, (list, tuple)) else None
+        if rows is None or not all(isinstance(row, (list, tuple)) for row in rows):
+            raise ValueError(f"the memory to load must be lists of gradients, one for each task; got {state!r:.200}")
+        loaded: list[Row] = []
+        for t, row in enumerate(rows):
+            if len(row) != len(params):
+                raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")
+            for k, (g, p) in enumerate(zip(row, params, strict=True)):
+                if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
+                    got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+                    raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
+            loaded.append({p: g.to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
+        self._rows = loaded

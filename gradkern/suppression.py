@@ -1,0 +1,96 @@
+"""Gradient suppression: what is masked, and the counter-based random stream that decides it.
+
+Which entries a step drops is a function of seed, step and position, evaluated wherever it is needed: no mask is stored,
+the Gramian and the combination of a step draw the same one, and so does a run that is resumed.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SCOPES = ("update", "all")
+
+
+class Mask(NamedTuple):
+    """A step's mask, as the operators take it: ``ops/schema.py`` says what each is.
+
+    Attributes:
+        block: entries of a unit.
+        words: (3,) int64, on the device: seed, step and threshold.
+    """
+
+    block: int
+    words: Tensor
+
+
+class Suppression:
+    """Suppress shared parameters' gradients at random (Rhapsody on a Theme of Gradient Surgery, §3.5), beside a method.
+
+    Each step drops every entry with probability ``p``, the same entries for all tasks, and the rest is updated as
+    usual. A dropped entry's gradient is exactly 0: momentum and weight decay still move the parameter. Parameters that
+    one loss alone reaches are never masked. Each call of ``backward`` is a step.
+
+    Args:
+        p: the probability that an entry is dropped, from 0 to below 1. The report tries 0.30, 0.45 and 0.60.
+        block: how many neighbouring entries of a parameter, as they lie in memory, are kept or dropped together. 1 is
+            the report's; from 128 on memory traffic really falls with ``p``, for dropped blocks are never loaded;
+            powers of two are fastest.
+        scope: "update", the report's: dot products over all entries, and a masked update; or "all": dot products over
+            the kept entries too, so that dropped ones are never read.
+        seed: from 0 to 2⁶⁴ - 1; None to draw one from torch's default generator.
+    """
+
+    def __init__(self, p: float, block: int = 1, scope: str = "update", seed: int | None = None) -> None:
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:  # NaN is not
+            raise ValueError(f"p must be a number from 0 to below 1, got {p!r}")
+        if isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= 2**30:
+            raise ValueError(f"block must be an integer from 1 to 2**30, got {block!r}")
+        if scope not in SCOPES:
+            raise ValueError(f"scope must be 'update' or 'all', got {scope!r}")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
+            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1 or None, got {seed!r}")
+        self.p = float(p)
+        self.block = block
+        self.scope = scope
+        self.seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed
+        self._words = self._fresh(0)
+
+    def mask(self, device: torch.device) -> Mask:
+        """The mask of the present step, on ``device``."""
+        if self._words.device != device:
+            self._words = self._words.to(device)  # once, at the first step
+        return Mask(self.block, self._words)
+
+    def advance(self) -> None:
+        """On to the next step, on the device, so that a captured CUDA graph does it at each replay."""
+        self._words[1] += 1
+
+    def first_units(self, numels: Sequence[int]) -> list[int]:
+        """The number of each parameter's first unit: ⌈numel / block⌉ units each, in whole fours."""
+        fours = [-(-numel // (4 * self.block)) for numel in numels]
+        return [4 * n for n in accumulate(fours, initial=0)][:-1]
+
+    def state_dict(self) -> dict[str, int]:
+        """Seed and step: where the stream of masks goes on."""
+        return {"seed": self.seed, "step": int(self._words[1])}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            ValueError: it is not of that form. Nothing has changed then.
+        """
+        if not isinstance(state_dict, dict) or set(state_dict) != {"seed", "step"}:
+            raise ValueError(f"state_dict must hold 'seed' and 'step', got {state_dict!r}")
+        self.seed = int(state_dict["seed"])
+        self._words.copy_(self._fresh(int(state_dict["step"])))  # in place: a captured CUDA graph reads it there
+
+    def _fresh(self, step: int) -> Tensor:
+        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed  # the same 64 bits
+        return torch.tensor([seed, step, round(self.p * 2**32)], dtype=torch.int64, device="cpu")
+
+    def __repr__(self) -> str:
+        return f"Suppression(p={self.p}, block={self.block}, scope={self.scope!r}, seed={self.seed})"

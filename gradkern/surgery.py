@@ -1,0 +1,89 @@
+"""The surgery of a step: from the columns of task gradients to the results that ``.grad`` takes. Writes nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradkern import rows
+from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
+from gradkern.drawn import Drawn
+from gradkern.rows import Column
+from gradkern.suppression import Mask
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it.
+
+    Attributes:
+        gramian: (S, T, T).
+        solution: the weights (S, T), and what else the method tells.
+        results: each parameter with its gradient, newly allocated.
+        kept: (), the share of entries that suppression kept; None without.
+    """
+
+    gramian: Tensor
+    solution: Solution
+    results: list[tuple[Tensor, Tensor]]
+    kept: Tensor | None
+
+
+def operate(
+    columns: Sequence[Column],
+    n_segments: int,
+    aggregator: Aggregator,
+    present: Tensor | None,
+    seen: Mask | None,
+    written: Mask | None,
+) -> Outcome:
+    """Gramian, weights, combination.
+
+    Args:
+        columns: as :func:`rows.columns` gives them.
+        n_segments: S.
+        aggregator: the method.
+        present: (T,) bool, the tasks whose gradients are of this step; None for all.
+        seen: leave out of the dot products what it drops.
+        written: leave out of the results what it drops.
+    """
+    if isinstance(aggregator, GradAttention):
+        return _attend(columns, n_segments, aggregator, present, seen, written)
+    M = rows.gramian(columns, n_segments, seen)
+    solution = aggregator.solution(M, present)
+    w = solution.weights
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
+    if w.shape != M.shape[:-1]:
+        raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
+    plain = torch.ones_like(w[0])
+    if isinstance(aggregator, Scalarization):
+        plain = aggregator.weights_like(len(plain), w.dtype, w.device)
+    results, kept = rows.combine(columns, w, plain, written)
+    return Outcome(M, solution, results, kept)
+
+
+def _attend(
+    columns: Sequence[Column],
+    n_segments: int,
+    aggregator: GradAttention,
+    present: Tensor | None,
+    seen: Mask | None,
+    written: Mask | None,
+) -> Outcome:
+    """As :func:`operate`, for the one method that sees entries of the gradients besides their Gramian."""
+    columns = rows.dense(columns)
+    drawn = Drawn(columns, n_segments, aggregator.positions)
+    X = drawn.entries(seen)
+    only_drawn = aggregator.update == "subset"
+    M = drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, seen)
+    # Where no two losses meet there is nothing to weigh, and nothing to learn from.
+    attention = aggregator.weights(M, drawn.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
+    w = attention if present is None else torch.where(present, attention, 0.0)
+    plain = torch.ones_like(w[0])
+    if only_drawn:
+        results, kept = drawn.combine(X, w, plain, written)
+    else:
+        results, kept = rows.combine(columns, w, plain, written)
+    return Outcome(M, Solution(w, attention=attention), results, kept)
