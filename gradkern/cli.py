@@ -35,7 +35,7 @@ def _demo(args: argparse.Namespace) -> int:
     from gradkern.demo.run import run
 
     methods = [name for name in METHODS if name in args.method or "all" in args.method]
-    run(methods, list(dict.fromkeys(args.seed)), args.epochs, args.device, args.out)
+    run(methods, list(dict.fromkeys(args.seeds)), args.epochs, args.device, args.out)
     return 0
 
 
@@ -55,15 +55,19 @@ def _parser() -> argparse.ArgumentParser:
         help="compare methods on overlaid digits",
         description="Train on pairs of overlaid digits, three tasks at once, and compare methods over the same seeds.",
     )
-    known = " | ".join(["all", *(name.lower() for name in METHODS)])
     demo.add_argument(
-        "--method", nargs="+", type=_method, default=["all"], metavar="METHOD", help=f"{known} (default: all)"
+        "--method",
+        nargs="+",
+        choices=["all", *METHODS],
+        default=["all"],
+        metavar="METHOD",
+        help=f"{', '.join(METHODS)}; or all (default: all)",
     )
     demo.add_argument(
-        "--epochs", type=_positive, default=6, metavar="N", help="passes over the training pairs (default: %(default)s)"
+        "--epochs", type=_positive, default=3, metavar="N", help="passes over the training pairs (default: %(default)s)"
     )
     demo.add_argument(
-        "--seed", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help="one run each (default: 0 1 2)"
+        "--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help="one run each (default: 0 1 2)"
     )
     demo.add_argument(
         "--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
@@ -82,13 +86,6 @@ def _parser() -> argparse.ArgumentParser:
         description="Show versions, devices and back ends, and check every operator; the exit status says if all work.",
     )
     return parser
-
-
-def _method(text: str) -> str:
-    known = {name.lower(): name for name in ("all", *METHODS)}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(known)}")
-    return known[text.lower()]
 
 
 def _positive(text: str) -> int:

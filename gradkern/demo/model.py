@@ -11,11 +11,11 @@ TASKS = {"left": 10, "right": 10, "left larger": 2}
 TASK_PAIRS = list(combinations(range(len(TASKS)), 2))
 """The pairs i < j of tasks."""
 
-CHANNELS, FEATURES = 16, 128
+CHANNELS, FEATURES = 8, 128
 
 
 class MultiTaskNet(nn.Module):
-    """About 110 000 parameters, nearly all of them in the trunk, which every loss reaches."""
+    """About 55 000 parameters, nearly all of them in the trunk, which every loss reaches."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,62 +1,97 @@
-"""The comparison as PNG plots: the loss of each task, and the cosine of each pair of tasks, by epoch."""
+"""The comparison as PNG plots: what each method reached, and the losses and cosines on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method
+from gradkern.demo.methods import BASELINE, family
+from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method, rows
 
-STYLES = ["-", "--", ":", "-."]
+REFERENCES = {BASELINE: "--", "pcgrad": ":"}
+"""What the others are measured against: black in every row of panels, each in its line style."""
+
+
+def plot_outcome(results: Sequence[Result], path: Path) -> None:
+    """Accuracies and the time of a step: a row for each method in the table's order, a colour for each family."""
+    methods = by_method(results)
+    families = list(dict.fromkeys(family(method) for method in methods))
+    time, unit = (f"step relative to {BASELINE}", "") if BASELINE in methods else ("step ms", " (ms)")
+    panels = [(f"accuracy {name}", f"{name} (%)", 100) for name in TASK_NAMES]
+    panels += [("mean accuracy", "mean accuracy (%)", 100), (time, time.removesuffix(" ms") + unit, 1)]
+    figure = Figure(figsize=(13, 1.6 + 0.32 * len(methods)), layout="constrained")
+    for axes, (column, title, scale) in zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True):
+        for place, (method, runs) in enumerate(methods.items()):
+            values = np.array([row[column] for row in rows(results) if row["method"] == method], float) * scale
+            color = f"C{families.index(family(method))}"
+            axes.plot(values, np.full(len(runs), place), "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+            spread = values.std(ddof=1) if len(runs) > 1 else None
+            axes.errorbar(values.mean(), place, xerr=spread, fmt="D", color=color, markersize=4, capsize=3)
+            if method == BASELINE:
+                axes.axvline(values.mean(), color="0.5", linewidth=0.8, zorder=0)
+        axes.set_title(title, fontsize="medium")
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set_ylim(len(methods) - 0.5, -0.5)
+        axes.grid(axis="x", alpha=0.3)
+    spread_of = " ± standard deviation, and each seed" if len(results) > len(methods) else ""
+    figure.suptitle(f"After the last epoch: {_over_seeds(results)}{spread_of}", fontsize="medium")
+    figure.savefig(path, dpi=150)
 
 
 def plot_losses(results: Sequence[Result], path: Path) -> None:
-    """A panel for each task with a line for each method, the mean over seeds, in a band from the least to the most."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(TASK_NAMES))
-    for task, (axes, name) in enumerate(zip(panels, TASK_NAMES, strict=True)):
-        for m, (method, runs) in enumerate(by_method(results).items()):
-            losses = np.array([r.losses for r in runs])[:, :, task]  # (seeds, epochs)
-            epochs = np.arange(1, losses.shape[1] + 1)
-            color, style = f"C{m}", STYLES[m % len(STYLES)]
-            axes.plot(epochs, losses.mean(0), style, color=color, marker="o", markersize=3, label=method)
-            axes.fill_between(epochs, losses.min(0), losses.max(0), color=color, alpha=0.2, linewidth=0)
-        axes.set_title(f"task: {name}")
-        axes.set_ylim(bottom=0)
-        _by_epoch(axes)
-    panels[0].set_ylabel("training loss (cross-entropy, nats)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
-    band = ", band from least to most" if len({r.seed for r in results}) > 1 else ""
-    figure.suptitle(f"Loss by epoch: {_over_seeds(results)}{band}", fontsize="medium")
+    """The training loss of each task, by epoch."""
+    figure = _by_epoch(results, TASK_NAMES, lambda r: r.losses, "loss (nats)")
+    figure.suptitle(f"Training loss of each task by epoch: {_over_seeds(results)}", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
 def plot_cosines(results: Sequence[Result], path: Path) -> None:
-    """A line for each pair of tasks, in its colour, and method, in its line style; the mean over seeds."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for m, (method, runs) in enumerate(by_method(results).items()):
-        cosines = np.mean([r.cosines for r in runs], axis=0)  # (epochs, pairs)
-        epochs = np.arange(1, len(cosines) + 1)
-        for pair, name in enumerate(PAIR_NAMES):
-            style = STYLES[m % len(STYLES)]
-            label = f"{name}, {method}"
-            axes.plot(epochs, cosines[:, pair], style, color=f"C{pair}", marker="o", markersize=3, label=label)
-    axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
-    axes.set_ylabel("cosine of two task gradients\n(below 0: conflict)")
-    _by_epoch(axes)
-    figure.legend(loc="outside right center", frameon=False, title="pair of tasks, method")
-    figure.suptitle(f"Cosine by epoch: {_over_seeds(results)}", fontsize="medium")
+    """The cosine of each pair of tasks, by epoch."""
+    figure = _by_epoch(results, PAIR_NAMES, lambda r: r.cosines, "cosine")
+    for axes in figure.axes:
+        axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
+    title = "Cosine of two tasks' gradients by epoch (below 0: conflict)"
+    figure.suptitle(f"{title}: {_over_seeds(results)}", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
-def _by_epoch(axes: Axes) -> None:
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
+def _by_epoch(
+    results: Sequence[Result], names: Sequence[str], series: Callable[[Result], list[list[float]]], unit: str
+) -> Figure:
+    """A row of panels for each family, so that its lines can be told apart; a column for each of ``names``."""
+    families = _families(results)
+    figure = Figure(figsize=(11, 0.8 + 2 * len(families)), layout="constrained")
+    grid = figure.subplots(len(families), len(names), sharex=True, sharey="col", squeeze=False)
+    for panels, members in zip(grid, families.values(), strict=True):
+        for column, axes in enumerate(panels):
+            colors = iter(f"C{k}" for k in range(len(members)))
+            for method, runs in by_method(members).items():
+                values = np.mean([series(r) for r in runs], axis=0)[:, column]
+                style = REFERENCES.get(method, "-")
+                color = "black" if method in REFERENCES else next(colors)
+                epochs = np.arange(1, len(values) + 1)
+                axes.plot(epochs, values, style, color=color, marker="o", markersize=3, linewidth=1.2, label=method)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(unit)
+        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="small")
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize="medium")
+    for axes in grid[-1]:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure
+
+
+def _families(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each family, those of the references before them."""
+    references = [r for r in results if r.method in REFERENCES]
+    families: dict[str, list[Result]] = {}
+    for r in results:
+        if r.method not in REFERENCES:
+            families.setdefault(family(r.method), list(references)).append(r)
+    return families or {"": references}
 
 
 def _over_seeds(results: Sequence[Result]) -> str:

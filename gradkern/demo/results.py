@@ -26,7 +26,8 @@ class Result:
         cosines: (epochs, pairs), the mean over an epoch's probed steps.
         conflicting: the share of pairs with a cosine below zero over the same steps.
         surgery_ms: median time of a step's surgery; None for a method that has none.
-        step_ms: median time of a step: zero_grad, forward, backward with surgery, optimizer.
+        step_ms: median time of a step: zero_grad, forward, backward with surgery, optimizer. Where the tasks train in
+            turn, a step is the updates of all tasks on one batch, so every method sees the same data a step.
     """
 
     method: str
@@ -50,6 +51,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
             "device": r.device,
             "epochs": len(r.losses),
             **{f"accuracy {name}": value for name, value in zip(TASK_NAMES, r.accuracy, strict=True)},
+            "mean accuracy": float(np.mean(r.accuracy)),
             "conflicting pairs": r.conflicting,
             "mean cosine": float(np.mean(r.cosines)),
             "surgery ms": r.surgery_ms,

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from gradkern.demo.plots import plot_cosines, plot_losses
+from gradkern.demo.plots import plot_cosines, plot_losses, plot_outcome
 from gradkern.demo.results import epoch_rows, rows, write_csv
 from gradkern.demo.table import table
 from gradkern.demo.training import Settings, compare
@@ -27,7 +27,8 @@ def run(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
     # Drawn between epochs only: a thread that redraws it would run beside the steps that are timed.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
-        bar = progress.add_task(f"{', '.join(methods)} on {device}", total=len(methods) * len(seeds) * epochs)
+        what = f"{len(methods)} method(s), {len(seeds)} seed(s) on {device}"
+        bar = progress.add_task(what, total=len(methods) * len(seeds) * epochs)
         progress.refresh()
         results = compare(
             methods,
@@ -40,6 +41,7 @@ def run(
     console.print(table(results))
     write_csv(out / "results.csv", rows(results))
     write_csv(out / "epochs.csv", epoch_rows(results))
+    plot_outcome(results, out / "methods.png")
     plot_losses(results, out / "loss.png")
     plot_cosines(results, out / "cosine.png")
-    console.print(f"Written to {out}: results.csv, epochs.csv, loss.png, cosine.png")
+    console.print(f"Written to {out}: results.csv, epochs.csv, methods.png, loss.png, cosine.png")

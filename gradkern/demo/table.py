@@ -1,35 +1,48 @@
-"""The comparison as a table in the terminal: a column for each method, mean ± standard deviation over seeds."""
+"""The comparison as a table in the terminal: a row for each method, mean ± standard deviation over seeds."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
 
+from rich.box import SIMPLE
 from rich.table import Table
 
-from gradkern.demo.methods import BASELINE
+from gradkern.demo.methods import BASELINE, METHODS
 from gradkern.demo.results import TASK_NAMES, Result, Row, by_method, rows
 
-# Column of the CSV file, what to call it here, unit to convert to, digits.
-LINES = [
-    *((f"accuracy {name}", f"accuracy: {name} (%)", 100, 1) for name in TASK_NAMES),
-    ("conflicting pairs", "conflicting pairs (%)", 100, 1),
-    ("mean cosine", "mean cosine", 1, 3),
-    ("surgery ms", "surgery per step (ms)", 1, 2),
-    ("step ms", "step (ms)", 1, 2),
-    (f"step relative to {BASELINE}", f"step relative to {BASELINE}", 1, 2),
+# Column of the CSV file, its heading here, unit to convert to, digits. No word of a heading is longer than six letters,
+# so that 80 columns hold the table with no word broken.
+COLUMNS = [
+    *((f"accuracy {name}", f"{name} (%)", 100, 1) for name in TASK_NAMES),
+    ("mean accuracy", "mean (%)", 100, 1),
+    ("conflicting pairs", "confl. (%)", 100, 1),
+    ("mean cosine", "cosine", 1, 2),
+    ("surgery ms", "surg. (ms)", 1, 1),
+    (f"step relative to {BASELINE}", f"step / {BASELINE}", 1, 2),
 ]
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A line for each quantity. "-" stands where a method has none."""
+    """A row for each method; "-" stands where it has none of a quantity."""
     methods = by_method(results)
-    spread = "± standard deviation over seeds; " if len(results) > len(methods) else ""
-    table = Table(title="Overlaid digits, three tasks", caption=f"{spread}times are medians over steps")
-    table.add_column("")
+    notes = ["± standard deviation over seeds"] if len(results) > len(methods) else []
+    notes += [
+        "confl.: pairs of tasks in conflict",
+        "surg.: the surgery of a step",
+        "a step is one batch, times are medians",
+    ]
+    in_turn = [method for method in methods if METHODS[method].memory]
+    if in_turn:
+        notes.append(f"{', '.join(in_turn)}: an update for each task in turn, so {len(TASK_NAMES)} a step")
+    title = "Overlaid digits: accuracy of three tasks, conflict, time"
+    table = Table(
+        title=title, caption="; ".join(notes), box=SIMPLE, show_edge=False, pad_edge=False, padding=(0, 0, 0, 1)
+    )
+    table.add_column("method", no_wrap=True)
+    for _, heading, _, _ in COLUMNS:
+        table.add_column(heading, justify="right", overflow="fold")
     for method in methods:
-        table.add_column(method, justify="right")
-    of_method = [[row for row in rows(results) if row["method"] == method] for method in methods]
-    for column, name, unit, digits in LINES:
-        table.add_row(name, *(_cell(rows, column, unit, digits) for rows in of_method))
+        of_method = [row for row in rows(results) if row["method"] == method]
+        table.add_row(method, *(_cell(of_method, column, unit, digits) for column, _, unit, digits in COLUMNS))
     return table
 
 
@@ -37,5 +50,5 @@ def _cell(rows: Sequence[Row], column: str, unit: float, digits: int) -> str:
     values = [unit * value for row in rows if isinstance(value := row[column], (int, float))]
     if not values:
         return "-"
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    spread = f" ±{stdev(values):.{digits}f}" if len(values) > 1 else ""  # a narrow terminal breaks the cell here
     return f"{mean(values):.{digits}f}{spread}"

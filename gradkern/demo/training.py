@@ -32,11 +32,11 @@ class Settings:
         warm_up: first steps of a run, which no timing counts.
     """
 
-    train_pairs: int = 8192
+    train_pairs: int = 4096
     test_pairs: int = 2048
-    batch_size: int = 128
-    learning_rate: float = 2e-3
-    probe_every: int = 4
+    batch_size: int = 64
+    learning_rate: float = 4e-3
+    probe_every: int = 8
     warm_up: int = 5
 
 
@@ -54,7 +54,7 @@ def compare(
 
     Args:
         methods: names in ``METHODS``.
-        seeds: each decides digits, pairs, first weights, batches and random orders, for all methods alike.
+        seeds: each decides digits, pairs, first weights, batches and all random choices, for all methods alike.
         epochs: passes over the training pairs.
         device: what to train on.
         settings: the size of a run.
@@ -105,14 +105,14 @@ class Run:
         self.train, self.test = (pairs.to(device) for pairs in data)
         torch.manual_seed(seed)
         self.model = MultiTaskNet().to(device)
-        aggregator = _method(method, seed, device)
         inner = torch.optim.AdamW(self.model.named_parameters(), lr=settings.learning_rate, fused=True)
-        self.opt = gk.SurgeryOptimizer(inner, aggregator)
+        recipe = METHODS[method]
+        self.opt = recipe.around(inner, seed, device)
+        self.turns = [[task] for task in range(len(TASKS))] if recipe.memory else [list(range(len(TASKS)))]
         self.batches = torch.Generator().manual_seed(seed)
-        # A probe has a method of its own, so that the training's keeps its random stream and its state. A
-        # scalarization sees no task gradients; PCGrad's backward pass then tells their cosines.
-        self.surgery = not isinstance(aggregator, Scalarization)
-        self.prober = _method(method, seed, device) if self.surgery else gk.PCGrad(order=range(len(TASKS)))
+        # A probe has a method of its own, so that the training's keeps its random stream and its state.
+        self.prober = recipe.around(inner, seed, device)
+        self.surgery = not isinstance(self.opt.aggregator, Scalarization)
         self.steps = 0
         self.step_seconds: list[float] = []
         self.surgery_seconds: list[float] = []
@@ -136,48 +136,55 @@ class Run:
         self.conflicting.append((of_pairs < 0).double().mean().item())
 
     def step(self, images: Tensor, labels: list[Tensor]) -> Tensor:
-        """One training step, timed as a whole. Returns its losses, (T,)."""
+        """All tasks of one batch, timed as a whole: an update, or one for each task in turn. Returns the losses, (T,).
 
-        def step() -> gk.SurgeryInfo:
-            self.opt.zero_grad()
-            info = self.opt.backward(self.task_losses(images, labels))
-            self.opt.step()
-            return info
+        In turn each task sees the weights that the one before has left, so its loss comes of a forward pass of its own.
+        """
 
-        seconds, info = self._timed(step)
+        def step() -> list[Tensor]:
+            told = []
+            for tasks in self.turns:
+                self.opt.zero_grad()
+                info = self.opt.backward(only(tasks, self.task_losses(images, labels)))
+                self.opt.step()
+                told += [info.losses[task] for task in tasks]
+            return told
+
+        seconds, losses = self._timed(step)
         if self.steps >= self.settings.warm_up:
             self.step_seconds.append(seconds)
         self.steps += 1
-        return info.losses
+        return torch.stack(losses)
 
     def probe(self, images: Tensor, labels: list[Tensor]) -> Tensor:
         """The cosines of one batch, (T, T), and the time of its surgery, without a trace in the training.
 
-        The cosines of all methods come from probes, so that they are means over the same steps. The time of surgery
-        is that of the whole backward pass less that of one plain ``torch.autograd.grad`` per task on the same graph:
-        the Gramian, the weights, the combination and all bookkeeping around them.
+        The cosines of all methods come from PCGrad's backward pass, so that they are of the same steps and over the
+        whole trunk, also for a method that sees parts of the gradients, or none. The time of surgery is that of the
+        method's backward passes less that of one plain ``torch.autograd.grad`` per task on the same graph: the
+        Gramian, the weights, the combination, the suppression and all bookkeeping around them. What ``ConflictLR``
+        does around the optimizer's step counts in the step's time alone.
         """
         losses = self.task_losses(images, labels)
         params = list(self.model.parameters())
-        self.opt.zero_grad()  # as a step does first; what the probe leaves in .grad, the next step clears
 
-        def with_surgery() -> gk.SurgeryInfo:
-            return gk.backward(losses, params, aggregator=self.prober, retain_graph=True)
+        def with_surgery() -> None:
+            for tasks in self.turns:
+                self.opt.zero_grad()  # as a step does first; what the probe leaves in .grad, the next step clears
+                self.prober.backward(only(tasks, losses), retain_graph=True)
 
         def plain() -> None:
             for loss in losses:
                 torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
-        if not self.surgery or self.steps < self.settings.warm_up:
-            info = with_surgery()
-        elif len(self.surgery_seconds) % 2:  # whichever goes second finds warmer caches: they take turns
-            seconds, info = self._timed(with_surgery)
-            self.surgery_seconds.append(seconds - self._timed(plain)[0])
-        else:
-            plain_seconds, _ = self._timed(plain)
-            seconds, info = self._timed(with_surgery)
-            self.surgery_seconds.append(seconds - plain_seconds)
-        assert info.cosines is not None  # the prober is no scalarization: it sees the task gradients
+        if self.surgery:
+            # Whichever goes second finds warmer caches: they take turns.
+            order = (plain, with_surgery) if len(self.surgery_seconds) % 2 else (with_surgery, plain)
+            seconds = {work: self._timed(work)[0] for work in order}
+            if self.steps >= self.settings.warm_up:
+                self.surgery_seconds.append(seconds[with_surgery] - seconds[plain])
+        info = gk.backward(losses, params, aggregator=gk.PCGrad(order=range(len(TASKS))))
+        assert info.cosines is not None  # PCGrad sees the task gradients
         return info.cosines
 
     def task_losses(self, images: Tensor, labels: list[Tensor]) -> list[Tensor]:
@@ -218,5 +225,6 @@ class Run:
         return time.perf_counter()
 
 
-def _method(name: str, seed: int, device: torch.device) -> gk.Aggregator:
-    return METHODS[name](torch.Generator(device).manual_seed(seed))
+def only(tasks: Sequence[int], losses: Sequence[Tensor]) -> list[Tensor | None]:
+    """``losses`` with None for the tasks that are not among ``tasks``."""
+    return [loss if task in tasks else None for task, loss in enumerate(losses)]
