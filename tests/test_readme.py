@@ -19,6 +19,7 @@ def test_the_table_is_that_of_the_raw_results() -> None:
 def test_its_examples_run() -> None:
     """Every Python block, one after another, on a small model; names the prose leaves open are given here."""
     import torch
+    from torch.utils.data import DataLoader, TensorDataset
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 3)
@@ -26,17 +27,24 @@ def test_its_examples_run() -> None:
     def losses() -> list[torch.Tensor]:
         return list(model(torch.ones(2, 4)).square().mean(0))
 
+    def loss(t: int, batch: list[torch.Tensor]) -> torch.Tensor:
+        return model(batch[0])[:, t].square().mean()
+
     names: dict[str, object] = {
         "torch": torch,
         "model": model,
+        "loss": loss,
         "J": torch.randn(3, 10),
         "offsets": torch.tensor([0, 10]),
     }
     names |= dict(zip(("loss_a", "loss_b", "loss_c"), losses(), strict=True))
+    for name, n in (("loader_a", 5), ("loader_b", 3), ("loader_c", 1)):
+        names[name] = DataLoader(TensorDataset(torch.randn(n, 4)))
     blocks = [part.split("```")[0] for part in README.split("```python\n")[1:]]
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     for block in blocks:
         names["losses"] = losses()
         exec(block, names)
     assert model.weight.grad is not None
+    assert names["sampler"].epoch == 10
     assert names["Strongest"]().weights(names["M"]).sum() == 1
