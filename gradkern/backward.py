@@ -56,8 +56,8 @@ def backward(
     Raises:
         TypeError, ValueError: an argument is not as said above, a loss reaches none of ``params``, a graph holds
             reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then,
-            nor if a callable or a hook raises; but if torch's own backward pass of a weighted sum of tensors fails
-            halfway, ``.grad`` is as that leaves it.
+            nor if a callable or a tensor's hook raises; but if torch's own backward pass of a weighted sum of tensors
+            fails halfway, ``.grad`` is as that leaves it. Post-accumulate hooks run when all else is done.
     """
     return step(losses, params, aggregator, groups, shared, suppression, retain_graph)
 
@@ -116,11 +116,12 @@ def step(
         written = None if suppression is None else suppression.mask(device)
         seen = None if suppression is None or suppression.scope == "update" else written
         outcome = operate(columns, n_segments, aggregator, present, seen, written)
-        _write(outcome.results)
+        written_to = _write(outcome.results)
         if memory is not None:
             memory.remember(here, grads, targets)
-        if suppression is not None:
-            suppression.advance()
+        if written is not None:
+            written.advance()
+        _call_hooks(written_to)
         solution = outcome.solution
         alone = groups == "model"  # then there is no dimension of groups
 
@@ -151,7 +152,7 @@ def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization,
                     totals[k] = rows.added(totals[k], g)
             del grads  # not alive beside the next task's
         with torch.no_grad():
-            _write((p, rows.owned(g, p)) for p, g in zip(targets, totals, strict=True) if g is not None)
+            _call_hooks(_write((p, rows.owned(g, p)) for p, g in zip(targets, totals, strict=True) if g is not None))
     else:
         present = {i: loss for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
         reachable = set(targets)
@@ -180,8 +181,9 @@ def _several_reach(grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
     return [sum(g is not None for g in column) > 1 for column in zip(*grads, strict=True)]
 
 
-def _write(results: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Accumulate each parameter's result into its ``.grad`` in place, then call its post-accumulate hooks."""
+def _write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Accumulate each parameter's result into its ``.grad`` in place; the parameters."""
+    written = []
     for p, g in results:
         if p.grad is None:
             p.grad = g
@@ -189,5 +191,12 @@ def _write(results: Iterable[tuple[Tensor, Tensor]]) -> None:
             p.grad = rows.added(p.grad, g)
         else:
             p.grad += g
+        written.append(p)
+    return written
+
+
+def _call_hooks(params: Sequence[Tensor]) -> None:
+    """The post-accumulate hooks, which may raise: when the step is done, so that it is whole even then."""
+    for p in params:
         for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # one may remove itself
             hook(p)

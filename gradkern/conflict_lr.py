@@ -19,6 +19,9 @@ REDUCTIONS = ("mean", "min")
 class ConflictLR:
     """Scale each step by κ = 1 + φ or 1 - φ, φ the cosine of the tasks' gradients over all shared parameters.
 
+    Of these it takes the entries that the method's dot products take: all, but for ``Suppression(scope="all")`` and
+    ``GradAttention(update="subset")``.
+
     Args:
         mode: "attenuate", κ = 1 + φ, takes smaller steps under conflict; "amplify", κ = 1 - φ, larger ones.
         reduce: what φ is with more than two tasks: the "mean" over the pairs of tasks whose gradients are not zero, or
@@ -40,8 +43,8 @@ class ConflictLR:
             M: (T, T), float32 or float64.
 
         Returns:
-            (), of M's dtype and on its device; 1 where there is no pair of gradients that are not zero, or κ would not
-            be finite.
+            (), of M's dtype and on its device; 1 where there is no pair of gradients that are not zero, or a dot
+            product is not finite.
         """
         pairs = torch.ones_like(M, dtype=torch.bool).triu(1)
         norms = M.diagonal()
@@ -52,7 +55,7 @@ class ConflictLR:
         else:
             phi = torch.where(pairs, phi, 0.0).sum() / pairs.sum()
         kappa = 1 + phi if self.mode == "attenuate" else 1 - phi
-        return torch.where(kappa.isfinite(), kappa, 1.0).to(M.dtype)
+        return torch.where(kappa.isfinite() & M.isfinite().all(), kappa, 1.0).to(M.dtype)
 
     def __repr__(self) -> str:
         return f"ConflictLR(mode={self.mode!r}, reduce={self.reduce!r})"
@@ -60,7 +63,11 @@ class ConflictLR:
 
 @torch.no_grad()
 def rescale(params: list[Tensor], before: list[Tensor], kappa: Tensor) -> None:
-    """Leave ``params``, which an optimizer has moved from ``before``, κ of the way; exactly where they are at κ = 1."""
-    moved = torch._foreach_sub(params, before)
-    torch._foreach_mul_(moved, 1 - kappa)
-    torch._foreach_sub_(params, moved)
+    """Leave ``params``, which an optimizer has moved from ``before``, κ of the way; ``before`` is overwritten.
+
+    As θ_after + (1 - κ) (θ_before - θ_after): the difference of neighbouring numbers rounds nothing, and at κ = 1 the
+    step is the optimizer's to the last bit.
+    """
+    torch._foreach_sub_(before, params)
+    torch._foreach_mul_(before, 1 - kappa)
+    torch._foreach_add_(params, before)

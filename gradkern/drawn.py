@@ -25,7 +25,7 @@ class Drawn:
     """Which entries of ``columns`` are drawn.
 
     Args:
-        columns: dense ones, as :func:`rows.columns` gives them.
+        columns: as :func:`rows.columns` gives them; sparse gradients among the shared ones are made dense.
         n_segments: S.
         positions: given n and a device, the ascending numbers below n of the entries to draw from n.
     """
@@ -35,7 +35,7 @@ class Drawn:
     ) -> None:
         self.columns = columns
         members = [[c for c in columns if c.segment == s] for s in range(n_segments)]
-        self.shared = [c for group in members for c in group]
+        self.shared = rows.dense([c for group in members for c in group])
         self.numels = [c.param.numel() for c in self.shared]
         sizes = [sum(c.param.numel() for c in group) for group in members]
         device = columns[0].param.device

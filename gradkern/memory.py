@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkern import rows
 from gradkern.aggregators.base import PerDevice
 
 Row = dict[Tensor, Tensor]
@@ -32,9 +33,13 @@ class Memory:
         self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
     ) -> list[Sequence[Tensor | None]]:
         """``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
-        rows = self._rows or [{} for _ in present]
-        remembered = [[row.get(p) for p in params] for row in rows]
-        return [new if here else old for here, new, old in zip(present, grads, remembered, strict=True)]
+        known = list(grads)
+        for t, row in enumerate(self._rows):
+            if not present[t]:
+                # A parameter may since have got other strides, another dtype or device.
+                old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
+                known[t] = rows.readable(old, params)
+        return known
 
     def remember(
         self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
@@ -43,7 +48,7 @@ class Memory:
         self._rows = self._rows or [{} for _ in present]
         for t, here in enumerate(present):
             if here:
-                self._rows[t] = {p: g for p, g in zip(params, grads[t], strict=True) if g is not None}
+                self._rows[t] = {p: _alone(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
 
     def present_on(self, present: Sequence[bool], like: Tensor) -> Tensor:
         """``present`` as (T,) bool on the device of ``like``; copied there once for each pattern."""
@@ -57,21 +62,27 @@ class Memory:
         return [[row.get(p) for p in params] for row in self._rows]
 
     def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave, moved to where the parameters are.
+        """Take up what :meth:`state_dict` gave.
 
         Raises:
             ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
         """
-        rows = list(state) if isinstance(state, (list, tuple)) else None
-        if rows is None or not all(isinstance(row, (list, tuple)) for row in rows):
+        if not isinstance(state, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in state):
             raise ValueError(f"the memory to load must be lists of gradients, one for each task; got {state!r:.200}")
         loaded: list[Row] = []
-        for t, row in enumerate(rows):
+        for t, row in enumerate(state):
             if len(row) != len(params):
                 raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")
             for k, (g, p) in enumerate(zip(row, params, strict=True)):
                 if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
                     got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
                     raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
-            loaded.append({p: g.to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
+            loaded.append({p: g for p, g in zip(params, row, strict=True) if g is not None})
         self._rows = loaded
+
+
+def _alone(g: Tensor) -> Tensor:
+    """``g``, or a copy of it if it would keep alive the memory of a larger tensor that it is a view of."""
+    if g.layout != torch.strided or g.untyped_storage().nbytes() <= g.numel() * g.element_size():
+        return g
+    return g.clone()

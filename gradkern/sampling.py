@@ -140,8 +140,14 @@ class TaskSampler:
         """
         self._check(state_dict)
         streams = [_Stream(stream.loader, self.seed, stream.task) for stream in self._streams]
-        for i, stream in enumerate(streams):
-            stream.go_to(state_dict["passes"][i], state_dict["taken"][i], state_dict["generators_at_pass"][i])
+        before = [_states(stream.generators) for stream in streams]
+        try:
+            for i, stream in enumerate(streams):
+                stream.go_to(state_dict["passes"][i], state_dict["taken"][i], state_dict["generators_at_pass"][i])
+        except Exception:
+            for stream, states in zip(streams, before, strict=True):
+                _set_states(stream.generators, states)
+            raise
         for i, stream in enumerate(streams):  # after all of them: loaders may share a generator
             _set_states(stream.generators, state_dict["generators_now"][i])
         self._streams = streams
@@ -174,6 +180,16 @@ class TaskSampler:
         for name, own in self._identity().items():
             if state_dict[name] != own:
                 raise ValueError(f"state_dict has {name} = {state_dict[name]!r}, this sampler has {own!r}")
+        _integer("epoch", state_dict["epoch"], 0)
+        if _integer("step", state_dict["step"], 0) > self._n_steps:
+            raise ValueError(f"step must be at most {self._n_steps}, got {state_dict['step']}")
+        for name in ("passes", "taken", "generators_at_pass", "generators_now"):
+            values = state_dict[name]
+            if not isinstance(values, list) or len(values) != len(self._streams):
+                raise ValueError(f"{name} must be a list with one entry per task, got {values!r}")
+        for name in ("passes", "taken"):
+            for value in state_dict[name]:
+                _integer(name, value, 0)
 
     def _tasks(self) -> Sequence[int]:
         """The tasks of the step to come."""

@@ -15,7 +15,7 @@ SCOPES = ("update", "all")
 
 
 class Mask(NamedTuple):
-    """A step's mask, as the operators take it: ``ops/schema.py`` says what each is.
+    """A step's mask, as the operators take it: ``ops/schema.py`` says what each number is.
 
     Attributes:
         block: entries of a unit.
@@ -25,13 +25,18 @@ class Mask(NamedTuple):
     block: int
     words: Tensor
 
+    def advance(self) -> None:
+        """Have its stream go on to the next step, on the device, so that a captured CUDA graph does at each replay."""
+        self.words[1] += 1
+
 
 class Suppression:
     """Suppress shared parameters' gradients at random (Rhapsody on a Theme of Gradient Surgery, §3.5), beside a method.
 
     Each step drops every entry with probability ``p``, the same entries for all tasks, and the rest is updated as
     usual. A dropped entry's gradient is exactly 0: momentum and weight decay still move the parameter. Parameters that
-    one loss alone reaches are never masked. Each call of ``backward`` is a step.
+    one loss alone reaches are never masked; where steps bring one task at a time, ``shared=`` tells which are shared.
+    Each call of ``backward`` is a step.
 
     Args:
         p: the probability that an entry is dropped, from 0 to below 1. The report tries 0.30, 0.45 and 0.60.
@@ -50,23 +55,21 @@ class Suppression:
             raise ValueError(f"block must be an integer from 1 to 2**30, got {block!r}")
         if scope not in SCOPES:
             raise ValueError(f"scope must be 'update' or 'all', got {scope!r}")
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64):
-            raise ValueError(f"seed must be an integer from 0 to 2**64 - 1 or None, got {seed!r}")
+        if seed is None:
+            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
         self.p = float(p)
         self.block = block
         self.scope = scope
-        self.seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64)) if seed is None else seed
-        self._words = self._fresh(0)
+        self.seed = _checked("seed", seed, 2**64)
+        self._words = self._fresh(seed, 0)
 
     def mask(self, device: torch.device) -> Mask:
         """The mask of the present step, on ``device``."""
+        if device.type == "meta":
+            return Mask(self.block, self._words.to(device))  # a step without numbers leaves no trace
         if self._words.device != device:
             self._words = self._words.to(device)  # once, at the first step
         return Mask(self.block, self._words)
-
-    def advance(self) -> None:
-        """On to the next step, on the device, so that a captured CUDA graph does it at each replay."""
-        self._words[1] += 1
 
     def first_units(self, numels: Sequence[int]) -> list[int]:
         """The number of each parameter's first unit: ⌈numel / block⌉ units each, in whole fours."""
@@ -85,12 +88,19 @@ class Suppression:
         """
         if not isinstance(state_dict, dict) or set(state_dict) != {"seed", "step"}:
             raise ValueError(f"state_dict must hold 'seed' and 'step', got {state_dict!r}")
-        self.seed = int(state_dict["seed"])
-        self._words.copy_(self._fresh(int(state_dict["step"])))  # in place: a captured CUDA graph reads it there
+        seed, step = _checked("seed", state_dict["seed"], 2**64), _checked("step", state_dict["step"], 2**63)
+        self.seed = seed
+        self._words.copy_(self._fresh(seed, step))  # in place: a captured CUDA graph reads it there
 
-    def _fresh(self, step: int) -> Tensor:
-        seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed  # the same 64 bits
-        return torch.tensor([seed, step, round(self.p * 2**32)], dtype=torch.int64, device="cpu")
+    def _fresh(self, seed: int, step: int) -> Tensor:
+        signed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits
+        return torch.tensor([signed, step, round(self.p * 2**32)], dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         return f"Suppression(p={self.p}, block={self.block}, scope={self.scope!r}, seed={self.seed})"
+
+
+def _checked(name: str, value: object, end: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
+        raise ValueError(f"{name} must be an integer from 0 to 2**{end.bit_length() - 1} - 1, got {value!r}")
+    return value

@@ -50,7 +50,7 @@ def operate(
     """
     if isinstance(aggregator, GradAttention):
         return _attend(columns, n_segments, aggregator, present, seen, written)
-    M = rows.gramian(columns, n_segments, seen)
+    M = _usable(rows.gramian(columns, n_segments, seen), present)
     solution = aggregator.solution(M, present)
     w = solution.weights
     if not isinstance(w, Tensor) or not w.is_floating_point():
@@ -73,11 +73,12 @@ def _attend(
     written: Mask | None,
 ) -> Outcome:
     """As :func:`operate`, for the one method that sees entries of the gradients besides their Gramian."""
-    columns = rows.dense(columns)
     drawn = Drawn(columns, n_segments, aggregator.positions)
     X = drawn.entries(seen)
+    if present is not None:
+        X = X.masked_fill(~present.unsqueeze(-1) & ~X.isfinite(), 0.0)  # as in _usable
     only_drawn = aggregator.update == "subset"
-    M = drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, seen)
+    M = _usable(drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, seen), present)
     # Where no two losses meet there is nothing to weigh, and nothing to learn from.
     attention = aggregator.weights(M, drawn.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
     w = attention if present is None else torch.where(present, attention, 0.0)
@@ -87,3 +88,11 @@ def _attend(
     else:
         results, kept = rows.combine(columns, w, plain, written)
     return Outcome(M, Solution(w, attention=attention), results, kept)
+
+
+def _usable(M: Tensor, present: Tensor | None) -> Tensor:
+    """M without the absent tasks whose remembered gradient is not finite: one overflowed step must not spoil others."""
+    if present is None:
+        return M
+    lost = ~present & ~M.diagonal(dim1=-2, dim2=-1).isfinite()
+    return M.masked_fill(lost.unsqueeze(-1) | lost.unsqueeze(-2), 0.0)

@@ -94,8 +94,20 @@ def test_sparse_gradients(update: str) -> None:
         losses = [out.sum(), -(out * torch.randn(5, 3)).sum()]
         gk.backward(losses, embedding, aggregator=method(update))
         assert embedding.weight.grad is not None
+        assert embedding.weight.grad.is_sparse == (sparse and update == "all")
         grads.append(embedding.weight.grad.to_dense())
-    assert torch.equal(*grads)
+    assert_near(grads[1], grads[0], grads[0].abs().max(), TOLERANCES[torch.float32])
+
+
+def test_sparse_gradients_of_one_task_stay_sparse() -> None:
+    embedding, trunk = nn.Embedding(20, 3, sparse=True), nn.Linear(3, 3)
+    losses = [trunk(embedding(torch.tensor([1, 7]))).sum(), trunk(torch.ones(3)).square().sum()]
+    for update in ("all", "subset"):
+        embedding.weight.grad = None
+        model = nn.ModuleList([embedding, trunk])
+        gk.backward(losses, model, aggregator=method(update), retain_graph=True)
+        assert embedding.weight.grad is not None
+        assert embedding.weight.grad.is_sparse
 
 
 def test_where_nothing_is_shared_the_network_learns_nothing() -> None:

@@ -246,3 +246,21 @@ def test_what_is_out_of_range_names_itself(mode: object, reduce: object) -> None
     else:
         with pytest.raises(ValueError, match="mode must be .*got " if mode not in MODES else "reduce must be .*got "):
             gk.ConflictLR(mode, reduce)
+
+
+def test_a_norm_that_overflowed_is_no_pair_without_conflict() -> None:
+    M = torch.tensor([[torch.inf, 1e30, 1e30], [1e30, 1.0, -0.5], [1e30, -0.5, 1.0]])
+    assert gk.ConflictLR("amplify").scale(M).item() == 1.0
+
+
+def test_gradients_cleared_are_no_longer_to_be_scaled() -> None:
+    model, x, y = problem()
+    inner = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    opt = gk.SurgeryOptimizer(inner, gk.PCGrad(order=ORDER), conflict_lr=gk.ConflictLR("amplify"))
+    opt.backward(model.losses(x, y))
+    opt.zero_grad()
+    sum(model.losses(x, y)).backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    opt.step()
+    for p, b in zip(model.parameters(), before, strict=True):
+        assert_near(p.detach(), b - 0.1 * p.grad, 1.0, 1e-6)  # float32, rounded once or twice

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
@@ -238,3 +239,43 @@ def test_nothing_finite_gives_anything_else(rows: np.ndarray, targets: list[floa
     assert w.isfinite().all()
     assert method.targets is not None
     assert (method.targets.abs() <= 1).all()
+
+
+def test_a_step_that_raises_leaves_no_targets() -> None:
+    method = gk.GradVac(order=[0, 1, 2])
+    with pytest.raises(ValueError, match="order is for 3 tasks, M has 2"):
+        method.weights(torch.eye(2))
+    assert method.targets is None
+    method.weights(torch.eye(3))
+
+
+def test_calls_without_numbers_leave_the_targets_alone() -> None:
+    M = gk.gramian(conflicting(3, 20))
+    method, undisturbed = (gk.GradVac(0.5, order=[0, 1, 2]) for _ in range(2))
+    for _ in range(2):
+        with FakeTensorMode():
+            assert method.weights(torch.eye(3)).shape == (3,)
+        assert method.weights(M.to("meta")).shape == (3,)
+        with torch.inference_mode():
+            w = method.weights(M)
+        assert torch.equal(w, undisturbed.weights(M))
+    assert method.targets is not None
+    assert torch.equal(method.targets, undisturbed.targets)
+
+
+@pytest.mark.parametrize(
+    ("state", "error"),
+    [({"targets": torch.ones(2, 3)}, ValueError), ({"targets": torch.ones(1, 3, 3), "more": 1}, RuntimeError)],
+)
+def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, object], error: type[Exception]) -> None:
+    method = gk.GradVac(0.5)
+    method.weights(gk.gramian(conflicting(2, 20)))
+    assert method.targets is not None
+    before = method.targets.clone()
+    with pytest.raises(error, match=r"targets|more"):
+        method.load_state_dict({"_extra_state": None, **state})
+    assert torch.equal(method.targets, before)
+    method.load_state_dict({}, strict=False)
+    assert torch.equal(method.targets, before)
+    method.load_state_dict(gk.GradVac().state_dict())
+    assert method.targets is None

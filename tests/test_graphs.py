@@ -242,3 +242,17 @@ def test_reentrant_checkpointing_raises_and_says_what_to_do(method: gk.Aggregato
     with pytest.raises(ValueError, match="use_reentrant=False"):
         gk.backward(losses, model, aggregator=method)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_post_accumulate_hook_that_raises_finds_the_step_done() -> None:
+    model, x, y = problem()
+    method, suppression = gk.GradVac(0.5), gk.Suppression(0.0, seed=1)
+
+    def fail(p: Tensor) -> None:
+        raise RuntimeError("a hook fails")
+
+    model.trunk[0].weight.register_post_accumulate_grad_hook(fail)
+    with pytest.raises(RuntimeError, match="a hook fails"):
+        gk.backward(model.losses(x, y), model, aggregator=method, suppression=suppression)
+    assert all(p.grad is not None for p in model.parameters())
+    assert suppression.state_dict()["step"] == 1

@@ -4,10 +4,11 @@ import copy
 import io
 import pickle
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern import reference
@@ -132,15 +133,92 @@ def test_no_gradient_is_copied() -> None:
 
 
 def test_a_parameter_frozen_for_a_while() -> None:
+    """Task 0's step with the parameter frozen brought no gradient for it; task 2's is older and still there."""
     model, x, y = problem()
     opt = optimizer(model, gk.PCGrad(order=ORDER))
+    trunk = list(model.trunk.parameters())
+    rows = [flat(g, trunk) for g in task_gradients(model.losses(x, y), trunk)]
     opt.backward(model.losses(x, y))
-    model.trunk[0].weight.requires_grad_(False)
+    trunk[0].requires_grad_(False)
     opt.backward([model.loss(0, x, y), None, None])
-    model.trunk[0].weight.requires_grad_(True)
+    trunk[0].requires_grad_(True)
     opt.zero_grad()
     opt.backward([None, model.loss(1, x, y), None])
-    assert all(p.grad is not None for p in model.trunk.parameters())
+    rows[0][: trunk[0].numel()] = 0
+    expected = reference.pcgrad(rows, ORDER)[1]
+    assert_near(flat([p.grad for p in trunk], trunk), expected, expected.abs().max(), 1e-4)  # as above
+
+
+def convolution(memory_format: torch.memory_format) -> tuple[nn.Conv2d, gk.SurgeryOptimizer]:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=memory_format)
+    return conv, gk.SurgeryOptimizer(torch.optim.SGD(conv.parameters(), lr=0.1), gk.PCGrad(order=[0, 1]), memory=True)
+
+
+def convolution_losses(conv: nn.Conv2d) -> list[Tensor]:
+    torch.manual_seed(1)
+    out = conv(torch.randn(2, 3, 6, 6).to(conv.weight.dtype)).float()
+    return [(out * torch.randn(2, 4, 4, 4)).sum() for _ in range(2)]
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "layout", "dtype"])
+def test_a_parameter_that_has_changed_since(change: str, back_end: str) -> None:
+    """Rows that lie as the parameter once did, or are of another dtype, are read for what they mean."""
+    expected_conv, expected_opt = convolution(torch.contiguous_format)
+    expected_opt.backward(convolution_losses(expected_conv))
+    conv, opt = convolution(torch.channels_last if change == "checkpoint" else torch.contiguous_format)
+    if change == "checkpoint":
+        opt.load_state_dict(expected_opt.state_dict())
+    else:
+        opt.backward(convolution_losses(conv))
+        conv.to(memory_format=torch.channels_last) if change == "layout" else conv.bfloat16()
+    expected = expected_opt.backward([convolution_losses(expected_conv)[0], None]).gramian
+    found = opt.backward([convolution_losses(conv)[0], None]).gramian
+    # float32 sums in another order; bfloat16 rows and activations round to 8 bits.
+    assert_near(found, expected, expected.diagonal().max(), 0.05 if change == "dtype" else 1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [gk.PCGrad(order=ORDER), gk.GradVac(0.3, order=ORDER), gk.GradAttention(8), gk.GradAttention(8, update="subset")],
+    ids=repr,
+)
+def test_one_overflowed_step_spoils_no_other(method: gk.Aggregator) -> None:
+    """The scaler skips that one alone; until its next step the task takes no part."""
+    model, x, y = problem()
+    opt = optimizer(model, copy.deepcopy(method))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    finite = []
+    for step in range(7):
+        opt.zero_grad()
+        losses: list[Tensor | None] = [None, None, None]
+        losses[step % 3] = scaler.scale(model.loss(step % 3, x, y) * (torch.inf if step == 4 else 1.0))
+        opt.backward(losses)
+        finite.append(all(p.grad.isfinite().all() for p in model.trunk.parameters()))
+        scaler.step(opt)
+        scaler.update()
+    assert finite == [True] * 4 + [False] + [True] * 2
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_a_view_keeps_no_larger_tensor_alive() -> None:
+    class Slices(torch.autograd.Function):
+        """The gradient of 4 numbers is a view of a million."""
+
+        @staticmethod
+        def forward(ctx: Any, p: Tensor) -> Tensor:
+            return p.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return torch.ones(10**6)[:4]
+
+    p = nn.Parameter(torch.ones(4))
+    opt = gk.SurgeryOptimizer(torch.optim.SGD([p], lr=0.1), gk.PCGrad(), memory=True)
+    opt.backward([Slices.apply(p).sum(), (2 * p).sum()])
+    assert opt._memory is not None
+    kept = [g for row in opt._memory.state_dict([p]) for g in row]
+    assert all(g is not None and g.untyped_storage().nbytes() == 16 for g in kept)
 
 
 @pytest.mark.parametrize("how", ["checkpoint", "deepcopy", "pickle"])

@@ -181,3 +181,23 @@ def test_operators_keep_torchs_contract() -> None:
     targets, moving = torch.zeros(2, 3, 3, dtype=torch.float64), torch.ones(3, dtype=torch.bool)
     opcheck(ops.gradvac.default, (M, keys, targets, moving, 0.5))
     opcheck(ops.gradvac.default, (M.mT, keys[:1], targets, moving, 0.5))
+
+
+@pytest.mark.parametrize("name", ["all", "random", "average", "most_similar", "most_different", "gradvac"])
+def test_a_task_whose_square_vanishes_is_never_projected_onto(name: str) -> None:
+    """In float32 the square of 1e-25 is 0 while its products with others are not."""
+    J = torch.stack((torch.ones(4), torch.full((4,), -1e-25)))
+    make, _ = METHODS[name]
+    C = make([[0, 1], [0, 1]]).coefficients(gk.gramian(J))
+    assert torch.equal(C[0], torch.tensor([1.0, 0.0]))
+    assert C.isfinite().all()
+
+
+@pytest.mark.parametrize("T", [2, 3, 8])
+@each_method
+def test_in_float32(name: str, T: int) -> None:
+    for problem in ("conflicting", "zero", "tiny", "huge"):
+        J, order = PROBLEMS[problem](T, 40).float(), random_order(T)
+        make, twin = METHODS[name]
+        # 1e-3: the float32 Gramian's 1e-7, through T² projections of random rows.
+        assert_near(make(order)(J), torch.stack(twin(list(J), order)).sum(0), J.double().norm(dim=1).max() * T, 1e-3)

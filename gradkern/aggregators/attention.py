@@ -197,10 +197,9 @@ class GradAttention(Aggregator):
         self._begin(state["tasks"], state["adam"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every Module's, but where it raises, nothing has been loaded: a copy goes first."""
+        """As every Aggregator's; ``assign`` must be False, for the optimizer holds the parameters that there are."""
         if assign:
             raise ValueError("assign must be False, got True: the optimizer holds the parameters that there are")
-        super(GradAttention, copy.deepcopy(self)).load_state_dict(state_dict, strict)
         return super().load_state_dict(state_dict, strict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradAttention":

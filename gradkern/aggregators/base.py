@@ -1,11 +1,14 @@
 """What a method of gradient surgery is: a small program from the Gramian of the task gradients to their weights."""
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gradkern.ops import combine, gramian
 
@@ -70,6 +73,11 @@ class Aggregator(nn.Module, ABC):
         """
         return combine(J, self.weights(gramian(J.detach(), offsets)), offsets)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As every Module's, but where it raises, nothing has been loaded: a copy goes first."""
+        nn.Module.load_state_dict(copy.deepcopy(self), state_dict, strict, assign)
+        return super().load_state_dict(state_dict, strict, assign)
+
     def get_extra_state(self) -> Tensor | None:
         """The generator's state, where the method has a generator of its own."""
         return None if self.generator is None else self.generator.get_state()
@@ -98,6 +106,11 @@ class PerDevice:
             with torch.inference_mode(False):  # or autograd could not save the copy later
                 self._copies[device, dtype] = torch.tensor(self.values, dtype=dtype, device=device)
         return self._copies[device, dtype]
+
+
+def has_numbers(M: Tensor) -> bool:
+    """Whether there is anything in ``M`` to take into a method's state: not if it is fake or on the meta device."""
+    return not (M.is_meta or isinstance(M, FakeTensor))
 
 
 def check_gramian(M: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution
+from gradkern.aggregators.base import Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
 
 
@@ -50,29 +50,32 @@ class GradVac(Projection):
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
         """The present tasks' weights, and the targets after the step; only present tasks' targets move."""
         weights = super().solution(M, present).weights
-        assert self.targets is not None  # the step has made them
-        return Solution(weights, targets=self.targets.clone().view(M.shape))
+        told = None if self.targets is None or not has_numbers(M) else self.targets.clone().view(M.shape)
+        return Solution(weights, targets=told)
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        targets = self._targets_for(M)
+        keys, targets = self._visiting_keys(M), self._targets_for(M)
         moving = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
             moving = moving & present
-        C: Tensor = torch.ops.gradkern.gradvac(M, self._visiting_keys(M), targets, moving, self.beta)
+        C: Tensor = torch.ops.gradkern.gradvac(M, keys, targets, moving, self.beta)
+        if has_numbers(M):
+            self.targets = targets
         return C
 
     def _targets_for(self, M: Tensor) -> Tensor:
+        """The targets there are, or with fresh ones behind them, on M's device."""
         S, T, _ = M.shape
-        known = self.targets
-        if known is None:
-            known = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
-        elif known.shape[-1] != T or len(known) > S:
-            raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(known.shape)}")
-        elif len(known) < S or known.device != M.device:
+        with torch.inference_mode(False):  # or no later step outside of it could move them
+            if self.targets is None or not has_numbers(M):
+                return torch.zeros(M.shape, dtype=torch.float64, device=M.device)
+            known = self.targets
+            if known.shape[-1] != T or len(known) > S:
+                raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(known.shape)}")
+            if len(known) == S and known.device == M.device:
+                return known
             fresh = torch.zeros((S - len(known), T, T), dtype=torch.float64, device=M.device)
-            known = torch.cat((known.to(M.device), fresh))
-        self.targets = known
-        return known
+            return torch.cat((known.to(M.device), fresh))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Other devices, but never another dtype: a running mean with so small a share needs its digits."""
@@ -90,7 +93,7 @@ class GradVac(Projection):
             if self.targets is None or self.targets.shape != loaded.shape:
                 device = loaded.device if self.targets is None else self.targets.device
                 self.targets = torch.zeros(loaded.shape, dtype=torch.float64, device=device)
-        else:
+        elif f"{prefix}_extra_state" in state_dict:
             self.targets = None  # saved before its first step
         super()._load_from_state_dict(state_dict, prefix, *args)
 

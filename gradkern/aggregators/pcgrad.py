@@ -64,6 +64,8 @@ class PCGrad(Projection):
 def _average(M: Tensor) -> Tensor:
     """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
     wide = M.double()
-    C = torch.where(wide < 0, -wide / wide.diagonal(dim1=-2, dim2=-1).unsqueeze(-2), 0.0) / max(1, M.shape[-1] - 1)
+    squares = wide.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    # A square may have vanished where a dot product has not.
+    C = torch.where((wide < 0) & (squares > 0), -wide / squares, 0.0) / max(1, M.shape[-1] - 1)
     C.diagonal(dim1=-2, dim2=-1).fill_(1.0)
     return C.to(M.dtype)
