@@ -13,10 +13,10 @@ from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.conflict_lr import ConflictLR
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss, checked, passes, stacked, unreached
-from gradkern.memory import Memory
+from gradkern.memory import Memory, bools_on
 from gradkern.parameters import Groups, Params, parameters, segments, subset
+from gradkern.solve import solve
 from gradkern.suppression import Suppression
-from gradkern.surgery import operate
 
 
 def backward(
@@ -59,12 +59,21 @@ def backward(
             nor if a callable or a tensor's hook raises; but if torch's own backward pass of a weighted sum of tensors
             fails halfway, ``.grad`` is as that leaves it. Post-accumulate hooks run when all else is done.
     """
-    return step(losses, params, aggregator, groups, shared, suppression, retain_graph)
+    return step(
+        losses,
+        params,
+        aggregator=aggregator,
+        groups=groups,
+        shared=shared,
+        suppression=suppression,
+        retain_graph=retain_graph,
+    )
 
 
 def step(
     losses: Sequence[Loss],
     params: Params,
+    *,
     aggregator: Aggregator,
     groups: Groups,
     shared: Params | None,
@@ -103,7 +112,7 @@ def step(
         values[i], grads[i] = value, rows.readable(found, targets)
     with torch.no_grad():
         here = [loss is not None for loss in losses]
-        present = None if memory is None or all(here) else memory.present_on(here, targets[0])
+        present = None if memory is None or all(here) else bools_on(here, device)
         known = grads if memory is None else memory.recall(here, grads, targets)
         is_shared = _several_reach(known) if named_shared is None else [p in named_shared for p in targets]
         where = [numbers[k] if m else None for k, m in zip(trained, is_shared, strict=True)]
@@ -113,14 +122,14 @@ def step(
         # Outside surgery nothing is remembered: an absent task's head stays as it is.
         taken = [[known[t][n] if m else row[n] for n, m in enumerate(is_shared)] for t, row in enumerate(grads)]
         columns = rows.columns(targets, taken, where, [units[k] for k in trained])
-        written = None if suppression is None else suppression.mask(device)
-        seen = None if suppression is None or suppression.scope == "update" else written
-        outcome = operate(columns, n_segments, aggregator, present, seen, written)
+        mask = None if suppression is None else suppression.mask(device)
+        mask_of_products = mask if suppression is not None and suppression.scope == "all" else None
+        outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask_of_results=mask)
         written_to = _write(outcome.results)
         if memory is not None:
             memory.remember(here, grads, targets)
-        if written is not None:
-            written.advance()
+        if mask is not None:
+            mask.advance()
         _call_hooks(written_to)
         solution = outcome.solution
         alone = groups == "model"  # then there is no dimension of groups

@@ -15,14 +15,14 @@ class SurgeryInfo:
     Attributes:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
         gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters: of the kept
-            entries alone under ``Suppression(scope="all")``, of the drawn under ``GradAttention(update="subset")``. None
-            for a method that needs no task gradients.
+            entries alone under ``Suppression(scope="all")``, of drawn ones under ``GradAttention(update="subset")``.
+            None for a method that needs no task gradients.
         weights: (T,) or (S, T), the weights of the task gradients in the update.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for
             other methods.
         attention: (T,) or (S, T), what GradAttention gives to each task, summing to 1; None for other methods.
-        kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept; None
-            without it.
+        kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept; of dense
+            gradients alone, and None where there are none.
         step_scale: (), κ, by which ``ConflictLR`` scales the optimizer's step; None without.
     """
 

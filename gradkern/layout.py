@@ -32,6 +32,8 @@ class Tables:
         return (device,) in self._on_device
 
     def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
+        if key[0].type == "cpu":  # nothing to copy, and nothing to keep that a mode without numbers may have faked
+            return tuple(torch.from_numpy(table) for table in tables())
         if key not in self._on_device:
             self._on_device[key] = tuple(torch.from_numpy(table).to(key[0]) for table in tables())
         return self._on_device[key]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gradkern import rows
-from gradkern.aggregators.base import PerDevice
 
 Row = dict[Tensor, Tensor]
 """The gradients of one task by parameter."""
@@ -22,7 +21,6 @@ class Memory:
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
-        self._patterns: dict[tuple[bool, ...], PerDevice] = {}
 
     def check(self, n_tasks: int) -> None:
         """Raise ValueError if the steps so far were of another number of tasks."""
@@ -49,13 +47,6 @@ class Memory:
         for t, here in enumerate(present):
             if here:
                 self._rows[t] = {p: _alone(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
-
-    def present_on(self, present: Sequence[bool], like: Tensor) -> Tensor:
-        """``present`` as (T,) bool on the device of ``like``; copied there once for each pattern."""
-        pattern = tuple(present)
-        if pattern not in self._patterns:
-            self._patterns[pattern] = PerDevice(list(pattern))
-        return self._patterns[pattern].on(like.device, torch.bool)
 
     def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """T rows of one gradient, or None, for each of ``params``."""
@@ -86,3 +77,13 @@ def _alone(g: Tensor) -> Tensor:
     if g.layout != torch.strided or g.untyped_storage().nbytes() <= g.numel() * g.element_size():
         return g
     return g.clone()
+
+
+def bools_on(values: Sequence[bool], device: torch.device) -> Tensor:
+    """``values`` as (T,) bool on ``device``, by fills: a copy from the host waits, and a captured graph loses it."""
+    often = sum(values) > len(values) / 2
+    result = torch.full((len(values),), often, dtype=torch.bool, device=device)
+    for i, value in enumerate(values):
+        if value != often:
+            result[i].fill_(value)
+    return result

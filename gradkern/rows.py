@@ -96,15 +96,15 @@ def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Te
         products(row_major(group), [c.segment for c in group if c.segment is not None], n_segments, _units(group))
         for group in _by_dtype([c for c in under_surgery if not c.sparse])
     ]
-    wide = any(c.dtype == torch.float64 for c in under_surgery)
-    T, device = len(columns[0].grads), columns[0].param.device
-    zeros = torch.zeros((n_segments, T, T), dtype=torch.float64 if wide else torch.float32, device=device)
-    M = sum(parts, zeros)
+    dtype = torch.float64 if any(c.dtype == torch.float64 for c in under_surgery) else torch.float32
+    if not parts:
+        T, device = len(columns[0].grads), columns[0].param.device
+        parts = [torch.zeros((n_segments, T, T), dtype=dtype, device=device)]
+    M = sum(parts[1:], parts[0]).to(dtype)
     for c in under_surgery:
         if c.sparse:  # dense for as long as its dot products take, one parameter at a time
-            M[c.segment] += products([None if g is None else _laid_out(g, c.param) for g in c.grads], [0], 1, [c.unit])[
-                0
-            ]
+            grads = [None if g is None else _laid_out(g, c.param) for g in c.grads]
+            M[c.segment] += products(grads, [0], 1, [c.unit])[0]
     return M
 
 

@@ -27,7 +27,7 @@ class Mask(NamedTuple):
 
     def advance(self) -> None:
         """Have its stream go on to the next step, on the device, so that a captured CUDA graph does at each replay."""
-        self.words[1] += 1
+        self.words[1].add_(1)
 
 
 class Suppression:

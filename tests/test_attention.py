@@ -64,7 +64,7 @@ def sequence(method: GradAttention, steps: int = 5, P: int = 200, T: int = 3) ->
     torch.manual_seed(11)  # for a method with no generator of its own
     draw = torch.Generator().manual_seed(11)
     G = torch.randn(T, P, generator=draw)
-    return torch.stack([method.weights(G @ G.T, G[:, method.positions(P, G.device)]) for _ in range(steps)])
+    return torch.stack([method.weights(G @ G.T, G[:, method.positions((P,), G.device)]) for _ in range(steps)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -94,11 +94,11 @@ def test_converges_to_the_optimum(T: int, tau: float, redrawn: bool, device: tor
     G = gradients(T, 5000, torch.float32).to(device)
     optimum = (agreement(G) / tau).softmax(-1)
     method = GradAttention(subset=256, entropy=tau)
-    X = G[:, method.positions(5000, G.device)]
+    X = G[:, method.positions((5000,), G.device)]
     errors = []
     for _ in range(250):
         if redrawn:
-            X = G[:, method.positions(5000, G.device)]
+            X = G[:, method.positions((5000,), G.device)]
         errors.append((method.weights(G @ G.T, X) - optimum).abs().max())
     assert T == 2 or errors[0] > 0.02  # two tasks agree with each other equally: their optimum is where they start
     assert torch.stack(errors[-20:]).max() < 1e-2
@@ -155,7 +155,7 @@ def test_it_sees_which_task_is_against_the_others(device: torch.device) -> None:
         G = common + 0.5 * torch.randn(3, 2000, device=device)
         against = torch.randint(3, ())
         G[against] *= -1
-        alpha = method.weights(G @ G.T, G[:, method.positions(2000, G.device)])
+        alpha = method.weights(G @ G.T, G[:, method.positions((2000,), G.device)])
         errors.append((alpha - (agreement(G) / 0.5).softmax(-1)).abs().max())
     assert torch.stack(errors[:5]).mean() > 0.25
     assert torch.stack(errors[-30:]).mean() < 0.05  # no gradient is seen twice: five times the bound of fixed ones
@@ -169,7 +169,7 @@ def test_noise_loses_its_weight(T: int, device: torch.device) -> None:
     for _ in range(150):
         G = common + 0.3 * torch.randn(T, 2000, device=device)
         G[-1] = torch.randn(2000, device=device)
-        alpha = method.weights(G @ G.T, G[:, method.positions(2000, G.device)])
+        alpha = method.weights(G @ G.T, G[:, method.positions((2000,), G.device)])
     assert alpha[-1] < 0.25 / T
     assert (alpha[:-1] > 1 / T).all()
 
@@ -425,7 +425,7 @@ def test_tensors_without_numbers_leave_no_trace() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 5, 64, 65, 100, 12_345, 10**12])
 def test_positions_are_distinct_ascending_and_in_range(n: int, device: torch.device) -> None:
-    found = small().positions(n, device)
+    found = small().positions((n,), device)
     assert found.dtype == torch.int64
     assert found.shape == (min(n, 64),)
     assert (found.diff() > 0).all()
@@ -440,7 +440,7 @@ def test_positions_are_uniform_in_each_stretch() -> None:
     method = small(generator=torch.Generator().manual_seed(5))
     counts = torch.zeros(n, dtype=torch.float64)
     for _ in range(draws):
-        counts[method.positions(n, counts.device)] += 1
+        counts[method.positions((n,), counts.device)] += 1
     bounds = [k * n // d for k in range(d + 1)]
     mean = torch.cat([torch.full((b - a,), draws / (b - a)) for a, b in pairwise(bounds)])
     chi2 = ((counts - mean) ** 2 / mean).sum().item()
@@ -451,12 +451,12 @@ def test_positions_are_uniform_in_each_stretch() -> None:
 def test_the_generator_decides_the_positions() -> None:
     device = torch.device("cpu")
     one, same_seed, other = (small(generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    first = one.positions(10_000, device)
-    assert torch.equal(same_seed.positions(10_000, device), first)
-    assert not torch.equal(other.positions(10_000, device), first)
-    assert not torch.equal(one.positions(10_000, device), first)
+    first = one.positions((10_000,), device)
+    assert torch.equal(same_seed.positions((10_000,), device), first)
+    assert not torch.equal(other.positions((10_000,), device), first)
+    assert not torch.equal(one.positions((10_000,), device), first)
     with pytest.raises(ValueError, match="generator is on cpu, the gradients on meta"):
-        one.positions(5, torch.device("meta"))
+        one.positions((5,), torch.device("meta"))
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 100, 100, 120, 500]])
@@ -471,7 +471,7 @@ def test_on_a_matrix(update: str, offsets: list[int] | None, device: torch.devic
     problems = []
     for a, b in pairwise(bounds):
         rows = J.detach()[:, a:b]
-        here = other.positions(b - a, rows.device)
+        here = other.positions((b - a,), rows.device)
         X = rows[:, here]
         M = X @ X.T if update == "subset" else rows @ rows.T
         alpha = copy.deepcopy(other).weights(M, X)
@@ -495,7 +495,7 @@ def test_every_dtype(dtype: torch.dtype, update: str, device: torch.device) -> N
     result = small(update=update, generator=torch.Generator(device).manual_seed(9))(J)
     mean = J.double().mean(0)
     if update == "subset":
-        drawn = small(generator=torch.Generator(device).manual_seed(9)).positions(500, J.device)
+        drawn = small(generator=torch.Generator(device).manual_seed(9)).positions((500,), J.device)
         mean = torch.zeros_like(mean).index_copy(0, drawn, mean[drawn])
     assert result.dtype == dtype
     assert_near(result, mean, J.double().abs().max(), TOLERANCES[dtype])

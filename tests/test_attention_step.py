@@ -1,7 +1,9 @@
 """GradAttention in a step: which entries it is shown, and what its weights are applied to."""
 
+import copy
 import io
 from collections.abc import Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ def method(update: str, subset: int = SUBSET) -> gk.GradAttention:
     return gk.GradAttention(subset, 8, 1, update, generator=torch.Generator().manual_seed(1))
 
 
-def trained(method: gk.GradAttention) -> gk.GradAttention:
-    """After some steps, so that the weights are not all equal."""
-    J = torch.randn(3, 50) + torch.tensor([[1.0], [1.0], [-1.0]])
+@cache
+def trained(update: str) -> gk.GradAttention:
+    """After some steps, so that the weights are not all equal: to be copied."""
+    trained = method(update)
+    G = torch.randn(3, SUBSET) + torch.tensor([[1.0], [1.0], [-1.0]])
     for _ in range(40):
-        method(J)
-    assert method.generator is not None
-    method.generator.manual_seed(1)
-    return method
+        trained.weights(G @ G.T, G)
+    return trained
 
 
 def members(model: MultiHead, groups: str) -> list[list[Tensor]]:
@@ -48,8 +50,8 @@ def test_a_step_on_losses_is_the_step_on_the_matrix(update: str, groups: str, ba
     J = torch.stack([flat(g, params) for g in task_gradients(losses, params)]).float()
     ends = torch.tensor([sum(p.numel() for p in group) for group in members(model, groups)]).cumsum(0)
     offsets = None if groups == "model" else torch.cat((torch.zeros(1, dtype=torch.int64), ends))
-    expected = trained(method(update))(J, offsets)
-    info = gk.backward(losses, model, aggregator=trained(method(update)), groups=groups, retain_graph=True)
+    expected = copy.deepcopy(trained(update))(J, offsets)
+    info = gk.backward(losses, model, aggregator=copy.deepcopy(trained(update)), groups=groups, retain_graph=True)
     # 10: weights from float32 Gramians, by way of cosines.
     assert_near(flat([p.grad for p in params], params), expected, J.abs().max(), 10 * TOLERANCES[torch.float32])
     assert info.attention is not None
@@ -148,7 +150,7 @@ def test_resumed_it_goes_on_exactly(update: str) -> None:
 
 def test_a_step_that_overflows_leaves_the_network_alone() -> None:
     model, x, y = problem()
-    attention = trained(method("all"))
+    attention = copy.deepcopy(trained("all"))
     before = [p.clone() for p in attention.parameters()]
     losses = model.losses(x, y)
     gk.backward([losses[0] * torch.inf, *losses[1:]], model, aggregator=attention)

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from gradkern.aggregators.base import Aggregator, check_gramian
 from gradkern.aggregators.encoder import Encoder
@@ -27,6 +26,7 @@ from gradkern.ops import combine, gramian
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.schema import arithmetic_dtype
+from gradkern.stretches import stretches
 
 
 class GradAttention(Aggregator):
@@ -68,29 +68,22 @@ class GradAttention(Aggregator):
         self.encoder = Encoder(subset, width, layers)
         self._adam: torch.optim.Adam | None = None  # since the number of tasks is known
 
-    def positions(self, n: int, device: torch.device) -> Tensor:
-        """The entries of this step: one of each of min(n, subset) equal stretches of 0 … n - 1, drawn uniformly.
-
-        Drawn so, they ascend and differ with no sort and no second draw, and column k of the entries comes from the
-        same region of the parameters at every step, which is what lets the network learn what the column means.
+    def positions(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
+        """The entries of this step: of each group as many as ``subset``, or all that it has; see ``stretches.py``.
 
         Args:
-            n: the number of entries there are.
+            sizes: how many entries each group has; the groups lie one after another.
             device: where the gradients are.
 
         Returns:
-            (min(n, subset),) int64 on ``device``, ascending.
+            int64 on ``device``, ascending.
 
         Raises:
             ValueError: the generator is on another device.
         """
         if self.generator is not None and self.generator.device != device:
             raise ValueError(f"generator is on {self.generator.device}, the gradients on {device}")
-        d = min(n, self.subset)
-        bounds = torch.arange(d + 1, device=device) * n // max(d, 1)
-        # u <= 1 - 2^-53, so that u times a stretch, rounded, stays below its end.
-        u = torch.rand(d, generator=self.generator, dtype=torch.float64, device=device)
-        return bounds[:-1] + (u * bounds.diff()).long()
+        return stretches(sizes, self.subset).drawn(device, self.generator)
 
     def weights(self, M: Tensor, X: Tensor) -> Tensor:  # type: ignore[override]  # the one method that sees entries
         """The weights of the task gradients in the update; the network then learns from them by one step.
@@ -121,16 +114,15 @@ class GradAttention(Aggregator):
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J; see :meth:`Aggregator.forward`. Each segment has entries of its own."""
         check_matrix(J, offsets)
-        bounds = column_bounds(offsets, J.shape[1])
-        drawn = [a + self.positions(b - a, J.device) for a, b in pairwise(bounds)]
-        widths = [len(p) for p in drawn]
-        index = torch.cat(drawn)
+        sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
+        index = self.positions(sizes, J.device)
+        groups = stretches(sizes, self.subset)
         K = J.index_select(1, index)
-        entries = K.detach().to(arithmetic_dtype(J.dtype)).split(widths, dim=1)
-        X = entries[0] if offsets is None else pad_sequence([x.mT for x in entries], batch_first=True).mT
+        X = groups.tokens(K.detach().to(arithmetic_dtype(J.dtype)))
+        X = X[0] if offsets is None else X
         if self.update == "all":
             return combine(J, self.weights(gramian(J.detach(), offsets), X), offsets)
-        ends = None if offsets is None else torch.tensor([0, *accumulate(widths)], device="cpu")
+        ends = None if offsets is None else torch.tensor([0, *accumulate(groups.counts)], device="cpu")
         g = combine(K, self.weights(gramian(K.detach(), ends), X), ends)
         return J.new_zeros(J.shape[1]).index_copy(0, index, g)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
+from gradkern.capture import capturing, first_use, keep
 
 
 class GradVac(Projection):
@@ -67,12 +68,16 @@ class GradVac(Projection):
         """The targets there are, or with fresh ones behind them, on M's device."""
         S, T, _ = M.shape
         with torch.inference_mode(False):  # or no later step outside of it could move them
+            if capturing(M.device) and (self.targets is None or len(self.targets) != S):
+                raise first_use("to make the targets")  # a replay would make them again
             if self.targets is None or not has_numbers(M):
                 return torch.zeros(M.shape, dtype=torch.float64, device=M.device)
             known = self.targets
             if known.shape[-1] != T or len(known) > S:
                 raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(known.shape)}")
             if len(known) == S and known.device == M.device:
+                if capturing(M.device):
+                    keep(known)
                 return known
             fresh = torch.zeros((S - len(known), T, T), dtype=torch.float64, device=M.device)
             return torch.cat((known.to(M.device), fresh))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.capture import ready
 from gradkern.kernels import combine as combine_kernel
 from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
@@ -22,7 +23,7 @@ from gradkern.kernels.settings import DOT_T, LONGEST_PIECE, PROGRAMS
 from gradkern.layout import TILE, Layout, column_layout, tensor_layout
 from gradkern.ops.cuda_entries import gather, scatter
 from gradkern.ops.cuda_methods import gradvac, pcgrad
-from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, ready, table_rows
+from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.schema import arithmetic_dtype, sample
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkern.capture import ready
 from gradkern.kernels import entries
 from gradkern.layout import totals
-from gradkern.ops.cuda_tables import OptionalTensors, addresses, ready, table_rows
+from gradkern.ops.cuda_tables import OptionalTensors, addresses, table_rows
 from gradkern.ops.schema import arithmetic_dtype, sample
 
 

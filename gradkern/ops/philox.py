@@ -11,6 +11,8 @@ WORD = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
+PIECE = 1 << 16
+"""Units looked up at a time: four words each of int64, 2 MB, stay in cache."""
 
 
 def dropped(first_unit: int, n_units: int, mask: Tensor) -> Tensor:
@@ -25,6 +27,11 @@ def dropped(first_unit: int, n_units: int, mask: Tensor) -> Tensor:
 
 def dropped_at(units: Tensor, mask: Tensor) -> Tensor:
     """Which of ``units``, any int64, are dropped: bool of their shape."""
+    pieces = [_dropped_at(piece, mask) for piece in units.reshape(-1).split(PIECE)]
+    return torch.cat(pieces).view(units.shape)
+
+
+def _dropped_at(units: Tensor, mask: Tensor) -> Tensor:
     word = torch.stack(_words(units >> 2, mask), -1).gather(-1, (units & 3).unsqueeze(-1)).squeeze(-1)
     return word < mask[2]
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -124,13 +125,13 @@ class SurgeryOptimizer(Optimizer):
         info = step(
             losses,
             self._params(),
-            self.aggregator,
-            self.groups,
-            self.shared,
-            self.suppression,
-            retain_graph,
-            self.conflict_lr,
-            self._memory,
+            aggregator=self.aggregator,
+            groups=self.groups,
+            shared=self.shared,
+            suppression=self.suppression,
+            retain_graph=retain_graph,
+            conflict_lr=self.conflict_lr,
+            memory=self._memory,
         )
         self._step_scale = info.step_scale
         self._first = False
@@ -151,7 +152,8 @@ class SurgeryOptimizer(Optimizer):
         params = self._tensors()
         if closure is None:
             params = [p for p in params if p.grad is not None]
-        before = [p.detach().clone() for p in params]
+        before = [torch.empty_like(p) for p in params]
+        torch._foreach_copy_(before, [p.detach() for p in params])
         result = self._inner_step(closure)
         if self._step_scale is not None:
             rescale(params, before, self._step_scale)

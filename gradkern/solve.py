@@ -30,13 +30,13 @@ class Outcome:
     kept: Tensor | None
 
 
-def operate(
+def solve(
     columns: Sequence[Column],
     n_segments: int,
     aggregator: Aggregator,
     present: Tensor | None,
-    seen: Mask | None,
-    written: Mask | None,
+    mask_of_products: Mask | None,
+    mask_of_results: Mask | None,
 ) -> Outcome:
     """Gramian, weights, combination.
 
@@ -45,12 +45,12 @@ def operate(
         n_segments: S.
         aggregator: the method.
         present: (T,) bool, the tasks whose gradients are of this step; None for all.
-        seen: leave out of the dot products what it drops.
-        written: leave out of the results what it drops.
+        mask_of_products: leave out of the dot products what it drops.
+        mask_of_results: leave out of the results what it drops.
     """
     if isinstance(aggregator, GradAttention):
-        return _attend(columns, n_segments, aggregator, present, seen, written)
-    M = _usable(rows.gramian(columns, n_segments, seen), present)
+        return _attend(columns, n_segments, aggregator, present, mask_of_products, mask_of_results)
+    M = _usable(rows.gramian(columns, n_segments, mask_of_products), present)
     solution = aggregator.solution(M, present)
     w = solution.weights
     if not isinstance(w, Tensor) or not w.is_floating_point():
@@ -60,7 +60,7 @@ def operate(
     plain = torch.ones_like(w[0])
     if isinstance(aggregator, Scalarization):
         plain = aggregator.weights_like(len(plain), w.dtype, w.device)
-    results, kept = rows.combine(columns, w, plain, written)
+    results, kept = rows.combine(columns, w, plain, mask_of_results)
     return Outcome(M, solution, results, kept)
 
 
@@ -69,24 +69,26 @@ def _attend(
     n_segments: int,
     aggregator: GradAttention,
     present: Tensor | None,
-    seen: Mask | None,
-    written: Mask | None,
+    mask_of_products: Mask | None,
+    mask_of_results: Mask | None,
 ) -> Outcome:
-    """As :func:`operate`, for the one method that sees entries of the gradients besides their Gramian."""
-    drawn = Drawn(columns, n_segments, aggregator.positions)
-    X = drawn.entries(seen)
+    """As :func:`solve`, for the one method that sees entries of the gradients besides their Gramian."""
+    drawn = Drawn(columns, n_segments, aggregator)
+    X = drawn.entries(mask_of_products)
     if present is not None:
         X = X.masked_fill(~present.unsqueeze(-1) & ~X.isfinite(), 0.0)  # as in _usable
     only_drawn = aggregator.update == "subset"
-    M = _usable(drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, seen), present)
+    M = _usable(drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, mask_of_products), present)
     # Where no two losses meet there is nothing to weigh, and nothing to learn from.
-    attention = aggregator.weights(M, drawn.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
+    attention = (
+        aggregator.weights(M, drawn.stretches.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
+    )
     w = attention if present is None else torch.where(present, attention, 0.0)
     plain = torch.ones_like(w[0])
     if only_drawn:
-        results, kept = drawn.combine(X, w, plain, written)
+        results, kept = drawn.combine(X, w, plain, mask_of_results)
     else:
-        results, kept = rows.combine(columns, w, plain, written)
+        results, kept = rows.combine(columns, w, plain, mask_of_results)
     return Outcome(M, Solution(w, attention=attention), results, kept)
 
 
