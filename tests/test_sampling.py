@@ -530,3 +530,45 @@ def test_training_with_absent_tasks() -> None:
             assert info.losses.isnan().tolist() == absent
             assert [head.weight.grad is None for head in heads] == absent
     assert all(after < b / 2 for after, b in zip(total(), before, strict=True))
+
+
+class EndsEarly(DataLoader):
+    """A shuffled loader with a length of 3 that gives fewer batches."""
+
+    def __init__(self, batches: int, generator: torch.Generator) -> None:
+        super().__init__(TensorDataset(torch.arange(3)), shuffle=True, generator=generator)
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.islice(super().__iter__(), self.batches)
+
+
+def test_a_replay_that_fails_leaves_the_loaders_generators() -> None:
+    full = TaskSampler([EndsEarly(3, torch.Generator().manual_seed(1))])
+    epochs(full, 1)
+    generator = torch.Generator().manual_seed(2)
+    short = TaskSampler([EndsEarly(1, generator)])
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="ends before its batch"):
+        short.load_state_dict(full.state_dict())
+    assert torch.equal(generator.get_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"epoch": -5}, ValueError, "epoch must be at least 0"),
+        ({"step": 10**9}, ValueError, "step must be at most"),
+        ({"step": 1.5}, TypeError, "step must be an integer, got 1.5"),
+        ({"passes": [1]}, ValueError, "passes must be a list with one entry per task"),
+        ({"taken": 3}, ValueError, "taken must be a list with one entry per task, got 3"),
+        ({"taken": [0, 0, "x", 0]}, TypeError, "taken must be an integer, got 'x'"),
+    ],
+)
+def test_a_state_out_of_range_names_itself(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    s = sampler(own_generators(), "joint")
+    epochs(s, 1)
+    state = s.state_dict() | change
+    with pytest.raises(error, match=message):
+        s.load_state_dict(state)
+    assert s.epoch == 1

@@ -3,9 +3,11 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from gradkern.sampling.arguments import checked_lengths, checked_sizes, dataset_sizes, integer
+from gradkern.sampling.stream import Stream, derived_seed, set_states, states
 
 SCHEMES = ("joint", "round_robin", "random", "proportional", "annealed")
 BY_SIZE = ("proportional", "annealed")
@@ -83,22 +85,22 @@ class TaskSampler:
         sizes: Sequence[int] | None = None,
         seed: int = 0,
     ) -> None:
-        self._lengths = _checked_lengths(loaders)
+        self._lengths = checked_lengths(loaders)
         if not isinstance(scheme, str) or scheme not in SCHEMES:
             raise ValueError(f"scheme must be one of {', '.join(map(repr, SCHEMES))}; got {scheme!r}")
         self.scheme = scheme
-        self.epochs = None if epochs is None else _integer("epochs", epochs, 1)
+        self.epochs = None if epochs is None else integer("epochs", epochs, 1)
         if scheme == "annealed" and epochs is None:
             raise ValueError("epochs must be given for scheme='annealed', got None")
-        self.steps = None if steps is None else _integer("steps", steps, 1)
-        self.sizes = None if sizes is None else _checked_sizes(sizes, len(loaders))
-        self.seed = _integer("seed", seed, 0)
+        self.steps = None if steps is None else integer("steps", steps, 1)
+        self.sizes = None if sizes is None else checked_sizes(sizes, len(loaders))
+        self.seed = integer("seed", seed, 0)
         self.epoch = 0
         self.step = 0
         self._n_steps = _default_steps(scheme, self._lengths) if self.steps is None else self.steps
         # "random" draws as if all tasks had as many examples.
-        self._n_examples = (self.sizes or _dataset_sizes(loaders)) if scheme in BY_SIZE else [1] * len(loaders)
-        self._streams = [_Stream(loader, self.seed, task) for task, loader in enumerate(loaders)]
+        self._n_examples = (self.sizes or dataset_sizes(loaders)) if scheme in BY_SIZE else [1] * len(loaders)
+        self._streams = [Stream(loader, self.seed, task) for task, loader in enumerate(loaders)]
         self._drawn: tuple[int, list[int]] = -1, []  # an epoch and its tasks
 
     def __len__(self) -> int:
@@ -123,7 +125,7 @@ class TaskSampler:
             "passes": [stream.passes for stream in self._streams],
             "taken": [stream.taken for stream in self._streams],
             "generators_at_pass": [stream.generators_at_pass for stream in self._streams],
-            "generators_now": [_states(stream.generators) for stream in self._streams],
+            "generators_now": [states(stream.generators) for stream in self._streams],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,17 +141,17 @@ class TaskSampler:
             ValueError: ``state_dict`` is of another sampler; the message says in what it differs. Nothing has changed.
         """
         self._check(state_dict)
-        streams = [_Stream(stream.loader, self.seed, stream.task) for stream in self._streams]
-        before = [_states(stream.generators) for stream in streams]
+        streams = [Stream(stream.loader, self.seed, stream.task) for stream in self._streams]
+        before = [states(stream.generators) for stream in streams]
         try:
             for i, stream in enumerate(streams):
                 stream.go_to(state_dict["passes"][i], state_dict["taken"][i], state_dict["generators_at_pass"][i])
         except Exception:
-            for stream, states in zip(streams, before, strict=True):
-                _set_states(stream.generators, states)
+            for stream, state in zip(streams, before, strict=True):
+                set_states(stream.generators, state)
             raise
         for i, stream in enumerate(streams):  # after all of them: loaders may share a generator
-            _set_states(stream.generators, state_dict["generators_now"][i])
+            set_states(stream.generators, state_dict["generators_now"][i])
         self._streams = streams
         self.epoch = state_dict["epoch"]
         self.step = state_dict["step"]
@@ -180,8 +182,8 @@ class TaskSampler:
         for name, own in self._identity().items():
             if state_dict[name] != own:
                 raise ValueError(f"state_dict has {name} = {state_dict[name]!r}, this sampler has {own!r}")
-        _integer("epoch", state_dict["epoch"], 0)
-        if _integer("step", state_dict["step"], 0) > self._n_steps:
+        integer("epoch", state_dict["epoch"], 0)
+        if integer("step", state_dict["step"], 0) > self._n_steps:
             raise ValueError(f"step must be at most {self._n_steps}, got {state_dict['step']}")
         for name in ("passes", "taken", "generators_at_pass", "generators_now"):
             values = state_dict[name]
@@ -189,7 +191,7 @@ class TaskSampler:
                 raise ValueError(f"{name} must be a list with one entry per task, got {values!r}")
         for name in ("passes", "taken"):
             for value in state_dict[name]:
-                _integer(name, value, 0)
+                integer(name, value, 0)
 
     def _tasks(self) -> Sequence[int]:
         """The tasks of the step to come."""
@@ -199,7 +201,7 @@ class TaskSampler:
         if self.scheme == "round_robin":
             return [(self.epoch * self._n_steps + self.step) % T]
         if self._drawn[0] != self.epoch:  # a whole epoch in one go: resuming is indexing
-            generator = torch.Generator("cpu").manual_seed(_derived_seed(self.seed, 0, self.epoch))
+            generator = torch.Generator("cpu").manual_seed(derived_seed(self.seed, 0, self.epoch))
             order = torch.multinomial(self._probabilities(), self._n_steps, replacement=True, generator=generator)
             self._drawn = self.epoch, order.tolist()
         return [self._drawn[1][self.step]]
@@ -216,162 +218,7 @@ class TaskSampler:
         return 1.0 - 0.8 * self.epoch / max(self.epochs - 1, 1)
 
 
-_END = object()
-"""In place of a batch where a pass ends."""
-
-
-class _Stream:
-    """One loader's batches without end, pass after pass.
-
-    Attributes:
-        generators: those the loader brings.
-        generators_at_pass: their states when the present pass began.
-        passes: how many passes have begun.
-        taken: how many batches of the present pass have been drawn.
-    """
-
-    def __init__(self, loader: Iterable[Any], seed: int, task: int) -> None:
-        self.loader = loader
-        self.seed = seed
-        self.task = task
-        self.generators = _generators(loader)
-        self.generators_at_pass = _states(self.generators)
-        self.passes = 0
-        self.taken = 0
-        self._batches: Iterator[Any] = iter(())
-        self._default_state = torch.default_generator.get_state()  # as the pass sees it
-        self._workers_to_start = getattr(loader, "persistent_workers", False)
-
-    def draw(self) -> Any:
-        """The next batch."""
-        batch = self._next()
-        if batch is _END:
-            self._begin_pass()
-            batch = self._next()
-        if batch is _END:
-            raise ValueError(f"loaders[{self.task}] has a length, but gave no batch")
-        self.taken += 1
-        return batch
-
-    def go_to(self, passes: int, taken: int, generators_at_pass: list[Tensor]) -> None:
-        """From a fresh start to where ``taken`` batches of the ``passes``-th pass have been drawn."""
-        if passes == 0:
-            return
-        self.passes = passes - 1
-        self._begin_pass(generators_at_pass)
-        for self.taken in range(1, taken + 1):
-            if self._next() is _END:
-                raise ValueError(f"loaders[{self.task}] ends before its batch {taken}, which state_dict has seen")
-
-    def _begin_pass(self, generators: list[Tensor] | None = None) -> None:
-        if self._workers_to_start:
-            # The first iter() of a loader with persistent workers draws a seed for them, which the later ones do not.
-            # After an iter() in vain every pass begins alike, the first and one that is resumed too.
-            self._iter()
-            self._workers_to_start = False
-        if generators is not None:
-            _set_states(self.generators, generators)
-        self.generators_at_pass = _states(self.generators)
-        self._batches = self._iter()
-        self.passes += 1
-        self.taken = 0
-
-    def _iter(self) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            # The CPU's alone: torch.manual_seed would seed the generators of all GPUs too.
-            torch.default_generator.manual_seed(_derived_seed(self.seed, 1 + self.task, self.passes))
-            batches = iter(self.loader)
-            self._default_state = torch.default_generator.get_state()
-        return batches
-
-    def _next(self) -> Any:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.set_state(self._default_state)
-            batch = next(self._batches, _END)
-            self._default_state = torch.default_generator.get_state()
-        return batch
-
-
-def _derived_seed(seed: int, *key: int) -> int:
-    """A seed of 64 bits, for streams as good as independent for different keys."""
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
-
-
-def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """The generators that a loader and its samplers bring, each once."""
-    batch_sampler = getattr(loader, "batch_sampler", None)
-    holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
-    brought = [getattr(holder, "generator", None) for holder in holders]
-    own = [g for g in brought if isinstance(g, torch.Generator) and g is not torch.default_generator]
-    return list(dict.fromkeys(own))
-
-
-def _states(generators: list[torch.Generator]) -> list[Tensor]:
-    return [generator.get_state() for generator in generators]
-
-
-def _set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state.cpu())  # torch.load may have put it on another device
-
-
 def _default_steps(scheme: str, lengths: list[int]) -> int:
     if scheme == "joint":
         return max(lengths)
     return len(lengths) * max(lengths) if scheme == "round_robin" else sum(lengths)
-
-
-def _checked_lengths(loaders: object) -> list[int]:
-    if not isinstance(loaders, Sequence) or isinstance(loaders, str | bytes):
-        raise TypeError(f"loaders must be a sequence of data loaders, one per task; got {type(loaders).__name__}")
-    if not loaders:
-        raise ValueError(f"loaders is empty: {loaders!r}")
-    first: dict[int, int] = {}
-    lengths = []
-    for i, loader in enumerate(loaders):
-        kind = type(loader).__name__
-        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
-            raise TypeError(f"loaders[{i}] must be a data loader that can be iterated again and again, got {kind}")
-        length = _length(loader)
-        if length is None:
-            raise TypeError(f"loaders[{i}] must have a length, got {kind} without one")
-        if length == 0:
-            raise ValueError(f"loaders[{i}] has no batches: its length is 0")
-        j = first.setdefault(id(loader), i)
-        if j != i:
-            raise ValueError(f"loaders[{j}] and loaders[{i}] are one object; each task needs a loader of its own")
-        lengths.append(length)
-    return lengths
-
-
-def _dataset_sizes(loaders: Sequence[Iterable[Any]]) -> list[int]:
-    sizes = []
-    for i, loader in enumerate(loaders):
-        size = _length(getattr(loader, "dataset", None))
-        if not size:
-            raise ValueError(f"sizes is None, and loaders[{i}] has no dataset with a length: give sizes")
-        sizes.append(size)
-    return sizes
-
-
-def _checked_sizes(sizes: object, n_tasks: int) -> list[int]:
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
-        raise TypeError(f"sizes must be a sequence of integers, one per task; got {sizes!r}")
-    if len(sizes) != n_tasks:
-        raise ValueError(f"sizes has {len(sizes)} entries for {n_tasks} loaders: {sizes!r}")
-    return [_integer(f"sizes[{i}]", size, 1) for i, size in enumerate(sizes)]
-
-
-def _integer(name: str, value: object, least: int) -> int:
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name} must be at least {least} and below 2**63, got {value}")
-    return int(value)
-
-
-def _length(thing: object) -> int | None:
-    try:
-        return len(thing)  # type: ignore[arg-type]  # a DataLoader has __len__ even where its dataset has none
-    except TypeError:
-        return None

@@ -1,0 +1,5 @@
+"""Which task trains next."""
+
+from gradkern.sampling.sampler import SCHEMES, TaskSampler
+
+__all__ = ["SCHEMES", "TaskSampler"]

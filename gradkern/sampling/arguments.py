@@ -1,0 +1,66 @@
+"""What a sampler may be given: checked, and errors that name the argument and its value."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+
+def checked_lengths(loaders: object) -> list[int]:
+    """The number of batches of each loader."""
+    if not isinstance(loaders, Sequence) or isinstance(loaders, str | bytes):
+        raise TypeError(f"loaders must be a sequence of data loaders, one per task; got {type(loaders).__name__}")
+    if not loaders:
+        raise ValueError(f"loaders is empty: {loaders!r}")
+    first: dict[int, int] = {}
+    lengths = []
+    for i, loader in enumerate(loaders):
+        kind = type(loader).__name__
+        if not isinstance(loader, Iterable) or isinstance(loader, Iterator):
+            raise TypeError(f"loaders[{i}] must be a data loader that can be iterated again and again, got {kind}")
+        length = _length(loader)
+        if length is None:
+            raise TypeError(f"loaders[{i}] must have a length, got {kind} without one")
+        if length == 0:
+            raise ValueError(f"loaders[{i}] has no batches: its length is 0")
+        j = first.setdefault(id(loader), i)
+        if j != i:
+            raise ValueError(f"loaders[{j}] and loaders[{i}] are one object; each task needs a loader of its own")
+        lengths.append(length)
+    return lengths
+
+
+def dataset_sizes(loaders: Sequence[Iterable[Any]]) -> list[int]:
+    """The number of examples of each loader's dataset."""
+    sizes = []
+    for i, loader in enumerate(loaders):
+        size = _length(getattr(loader, "dataset", None))
+        if not size:
+            raise ValueError(f"sizes is None, and loaders[{i}] has no dataset with a length: give sizes")
+        sizes.append(size)
+    return sizes
+
+
+def checked_sizes(sizes: object, n_tasks: int) -> list[int]:
+    """``sizes`` as a list of integers, one per task, of at least 1."""
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
+        raise TypeError(f"sizes must be a sequence of integers, one per task; got {sizes!r}")
+    if len(sizes) != n_tasks:
+        raise ValueError(f"sizes has {len(sizes)} entries for {n_tasks} loaders: {sizes!r}")
+    return [integer(f"sizes[{i}]", size, 1) for i, size in enumerate(sizes)]
+
+
+def integer(name: str, value: object, least: int) -> int:
+    """``value``, if it is an integer of at least ``least``."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name} must be at least {least} and below 2**63, got {value}")
+    return int(value)
+
+
+def _length(thing: object) -> int | None:
+    try:
+        return len(thing)  # type: ignore[arg-type]  # a DataLoader has __len__ even where its dataset has none
+    except TypeError:
+        return None

@@ -1,0 +1,108 @@
+"""One loader's batches without end, every random number of theirs accounted for."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_END = object()
+"""In place of a batch where a pass ends."""
+
+
+class Stream:
+    """One loader's batches without end, pass after pass.
+
+    Attributes:
+        generators: those the loader brings.
+        generators_at_pass: their states when the present pass began.
+        passes: how many passes have begun.
+        taken: how many batches of the present pass have been drawn.
+    """
+
+    def __init__(self, loader: Iterable[Any], seed: int, task: int) -> None:
+        self.loader = loader
+        self.seed = seed
+        self.task = task
+        self.generators = _generators(loader)
+        self.generators_at_pass = states(self.generators)
+        self.passes = 0
+        self.taken = 0
+        self._batches: Iterator[Any] = iter(())
+        self._default_state = torch.default_generator.get_state()  # as the pass sees it
+        self._workers_to_start = getattr(loader, "persistent_workers", False)
+
+    def draw(self) -> Any:
+        """The next batch."""
+        batch = self._next()
+        if batch is _END:
+            self._begin_pass()
+            batch = self._next()
+        if batch is _END:
+            raise ValueError(f"loaders[{self.task}] has a length, but gave no batch")
+        self.taken += 1
+        return batch
+
+    def go_to(self, passes: int, taken: int, generators_at_pass: list[Tensor]) -> None:
+        """From a fresh start to where ``taken`` batches of the ``passes``-th pass have been drawn."""
+        if passes == 0:
+            return
+        self.passes = passes - 1
+        self._begin_pass(generators_at_pass)
+        for self.taken in range(1, taken + 1):
+            if self._next() is _END:
+                raise ValueError(f"loaders[{self.task}] ends before its batch {taken}, which state_dict has seen")
+
+    def _begin_pass(self, generators: list[Tensor] | None = None) -> None:
+        if self._workers_to_start:
+            # The first iter() of a loader with persistent workers draws a seed for them, which the later ones do not.
+            # After an iter() in vain every pass begins alike, the first and one that is resumed too.
+            self._iter()
+            self._workers_to_start = False
+        if generators is not None:
+            set_states(self.generators, generators)
+        self.generators_at_pass = states(self.generators)
+        self._batches = self._iter()
+        self.passes += 1
+        self.taken = 0
+
+    def _iter(self) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            # The CPU's alone: torch.manual_seed would seed the generators of all GPUs too.
+            torch.default_generator.manual_seed(derived_seed(self.seed, 1 + self.task, self.passes))
+            batches = iter(self.loader)
+            self._default_state = torch.default_generator.get_state()
+        return batches
+
+    def _next(self) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.set_state(self._default_state)
+            batch = next(self._batches, _END)
+            self._default_state = torch.default_generator.get_state()
+        return batch
+
+
+def derived_seed(seed: int, *key: int) -> int:
+    """A seed of 64 bits, for streams as good as independent for different keys."""
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
+def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
+    """The generators that a loader and its samplers bring, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
+    brought = [getattr(holder, "generator", None) for holder in holders]
+    own = [g for g in brought if isinstance(g, torch.Generator) and g is not torch.default_generator]
+    return list(dict.fromkeys(own))
+
+
+def states(generators: list[torch.Generator]) -> list[Tensor]:
+    """Where the generators are."""
+    return [generator.get_state() for generator in generators]
+
+
+def set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
+    """Put the generators where :func:`states` said."""
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state.cpu())  # torch.load may have put it on another device
