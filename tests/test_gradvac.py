@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
+from tests.interpreter import interpreted
 from tests.models import problem
 from tests.problems import conflicting
 from tests.tolerances import assert_near
@@ -279,3 +280,11 @@ def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, object], err
     assert torch.equal(method.targets, before)
     method.load_state_dict(gk.GradVac().state_dict())
     assert method.targets is None
+
+
+@interpreted
+@pytest.mark.parametrize("groups", ["model", "parameter"])
+def test_one_operator_serves_all_groups(groups: str, triton_serves_the_cpu: list[str]) -> None:
+    model, x, y = problem()
+    gk.backward(model.losses(x, y), model, aggregator=gk.GradVac(), groups=groups)
+    assert triton_serves_the_cpu == ["gramian_tensors", "gradvac", "combine_tensors"]
