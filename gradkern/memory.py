@@ -1,7 +1,7 @@
 """The last gradient of each task, for steps that bring some tasks only (Rhapsody on a Theme of Gradient Surgery, §3.2).
 
 An absent task takes part with the gradient of its last step, before its first with zeros: the present tasks' gradients
-are modified against it, and only they are added up. The gradients are kept as autograd gave them, never copied.
+are modified against it, and only they are added up. The gradients are kept as autograd gave them, and not copied.
 """
 
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ class Memory:
         return [[row.get(p) for p in params] for row in self._rows]
 
     def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave.
+        """Take up what :meth:`state_dict` gave, moved to where the parameters are.
 
         Raises:
             ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
@@ -68,7 +68,7 @@ class Memory:
                 if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
                     got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
                     raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
-            loaded.append({p: g for p, g in zip(params, row, strict=True) if g is not None})
+            loaded.append({p: g.to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
         self._rows = loaded
 
 
