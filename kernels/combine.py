@@ -70,7 +70,8 @@ def combine_kernel(
             for t in tl.static_range(4):
                 acc += w[t] * load_part(a[t], o, n, m_read, D).to(ACC)
     if GROUP != DENSE:
-        # Drawn late where no load waits for it, for the registers; what was drawn above is not drawn again.
+        # Written twice, drawn once. Where loads are predicated on the mask, the compiler finds this to be the same as
+        # above; where they are not, it drops the one above, and no register holds the mask while rows are in flight.
         keep = kept(units, state, 0, block, BLOCK, GROUP, D)
         acc = tl.where(keep, acc, 0.0)
         first_unit, _ = units

@@ -31,6 +31,17 @@ def find_tensor(p_bounds, n, position, m):
     return low, position - tl.load(p_bounds + low, mask=m, other=0)
 
 
+@triton.jit
+def find_entries(
+    p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(which of the d positions are this program's, whether there are such, where row ``i_row`` has them, or 0)."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = i < d
+    i_tensor, o = find_tensor(p_bounds, n, tl.load(p_index + i, mask=m, other=0), m)
+    return i, m, row_address(p_rows, s_row, i_row, i_tensor, o, m, TABLE, D)
+
+
 @triton.jit(do_not_specialize=["p_rows", "s_row", "n", "p_index", "d"])
 def gather_kernel(
     p_rows,
@@ -46,11 +57,8 @@ def gather_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK positions, one row."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     i_row = tl.program_id(1).to(tl.int64)
-    m = i < d
-    i_tensor, o = find_tensor(p_bounds, n, tl.load(p_index + i, mask=m, other=0), m)
-    a = row_address(p_rows, s_row, i_row, i_tensor, o, m, TABLE, D)
+    i, m, a = find_entries(p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE, D, BLOCK)
     x = tl.load(a.to(tl.pointer_type(D)), mask=a != 0, other=0.0)
     tl.store(p_values + i_row * d + i, x.to(ACC), mask=m)
 
@@ -70,10 +78,7 @@ def scatter_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK positions."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    m = i < d
-    i_tensor, o = find_tensor(p_bounds, n, tl.load(p_index + i, mask=m, other=0), m)
-    a = row_address(p_rows, s_row, 0, i_tensor, o, m, TABLE, D)
+    i, m, a = find_entries(p_rows, s_row, 0, p_bounds, n, p_index, d, TABLE, D, BLOCK)
     x = tl.load(p_values + i, mask=m, other=0.0)
     tl.store(a.to(tl.pointer_type(D)), x.to(D), mask=a != 0)
 

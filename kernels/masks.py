@@ -138,12 +138,14 @@ def kept_groups(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.con
     unit = first_unit + ((before + o) // block.to(tl.uint32)).to(tl.int64)
     k0, k1, k2, k3 = draw(unit >> 2, state)
     word = (unit & 3).to(tl.int32)
-    keep = tl.where(word < 2, tl.where(word == 0, k0, k1), tl.where(word == 2, k2, k3)) | (first_unit < 0)
-    # By joins, each group stays in one thread; the hint keeps its load in one piece.
+    keep = tl.where(word < 2, tl.where(word == 0, k0, k1), tl.where(word == 2, k2, k3))
+    # By joins, each group stays in one thread.
     if GROUP >= 2:
         keep = tl.join(keep, keep)
     if GROUP >= 4:
         keep = tl.join(keep, keep)
     if GROUP >= 8:
         keep = tl.join(keep, keep)
-    return tl.max_constancy(tl.reshape(keep, (BLOCK,)), [GROUP])
+    # The hint keeps the load of a group in one piece. It stands on the result of an operation, for a reshape may be
+    # rebuilt by the compiler, in another layout and without the hint.
+    return tl.max_constancy(tl.reshape(keep, (BLOCK,)) | (first_unit < 0), [GROUP])

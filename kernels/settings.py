@@ -103,7 +103,9 @@ class TileSetting(NamedTuple):
 def combine_setting() -> TileSetting:
     """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program.
 
-    122 registers, and under a mask 104 to 128: two programs a multiprocessor.
+    122 registers, and 104 to 128 under a mask of single elements or of blocks of whole 128-bit loads: two programs a
+    multiprocessor. One of what takes more: float64, 192 to 204, and blocks that leave less of a load in one piece, as
+    in float32 those of two (137) or of any odd number, which load single elements (140).
     """
     return TileSetting(4096, 256)
 

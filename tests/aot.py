@@ -39,10 +39,14 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
 """The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 else), and the largest of each
 setting of the other."""
-BLOCKS = {"elements": 1, "units": 128}
-"""The forms of a mask by a block that has it: any block of whole 128-bit loads is compiled to the same."""
-MASKED_T = {"fp32": (3, 12, 16, 32, DOT_T), "bf16": (3, 8, 16, 32, DOT_T)}
-"""Of the T of ``GRAMIAN_T`` those that are built with a mask, on sm_90; elsewhere the usual and the largest."""
+MASKED_T = {"fp64": (3, 16, DOT_T), "fp32": (3, 12, 16, 32, DOT_T), "bf16": (3, 8, 16, 32, DOT_T), "fp16": (3, 16)}
+"""Of the T of ``GRAMIAN_T`` those that are built with a mask, on sm_90."""
+MASKED_T_ELSEWHERE = {"fp64": (3,), "fp32": (DOT_T,), "bf16": (3,)}
+"""The same for the other targets: each form and each size of a number once."""
+WIDE_BLOCKS = (1, 128)
+"""Blocks of a mask that leave loads whole; any block of whole 128-bit loads is compiled to the same as 128."""
+NARROW_BLOCKS = {"fp32": (2, 3), "bf16": (2, 4)}
+"""Blocks that cut loads, for each way they do; built on sm_90, to be seen in the table."""
 
 WIDE = r"\bLDG(STS)?\.\S*128\b"
 NARROW = r"\bLDG(STS)?\.(?!\S*128\b)"
@@ -121,24 +125,29 @@ def cases(target: GPUTarget) -> Iterator[Case]:
 
 def masked_cases(target: GPUTarget) -> Iterator[Case]:
     """The kernels that take a mask, in every form of it, on tables of addresses, as no other rows are masked."""
-    state = torch.empty(3, dtype=torch.int64)
-    count = torch.empty((), dtype=torch.int64)
-    for name, counts in MASKED_T.items():
-        dtype = DTYPES[name]
-        for form, block in (BLOCKS | {"odd": 3}).items():
-            wide = form in BLOCKS
-            layout = tensor_layout((2 * TILE,), (0,), 1, (0,), block)
-            tiles, units = layout.tiles_on(torch.device("cpu"))
-            pieces, _ = layout.pieces_on(torch.device("cpu"), 1)
-            mask = Mask(units, block, state)
-            for T in counts if wide and target.arch == 90 else (3, DOT_T) if wide else (3,):
-                rows = _rows(T, dtype, True)
-                partials = torch.empty(len(pieces), T * (T + 1) // 2)
-                launch = gramian.gramian(rows, tiles, TILE, mask, pieces, partials, target.backend == "cuda", False)
-                yield Case("gramian", name, f"T={T}, {form}", launch, wide)
-            rows, w = _rows(3, dtype, True), torch.empty(1, 3)
-            launch = combine.combine(rows, tiles, TILE, mask, w, _rows(1, dtype, True), count)
-            yield Case("combine", name, f"any T, {form}", launch, wide)
+    thorough = target.arch == 90
+    for name, counts in (MASKED_T if thorough else MASKED_T_ELSEWHERE).items():
+        for block in WIDE_BLOCKS:
+            yield from _masked(target, name, counts, block, True)
+        for block in NARROW_BLOCKS.get(name, ()) if thorough else ():
+            yield from _masked(target, name, (3,), block, False)
+
+
+def _masked(target: GPUTarget, name: str, counts: tuple[int, ...], block: int, streams: bool) -> Iterator[Case]:
+    dtype = DTYPES[name]
+    layout = tensor_layout((2 * TILE,), (0,), 1, (0,), block)
+    tiles, units = layout.tiles_on(torch.device("cpu"))
+    pieces, _ = layout.pieces_on(torch.device("cpu"), 1)
+    mask = Mask(units, block, torch.empty(3, dtype=torch.int64))
+    for T in counts:
+        partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
+        launch = gramian.gramian(
+            _rows(T, dtype, True), tiles, TILE, mask, pieces, partials, target.backend == "cuda", False
+        )
+        yield Case("gramian", name, f"T={T}, block {block}", launch, streams)
+    w, count = torch.empty(1, 3, dtype=arithmetic(dtype)), torch.empty((), dtype=torch.int64)
+    launch = combine.combine(_rows(3, dtype, True), tiles, TILE, mask, w, _rows(1, dtype, True), count)
+    yield Case("combine", name, f"any T, block {block}", launch, streams)
 
 
 def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:
@@ -264,7 +273,7 @@ def table(reports: list[dict[str, Any]]) -> str:
         stack = f" (stack {report['stack']})" if report["stack"] else ""
         lines.setdefault(key, {})[report["arch"]] = f"{report['registers']}{stack}"
     head = ("kernel", "dtype", "setting", "rows", *TARGETS)
-    body = [(*key, *(cells[arch] for arch in TARGETS)) for key, cells in lines.items()]
+    body = [(*key, *(cells.get(arch, "") for arch in TARGETS)) for key, cells in lines.items()]
     rows = [head, ("---",) * len(head), *body]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 

@@ -162,7 +162,9 @@ def test_a_probe_tells_the_cosines_of_the_task_gradients(method: str) -> None:
 
 
 def test_a_seed_gives_the_same_numbers_again(results: list[Result]) -> None:
-    assert untimed(compare(list(METHODS), [0, 1], 1, CPU, SMALL)) == untimed(results)
+    methods = ["gradvac", "suppression-block"]  # the one has state and draws orders, the other draws masks
+    again = compare(methods, [1], 1, CPU, SMALL)
+    assert untimed(again) == untimed([r for r in results if r.method in methods and r.seed == 1])
     # Other methods and seeds, other numbers.
     assert len({tuple(r.losses[0]) for r in results}) == 2 * len(METHODS)
 

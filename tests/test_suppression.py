@@ -16,6 +16,7 @@ from torch.library import opcheck
 import gradkern as gk
 from gradkern import reference
 from gradkern.ops.philox import dropped, dropped_at
+from tests.interpreter import interpreted
 from tests.models import MultiHead, flat, problem, task_gradients
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
@@ -85,10 +86,17 @@ def test_the_rate_and_the_independence_of_the_mask(first: int, p: float) -> None
         assert abs((x * y).mean().item() - p**2) < both
 
 
-@pytest.mark.parametrize("scope", ["update", "all"])
 @pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_masked_operators(dtype: torch.dtype, block: int, scope: str, back_end: str) -> None:
+@pytest.mark.parametrize(
+    ("back_end", "dtype"),
+    [
+        *(("pytorch", dtype) for dtype in DTYPES),
+        # The kernels in the other dtypes: test_masked_kernels.py.
+        *(pytest.param("triton", dtype, marks=interpreted) for dtype in (torch.float32, torch.bfloat16)),
+    ],
+    indirect=["back_end"],
+)
+def test_masked_operators(dtype: torch.dtype, block: int, back_end: str) -> None:
     """Several tensors, one not masked, one without a gradient, in two segments, NaN wherever nothing is read."""
     numels, segments, unmasked = [5000, 7, 0, 4100, 300], [0, 1, 0, 1, 0], 3
     seed, step, p = 11, 5, 0.45
@@ -105,14 +113,13 @@ def test_masked_operators(dtype: torch.dtype, block: int, scope: str, back_end: 
     grads: list[Tensor | None] = [g for row in rows for g in row]
     grads[len(numels)] = None
 
-    if scope == "all":
-        M = ops.gramian(grads, segments, 2, units, block, words(seed, step, p))
-        for s in range(2):
-            J = [torch.cat([g for g, n in zip(row, segments, strict=True) if n == s]) for row in erased]
-            expected = reference.gramian(J)
-            norms = expected.diagonal().sqrt()
-            # Products and sums are in arithmetic dtype however the rows are stored.
-            assert_near(M[s], expected, torch.outer(norms, norms), TOLERANCES[M.dtype])
+    M = ops.gramian(grads, segments, 2, units, block, words(seed, step, p))
+    for s in range(2):
+        J = [torch.cat([g for g, n in zip(row, segments, strict=True) if n == s]) for row in erased]
+        expected = reference.gramian(J)
+        norms = expected.diagonal().sqrt()
+        # Products and sums are in arithmetic dtype however the rows are stored.
+        assert_near(M[s], expected, torch.outer(norms, norms), TOLERANCES[M.dtype])
     w = torch.randn(2, 3, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
     out = [torch.full((n,), torch.nan, dtype=dtype) for n in numels]
     count = ops.combine(grads, w, segments, units, block, words(seed, step, p), out)
