@@ -46,9 +46,8 @@ class ConflictLR:
             (), of M's dtype and on its device; 1 where there is no pair of gradients that are not zero, or a dot
             product is not finite.
         """
-        pairs = torch.ones_like(M, dtype=torch.bool).triu(1)
-        norms = M.diagonal()
-        pairs &= (norms != 0).unsqueeze(-1) & (norms != 0)
+        nonzero = M.diagonal() != 0
+        pairs = (nonzero.unsqueeze(-1) & nonzero).triu(1)
         phi = cosines(M.double())
         if self.reduce == "min":
             phi = torch.where(pairs, phi, torch.inf).min()
