@@ -1,5 +1,6 @@
 """What every test shares. Triton must know before its first import that kernels are to be interpreted."""
 
+import importlib.util
 import os
 
 import torch
@@ -12,6 +13,12 @@ from collections.abc import Iterator
 import pytest
 
 from tests import interpreter
+
+if importlib.util.find_spec("hypothesis"):  # without it, all tests but those that need it still run
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)  # a busy one takes long for anything
+    settings.load_profile("any machine")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 

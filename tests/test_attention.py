@@ -513,7 +513,7 @@ def test_repr_is_exact() -> None:
 not_numbers = st.one_of(st.none(), st.booleans(), st.text("ab", max_size=3), st.lists(st.integers(), max_size=2))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.one_of(
         st.tuples(st.sampled_from(["subset", "width", "layers"]), st.one_of(not_numbers, st.floats())).map(

@@ -229,7 +229,7 @@ def test_what_is_no_beta_is_named(beta: object) -> None:
             gk.GradVac(beta=beta)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     hnp.arrays(np.float64, (3, 6), elements=st.floats(-10, 10).map(lambda x: round(x, 3))),
     st.lists(st.floats(-1, 1), min_size=9, max_size=9),

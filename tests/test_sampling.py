@@ -118,7 +118,7 @@ def test_round_robin_goes_on_where_the_epoch_before_ended() -> None:
     seed=st.integers(0, 2**63 - 1),
     cut=st.integers(0, 60),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_task_goes_through_its_batches_in_turn(
     n_batches: list[int], scheme: str, steps: int | None, seed: int, cut: int
 ) -> None:
@@ -480,7 +480,7 @@ JUNK = st.one_of(
 
 
 @given(name=st.sampled_from(["loaders", "scheme", "epochs", "steps", "sizes", "seed"]), value=JUNK)
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_any_argument_is_taken_or_named(name: str, value: Any) -> None:
     arguments = {"loaders": [ONE, [0, 0]], "scheme": "annealed", "epochs": 2, "sizes": [3, 2]} | {name: value}
     message = None

@@ -111,7 +111,7 @@ def test_on_the_cpu_a_segment_of_several_tensors_has_the_bits_of_the_matrix(T: i
     assert torch.equal(ops.gramian(grads, [0, 0, 0], 1)[0], ops.gramian(J))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.lists(st.integers(0, 5000), min_size=1, max_size=6), st.sampled_from(DTYPES), st.data())
 def test_any_layout_has_the_bits_of_the_matrix_cut_alike(
     T: int, numels: list[int], dtype: torch.dtype, data: st.DataObject
