@@ -16,7 +16,7 @@ from torch import Tensor
 from gradkern import rows
 from gradkern.aggregators import GradAttention
 from gradkern.capture import ready
-from gradkern.layout import Tables
+from gradkern.layout import Tables, totals
 from gradkern.ops.philox import dropped_at
 from gradkern.rows import Column
 from gradkern.stretches import stretches
@@ -32,10 +32,12 @@ class Drawn:
         columns: as :func:`rows.columns` gives them; sparse gradients among the shared ones are made dense.
         n_segments: S.
         method: draws them.
+        mask: what it drops becomes 0 in the results; None for nothing.
     """
 
-    def __init__(self, columns: Sequence[Column], n_segments: int, method: GradAttention) -> None:
+    def __init__(self, columns: Sequence[Column], n_segments: int, method: GradAttention, mask: Mask | None) -> None:
         self.columns = columns
+        self.mask = mask
         members = [[c for c in columns if c.segment == s] for s in range(n_segments)]
         self.shared = rows.dense([c for group in members for c in group])
         self.numels = tuple(c.param.numel() for c in self.shared)
@@ -43,8 +45,8 @@ class Drawn:
         self.stretches = stretches(sizes, method.subset)
         self.index = method.positions(sizes, columns[0].param.device)
 
-    def entries(self, mask: Mask | None) -> Tensor:
-        """X (T, D), zeros where ``mask`` drops an entry; float64 if any gradient is, else float32."""
+    def entries(self, masked: bool) -> Tensor:
+        """X (T, D), zeros where the mask drops an entry if ``masked``; float64 if any gradient is, else float32."""
         grads = rows.row_major(self.shared)
         found = [
             ops.gather([g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index)
@@ -53,23 +55,20 @@ class Drawn:
         if not found:
             return torch.zeros((len(self.columns[0].grads), 0), device=self.index.device)
         X = sum(found[1:], found[0])  # every entry is of one dtype and reads 0 in the others
-        return X if mask is None else X.masked_fill(self._dropped(mask), 0.0)
+        return X.masked_fill(self._dropped, 0.0) if masked else X
 
     def gramian(self, X: Tensor) -> Tensor:
         """(S, T, T), the dot products of the drawn entries."""
         return ops.gramian(self._pieces(X), self._groups, len(self._groups))
 
-    def combine(
-        self, X: Tensor, w: Tensor, plain: Tensor, mask: Mask | None
-    ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    def combine(self, X: Tensor, w: Tensor, plain: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """As :func:`rows.combine`, the result of a shared parameter being 0 wherever no entry is drawn."""
         values = X.new_empty(X.shape[1])
         ops.combine(self._pieces(X), w.to(X.dtype), self._groups, list(values.split(self.stretches.counts)))
         kept = None
-        if mask is not None and self.shared:
-            dropped = self._dropped(mask)
-            values = values.masked_fill(dropped, 0.0)
-            kept = 1 - dropped.float().mean()
+        if self.mask is not None and self.shared:
+            values = values.masked_fill(self._dropped, 0.0)
+            kept = 1 - self._dropped.float().mean()
         out = [torch.empty_like(c.param, dtype=c.dtype) for c in self.shared]
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
@@ -90,24 +89,28 @@ class Drawn:
         """X as one tensor for each task and group."""
         return [piece for row in X for piece in row.split(self.stretches.counts)]
 
-    def _dropped(self, mask: Mask) -> Tensor:
-        """(D,) bool."""
-        starts, units = _units(self.numels, tuple(c.unit for c in self.shared)).on(self.index.device)
-        k = torch.searchsorted(starts, self.index, right=True) - 1
-        return dropped_at(units[k] + (self.index - starts[k]) // mask.block, mask.words)
+    @cached_property
+    def _dropped(self) -> Tensor:
+        """(D,) bool, which of the drawn entries the mask drops."""
+        assert self.mask is not None
+        device = self.index.device
+        bounds = ready(totals(self.numels), device).bounds_on(device)
+        units = ready(_units(tuple(c.unit for c in self.shared)), device).units_on(device)
+        k = torch.searchsorted(bounds, self.index, right=True) - 1
+        return dropped_at(units[k] + (self.index - bounds[k]) // self.mask.block, self.mask.words)
 
 
 @dataclass(frozen=True, eq=False)
 class _Units(Tables):
-    """Where each parameter's entries start among all, and its first unit of suppression."""
+    """The first unit of suppression of each parameter."""
 
-    starts: NDArray[np.int64]
     units: NDArray[np.int64]
 
-    def on(self, device: torch.device) -> tuple[Tensor, ...]:
-        return ready(self, device)._once((device,), lambda: (self.starts, self.units))
+    def units_on(self, device: torch.device) -> Tensor:
+        """``units`` on ``device``, copied there once."""
+        return self._once((device,), lambda: (self.units,))[0]
 
 
 @lru_cache(maxsize=64)
-def _units(numels: tuple[int, ...], units: tuple[int, ...]) -> _Units:
-    return _Units(np.cumsum((0, *numels[:-1]), dtype=np.int64), np.array(units, dtype=np.int64))
+def _units(units: tuple[int, ...]) -> _Units:
+    return _Units(np.array(units, dtype=np.int64))

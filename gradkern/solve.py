@@ -73,8 +73,8 @@ def _attend(
     mask_of_results: Mask | None,
 ) -> Outcome:
     """As :func:`solve`, for the one method that sees entries of the gradients besides their Gramian."""
-    drawn = Drawn(columns, n_segments, aggregator)
-    X = drawn.entries(mask_of_products)
+    drawn = Drawn(columns, n_segments, aggregator, mask_of_results)
+    X = drawn.entries(masked=mask_of_products is not None)
     if present is not None:
         X = X.masked_fill(~present.unsqueeze(-1) & ~X.isfinite(), 0.0)  # as in _usable
     only_drawn = aggregator.update == "subset"
@@ -86,7 +86,7 @@ def _attend(
     w = attention if present is None else torch.where(present, attention, 0.0)
     plain = torch.ones_like(w[0])
     if only_drawn:
-        results, kept = drawn.combine(X, w, plain, mask_of_results)
+        results, kept = drawn.combine(X, w, plain)
     else:
         results, kept = rows.combine(columns, w, plain, mask_of_results)
     return Outcome(M, Solution(w, attention=attention), results, kept)
