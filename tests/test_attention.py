@@ -15,7 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import gradkern as gk
+from gradkern import reference
 from gradkern.aggregators.attention import GradAttention
+from tests.problems import PROBLEMS
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 
@@ -133,6 +136,17 @@ def test_a_cosine_beyond_one_counts_as_one() -> None:
     for _ in range(150):
         alpha = method.weights(M, torch.eye(3))
     assert (alpha - torch.tensor([4.0, 4.0, 2.0]).softmax(-1)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("T", [2, 3, 5])
+def test_converges_on_hard_problems_too(T: int, problem: str) -> None:
+    G = PROBLEMS[problem](T, 40)
+    optimum = reference.attention_optimum(list(G), 0.5)
+    method = small(lr=3e-3)
+    for _ in range(150):
+        alpha = method.weights(gk.gramian(G), G[:, : method.subset])
+    assert (alpha - optimum).abs().max() < 1e-2
 
 
 def test_different_problems_of_a_batch_converge_each_to_its_own_optimum(device: torch.device) -> None:
