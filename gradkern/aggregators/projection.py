@@ -55,7 +55,7 @@ class Projection(Aggregator):
     def _modified(self, M: Tensor, present: Tensor | None) -> Tensor:
         check_gramian(M)
         T = M.shape[-1]
-        return self._solve(M.detach().reshape(-1, T, T), present).view(M.shape)
+        return self._solve(M.detach().reshape(-1, T, T), present).view_as(M)
 
     @abstractmethod
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
@@ -66,11 +66,11 @@ class Projection(Aggregator):
 
     def _visiting_keys(self, M: Tensor) -> Tensor:
         """(S or 1, T, T): task i visits its partners in ascending order of row i."""
-        T = M.shape[-1]
+        S, T, _ = M.shape
         if self._keys is None:
             if self.generator is not None and self.generator.device != M.device:
                 raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
-            return torch.rand(M.shape, generator=self.generator, dtype=torch.float32, device=M.device)
+            return torch.rand(S, T, T, generator=self.generator, dtype=torch.float32, device=M.device)
         n_tasks = len(self._keys.values)
         if n_tasks != T:
             raise ValueError(f"order is for {n_tasks} tasks, M has {T}: {self.order}")
