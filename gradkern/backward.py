@@ -121,7 +121,7 @@ def step(
             units = suppression.first_units([p.numel() for p in given.tensors])
         # Outside surgery nothing is remembered: an absent task's head stays as it is.
         taken = [[known[t][n] if m else row[n] for n, m in enumerate(is_shared)] for t, row in enumerate(grads)]
-        columns = rows.columns(targets, taken, where, [units[k] for k in trained])
+        columns = rows.columns(targets, taken, where, [units[k] for k in trained], overwrite=memory is None)
         mask = None if suppression is None else suppression.mask(device)
         mask_of_products = mask if suppression is not None and suppression.scope == "all" else None
         outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask_of_results=mask)

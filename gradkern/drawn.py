@@ -69,7 +69,7 @@ class Drawn:
         if self.mask is not None and self.shared:
             values = values.masked_fill(self._dropped, 0.0)
             kept = 1 - self._dropped.float().mean()
-        out = [torch.empty_like(c.param, dtype=c.dtype) for c in self.shared]
+        out = [c.result() for c in self.shared]
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
             torch._foreach_zero_(of_dtype)

@@ -4,7 +4,7 @@ Autograd promises no layout: a gradient may be expanded, permuted, sparse, or sh
 lies as its parameter does is read in place; any other is copied to the parameter's strides, that one alone.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +28,7 @@ class Column:
         segment: the parameter's group, or None for one outside surgery, which gets the plain sum.
         unit: the number of the first unit of gradient suppression in it; -1 for one that is never masked.
         sparse: all gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
+        free: one of the gradients, to be overwritten with the result; None if all are needed elsewhere.
     """
 
     param: Tensor
@@ -36,6 +37,11 @@ class Column:
     segment: int | None
     unit: int
     sparse: bool
+    free: Tensor | None
+
+    def result(self) -> Tensor:
+        """Memory for the result, laid out as a new ``.grad``: of a gradient if one is free, else new."""
+        return torch.empty_like(self.param, dtype=self.dtype) if self.free is None else self.free
 
 
 def readable(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -51,8 +57,19 @@ def columns(
     grads: Sequence[Sequence[Tensor | None]],
     segments: Sequence[int | None],
     units: Sequence[int],
+    overwrite: bool,
 ) -> list[Column]:
-    """The columns of all parameters that any task reaches; ``grads[t][k]`` belongs to task t and ``params[k]``."""
+    """The columns of all parameters that any task reaches.
+
+    Args:
+        params: n parameters.
+        grads: ``grads[t][k]`` belongs to task t and ``params[k]``; as :func:`readable` gives them, so that nobody else
+            holds them.
+        segments: the group of each parameter, None outside surgery.
+        units: the first unit of suppression of each parameter.
+        overwrite: whether nobody needs ``grads`` once they are combined.
+    """
+    times = Counter(id(g) for row in grads for g in row) if overwrite else Counter()
     found = []
     for k, (p, segment) in enumerate(zip(params, segments, strict=True)):
         column = [row[k] for row in grads]
@@ -63,8 +80,17 @@ def columns(
         if not sparse and any(g.is_sparse for g in present):
             column = [_laid_out(g, p) if g is not None and g.is_sparse else g for g in column]
         unit = -1 if segment is None else units[k]
-        found.append(Column(p, column, _grad_dtype(p), segment, unit, sparse))
+        free = None if sparse else next((g for g in present if times[id(g)] == 1 and _has_its_memory_alone(g)), None)
+        found.append(Column(p, column, _grad_dtype(p), segment, unit, sparse, free))
     return found
+
+
+def _has_its_memory_alone(g: Tensor) -> bool:
+    """Whether ``g``, which nobody else holds, is no part of a larger tensor, and its memory is PyTorch's."""
+    if g.is_sparse:
+        return False
+    storage = g.untyped_storage()
+    return storage.nbytes() == g.nbytes and storage.resizable()
 
 
 def dense(columns: Sequence[Column]) -> list[Column]:
@@ -111,7 +137,9 @@ def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Te
 def combine(
     columns: Sequence[Column], w: Tensor, plain: Tensor, mask: Mask | None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-    """Each parameter with Σ_t w[segment, t] g_t, newly allocated; one outside surgery with Σ_t plain[t] g_t.
+    """Each parameter with Σ_t w[segment, t] g_t; one outside surgery with Σ_t plain[t] g_t.
+
+    A result takes the place of one of its gradients where one is free.
 
     Args:
         columns: as :func:`columns` gives them.
@@ -128,7 +156,7 @@ def combine(
     results: dict[Tensor, Tensor] = {}
     kept: list[Tensor] = []
     for group in _by_dtype([c for c in columns if not c.sparse]):
-        out = [torch.empty_like(c.param, dtype=c.dtype) for c in group]
+        out = [c.result() for c in group]
         segments = [last if c.segment is None else c.segment for c in group]
         ws = w.to(arithmetic_dtype(out[0].dtype))
         if mask is None:

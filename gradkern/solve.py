@@ -1,4 +1,7 @@
-"""The surgery of a step: from the columns of task gradients to the results that ``.grad`` takes. Writes nothing."""
+"""The surgery of a step: from the columns of task gradients to the results that ``.grad`` takes.
+
+Writes nothing but gradients that are free to be overwritten, and these when all else has been computed.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +23,7 @@ class Outcome:
     Attributes:
         gramian: (S, T, T).
         solution: the weights (S, T), and what else the method tells.
-        results: each parameter with its gradient, newly allocated.
+        results: each parameter with its gradient, which nobody else holds.
         kept: (), the share of entries that suppression kept; None without.
     """
 

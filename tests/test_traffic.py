@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradkern.layout import TILE
 from tests import interpreter
+from tests.tolerances import TOLERANCES, assert_near
 
 if reason := interpreter.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -52,6 +53,19 @@ def test_a_dense_step_moves_each_row_twice_and_the_result_once(rows: Rows) -> No
     assert (moved.read, moved.written) == (4 * 2 * T * P, 4 * P)
     # Tiles, addresses, weights, partial sums: a sector each, some thirty for a tile.
     assert moved.elsewhere < 32 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
+
+
+def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(rows: Rows) -> None:
+    """The second row of three, in memory that nothing is allocated for."""
+    second = rows.grads[len(NUMELS) : 2 * len(NUMELS)]
+    expected = [
+        sum(w * g for w, g in zip(rows.w[0], rows.grads[k :: len(NUMELS)], strict=True)) for k in range(len(NUMELS))
+    ]
+    with watching(rows.grads) as moved:
+        cuda.combine_tensors(rows.grads, rows.w, SEGMENTS, second)
+    assert (moved.read, moved.written) == (4 * T * P, 4 * P)
+    for g, e in zip(second, expected, strict=True):
+        assert_near(g, e, e.abs().max(), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("p", [0.3, 0.45, 0.6])

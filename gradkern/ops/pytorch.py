@@ -7,16 +7,15 @@ at a time; the chunks of a segment run on across its tensors, so a list of tenso
 give the same bits.
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from gradkern.ops import pages
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype, sample
@@ -31,8 +30,6 @@ BLOCK = 1 << 20
 """Numbers gathered or converted at a time, all rows together: 4 MB of float32, which stays in cache."""
 COLUMNS = 1 << 18
 """Columns combined at a time, so that the running sum stays in cache while the rows pass by."""
-RECYCLED = 1 << 25
-"""Bytes up to which a C library hands out memory it has had before: glibc's largest ``M_MMAP_THRESHOLD``."""
 
 Erase = Callable[[int, int, Tensor], None]
 """Given a tensor's number, and from which entry on a matrix holds its rows: put 0 for those that do not count."""
@@ -123,8 +120,7 @@ def _sum_of_products(blocks: Iterable[Tensor], T: int, P: int) -> Tensor:
         n = X.shape[1] // (2 * width) * 2
         chunks = X.as_strided((n, T, width), (width, X.stride(0), 1))
         for of_left, left in zip(partials, lefts, strict=True):
-            below = chunks[:, left.start :]
-            of_left.append(torch.bmm(below, chunks[:, left].mT))
+            of_left.append(torch.bmm(chunks[:, left.start :], chunks[:, left].mT))
         rest = X[:, n * width :]
     total = _symmetric(lefts, [(p[0] if len(p) == 1 else torch.cat(p)).sum(0) for p in partials])
     return total.add_(_sum_of_products((rest,), T, rest.shape[1])) if rest.shape[1] else total
@@ -133,9 +129,8 @@ def _sum_of_products(blocks: Iterable[Tensor], T: int, P: int) -> Tensor:
 def _row_blocks(T: int) -> list[slice]:
     """Rows that are multiplied with themselves and those after them: half of M is known from the other half.
 
-    Of more rows at a time more is computed twice, while fewer leave a BLAS less to do for each number it packs. Measured
-    at (T, 1M): one block of 16 rows is 1.0, of 20 and 24 rows in two blocks 0.6, of 40 rows in blocks of 32 0.75 times
-    the time of a whole product.
+    Of more rows at a time more is computed twice, while fewer leave a BLAS less to do for each number it packs. In
+    blocks 20 rows of a million take 0.6 times as long as in one, 40 rows 0.75 times, 48 to 64 rows as long.
     """
     step = 16 if T <= 32 else 32
     return [slice(a, min(a + step, T)) for a in range(0, T, step)]
@@ -186,7 +181,7 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """g = wᵀ J, per segment. A row whose weight is 0 is not read."""
     T, P = J.shape
-    out = _result(J, P)
+    out = pages.empty(J, P)
     if offsets is None:
         _combine(J, w.reshape(T), out)
     else:
@@ -221,9 +216,11 @@ def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: T
         out.zero_()
         return
     work = arithmetic_dtype(out.dtype)
+    # A row that ``out`` stands in is read before it is written if it is the first, and otherwise not.
+    in_place = work == out.dtype and all(row.data_ptr() != out.data_ptr() for row, _ in terms[1:])
     for a in range(0, out.shape[0], COLUMNS):
         into = out[a : a + COLUMNS]
-        total = into if work == out.dtype else torch.empty_like(into, dtype=work)
+        total = into if in_place else torch.empty_like(into, dtype=work)
         first, weight = terms[0]
         torch.mul(first[a : a + COLUMNS].to(work), weight, out=total)
         for row, weight in terms[1:]:
@@ -235,7 +232,7 @@ def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: T
 @operator("project")
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """W J, per segment."""
-    out = _result(J, W.shape[-2], J.shape[1])
+    out = pages.empty(J, W.shape[-2], J.shape[1])
     bounds = column_bounds(offsets, J.shape[1])
     weights = W.reshape(-1, *W.shape[-2:])
     for (a, b), Ws in zip(pairwise(bounds), weights, strict=True):
@@ -265,18 +262,6 @@ def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
     step = max(1, BLOCK // J.shape[0])
     for a in range(0, J.shape[1], step):
         out[:, a : a + step] = W @ J[:, a : a + step].to(work)
-
-
-def _result(like: Tensor, *shape: int) -> Tensor:
-    """An empty tensor of ``shape``, like ``like``.
-
-    A large one comes new from the operating system, and to be given it in pages of 4 KB takes longer than all the sums
-    that go into it. NumPy asks for huge pages.
-    """
-    nbytes = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or nbytes <= RECYCLED:
-        return like.new_empty(shape)
-    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8)).view(like.dtype).view(shape)
 
 
 def flat(g: Tensor) -> Tensor:
