@@ -14,6 +14,8 @@ def capturing(device: torch.device) -> bool:
     """Whether work on ``device`` is now recorded instead of done."""
     if device.type != "cuda":
         return False
+    if device.index == torch.cuda.current_device():  # as nearly always; to change the device costs more than to ask
+        return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

@@ -9,17 +9,16 @@ dropped is exactly 0, and each program adds the number of elements it kept to on
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
 from .settings import combine_setting
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "p_w", "p_out", "s_out", "T", "p_state", "block"])
+@kernel
 def combine_kernel(
     p_tiles,
     p_rows,

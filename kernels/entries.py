@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .rows import Rows, row_address, row_arguments
 from .settings import ENTRIES
 
@@ -42,7 +42,7 @@ def find_entries(
     return i, m, row_address(p_rows, s_row, i_row, i_tensor, o, m, TABLE, D)
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "n", "p_index", "d"])
+@kernel
 def gather_kernel(
     p_rows,
     s_row: tl.int64,
@@ -63,7 +63,7 @@ def gather_kernel(
     tl.store(p_values + i_row * d + i, x.to(ACC), mask=m)
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "n", "p_index", "d", "p_values"])
+@kernel
 def scatter_kernel(
     p_rows,
     s_row: tl.int64,

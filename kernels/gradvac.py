@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .visits import next_partner, pick
 
 
@@ -27,7 +27,7 @@ def length(c, d, e, eps: tl.constexpr):
     return tl.sqrt(tl.where(square > eps * tl.sum(tl.abs(c) * e, 0), square, 0.0))
 
 
-@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "p_targets", "p_moving", "T"])
+@kernel
 def gradvac_kernel(
     p_M,
     p_keys,

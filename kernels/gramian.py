@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .gramian_dot import gramian_dot
-from .launch import Launch
+from .launch import Launch, kernel
 from .masks import Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments
 from .settings import gramian_setting, register_form
@@ -31,7 +31,7 @@ def add_products(acc, x, T: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "p_state", "block"])
+@kernel
 def gramian_kernel(
     p_tiles,
     p_pieces,

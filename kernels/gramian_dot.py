@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
 from .rows import Rows, load_tile, row_address, row_arguments
 from .settings import dot_setting
@@ -62,7 +62,7 @@ def add_dot(acc, x, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr
         return tl.dot(x, tl.trans(x), acc, input_precision="ieee", out_dtype=ACC)
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "T", "p_state", "block"])
+@kernel
 def gramian_dot_kernel(
     p_tiles,
     p_pieces,

@@ -2,14 +2,31 @@
 
 The launchers are functions that return a :class:`Launch`. Running it is one call; the ahead-of-time gate compiles
 the very same values for machines that are not there, so what it checks cannot drift from what is launched.
+
+Triton's own way from arguments to a compiled kernel costs the host more than the launch itself. So what a first call
+compiled is kept, and launched from then on. Its key is all that such a kernel is compiled for: its constants, the types
+of its arguments, the number of threads and the device. The values of arguments are not in it, for :func:`kernel` has
+Triton compile for none, neither for where a tensor starts nor for what a number divides by.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
+
+
+def kernel(function: Callable[..., None]) -> Any:
+    """``triton.jit`` that compiles for no value of an argument but the constants'.
+
+    An integer argument has its type written beside it, or fits in 32 bits: else Triton takes 64 bits for a large one.
+    """
+    arguments = signature(function).parameters.values()
+    return triton.jit(function, do_not_specialize=[a.name for a in arguments if a.annotation is not tl.constexpr])
 
 
 class Launch(NamedTuple):
@@ -24,12 +41,27 @@ class Launch(NamedTuple):
         """Launch on the current stream of ``device``; an empty grid is nothing to do."""
         if 0 not in self.grid:
             with _on(device):
-                self.kernel[self.grid](**self.arguments, num_warps=self._warps(warp_size(device)))
+                if isinstance(self.kernel, triton.JITFunction):
+                    self._run_compiled(device)
+                else:  # by Triton's interpreter
+                    self.kernel[self.grid](**self.arguments)
 
     def compile(self) -> Any:
         """Compile for Triton's active target, launch nothing."""
         warp = triton.runtime.driver.active.get_current_target().warp_size
         return self.kernel.warmup(**self.arguments, num_warps=self._warps(warp), grid=self.grid)
+
+    def _run_compiled(self, device: torch.device) -> None:
+        values = [self.arguments[name] for name in self.kernel.arg_names]
+        kinds = [getattr(value, "dtype", type(value)) for value in values]
+        for i in self.kernel.constexprs:
+            kinds[i] = values[i]
+        key = (self.kernel.fn, self.threads, device, *kinds)  # a JITFunction's own hash is that of its source text
+        compiled = _compiled.get(key)
+        if compiled is None:
+            _compiled[key] = self.kernel[self.grid](*values, num_warps=self._warps(warp_size(device)))
+        else:
+            compiled[(*self.grid, 1, 1)[:3]](*values)
 
     def _warps(self, warp: int) -> int:
         return max(1, self.threads // warp)
@@ -46,3 +78,6 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}

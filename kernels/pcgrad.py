@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .visits import next_partner, pick
 
 
-@triton.jit(do_not_specialize=["p_M", "p_keys", "s_keys", "T", "visits"])
-def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits, BLOCK: tl.constexpr):
+@kernel
+def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits: tl.int32, BLOCK: tl.constexpr):
     """One program: segment s, task i."""
     i_segment = tl.program_id(0).to(tl.int64)
     i_task = tl.program_id(1)

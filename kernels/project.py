@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
 from .settings import OUTPUT_ROWS, project_setting
 
@@ -27,7 +27,7 @@ def add_row(acc, x, p_W, i_out, i_row, R, T, ROWS: tl.constexpr):
     return new
 
 
-@triton.jit(do_not_specialize=["p_rows", "s_row", "p_W", "p_out", "s_out", "R", "T"])
+@kernel
 def project_kernel(
     p_tiles,
     p_rows,

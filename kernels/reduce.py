@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Launch
+from .launch import Launch, kernel
 
 PIECES = 512
 PAIRS = 8  # a 32-byte sector of float32 partials
 
 
-@triton.jit(do_not_specialize=["T"])
+@kernel
 def reduce_kernel(p_partials, p_bounds, p_M, T: tl.int64, PIECES: tl.constexpr, PAIRS: tl.constexpr):
     """One program: segment s, row i, PAIRS columns j <= i."""
     i_segment = tl.program_id(0).to(tl.int64)

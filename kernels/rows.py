@@ -11,8 +11,7 @@ raw addresses. A tile takes one of two roads, tested in the kernel for all its r
 - full length and every address a multiple of 16: unmasked 128-bit loads, but for the missing rows;
 - otherwise: masked loads of single elements.
 
-Where a tensor starts is thus looked at when the kernel runs, so none is compiled again for another alignment: the
-arguments that users' tensors stand behind are all under ``do_not_specialize``, as is every number.
+Where a tensor starts is thus looked at when the kernel runs, and none is compiled for an alignment (``launch.kernel``).
 """
 
 from typing import Any, NamedTuple
@@ -34,7 +33,7 @@ class Rows(NamedTuple):
     """Rows in device memory, behind a table of addresses or as a matrix of unit column stride."""
 
     source: Tensor
-    """The matrix, or the int64 table of addresses: (T, n) of T rows and n tensors, 0 where one is missing."""
+    """The matrix, or the int64 table of addresses: T n of T rows of n tensors, 0 where one is missing."""
     stride: int
     """From one row to the next in ``source``, in elements of it."""
     count: int

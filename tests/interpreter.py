@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from gradkern.ops import registration
+
 
 def why_not() -> str | None:
     """Why the interpreter cannot run here, if it cannot."""
@@ -71,8 +73,11 @@ def serving_the_cpu() -> Iterator[list[str]]:
 
     library = torch.library.Library("gradkern", "IMPL")
     for op, function in triton_implementations().items():
-        library.impl(op, noted(function), "CPU")
+        served = registration.serving[op.name()]["cpu"] = noted(function)
+        library.impl(op, served, "CPU")
     try:
         yield calls
     finally:
         library._destroy()
+        for op in triton_implementations():
+            del registration.serving[op.name()]["cpu"]

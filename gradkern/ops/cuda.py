@@ -1,8 +1,8 @@
 """The operators on CUDA and ROCm tensors: arguments become launches of the Triton kernels.
 
-The functions take any tensors that Triton can launch on, so that the interpreter runs them on CPU tensors; what is
-registered is the "CUDA" key, which ROCm shares. Nothing here reads the device: layouts come from shapes, addresses
-from ``data_ptr``.
+The functions take any tensors that Triton can launch on, so that the interpreter runs them on CPU tensors; they are
+registered for the device type "cuda", which ROCm shares. Nothing here reads the device: layouts come from shapes,
+addresses from ``data_ptr``.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,6 +25,7 @@ from gradkern.ops.cuda_entries import gather, scatter
 from gradkern.ops.cuda_methods import gradvac, pcgrad
 from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
 from gradkern.ops.offsets import column_bounds
+from gradkern.ops.registration import serve
 from gradkern.ops.schema import arithmetic_dtype, sample
 
 
@@ -36,7 +37,7 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     if T <= DOT_T:
         M = _gramian(matrix_rows(J), layout, None, J.device)
     else:
-        M = _large_gramian([[row.data_ptr()] for row in J], J.dtype, layout, None, J.device)
+        M = _large_gramian(addresses("J", list(J)), T, J.dtype, layout, None, J.device)
     return M[0] if offsets is None else M
 
 
@@ -100,11 +101,11 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
 def project_tensors(grads: OptionalTensors, W: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
     """W J of gradients read where they are, into R rows of one tensor for each parameter."""
     n_segments = W.shape[0] if W.ndim > 2 else 1
+    n = len(segments)
     rows, like, layout = _tensor_rows(grads, segments, n_segments, out, None)
     device = like.device
-    targets = addresses("out", out, len(segments))
-    weights = _weights("W", W, like.dtype, (n_segments, len(targets), len(rows)))
-    source, target = (table_rows(r, like.dtype, device) for r in (rows, targets))
+    weights = _weights("W", W, like.dtype, (n_segments, len(out) // n, len(grads) // n))
+    source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
     project_kernel.project(source, _tiles(layout, device), TILE, weights, target).run(device)
 
 
@@ -125,11 +126,12 @@ def _suppression(units: Sequence[int], block: int, mask: Tensor) -> _Suppression
 def _tensor_gramian(
     grads: OptionalTensors, segments: Sequence[int], n_segments: int, suppression: _Suppression | None
 ) -> Tensor:
+    n, T = len(segments), len(grads) // len(segments)
     rows, like, layout = _tensor_rows(grads, segments, n_segments, grads, suppression)
     mask = _mask(suppression, layout, like.device)
-    if len(rows) <= DOT_T:
-        return _gramian(table_rows(rows, like.dtype, like.device), layout, mask, like.device)
-    return _large_gramian(rows, like.dtype, layout, mask, like.device)
+    if T <= DOT_T:
+        return _gramian(table_rows(rows, n, like.dtype, like.device), layout, mask, like.device)
+    return _large_gramian(rows, T, like.dtype, layout, mask, like.device)
 
 
 def _tensor_combine(
@@ -140,11 +142,11 @@ def _tensor_combine(
     suppression: _Suppression | None,
     count: Tensor | None,
 ) -> None:
-    n_segments = w.shape[0] if w.ndim > 1 else 1
+    n, n_segments = len(segments), w.shape[0] if w.ndim > 1 else 1
     rows, like, layout = _tensor_rows(grads, segments, n_segments, out, suppression)
     device = like.device
-    weights = _weights("w", w, like.dtype, (n_segments, len(rows)))
-    source, target = (table_rows(r, like.dtype, device) for r in (rows, addresses("out", out, len(segments))))
+    weights = _weights("w", w, like.dtype, (n_segments, len(grads) // n))
+    source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
     tiles, mask = _tiles(layout, device), _mask(suppression, layout, device)
     combine_kernel.combine(source, tiles, TILE, mask, weights, target, count).run(device)
 
@@ -166,19 +168,20 @@ def _gramian(rows: Rows, layout: Layout, mask: Mask | None, device: torch.device
 
 
 def _large_gramian(
-    rows: list[list[int]], dtype: torch.dtype, layout: Layout, mask: Mask | None, device: torch.device
+    rows: tuple[int, ...], T: int, dtype: torch.dtype, layout: Layout, mask: Mask | None, device: torch.device
 ) -> Tensor:
-    """More rows than one launch takes: one launch for each pair of blocks of rows."""
-    T = len(rows)
+    """More rows than one launch takes, by their addresses: one launch for each pair of blocks of rows."""
+    n = len(rows) // T
     M = torch.empty(layout.n_segments, T, T, dtype=arithmetic_dtype(dtype), device=device)
     blocks = [range(T)[start : start + DOT_T // 2] for start in range(0, T, DOT_T // 2)]
     for a, b in combinations(blocks, 2):
-        both = _gramian(table_rows([rows[t] for t in (*a, *b)], dtype, device), layout, mask, device)
-        n = len(a)
-        M[:, a.start : a.stop, a.start : a.stop] = both[:, :n, :n]
-        M[:, a.start : a.stop, b.start : b.stop] = both[:, :n, n:]
-        M[:, b.start : b.stop, a.start : a.stop] = both[:, n:, :n]
-        M[:, b.start : b.stop, b.start : b.stop] = both[:, n:, n:]
+        of_both = rows[n * a.start : n * a.stop] + rows[n * b.start : n * b.stop]
+        both = _gramian(table_rows(of_both, n, dtype, device), layout, mask, device)
+        c = len(a)
+        M[:, a.start : a.stop, a.start : a.stop] = both[:, :c, :c]
+        M[:, a.start : a.stop, b.start : b.stop] = both[:, :c, c:]
+        M[:, b.start : b.stop, a.start : a.stop] = both[:, c:, :c]
+        M[:, b.start : b.stop, b.start : b.stop] = both[:, c:, c:]
     return M
 
 
@@ -193,16 +196,21 @@ def _tensor_rows(
     n_segments: int,
     like: OptionalTensors,
     suppression: _Suppression | None,
-) -> tuple[list[list[int]], Tensor, Layout]:
-    """Addresses of the gradients by row, one gradient as a sample of dtype and device, and their layout.
+) -> tuple[tuple[int, ...], Tensor, Layout]:
+    """The gradients' addresses, one gradient as a sample of dtype and device, and their layout.
 
     ``like`` has the size of tensor k at every index that is k modulo the number of tensors.
     """
     n = len(segments)
-    rows = addresses("grads", grads, n)
-    numels = tuple(next((g.numel() for g in like[k::n] if g is not None), 0) for k in range(n))
+    rows = addresses("grads", grads)
+    numels = tuple([_numel(like[k::n]) if g is None else g.numel() for k, g in enumerate(like[:n])])
     units = () if suppression is None else (suppression.units, suppression.block)
     return rows, sample((*grads, *like)), tensor_layout(numels, tuple(segments), n_segments, *units)
+
+
+def _numel(tensors: OptionalTensors) -> int:
+    """Of the first tensor that is there, 0 if none is."""
+    return next((t.numel() for t in tensors if t is not None), 0)
 
 
 def _tiles(layout: Layout, device: torch.device) -> Tensor:
@@ -237,4 +245,4 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "gradvac": gradvac,
 }
 for _name, _function in _OPERATORS.items():
-    torch.library.impl(f"gradkern::{_name}", "CUDA")(_function)
+    serve(_name, "cuda", _function)

@@ -16,7 +16,7 @@ def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tens
     """The entries at ``index``, (T, d), of gradients read where they are."""
     like = sample(grads)
     device = like.device
-    rows = table_rows(addresses("grads", grads, len(numels)), like.dtype, device)
+    rows = table_rows(addresses("grads", grads), len(numels), like.dtype, device)
     values = torch.empty(rows.count, len(index), dtype=arithmetic_dtype(like.dtype), device=device)
     bounds = ready(totals(tuple(numels)), device).bounds_on(device)
     entries.gather(rows, bounds, index.contiguous(), values).run(device)
@@ -29,7 +29,8 @@ def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[
         raise ValueError(f"values must have the shape of index, {tuple(index.shape)}, got {tuple(values.shape)}")
     like = sample(out)
     device = like.device
-    targets = addresses("out", [t if t.numel() else None for t in out], len(numels))
+    targets = addresses("out", [t if t.numel() else None for t in out])
     bounds = ready(totals(tuple(numels)), device).bounds_on(device)
     values = values.to(arithmetic_dtype(like.dtype)).contiguous()
-    entries.scatter(values, bounds, index.contiguous(), table_rows(targets, like.dtype, device)).run(device)
+    rows = table_rows(targets, len(numels), like.dtype, device)
+    entries.scatter(values, bounds, index.contiguous(), rows).run(device)

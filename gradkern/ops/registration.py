@@ -1,17 +1,27 @@
-"""How the PyTorch back end's functions become operators."""
+"""Which function serves an operator on which type of device: for the dispatcher, and for calls that go past it."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+serving: dict[str, dict[str, Callable[..., Any]]] = defaultdict(dict)
+"""By operator, as "gradkern::name.overload", and device type; "default" serves where no other does."""
+
+
+def serve(name: str, device_type: str, function: Callable[..., Any]) -> None:
+    """Have ``function`` serve an operator on devices of a type, or by "default"."""
+    torch.library.impl(f"gradkern::{name}", device_type)(function)
+    serving[f"gradkern::{name}"][device_type] = function
+
 
 def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register for every device without kernels of its own, with autocast off: it would round the products."""
+    """Serve by default, on every device without kernels of its own, with autocast off: it would round the products."""
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
@@ -21,7 +31,7 @@ def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             with torch.autocast("cpu", enabled=False):
                 return function(*args, **kwargs)
 
-        torch.library.impl(f"gradkern::{name}", "CompositeExplicitAutograd")(without_autocast)
+        serve(name, "default", without_autocast)
         return without_autocast
 
     return register
