@@ -17,12 +17,11 @@ from gradkern import rows
 from gradkern.aggregators import GradAttention
 from gradkern.capture import ready
 from gradkern.layout import Tables, totals
+from gradkern.ops import direct
 from gradkern.ops.philox import dropped_at
 from gradkern.rows import Column
 from gradkern.stretches import stretches
 from gradkern.suppression import Mask
-
-ops = torch.ops.gradkern
 
 
 class Drawn:
@@ -49,7 +48,7 @@ class Drawn:
         """X (T, D), zeros where the mask drops an entry if ``masked``; float64 if any gradient is, else float32."""
         grads = rows.row_major(self.shared)
         found = [
-            ops.gather([g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index)
+            direct.gather([g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index)
             for dtype in self._dtypes
         ]
         if not found:
@@ -59,12 +58,13 @@ class Drawn:
 
     def gramian(self, X: Tensor) -> Tensor:
         """(S, T, T), the dot products of the drawn entries."""
-        return ops.gramian(self._pieces(X), self._groups, len(self._groups))
+        return direct.gramian_tensors(self._pieces(X), self._groups, len(self._groups))
 
-    def combine(self, X: Tensor, w: Tensor, plain: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+    def combine(self, X: Tensor, w: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
         """As :func:`rows.combine`, the result of a shared parameter being 0 wherever no entry is drawn."""
         values = X.new_empty(X.shape[1])
-        ops.combine(self._pieces(X), w.to(X.dtype), self._groups, list(values.split(self.stretches.counts)))
+        into = list(values.split(self.stretches.counts))
+        direct.combine_tensors(self._pieces(X), w.to(X.dtype), self._groups, into)
         kept = None
         if self.mask is not None and self.shared:
             values = values.masked_fill(self._dropped, 0.0)
@@ -73,8 +73,8 @@ class Drawn:
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
             torch._foreach_zero_(of_dtype)
-            ops.scatter(values, self.numels, self.index, of_dtype)
-        results, _ = rows.combine([c for c in self.columns if c.segment is None], w, plain, None)
+            direct.scatter(values, self.numels, self.index, of_dtype)
+        results, _ = rows.combine([c for c in self.columns if c.segment is None], w, None, None)
         return [*results, *((c.param, g) for c, g in zip(self.shared, out, strict=True))], kept
 
     @property

@@ -11,12 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gradkern.ops import autograd  # noqa: F401  (registers the operators)
+from gradkern.ops import direct
 from gradkern.ops.philox import dropped_at
 from gradkern.ops.schema import arithmetic_dtype
 from gradkern.suppression import Mask
-
-ops = torch.ops.gradkern
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,8 @@ def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Te
 
     def products(grads: Sequence[Tensor | None], segments: list[int], n: int, units: list[int]) -> Tensor:
         if mask is None:
-            return ops.gramian(grads, segments, n)
-        return ops.gramian(grads, segments, n, units, mask.block, mask.words)
+            return direct.gramian_tensors(grads, segments, n)
+        return direct.gramian_masked(grads, segments, n, units, mask.block, mask.words)
 
     under_surgery = [c for c in columns if c.segment is not None]
     parts = [
@@ -135,41 +133,54 @@ def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Te
 
 
 def combine(
-    columns: Sequence[Column], w: Tensor, plain: Tensor, mask: Mask | None
+    columns: Sequence[Column], w: Tensor, plain: Tensor | None, mask: Mask | None
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """Each parameter with Σ_t w[segment, t] g_t; one outside surgery with Σ_t plain[t] g_t.
 
-    A result takes the place of one of its gradients where one is free.
+    A result takes the place of one of its gradients where one is free. A head's is its one gradient, and costs nothing.
 
     Args:
         columns: as :func:`columns` gives them.
         w: (S, T), the weights of each group.
-        plain: (T,), like ``w``.
+        plain: (T,), like ``w``; None for ones.
         mask: what it drops becomes 0.
 
     Returns:
         The parameters and their results; and the share of the entries that the mask kept, (), None without one. (Of
         dense gradients: the entries that sparse ones lack are dropped anyhow.)
     """
+    results = {} if plain is not None else {c.param: _own(c, g) for c in columns if (g := _only(c)) is not None}
+    summed = [c for c in columns if c.param not in results]
     last = len(w)
-    w = torch.cat((w, plain.unsqueeze(0)))
-    results: dict[Tensor, Tensor] = {}
+    if any(c.segment is None for c in summed):
+        w = torch.cat((w, torch.ones_like(w[:1]) if plain is None else plain.unsqueeze(0)))
     kept: list[Tensor] = []
-    for group in _by_dtype([c for c in columns if not c.sparse]):
+    for group in _by_dtype([c for c in summed if not c.sparse]):
         out = [c.result() for c in group]
         segments = [last if c.segment is None else c.segment for c in group]
         ws = w.to(arithmetic_dtype(out[0].dtype))
         if mask is None:
-            ops.combine(row_major(group), ws, segments, out)
+            direct.combine_tensors(row_major(group), ws, segments, out)
         else:
-            kept.append(ops.combine(row_major(group), ws, segments, _units(group), mask.block, mask.words, out))
+            units = _units(group)
+            kept.append(direct.combine_masked(row_major(group), ws, segments, units, mask.block, mask.words, out))
         results.update(zip((c.param for c in group), out, strict=True))
-    for c in columns:
+    for c in summed:
         if c.sparse:
             results[c.param] = _combine_sparse(c, w[last if c.segment is None else c.segment], mask)
-    n_masked = sum(c.param.numel() for c in columns if c.unit >= 0 and not c.sparse)
+    n_masked = sum(c.param.numel() for c in summed if c.unit >= 0 and not c.sparse)
     share = sum(kept[1:], kept[0]) / n_masked if kept and n_masked else None
     return [(c.param, results[c.param]) for c in columns], share
+
+
+def _only(c: Column) -> Tensor | None:
+    """The gradient of a parameter outside surgery that one task alone reaches."""
+    present = [g for g in c.grads if g is not None]
+    return present[0] if c.segment is None and len(present) == 1 else None
+
+
+def _own(c: Column, g: Tensor) -> Tensor:
+    return owned(g, c.param) if c.free is None else g
 
 
 def _by_dtype(columns: Sequence[Column]) -> list[list[Column]]:

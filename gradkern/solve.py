@@ -60,9 +60,9 @@ def solve(
         raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
     if w.shape != M.shape[:-1]:
         raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
-    plain = torch.ones_like(w[0])
+    plain = None
     if isinstance(aggregator, Scalarization):
-        plain = aggregator.weights_like(len(plain), w.dtype, w.device)
+        plain = aggregator.weights_like(w.shape[-1], w.dtype, w.device)
     results, kept = rows.combine(columns, w, plain, mask_of_results)
     return Outcome(M, solution, results, kept)
 
@@ -87,11 +87,10 @@ def _attend(
         aggregator.weights(M, drawn.stretches.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
     )
     w = attention if present is None else torch.where(present, attention, 0.0)
-    plain = torch.ones_like(w[0])
     if only_drawn:
-        results, kept = drawn.combine(X, w, plain)
+        results, kept = drawn.combine(X, w)
     else:
-        results, kept = rows.combine(columns, w, plain, mask_of_results)
+        results, kept = rows.combine(columns, w, None, mask_of_results)
     return Outcome(M, Solution(w, attention=attention), results, kept)
 
 

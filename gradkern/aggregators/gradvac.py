@@ -13,6 +13,7 @@ from torch import Tensor
 from gradkern.aggregators.base import Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.capture import capturing, first_use, keep
+from gradkern.ops import direct
 
 
 class GradVac(Projection):
@@ -59,7 +60,7 @@ class GradVac(Projection):
         moving = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
             moving = moving & present
-        C: Tensor = torch.ops.gradkern.gradvac(M, keys, targets, moving, self.beta)
+        C = direct.gradvac(M, keys, targets, moving, self.beta)
         if has_numbers(M):
             self.targets = targets
         return C

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.cosines import cosines
+from gradkern.ops import direct
 
 PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 
@@ -54,8 +55,7 @@ class PCGrad(Projection):
             phi = cosines(M.double())
             keys = (phi if self.partner == "most_different" else -phi).nan_to_num(torch.inf, torch.inf, -torch.inf)
         n_others = M.shape[-1] - 1
-        C: Tensor = torch.ops.gradkern.pcgrad(M, keys, n_others if self.partner == "all" else min(1, n_others))
-        return C
+        return direct.pcgrad(M, keys, n_others if self.partner == "all" else min(1, n_others))
 
     def __repr__(self) -> str:
         return f"PCGrad(partner={self.partner!r}, {self._repr_shared()})"

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, PerDevice, Solution, check_gramian
-from gradkern.ops import autograd  # noqa: F401  (registers the operators)
 
 Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,55 +58,94 @@ def segment_gramians(
 ) -> Tensor:
     """:func:`gramian_tensors`, of what ``erase`` leaves."""
     n = len(segments)
-    rows = [[None if g is None else flat(g) for g in grads[t : t + n]] for t in range(0, len(grads), n)]
     like = sample(grads)
-    M = like.new_zeros((n_segments, len(rows), len(rows)), dtype=arithmetic_dtype(like.dtype))
+    T = len(grads) // n
     members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
-    for k, (s, column) in enumerate(zip(segments, zip(*rows, strict=True), strict=True)):
+    for k, s in enumerate(segments):
+        column = grads[k::n]
         if any(g is not None for g in column):
-            members[s][k] = column
-    for s, columns in members.items():
-        M[s] = _tensors_gramian(columns, like, erase)
-    return M
+            members[s][k] = [None if g is None else flat(g) for g in column]
+    scratch = _Scratch(like)
+    empty = like.new_zeros((T, T), dtype=arithmetic_dtype(like.dtype))
+    return torch.stack(
+        [_tensors_gramian(members[s], scratch, erase) if s in members else empty for s in range(n_segments)]
+    )
 
 
 def _matrix_gramian(J: Tensor) -> Tensor:
     if J.dtype == torch.float32 == _work_dtype(J) and J.stride(1) == 1:
         return _sum_of_products((J,), *J.shape)
     # float64 too: the BLAS's last bits then depend on the rows' alignment, which gathering makes equal.
-    return _tensors_gramian({0: list(J)}, J)
+    return _tensors_gramian({0: list(J)}, _Scratch(J))
 
 
-def _tensors_gramian(columns: Columns, like: Tensor, erase: Erase | None = None) -> Tensor:
+class _Scratch:
+    """Memory that each block of gathered columns overwrites, grown to the largest of them."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._numbers = like.new_empty(0, dtype=_work_dtype(like))
+        self.dtype = arithmetic_dtype(like.dtype)
+
+    def first(self, count: int) -> Tensor:
+        """Its first ``count`` numbers, whatever they are."""
+        if len(self._numbers) < count:
+            self._numbers = self._numbers.new_empty(count)
+        return self._numbers[:count]
+
+
+def _tensors_gramian(columns: Columns, scratch: _Scratch, erase: Erase | None = None) -> Tensor:
     """As :func:`_matrix_gramian`, of tensor k of task t at ``columns[k][t]``."""
     numels = [next(g.numel() for g in column if g is not None) for column in columns.values()]
     T = len(next(iter(columns.values())))
-    blocks = _gathered(columns, numels, like.new_empty((T, 0), dtype=_work_dtype(like)), erase)
-    return _sum_of_products(blocks, T, sum(numels)).to(arithmetic_dtype(like.dtype))
+    blocks = _gathered(columns, numels, scratch, erase)
+    return _sum_of_products(blocks, T, sum(numels)).to(scratch.dtype)
 
 
-def _gathered(columns: Columns, numels: list[int], like: Tensor, erase: Erase | None) -> Iterator[Tensor]:
-    """The rows, a block of columns at a time, in one scratch matrix that every block overwrites."""
-    T, P = len(like), sum(numels)
-    step = min(_block_columns(T, P), P) or 1
-    scratch = like.new_empty((T, step))
-    filled = 0
+def _gathered(columns: Columns, numels: list[int], scratch: _Scratch, erase: Erase | None) -> Iterator[Tensor]:
+    """The rows, a block of columns at a time, in scratch memory that every block overwrites."""
+    T, P = len(next(iter(columns.values()))), sum(numels)
+    step = min(_block_columns(T, P), P)
+    if any(g is None for column in columns.values() for g in column):
+        zeros = torch.zeros_like(scratch.first(min(step, max(numels))))
+
+    def filled(pieces: list[_Piece]) -> Tensor:
+        count = sum(piece.length for piece in pieces)
+        rows = zip(*(piece.column for piece in pieces), strict=True)
+        parts = [zeros[: p.length] if g is None else p.of(g) for row in rows for p, g in zip(pieces, row, strict=True)]
+        block = torch.cat(parts, out=scratch.first(T * count)).view(T, count)
+        if erase is not None:
+            for piece, entries in zip(pieces, block.split([piece.length for piece in pieces], 1), strict=True):
+                erase(piece.k, piece.start, entries)
+        return block
+
+    pieces: list[_Piece] = []
+    room = step
     for (k, column), numel in zip(columns.items(), numels, strict=True):
         done = 0
         while done < numel:
-            count = min(numel - done, step - filled)
-            for t, g in enumerate(column):
-                into = scratch[t, filled : filled + count]
-                _ = into.zero_() if g is None else into.copy_(g[done : done + count])
-            if erase is not None:
-                erase(k, done, scratch[:, filled : filled + count])
+            count = min(numel - done, room)
+            pieces.append(_Piece(k, column, done, count, whole=count == numel))
             done += count
-            filled += count
-            if filled == step:
-                yield scratch
-                filled = 0
-    if filled or P == 0:
-        yield scratch[:, :filled]
+            room -= count
+            if room == 0:
+                yield filled(pieces)
+                pieces, room = [], step
+    if pieces or P == 0:
+        yield filled(pieces) if pieces else scratch.first(0).view(T, 0)
+
+
+class _Piece(NamedTuple):
+    """Neighbouring entries of a tensor."""
+
+    k: int
+    column: Sequence[Tensor | None]
+    start: int
+    length: int
+    whole: bool
+
+    def of(self, g: Tensor) -> Tensor:
+        """The piece of one gradient; a whole tensor is not sliced, which takes as long as copying a bias."""
+        return g if self.whole else g[self.start : self.start + self.length]
 
 
 def _sum_of_products(blocks: Iterable[Tensor], T: int, P: int) -> Tensor:
@@ -215,18 +255,26 @@ def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: T
     if not terms:
         out.zero_()
         return
-    work = arithmetic_dtype(out.dtype)
     # A row that ``out`` stands in is read before it is written if it is the first, and otherwise not.
-    in_place = work == out.dtype and all(row.data_ptr() != out.data_ptr() for row, _ in terms[1:])
-    for a in range(0, out.shape[0], COLUMNS):
-        into = out[a : a + COLUMNS]
-        total = into if in_place else torch.empty_like(into, dtype=work)
-        first, weight = terms[0]
-        torch.mul(first[a : a + COLUMNS].to(work), weight, out=total)
-        for row, weight in terms[1:]:
-            total.add_(row[a : a + COLUMNS], alpha=weight)
-        if total is not into:
-            into.copy_(total)
+    apart = arithmetic_dtype(out.dtype) != out.dtype or any(row.data_ptr() == out.data_ptr() for row, _ in terms[1:])
+    if len(out) <= COLUMNS:
+        _weighted_sum(terms, out, apart)
+        return
+    for a in range(0, len(out), COLUMNS):
+        b = a + COLUMNS
+        _weighted_sum([(row[a:b], w) for row, w in terms], out[a:b], apart)
+
+
+def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -> None:
+    """``out`` of some terms that stay in cache; ``apart`` sums up in other memory, in arithmetic dtype."""
+    work = arithmetic_dtype(out.dtype)
+    total = torch.empty_like(out, dtype=work) if apart else out
+    (first, weight), *others = terms
+    torch.mul(first.to(work), weight, out=total)
+    for row, weight in others:
+        total.add_(row, alpha=weight)
+    if apart:
+        out.copy_(total)
 
 
 @operator("project")
@@ -266,7 +314,7 @@ def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
 
 def flat(g: Tensor) -> Tensor:
     """A dense tensor as the memory it is."""
-    return g.as_strided((g.numel(),), (1,))
+    return g.flatten() if g.is_contiguous() else g.as_strided((g.numel(),), (1,))
 
 
 def _block_columns(T: int, P: int) -> int:

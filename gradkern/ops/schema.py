@@ -3,8 +3,8 @@
 Every operator comes for a matrix ``J`` (T, P) with unit column stride, and as the overload ``tensors`` for the
 zero-copy form: ``grads`` holds T x n tensors, row-major, ``grads[t * n + k]`` the gradient of task t for parameter k
 or None where the task does not reach it, which counts as zero. All present tensors of one k are dense with equal
-strides, so that they are read as flat memory, and tensor k belongs to segment ``segments[k]``. ``out[k]`` of ``combine``
-may be one of the gradients that it is the sum of.
+strides, so that they are read as flat memory, and tensor k belongs to segment ``segments[k]``. ``combine`` may be given
+one of the gradients that it sums up as their ``out[k]``.
 
 ``offsets`` is an int64 tensor on the CPU, (S + 1,): segment s is the columns ``offsets[s]:offsets[s + 1]``.
 Arithmetic is float64 for float64 input and float32 for all others; Gramians and weights are of that dtype.
