@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gradkern.ops.pytorch import flat
+from gradkern.ops.blocks import flat
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype, sample
 

@@ -1,7 +1,7 @@
 """Large results on the CPU, in huge pages where the operating system has them.
 
-What is larger than 32 MB comes new from the system each time, and to be given it in pages of 4 KB takes longer than all
-the sums that go into a result. NumPy asks the same for its own arrays.
+They often come new from the system, and to be given them in pages of 4 KB takes longer than all the sums that go into a
+result. NumPy asks the same for its own arrays.
 """
 
 import ctypes
@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-RECYCLED = 1 << 25
-"""Bytes up to which a C library hands out memory that it has had before: glibc's largest ``M_MMAP_THRESHOLD``."""
+LARGE = 1 << 22
+"""Bytes, two huge pages; NumPy's threshold too."""
 
 
 def empty(like: Tensor, *shape: int) -> Tensor:
     """An empty tensor of ``shape``, like ``like``."""
     result = like.new_empty(shape)
-    if result.device.type == "cpu" and math.prod(shape) * like.element_size() > RECYCLED:
+    if result.device.type == "cpu" and math.prod(shape) * like.element_size() > LARGE:
         first = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (result.data_ptr() + result.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(first, last - first)

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from gradkern.ops.blocks import flat
 from gradkern.ops.philox import dropped
-from gradkern.ops.pytorch import COLUMNS, combine_flat, flat, segment_gramians
+from gradkern.ops.products import segment_gramians
+from gradkern.ops.pytorch import COLUMNS, combine_flat
 from gradkern.ops.registration import operator
 
 WINDOW = 1 << 17
