@@ -59,14 +59,10 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
     weights = w.tolist()
-    if 0.0 in weights or w.dtype != work_dtype(J):
-        combine_flat(list(J), weights, out)
-    elif w.dtype == J.dtype:
+    if w.dtype == J.dtype == work_dtype(J) and 0.0 not in weights:
         torch.mv(J.t(), w, out=out)
     else:
-        step = BLOCK // len(J)
-        for a, X in zip(range(0, len(out), step), converted(J, w.dtype, step), strict=False):
-            out[a : a + step].copy_(torch.mv(X.t(), w))
+        combine_flat(list(J), weights, out)
 
 
 @operator("combine.tensors")
@@ -102,7 +98,7 @@ def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -
     (first, weight), *others = terms
     torch.mul(first.to(work), weight, out=total)
     for row, weight in others:
-        total.add_(row, alpha=weight)
+        total.add_(row.to(work), alpha=weight)
     if apart:
         out.copy_(total)
 
