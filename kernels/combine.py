@@ -38,15 +38,16 @@ def combine_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """One program: one tile, which is one block."""
     tl.static_assert(BLOCK == TILE)
     i_tile = tl.program_id(0).to(tl.int64)
     i_tensor, o_first, n, i_segment = load_tile(p_tiles, i_tile)
-    units = load_units(p_units, i_tile, GROUP)
-    o = tl.arange(0, BLOCK)
     state = load_state(p_state, GROUP)
-    m_read = to_read(kept(units, state, 0, block, BLOCK, GROUP, D), GROUP)
+    units = load_units(p_units, i_tile, state, GROUP, ONCE)
+    o = tl.arange(0, BLOCK)
+    m_read = to_read(kept(units, state, 0, block, BLOCK, GROUP, ONCE, D), GROUP)
     acc = tl.zeros((BLOCK,), ACC)
     for i_group in range(0, T, 4):
         a = ()
@@ -55,7 +56,8 @@ def combine_kernel(
         for t in tl.static_range(4):
             i_row = i_group + t
             w_row = tl.load(p_w + i_segment * T + i_row, mask=i_row < T, other=0.0)
-            a_row = row_address(p_rows, s_row, i_row, i_tensor, o_first, w_row != 0, TABLE, D)
+            a_row = row_address(p_rows, s_row, i_row, i_tensor, o_first, i_row < T, TABLE, D)
+            a_row = tl.where(w_row != 0, a_row, 0)  # both are loaded at once: neither waits for the other
             low = low | (a_row & 15)
             a = a + (a_row,)
             w = w + (w_row,)
@@ -71,9 +73,9 @@ def combine_kernel(
     if GROUP != DENSE:
         # Written twice, drawn once. Where loads are predicated on the mask, the compiler finds this to be the same as
         # above; where they are not, it drops the one above, and no register holds the mask while rows are in flight.
-        keep = kept(units, state, 0, block, BLOCK, GROUP, D)
+        keep = kept(units, state, 0, block, BLOCK, GROUP, ONCE, D)
         acc = tl.where(keep, acc, 0.0)
-        first_unit, _ = units
+        first_unit, _, _ = units
         if first_unit >= 0:
             tl.atomic_add(p_count, tl.sum((keep & (o < n)).to(tl.int32), 0).to(tl.int64), sem="relaxed")
     a_out = row_address(p_out, s_out, 0, i_tensor, o_first, True, TABLE_OUT, D)

@@ -49,6 +49,7 @@ def gramian_kernel(
     BLOCK: tl.constexpr,
     V: tl.constexpr,
     GROUP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """One program: one piece."""
     PAIRS: tl.constexpr = T * (T + 1) // 2
@@ -64,7 +65,7 @@ def gramian_kernel(
 
     for i_tile in range(i_first, i_first + n_tiles):
         i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
-        units = load_units(p_units, i_tile, GROUP)
+        units = load_units(p_units, i_tile, state, GROUP, ONCE)
         a = ()
         low = n ^ TILE  # any bit left in it sends the tile down the slow road
         for t in tl.static_range(T):
@@ -73,7 +74,7 @@ def gramian_kernel(
             a = a + (a_row,)
         if low == 0:
             for o in range(0, TILE, BLOCK):
-                keep = kept(units, state, o, block, BLOCK, GROUP, D)
+                keep = kept(units, state, o, block, BLOCK, GROUP, ONCE, D)
                 x = ()
                 for t in tl.static_range(T):
                     x_row = load_full(a[t], o + o_block, to_read(keep, GROUP), D)
@@ -81,7 +82,7 @@ def gramian_kernel(
                 acc = add_products(acc, x, T, BLOCK, V)
         else:
             for o in range(0, n, BLOCK):
-                keep = kept(units, state, o, block, BLOCK, GROUP, D)
+                keep = kept(units, state, o, block, BLOCK, GROUP, ONCE, D)
                 x = ()
                 for t in tl.static_range(T):
                     x = x + (load_part(a[t], o + o_block, n, keep, D).to(ACC),)

@@ -37,9 +37,11 @@ def load_rows_part(a, o, n, m_read, D: tl.constexpr):
 
 
 @triton.jit
-def kept_columns(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
+def kept_columns(
+    units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr, D: tl.constexpr
+):
     """``masks.kept`` for a block of rows, which all have the same mask."""
-    keep = kept(units, state, o_start, block, BLOCK, GROUP, D)
+    keep = kept(units, state, o_start, block, BLOCK, GROUP, ONCE, D)
     if GROUP == DENSE:
         return keep
     else:
@@ -83,6 +85,7 @@ def gramian_dot_kernel(
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """One program: one piece."""
     i_piece = tl.program_id(0).to(tl.int64)
@@ -95,14 +98,14 @@ def gramian_dot_kernel(
     total = tl.zeros((ROWS, ROWS), ACC)
     for i_tile in range(i_first, i_first + n_tiles):
         i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
-        units = load_units(p_units, i_tile, GROUP)
+        units = load_units(p_units, i_tile, state, GROUP, ONCE)
         a = row_address(p_rows, s_row, i_row.to(tl.int64), i_tensor, o_first, i_row < T, TABLE, D)
         misaligned = tl.max(a & 15, 0)
         if (n == TILE) & (misaligned == 0):
             for o_chain in range(0, TILE, CHAIN):
                 acc = tl.zeros((ROWS, ROWS), ACC)
                 for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, D)
+                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, ONCE, D)
                     x = load_rows_full(a, o + o_block, to_read(keep, GROUP), D)
                     acc = add_dot(acc, zero_dropped(x, keep, GROUP), SPLIT, UPCAST, ACC)
                 total += acc
@@ -110,7 +113,7 @@ def gramian_dot_kernel(
             for o_chain in range(0, n, CHAIN):
                 acc = tl.zeros((ROWS, ROWS), ACC)
                 for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, D)
+                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, ONCE, D)
                     acc = add_dot(acc, load_rows_part(a, o + o_block, n, keep, D), SPLIT, UPCAST, ACC)
                 total += acc
 

@@ -5,7 +5,7 @@ Neighbouring elements of a tensor, ``block`` at a time, are a unit; unit u is dr
     word u mod 4 of Philox4x32-10(key = seed, counter = (u div 4, step), each of 64 bits) < threshold
 
 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Nothing of the mask is stored. How many words a
-thread draws, and whether a load can be left out, depends on ``GROUP``, all that a kernel is compiled for:
+thread draws, and whether a load can be left out, depends on ``GROUP`` and ``ONCE``, all that a kernel is compiled for:
 
 - ``DENSE``: no mask at all.
 - ``EACH``, blocks of one element: four neighbours take the four words of one Philox where they are, no thread asks
@@ -13,6 +13,9 @@ thread draws, and whether a load can be left out, depends on ``GROUP``, all that
   and what is dropped is set to zero afterwards.
 - else how many neighbours of one 128-bit load surely share a unit, the largest power of two that divides ``block``:
   one Philox for them, and the load is left out where they are dropped.
+
+``ONCE``: of blocks of 128 or more so few lie in a tile that what they draw fits in the bits of one number. It is drawn
+when the tile is begun, and a load looks up a bit of it instead of a Philox of its own.
 
 Seed, step and threshold lie in device memory, and ``block`` is a run-time number, so that none compiles a kernel anew.
 """
@@ -27,6 +30,9 @@ from torch import Tensor
 
 DENSE = tl.constexpr(0)
 EACH = tl.constexpr(-1)
+
+FEWEST_ONCE = 128
+"""Elements of the smallest block that is drawn once for a tile, which then holds no more than 64 of them."""
 
 LARGEST_BLOCK = 1 << 30
 """Positions within a unit and a tile are counted in 32 bits."""
@@ -46,10 +52,11 @@ class Mask(NamedTuple):
 def mask_arguments(mask: Mask | None, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments by which every kernel knows the mask over rows of ``dtype``."""
     if mask is None:
-        return {"p_units": None, "p_state": None, "block": None, "GROUP": DENSE.value}
+        return {"p_units": None, "p_state": None, "block": None, "GROUP": DENSE.value, "ONCE": False}
     vector = 16 // dtype.itemsize
     group = EACH.value if mask.block == 1 else math.gcd(mask.block, vector)
-    return {"p_units": mask.units, "p_state": mask.state, "block": mask.block, "GROUP": group}
+    once = mask.block >= FEWEST_ONCE
+    return {"p_units": mask.units, "p_state": mask.state, "block": mask.block, "GROUP": group, "ONCE": once}
 
 
 @triton.jit
@@ -62,12 +69,25 @@ def load_state(p_state, GROUP: tl.constexpr):
 
 
 @triton.jit
-def load_units(p_units, i_tile, GROUP: tl.constexpr):
-    """(unit that a tile starts in, elements of that unit before it); nothing without a mask."""
+def load_units(p_units, i_tile, state, GROUP: tl.constexpr, ONCE: tl.constexpr):
+    """(unit that a tile starts in, elements of that unit before it, what its units draw); nothing without a mask."""
     if GROUP == DENSE:
         return ()
     else:
-        return tl.load(p_units + 2 * i_tile), tl.load(p_units + 2 * i_tile + 1).to(tl.uint32)
+        first_unit = tl.load(p_units + 2 * i_tile)
+        before = tl.load(p_units + 2 * i_tile + 1).to(tl.uint32)
+        return first_unit, before, drawn_once(first_unit, state, ONCE)
+
+
+@triton.jit
+def drawn_once(first_unit, state, ONCE: tl.constexpr):
+    """Bit i of an int64: whether unit i from the first on is kept."""
+    if ONCE:
+        i_unit = tl.arange(0, 64)
+        keep = draw_units(first_unit + i_unit, state)
+        return tl.sum(keep.to(tl.int64) << i_unit.to(tl.int64), 0)
+    else:
+        return 0
 
 
 @triton.jit
@@ -87,14 +107,22 @@ def draw(counter, state):
 
 
 @triton.jit
-def kept(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr):
+def draw_units(unit, state):
+    """Whether each unit is kept: one Philox for each, of which it takes one word."""
+    k0, k1, k2, k3 = draw(unit >> 2, state)
+    word = (unit & 3).to(tl.int32)
+    return tl.where(word < 2, tl.where(word == 0, k0, k1), tl.where(word == 2, k2, k3))
+
+
+@triton.jit
+def kept(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr, D: tl.constexpr):
     """Which of the BLOCK elements from ``o_start`` of a tile are kept; True without a mask."""
     if GROUP == DENSE:
         return True
     elif GROUP == EACH:
         return kept_each(units, state, o_start, BLOCK, D)
     else:
-        return kept_groups(units, state, o_start, block, BLOCK, GROUP)
+        return kept_groups(units, state, o_start, block, BLOCK, GROUP, ONCE)
 
 
 @triton.jit
@@ -118,7 +146,7 @@ def zero_dropped(x, keep, GROUP: tl.constexpr):
 @triton.jit
 def kept_each(units, state, o_start, BLOCK: tl.constexpr, D: tl.constexpr):
     """Every element a unit: a thread draws for the elements of its own 128-bit loads, one Philox or two."""
-    first_unit, _ = units
+    first_unit, _, _ = units
     DRAWS: tl.constexpr = 2 if D.primitive_bitwidth == 16 else 1
     counter = ((first_unit + o_start) >> 2) + DRAWS * tl.arange(0, BLOCK // (4 * DRAWS))
     k0, k1, k2, k3 = draw(counter, state)
@@ -131,14 +159,12 @@ def kept_each(units, state, o_start, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def kept_groups(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    """GROUP neighbours in one unit: one Philox for them, of which they take one word."""
-    first_unit, before = units
+def kept_groups(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr):
+    """GROUP neighbours in one unit: one look-up, or one Philox, for them."""
+    first_unit, before, bits = units
     o = (o_start + GROUP * tl.arange(0, BLOCK // GROUP)).to(tl.uint32)
-    unit = first_unit + ((before + o) // block.to(tl.uint32)).to(tl.int64)
-    k0, k1, k2, k3 = draw(unit >> 2, state)
-    word = (unit & 3).to(tl.int32)
-    keep = tl.where(word < 2, tl.where(word == 0, k0, k1), tl.where(word == 2, k2, k3))
+    i_unit = ((before + o) // block.to(tl.uint32)).to(tl.int64)
+    keep = ((bits >> i_unit) & 1) != 0 if ONCE else draw_units(first_unit + i_unit, state)
     # By joins, each group stays in one thread.
     if GROUP >= 2:
         keep = tl.join(keep, keep)

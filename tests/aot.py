@@ -43,8 +43,9 @@ MASKED_T = {"fp64": (3, 16, DOT_T), "fp32": (3, 12, 16, 32, DOT_T), "bf16": (3, 
 """Of the T of ``GRAMIAN_T`` those that are built with a mask, on sm_90."""
 MASKED_T_ELSEWHERE = {"fp64": (3,), "fp32": (DOT_T,), "bf16": (3,)}
 """The same for the other targets: each form and each size of a number once."""
-WIDE_BLOCKS = (1, 128)
-"""Blocks of a mask that leave loads whole; any block of whole 128-bit loads is compiled to the same as 128."""
+WIDE_BLOCKS = (1, 64, 128)
+"""Blocks of a mask that leave loads whole; any block of whole 128-bit loads is compiled to the same as 64 where it is
+smaller than 128, and else to the same as 128."""
 NARROW_BLOCKS = {"fp32": (2, 3), "bf16": (2, 4)}
 """Blocks that cut loads, for each way they do; built on sm_90, to be seen in the table."""
 

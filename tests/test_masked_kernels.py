@@ -135,7 +135,7 @@ def test_a_unit_is_dropped_below_the_threshold_and_kept_at_it(block: int) -> Non
     ("T", "dtype", "block"),
     [
         *((3, dtype, block) for dtype in DTYPES for block in (1, 128)),
-        *((3, F32, block) for block in (2, 3, 100, 8192)),
+        *((3, F32, block) for block in (2, 3, 100, 130, 8192)),
         *((3, BF16, block) for block in (2, 100)),
         (1, F32, 1),
         (9, F32, 128),
@@ -160,7 +160,7 @@ def test_gramian_of_many_rows(T: int, dtype: torch.dtype, block: int) -> None:
 
 
 @pytest.mark.parametrize("pad", [0, 1])
-@pytest.mark.parametrize("block", [1, 2, 3, 100, 128, 512, 4096, 5000, 8192])
+@pytest.mark.parametrize("block", [1, 2, 3, 100, 128, 130, 512, 4096, 5000, 8192])
 def test_combine(block: int, pad: int) -> None:
     """Tensors of several tiles: units that end within one, and that go on in the next."""
     numels, units = [2 * TILE + 9, 7, 0, 5001, 130], UNITS
