@@ -1,43 +1,82 @@
 """Timing that can be trusted on a machine that drifts: contestants in turn, round after round, ratios per round."""
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
-Times = dict[str, list[float]]
+import torch
+
+from bench.device import timed
+from bench.memory import peak
+
+ROUNDS = 15
+FEWEST = 3
+SLOW = 3.0
+"""Seconds of a call beyond which one call, after the first, is all that is taken: a median of more is not worth it."""
 
 
-def interleaved(contestants: Mapping[str, Callable[[], object]], seconds: float, rounds: int = 15) -> Times:
-    """Seconds per call of each contestant, one figure per round; every round runs all of them, one after another.
+@dataclass
+class Measured:
+    """What came of the contestants, by name.
+
+    Attributes:
+        seconds: per call, one figure per round.
+        peaks: bytes, as ``memory.peak`` tells.
+        failed: why a contestant could not be measured.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def measured(
+    contestants: Mapping[str, Callable[[], object]], ours: str, seconds: float, device: torch.device
+) -> Measured:
+    """Every round runs all contestants, one after another, each as often as an equal share of the time allows.
 
     Args:
         contestants: by name, what to call.
-        seconds: about how long to measure, all together.
-        rounds: how many figures to take of each.
+        ours: the one whose errors are ours, and raised.
+        seconds: about how long to measure, all together; at least three rounds.
+        device: whose clock and memory count.
     """
-    calls = {}
+    found = Measured()
+    once: dict[str, float] = {}
     for name, run in contestants.items():
-        run()
-        started = time.perf_counter()
-        run()
-        once = max(time.perf_counter() - started, 1e-7)
-        calls[name] = max(1, int(seconds / rounds / len(contestants) / once))
-    times: Times = {name: [] for name in contestants}
+        try:
+            once[name], found.peaks[name] = _first(run, device)
+        except Exception as error:  # a long run does not end for what another library cannot do
+            if name == ours:
+                raise
+            found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    found.seconds = {name: [t] if t > SLOW else [] for name, t in once.items()}
+    quick = {name: max(t, 1e-7) for name, t in once.items() if t <= SLOW}
+    rounds = min(ROUNDS, max(FEWEST, int(seconds / sum(quick.values())))) if quick else 0
     for _ in range(rounds):
-        for name, run in contestants.items():
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - started) / calls[name])
-    return times
+        for name, t in quick.items():
+            calls = max(1, int(seconds / rounds / len(quick) / t))
+            found.seconds[name].append(timed(contestants[name], calls, device))
+    return found
 
 
-def quantiles(times: list[float]) -> dict[str, float]:
+def _first(run: Callable[[], object], device: torch.device) -> tuple[float, int]:
+    """About how long a call takes, and its peak memory: when it has run once, and what is made once is there.
+
+    What the counting of memory adds is nothing beside a long call, which for that is not made again.
+    """
+    run()
+    took: list[float] = []
+    most = peak(lambda: took.append(timed(run, 1, device)), device)
+    return (took[0] if took[0] > SLOW else timed(run, 1, device)), most
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
     """The 20th, 50th and 80th percentile."""
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    cuts = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else 9 * values
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
 def ratio(of: list[float], to: list[float]) -> dict[str, float]:
-    """Quantiles of ``of`` / ``to``, round by round: above 1, ``to`` is the faster."""
-    return quantiles([a / b for a, b in zip(of, to, strict=True)])
+    """Quantiles of ``of`` / ``to``, round by round, as long as both took part: above 1, ``to`` is the faster."""
+    return quantiles([a / b for a, b in zip(of, to, strict=False)])

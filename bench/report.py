@@ -1,30 +1,46 @@
-"""Raw results as Markdown tables."""
+"""What a run says in a few lines: raw results as the Markdown tables of the README."""
 
+from collections.abc import Callable
 from typing import Any
 
-COLUMNS = "| T | P | gradkern, µs | GB/s | `J @ J.T`, µs | copy, µs | times as fast |\n" + "|" + "--:|" * 7
+from bench.contestants import MATMUL, NAIVE, OURS
+from bench.peers import PYTORCH_OPTIMIZER, TORCHJD
 
-
-def line(row: dict[str, Any]) -> str:
-    """One shape: medians, our bandwidth, and the median of the ratios. Goes under ``COLUMNS``."""
-    seconds = {name: q["p50"] for name, q in row["seconds"].items()}
-    cells = [
-        str(row["T"]),
-        f"{row['P']:,}",
-        f"{1e6 * seconds['gradkern']:,.1f}",
-        f"{row['bytes'] / seconds['gradkern'] / 1e9:.1f}",
-        f"{1e6 * seconds['J @ J.T']:,.1f}",
-        f"{1e6 * seconds['copy']:,.1f}",
-        f"{row['times as fast as J @ J.T']['p50']:.2f}",
-    ]
-    return "| " + " | ".join(cells) + " |"
+Row = dict[str, Any]
 
 
 def summary(results: dict[str, Any]) -> str:
-    """How many times as fast as ``J @ J.T``: one line per T, one column per P."""
-    sizes = sorted({row["P"] for row in results["rows"]})
-    lines = [f"| T | {' | '.join(f'P = {P:,}' for P in sizes)} |", "|" + "--:|" * (1 + len(sizes))]
-    for T in sorted({row["T"] for row in results["rows"]}):
-        speed = {row["P"]: row["times as fast as J @ J.T"]["p50"] for row in results["rows"] if row["T"] == T}
-        lines.append(f"| {T} | {' | '.join(f'{speed[P]:.2f}' for P in sizes)} |")
+    """PCGrad beside others, and the Gramian beside the bandwidth of a copy: float32 matrices, by T and P."""
+    found = results["peers"]
+    others = {NAIVE: "the usual way"} | {n: f"{n} {found[n]}" for n in (TORCHJD, PYTORCH_OPTIMIZER) if n in found}
+    lines = [f"PCGrad: how many times as long as gradkern takes {' / '.join(others.values())}", ""]
+    lines += _grid(results, "pcgrad", lambda row: " / ".join(_ratio(row, name) for name in others))
+    lines += ["", "Gramian: percent of the bandwidth of a copy / how many times as long `J @ J.T` takes", ""]
+    lines += _grid(results, "gramian", lambda row: f"{_percent(row)} / {_ratio(row, MATMUL)}")
     return "\n".join(lines)
+
+
+def _grid(results: dict[str, Any], operation: str, cell: Callable[[Row], str]) -> list[str]:
+    """A line for each T, a column for each P."""
+    rows = {
+        (row["case"]["T"], row["case"]["P"]): row
+        for row in results["rows"]
+        if row["case"]["operation"] == operation and row["case"]["dtype"] == "float32"
+    }
+    sizes = sorted({P for _, P in rows})
+    lines = [f"| T | {' | '.join(f'P = {P:,}' for P in sizes)} |", "|" + "--:|" * (1 + len(sizes))]
+    for T in sorted({T for T, _ in rows}):
+        cells = [cell(rows[T, P]) if (T, P) in rows else "" for P in sizes]
+        lines.append(f"| {T} | {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(row: Row, name: str) -> str:
+    if name not in row["ratios"]:
+        return "–"
+    value = row["ratios"][name]["p50"]
+    return f"{value:,.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 0.995 else f"{value:.2f}"
+
+
+def _percent(row: Row) -> str:
+    return f"{row['contestants'][OURS]['percent of copy']:.0f} %"

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import permutations, product
@@ -107,6 +108,12 @@ def test_contestants_of_gramians_do_the_same(operation: str, S: int) -> None:
             assert_one_of(w @ x.J, updates(list(x.J)))
 
 
+def test_the_network_has_equal_weights_at_first() -> None:
+    x = inputs(Case(cases.NETWORK, 3, 0))
+    weights = contestants(x, INSTALLED)[OURS]()
+    assert torch.equal(weights, torch.full((1, 3), 1 / 3))
+
+
 @pytest.mark.parametrize("form", [cases.DENSE, *cases.SUPPRESSED], ids=str)
 @pytest.mark.parametrize("groups", ["model", "parameter"])
 def test_contestants_of_a_step_do_the_same(groups: str, form: cases.Suppressed) -> None:
@@ -179,6 +186,7 @@ def test_floors_by_hand() -> None:
     assert floors.least_bytes(Case("gather", 3, 100)) == 100 * (8 + 3 * 4 + 3 * 4)
     assert floors.least_bytes(Case("scatter", 3, 10_000)) == 4096 * (8 + 4 + 4)
     assert floors.least_bytes(Case("pcgrad-program", 3, 0, S=2)) == 2 * 9 * 12
+    assert floors.least_bytes(Case(cases.NETWORK, 3, 0)) == 4 * 3 * (3 + 4096 + 1)
     assert floors.copied_bytes(Case("pcgrad", 3, 100)) == 2 * 4 * 300
     assert floors.copied_bytes(Case("pcgrad-program", 3, 0, S=2)) == 2 * 4 * 18
 
@@ -288,7 +296,7 @@ def test_a_run_prints_and_keeps_what_it_measured(
         assert copy["percent of copy"] == 100
         assert str(Case(**row["case"])) in printed
     plots = {path.name for path in out.glob("*.png")}
-    assert plots == {"gramian-float32.png", "pcgrad-float32.png", "suppression-pieces-float32.png"}
+    assert plots == {"gramian-float32.png", "pcgrad-float32.png", "suppression-pieces-3x1000-float32.png"}
     assert all((out / name).read_bytes().startswith(PNG) for name in plots)
 
     main(["--show", str(out / "results.json")])
@@ -299,6 +307,20 @@ def test_a_run_prints_and_keeps_what_it_measured(
 def _case(line: dict[str, str]) -> Case:
     kinds = {"T": int, "P": int, "S": int, "p": float, "block": int}
     return Case(**{name: kinds.get(name, str)(line[name]) for name in Case.__dataclass_fields__})
+
+
+def test_who_would_take_too_long_is_left_out() -> None:
+    def row(P: int, **seconds: float) -> dict[str, Any]:
+        figures = {name: {"p50": t} for name, t in seconds.items()}
+        return {"case": asdict(Case("pcgrad", 40, P)), "contestants": figures}
+
+    rows = [row(100, naive=9.0), row(1000, gradkern=2.0, naive=2.0, matmul=0.9, copy=2.0)]
+    assert run.too_long(Case("pcgrad", 40, 10_000), rows) == {"naive": "about 20 s a call"}
+    assert run.too_long(Case("pcgrad", 40, 4000), rows) == {}
+    assert run.too_long(Case("pcgrad", 16, 10_000), rows) == {}  # nothing is known
+    left = run.measure_case(Case("gramian", 2, 100), CPU, INSTALLED, 0.01, {"naive": "no time"})
+    assert left["contestants"].keys() == {OURS, "matmul", floors.COPY}
+    assert left["absent"] == {"naive": "no time"}
 
 
 def test_the_summary_by_hand() -> None:

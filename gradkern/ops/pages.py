@@ -5,7 +5,6 @@ result. NumPy asks the same for its own arrays.
 """
 
 import ctypes
-import math
 import mmap
 from collections.abc import Callable
 
@@ -15,10 +14,10 @@ LARGE = 1 << 22
 """Bytes, two huge pages; NumPy's threshold too."""
 
 
-def empty(like: Tensor, *shape: int) -> Tensor:
-    """An empty tensor of ``shape``, like ``like``."""
-    result = like.new_empty(shape)
-    if result.device.type == "cpu" and math.prod(shape) * like.element_size() > LARGE:
+def empty(like: Tensor, count: int) -> Tensor:
+    """(count,), empty, like ``like``."""
+    result = like.new_empty(count)
+    if result.device.type == "cpu" and result.nbytes > LARGE:
         first = -(-result.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (result.data_ptr() + result.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         _advise(first, last - first)

@@ -21,17 +21,22 @@ CHUNK = 2048
 FEW_ROWS_CHUNK = 6144
 """Least columns of one product in the batch, up to three times as many; with up to four rows the latter. Measured at
 T = 2 … 40: flat from 1024 to 8192; for few rows to 32768, where fewer chunks leave fewer partial products to sum."""
+ONE_PRODUCT = 1 << 16
+"""Numbers of all rows up to which one product takes less time than summing up those of a batch; of two rows or three up
+to half as many columns, whatever that comes to."""
 ALIGN = 8
 """A chunk is a multiple of this many columns, 32 bytes of float32: it divides most layers' sizes, to leave no rest."""
 
 
 def matrix_gramian(J: Tensor) -> Tensor:
     """J Jᵀ, (T, T)."""
+    T, P = J.shape
     work = work_dtype(J)
-    # float64 is copied too: a BLAS's last bits then depend on the rows' alignment, which the copy makes equal.
-    as_stored = J.dtype == torch.float32 == work and J.stride(1) == 1
-    blocks = (J,) if as_stored else converted(J, work, _block_columns(*J.shape))
-    return _sum_of_products(blocks, *J.shape).to(arithmetic_dtype(J.dtype))
+    # What a BLAS may sum in an order that depends on where the rows lie is copied to where rows lie that are gathered:
+    # float64, and whatever it is given in one product.
+    as_stored = J.dtype == torch.float32 == work and J.stride(1) == 1 and (T <= 3 or _chunk_columns(T, P) < P)
+    blocks = (J,) if as_stored else converted(J, work, _block_columns(T, P))
+    return _sum_of_products(blocks, T, P).to(arithmetic_dtype(J.dtype))
 
 
 def segment_gramians(
@@ -71,7 +76,7 @@ def _sum_of_products(blocks: Iterable[Tensor], T: int, P: int) -> Tensor:
         chunks = X.as_strided((n, T, width), (width, X.stride(0), 1))
         for of_left, left in zip(partials, lefts, strict=True):
             of_left.append(torch.bmm(chunks[:, left.start :], chunks[:, left].mT))
-        rest = X[:, n * width :]
+        rest = X[:, n * width :].contiguous()
     total = _symmetric(lefts, [(p[0] if len(p) == 1 else torch.cat(p)).sum(0) for p in partials])
     return total.add_(_sum_of_products((rest,), T, rest.shape[1])) if rest.shape[1] else total
 
@@ -103,10 +108,9 @@ def _chunk_columns(T: int, P: int) -> int:
     """Columns of a chunk: those that divide P if any do, so that no rest costs a product of its own.
 
     All P where one product is the faster. A BLAS may sum one product of four rows or more in an order that depends on
-    where in memory the rows lie; products in a batch, of two rows or three, or of few columns, it does not. So only
-    those are used, and rows that lie apart and rows of a matrix give the same bits.
+    where in memory the rows lie; products in a batch, or of two rows or three, it does not.
     """
-    if P < 64 or (T <= 3 and P <= 1 << 15):
+    if T * P <= ONE_PRODUCT or (T <= 3 and P <= ONE_PRODUCT // 2):
         return P
     least = FEW_ROWS_CHUNK if T <= 4 else CHUNK
     for width in range(least, min(3 * least, P // 2) + 1, ALIGN):

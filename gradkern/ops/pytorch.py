@@ -106,7 +106,7 @@ def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -
 @operator("project")
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """W J, per segment."""
-    out = pages.empty(J, W.shape[-2], J.shape[1])
+    out = J.new_empty((W.shape[-2], J.shape[1]))
     bounds = column_bounds(offsets, J.shape[1])
     weights = W.reshape(-1, *W.shape[-2:])
     for (a, b), Ws in zip(pairwise(bounds), weights, strict=True):

@@ -1,0 +1,200 @@
+"""Who takes part in a case: by name, calls that do the same work. All have a copy of the input beside them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import gradkern as gk
+from bench import naive, plain
+from bench.cases import NETWORK
+from bench.floors import COPY, ENTRIES
+from bench.inputs import Inputs
+from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
+from gradkern import rows
+from gradkern.solve import solve
+
+OURS, NAIVE, MATMUL = "gradkern", "naive", "matmul"
+NAMES = (OURS, NAIVE, MATMUL, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
+
+ops = torch.ops.gradkern
+Run = Callable[[], Any]
+Runs = dict[str, Run]
+
+
+def contestants(x: Inputs, peers: Peers) -> Runs:
+    """Those of ``x.case``, with the peers found. Nothing is computed, nor allocated, before a call."""
+    return OPERATIONS[x.case.operation](x, peers) | {COPY: lambda: torch._foreach_copy_(x.target, x.source)}
+
+
+def gramian(x: Inputs, peers: Peers) -> Runs:
+    """M = J Jᵀ."""
+    runs: Runs = {OURS: lambda: gk.gramian(x.J), NAIVE: lambda: naive.gramian(x.rows)}
+    return runs | _plain(peers, plain.gramian, lambda: (x.J,))
+
+
+def combine(x: Inputs, peers: Peers) -> Runs:
+    """wᵀ J."""
+    runs: Runs = {OURS: lambda: gk.combine(x.J, x.w), NAIVE: lambda: naive.combine(x.rows, x.w)}
+    return runs | _plain(peers, plain.combine, lambda: (x.J, x.w))
+
+
+def project(x: Inputs, peers: Peers) -> Runs:
+    """W J."""
+    runs: Runs = {OURS: lambda: gk.project(x.J, x.W), NAIVE: lambda: naive.project(x.rows, x.W)}
+    return runs | _plain(peers, plain.project, lambda: (x.J, x.W))
+
+
+def pcgrad(x: Inputs, peers: Peers) -> Runs:
+    """The whole surgery of a matrix."""
+    aggregator = gk.PCGrad()
+    runs: Runs = {OURS: lambda: aggregator(x.J), NAIVE: lambda: naive.pcgrad(x.rows)}
+    runs |= _plain(peers, plain.pcgrad, lambda: (x.J,))
+    if TORCHJD in peers.found:
+        from torchjd.aggregation import PCGrad
+
+        theirs = PCGrad()
+        runs[TORCHJD] = lambda: theirs(x.J)
+    if PYTORCH_OPTIMIZER in peers.found:
+        runs[PYTORCH_OPTIMIZER] = _pytorch_optimizer(x)
+    return runs
+
+
+def gradvac(x: Inputs, peers: Peers) -> Runs:
+    """The whole surgery, by GradVac."""
+    aggregator = gk.GradVac()
+    runs: Runs = {OURS: lambda: aggregator(x.J)}
+    if TORCHJD in peers.found:
+        from torchjd.aggregation import GradVac
+
+        theirs = GradVac(beta=aggregator.beta)
+        runs[TORCHJD] = lambda: theirs(x.J)
+    return runs
+
+
+@dataclass(frozen=True)
+class Method:
+    """The whole surgery by a method that nobody else has; GradAttention's network learns a step by it."""
+
+    make: Callable[[], gk.Aggregator]
+
+    def __call__(self, x: Inputs, peers: Peers) -> Runs:
+        """Ours alone."""
+        aggregator = self.make()
+        return {OURS: lambda: aggregator(x.J)}
+
+
+def surgery(x: Inputs, peers: Peers) -> Runs:
+    """What a step does with the gradients that autograd left. It may overwrite them, so ours works on the copy."""
+    aggregator, n = gk.PCGrad(), len(x.shapes)
+
+    @torch.no_grad()
+    def ours() -> Any:
+        left = [rows.readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
+        if x.suppression is None:
+            columns = rows.columns(x.params, left, x.segments, [-1] * n, overwrite=True)
+            return solve(columns, len(x.groups), aggregator, None, None, None)
+        columns = rows.columns(x.params, left, x.segments, x.suppression.first_units(x.numels), overwrite=True)
+        mask = x.suppression.mask(x.device)
+        outcome = solve(columns, len(x.groups), aggregator, None, mask if x.case.scope == "all" else None, mask)
+        mask.advance()
+        return outcome
+
+    return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)}
+
+
+def gather(x: Inputs, peers: Peers) -> Runs:
+    """The entries that GradAttention looks at."""
+    return {
+        OURS: lambda: ops.gather([g for row in x.grads for g in row], x.numels, x.index),
+        NAIVE: lambda: naive.gather(x.grads, x.index),
+    }
+
+
+def scatter(x: Inputs, peers: Peers) -> Runs:
+    """The entries of an update that only some have, put into tensors."""
+    n = len(x.shapes)
+    return {
+        OURS: lambda: ops.scatter(x.values, x.numels, x.index, x.target[:n]),
+        NAIVE: lambda: naive.scatter(x.values.to(x.dtype), x.index, x.target[:n]),
+    }
+
+
+def pcgrad_program(x: Inputs, peers: Peers) -> Runs:
+    """From Gramians to PCGrad's coefficients; many at once only by who can do more than one after another."""
+    runs: Runs = {
+        OURS: lambda: ops.pcgrad(x.M, x.keys, x.case.T - 1),
+        MATMUL: lambda: plain.coefficients(x.M),
+    }
+    if x.case.S == 1:
+        runs[NAIVE] = lambda: naive.coefficients(x.M[0])
+    if x.case.S == 1 and TORCHJD in peers.found:
+        from torchjd.aggregation import PCGradWeighting
+
+        theirs = PCGradWeighting()
+        runs[TORCHJD] = lambda: theirs(x.M[0])
+    return runs
+
+
+def gradvac_program(x: Inputs, peers: Peers) -> Runs:
+    """From Gramians and targets to GradVac's coefficients, the targets moving; many at once as above."""
+    shape = (x.case.S, x.case.T, x.case.T)
+    targets = torch.zeros(shape, dtype=torch.float64, device=x.device)
+    moving = torch.ones(x.case.T, dtype=torch.bool, device=x.device)
+    runs: Runs = {OURS: lambda: ops.gradvac(x.M, x.keys, targets, moving, 0.01)}
+    if x.case.S == 1 and TORCHJD in peers.found:
+        from torchjd.aggregation import GradVacWeighting
+
+        theirs = GradVacWeighting(beta=0.01)
+        runs[TORCHJD] = lambda: theirs(x.M[0])
+    return runs
+
+
+def gradattention_network(x: Inputs, peers: Peers) -> Runs:
+    """A pass through GradAttention's network, and the step by which it learns."""
+    aggregator = gk.GradAttention(subset=ENTRIES)
+    return {OURS: lambda: aggregator.weights(x.M, x.X)}
+
+
+def _plain(peers: Peers, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Runs:
+    """A function of plain PyTorch, as it is and compiled."""
+    runs: Runs = {MATMUL: lambda: function(*arguments())}
+    if COMPILE in peers.found:
+        runs[COMPILE] = lambda: compiled(function)(*arguments())
+    return runs
+
+
+def _pytorch_optimizer(x: Inputs) -> Run:
+    from pytorch_optimizer import PCGrad
+
+    optimizer = PCGrad(torch.optim.SGD([torch.zeros(1, requires_grad=True)]), reduction="sum")
+    has_grads: list[torch.Tensor] = []
+
+    def run() -> Any:
+        if not has_grads:
+            has_grads.extend(torch.ones_like(g) for g in x.rows)
+        return optimizer.project_conflicting(list(x.rows), has_grads)  # which shuffles its list
+
+    return run
+
+
+OPERATIONS: dict[str, Callable[[Inputs, Peers], Runs]] = {
+    "gramian": gramian,
+    "combine": combine,
+    "project": project,
+    "pcgrad": pcgrad,
+    "gradvac": gradvac,
+    "pcgrad-random": Method(lambda: gk.PCGrad("random")),
+    "pcgrad-average": Method(lambda: gk.PCGrad("average")),
+    "pcgrad-similar": Method(lambda: gk.PCGrad("most_similar")),
+    "pcgrad-different": Method(lambda: gk.PCGrad("most_different")),
+    "gradattention": Method(gk.GradAttention),
+    "sum": Method(gk.Sum),
+    "surgery": surgery,
+    "gather": gather,
+    "scatter": scatter,
+    "pcgrad-program": pcgrad_program,
+    "gradvac-program": gradvac_program,
+    NETWORK: gradattention_network,
+}

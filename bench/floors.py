@@ -1,0 +1,51 @@
+"""What a case must move through memory at least, and what it holds there."""
+
+from bench.cases import NETWORK, Case
+
+ENTRIES = 4096
+"""What GradAttention takes of each task gradient, unless it is told otherwise."""
+COPY = "copy"
+ITEM = {"float32": 4, "bfloat16": 2}
+
+
+def least_bytes(case: Case) -> float:
+    """Bytes that have to be read and written if nothing stays in cache between a Gramian and what follows it."""
+    item, T = ITEM[case.dtype], case.T
+    if case.operation == "gather":  # int64 positions in, float32 out
+        return entries(case) * (8 + T * (item + 4))
+    if case.operation == "scatter":
+        return entries(case) * (8 + 4 + item)
+    if case.operation == NETWORK:  # Gramian and entries in, weights out, float32
+        return case.S * T * (T + ENTRIES + 1) * 4
+    if case.operation == "pcgrad-program":  # Gramian and keys in, coefficients out, float32
+        return case.S * T * T * (4 + 4 + 4)
+    if case.operation == "gradvac-program":  # the same, and targets in float64 both ways
+        return case.S * T * T * (4 + 4 + 4 + 8 + 8)
+    return item * case.P * _words(case)
+
+
+def _words(case: Case) -> float:
+    """Per number of a task gradient. Of what is dropped number by number, memory's sectors bring all."""
+    T = case.T
+    kept = 1 - case.p if case.block > 1 else 1
+    gramian = kept * T if case.scope == "all" else T
+    combine = kept * T + 1
+    of_matrix = {"gramian": gramian, "combine": combine, "sum": combine, "project": T + T}
+    return of_matrix.get(case.operation, gramian + combine)
+
+
+def copied_bytes(case: Case) -> float:
+    """Bytes that a copy of the case's input reads and writes."""
+    numbers = case.T * case.P or case.S * case.T * case.T
+    return 2 * ITEM[case.dtype] * numbers
+
+
+def held_bytes(case: Case) -> float:
+    """About how much memory a case takes: its rows, what they are copied to, and the greediest contestant's own."""
+    own = {"project": 2, "pcgrad": 3, "surgery": 3}.get(case.operation, 0.5)
+    return (2 + own) * copied_bytes(case) / 2
+
+
+def entries(case: Case) -> int:
+    """How many positions ``gather`` and ``scatter`` are given."""
+    return min(ENTRIES, case.P)

@@ -1,0 +1,87 @@
+"""Gradient surgery as it is usually written: on explicit vectors, in their own dtype, a task at a time."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gramian(rows: Sequence[Tensor]) -> Tensor:
+    """(T, T), of T (T + 1) / 2 dot products."""
+    T = len(rows)
+    M = rows[0].new_empty(T, T)
+    for i in range(T):
+        for j in range(i, T):
+            M[i, j] = M[j, i] = torch.dot(rows[i], rows[j])
+    return M
+
+
+def combine(rows: Sequence[Tensor], w: Tensor) -> Tensor:
+    """Σ_t w_t g_t."""
+    total = torch.zeros_like(rows[0])
+    for g, weight in zip(rows, w, strict=True):
+        total += weight * g
+    return total
+
+
+def project(rows: Sequence[Tensor], W: Tensor) -> Tensor:
+    """W J, a row at a time."""
+    return torch.stack([combine(rows, w) for w in W])
+
+
+def pcgrad(rows: Sequence[Tensor]) -> Tensor:
+    """PCGrad (Yu et al. 2020, Algorithm 1): the sum of the modified gradients."""
+    modified = [g.clone() for g in rows]
+    for i, g in enumerate(modified):
+        for j in torch.randperm(len(rows)).tolist():
+            if j == i:
+                continue
+            dot = torch.dot(g, rows[j])
+            if dot < 0:
+                g -= dot / torch.dot(rows[j], rows[j]) * rows[j]
+    return torch.stack(modified).sum(0)
+
+
+def coefficients(M: Tensor) -> Tensor:
+    """The same on a Gramian (T, T): the modified gradients as combinations of the original ones."""
+    C = torch.eye(len(M), dtype=M.dtype, device=M.device)
+    for i, c in enumerate(C):
+        for j in torch.randperm(len(M)).tolist():
+            if j == i:
+                continue
+            dot = M[j] @ c
+            if dot < 0:
+                c[j] -= dot / M[j, j]
+    return C
+
+
+def surgery(grads: Sequence[Sequence[Tensor]], groups: Sequence[Sequence[int]], p: float) -> list[Tensor]:
+    """PCGrad of the T gradients of n tensors: flattened, modified group by group, masked, and cut up again.
+
+    Args:
+        grads: ``grads[t][k]`` of task t and tensor k.
+        groups: which tensors belong together.
+        p: the probability with which an entry is dropped.
+    """
+    results = list(grads[0])
+    for members in groups:
+        update = pcgrad([torch.cat([row[k].flatten() for k in members]) for row in grads])
+        if p:
+            update = update * (torch.rand(len(update), device=update.device) > p)
+        parts = update.split([grads[0][k].numel() for k in members])
+        for k, part in zip(members, parts, strict=True):
+            results[k] = part.view_as(grads[0][k])
+    return results
+
+
+def gather(grads: Sequence[Sequence[Tensor]], index: Tensor) -> Tensor:
+    """(T, d), the entries of the flattened gradients."""
+    return torch.stack([torch.cat([g.flatten() for g in row])[index] for row in grads])
+
+
+def scatter(values: Tensor, index: Tensor, out: Sequence[Tensor]) -> None:
+    """Put entries into the tensors ``out``, by way of a flattened copy of them."""
+    flat = torch.cat([g.flatten() for g in out])
+    flat[index] = values
+    for g, part in zip(out, flat.split([g.numel() for g in out]), strict=True):
+        g.copy_(part.view_as(g))

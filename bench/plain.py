@@ -1,0 +1,41 @@
+"""The same operations in the fewest calls of plain PyTorch: what there is to do without a library, also compiled."""
+
+import torch
+from torch import Tensor
+
+
+def gramian(J: Tensor) -> Tensor:
+    """J Jᵀ."""
+    return J @ J.T
+
+
+def combine(J: Tensor, w: Tensor) -> Tensor:
+    """wᵀ J."""
+    return w @ J
+
+
+def project(J: Tensor, W: Tensor) -> Tensor:
+    """W J."""
+    return W @ J
+
+
+def pcgrad(J: Tensor) -> Tensor:
+    """PCGrad's update by way of the Gramian."""
+    return coefficients(J @ J.T).sum(0) @ J
+
+
+def coefficients(M: Tensor) -> Tensor:
+    """PCGrad's coefficients of Gramians (..., T, T), all tasks a step together, with no branch on the device's numbers.
+
+    Every task takes part in its own order, by a step of 0.
+    """
+    T = M.shape[-1]
+    own = torch.arange(T, device=M.device).unsqueeze(-1)
+    order = torch.rand(M.shape, device=M.device).argsort(-1)
+    squares = M.diagonal(dim1=-2, dim2=-1).unsqueeze(-2).expand(M.shape)
+    C = torch.eye(T, dtype=M.dtype, device=M.device).expand(M.shape)
+    for k in range(T):
+        j = order[..., k : k + 1]
+        step = (C @ M).gather(-1, j).clamp(max=0) / squares.gather(-1, j)
+        C = C.scatter_add(-1, j, torch.where(j == own, 0.0, -step))
+    return C

@@ -1,0 +1,26 @@
+"""``pytest bench``: the quick sweep on the CPU, each contestant by itself, in a group for each case."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import Case, quick
+from bench.contestants import contestants
+from bench.inputs import Inputs
+from bench.peers import find
+
+CPU = torch.device("cpu")
+PEERS = find(CPU)
+TAKING_PART = [(case, name) for case in quick() for name in contestants(Inputs(case, CPU), PEERS)]
+
+
+@pytest.mark.parametrize(("case", "name"), TAKING_PART, ids=lambda value: str(value).replace(" ", "-"))
+@pytest.mark.benchmark(max_time=0.2, min_rounds=3)
+def test_contestant(benchmark: Callable[..., Any], case: Case, name: str) -> None:
+    """One contestant of one case."""
+    benchmark.group = str(case)  # type: ignore[attr-defined]
+    run = contestants(Inputs(case, CPU), PEERS)[name]
+    run()  # compiles, and makes what the case works on
+    benchmark(run)
