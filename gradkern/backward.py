@@ -195,7 +195,7 @@ def _write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     written = []
     for p, g in results:
         if p.grad is None:
-            p.grad = g
+            p.grad = g.detach()  # autograd hands out views of tensors of the same memory, which .grad is none of
         elif p.grad.is_sparse and not g.is_sparse:
             p.grad = rows.added(p.grad, g)
         else:

@@ -61,13 +61,13 @@ def columns(
 
     Args:
         params: n parameters.
-        grads: ``grads[t][k]`` belongs to task t and ``params[k]``; as :func:`readable` gives them, so that nobody else
-            holds them.
+        grads: ``grads[t][k]`` belongs to task t and ``params[k]``; as :func:`readable` gives those of
+            :func:`losses.passes`, which copies what somebody else holds.
         segments: the group of each parameter, None outside surgery.
         units: the first unit of suppression of each parameter.
         overwrite: whether nobody needs ``grads`` once they are combined.
     """
-    times = Counter(id(g) for row in grads for g in row) if overwrite else Counter()
+    times = Counter(id(g) for row in grads for g in row)
     found = []
     for k, (p, segment) in enumerate(zip(params, segments, strict=True)):
         column = [row[k] for row in grads]
@@ -78,7 +78,9 @@ def columns(
         if not sparse and any(g.is_sparse for g in present):
             column = [_laid_out(g, p) if g is not None and g.is_sparse else g for g in column]
         unit = -1 if segment is None else units[k]
-        free = None if sparse else next((g for g in present if times[id(g)] == 1 and _has_its_memory_alone(g)), None)
+        free = None
+        if overwrite and not sparse:
+            free = next((g for g in present if times[id(g)] == 1 and _has_its_memory_alone(g)), None)
         found.append(Column(p, column, _grad_dtype(p), segment, unit, sparse, free))
     return found
 
@@ -137,7 +139,8 @@ def combine(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """Each parameter with Σ_t w[segment, t] g_t; one outside surgery with Σ_t plain[t] g_t.
 
-    A result takes the place of one of its gradients where one is free. A head's is its one gradient, and costs nothing.
+    A result takes the place of one of its gradients where one is free. A head's, without ``plain``, is its one gradient
+    itself.
 
     Args:
         columns: as :func:`columns` gives them.
@@ -149,7 +152,10 @@ def combine(
         The parameters and their results; and the share of the entries that the mask kept, (), None without one. (Of
         dense gradients: the entries that sparse ones lack are dropped anyhow.)
     """
-    results = {} if plain is not None else {c.param: _own(c, g) for c in columns if (g := _only(c)) is not None}
+    results: dict[Tensor, Tensor] = {}
+    for c in columns:
+        if plain is None and (only := _only(c)) is not None:
+            results[c.param] = owned(only, c.param) if c.free is None else only
     summed = [c for c in columns if c.param not in results]
     last = len(w)
     if any(c.segment is None for c in summed):
@@ -177,10 +183,6 @@ def _only(c: Column) -> Tensor | None:
     """The gradient of a parameter outside surgery that one task alone reaches."""
     present = [g for g in c.grads if g is not None]
     return present[0] if c.segment is None and len(present) == 1 else None
-
-
-def _own(c: Column, g: Tensor) -> Tensor:
-    return owned(g, c.param) if c.free is None else g
 
 
 def _by_dtype(columns: Sequence[Column]) -> list[list[Column]]:

@@ -1,6 +1,6 @@
 """The surgery of a step: from the columns of task gradients to the results that ``.grad`` takes.
 
-Writes nothing but gradients that are free to be overwritten, and these when all else has been computed.
+Writes to no ``.grad``: only over gradients that are free, once the weights are known, and what the method remembers.
 """
 
 from collections.abc import Sequence

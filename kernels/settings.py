@@ -47,7 +47,8 @@ def gramian_setting(itemsize: int) -> GramianSetting:
     """One 128-bit load a thread and row: V is what 16 bytes hold, BLOCK what 128 threads hold at that.
 
     40 registers at T = 3 in float32: twelve programs a multiprocessor, 72 KB of loads in flight; at T = 12 three, as
-    many bytes. Masks (``masks.py``) leave these numbers where they are: 38 and 158.
+    many bytes. Masks (``masks.py``) of single elements leave these numbers where they are, 38 and 158; of blocks of 128
+    they take 52 and 163.
     """
     V = 16 // itemsize
     return GramianSetting(128 * V, V, 128)
@@ -69,13 +70,13 @@ class DotSetting(NamedTuple):
 DOT_SETTINGS = {
     # 16-bit: operands are small, so 64 columns; a tensor core step takes 16 of them, a chain is 16 steps.
     2: (
-        DotSetting(16, 64, 256, 32),  # one warp: 108 registers, 18 programs a multiprocessor
+        DotSetting(16, 64, 256, 32),  # one warp: 108 registers, 16 programs a multiprocessor
         DotSetting(32, 64, 256, 128),  # 80 registers
         DotSetting(64, 64, 256, 128),  # 134 registers
     ),
     # float32: up to 32 rows multiplied as they are; for 64, two tf32 products, 8 columns a step, 16 steps a chain.
     4: (
-        DotSetting(16, 64, 512, 32),  # one warp: 152 registers, 13 programs
+        DotSetting(16, 64, 512, 32),  # one warp: 154 registers, 12 programs
         DotSetting(32, 32, 512, 128),  # 102 registers; 64 columns spill in the loop on sm_80
         DotSetting(64, 32, 128, 128),  # 196 registers; 64 columns need all 255
     ),
@@ -103,9 +104,9 @@ class TileSetting(NamedTuple):
 def combine_setting() -> TileSetting:
     """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program.
 
-    122 registers, and 104 to 128 under a mask of single elements or of blocks of whole 128-bit loads: two programs a
-    multiprocessor. One of what takes more: float64, 192 to 204, and blocks that leave less of a load in one piece, as
-    in float32 those of two (137) or of any odd number, which load single elements (140).
+    122 registers (80 on a matrix), and 104 to 128 under a mask of single elements or of blocks of whole 128-bit loads:
+    two programs a multiprocessor. One of what takes more: float64, 192 to 204, and blocks that leave less of a load in
+    one piece, as in float32 those of two (154) or of any odd number, which load single elements (149).
     """
     return TileSetting(4096, 256)
 

@@ -20,6 +20,7 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 if (reason := interpreter.why_not()) and not torch.cuda.is_available():
     pytest.skip(reason, allow_module_level=True)
 
+from gradkern.kernels.masks import FEWEST_ONCE
 from gradkern.ops import cuda
 
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
@@ -230,3 +231,8 @@ def test_bad_arguments_are_named() -> None:
     for block in (0, (1 << 30) + 1):
         with pytest.raises(ValueError, match=f"block must be from 1 to 1073741824, got {block}"):
             cuda.combine_masked(grads, torch.ones(1, 1, device=DEVICE), [0], [0], block, mask, out)
+
+
+def test_the_units_of_a_tile_fit_in_the_bits_of_one_number() -> None:
+    """A tile that starts with the last element of a unit touches the most of them."""
+    assert 1 + -(-(TILE - 1) // FEWEST_ONCE) <= 64

@@ -248,3 +248,10 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
 def _sum(dtype: torch.dtype) -> float:
     """A Gramian is summed in float32 whatever the rows' dtype, so 16-bit rows are no excuse."""
     return TOLERANCES[torch.float64 if dtype == torch.float64 else torch.float32]
+
+
+@pytest.mark.parametrize("P", [1, 14, 15, 30, 100])
+def test_gramian_of_more_rows_than_columns(P: int) -> None:
+    J = torch.randn(5000, P)
+    error = (gk.gramian(J) - J.double() @ J.double().T).abs().max()
+    assert error <= TOLERANCES[torch.float32] * float(J.square().sum(1).max())

@@ -17,7 +17,7 @@ N = 1 << 22
 ROW = 4 * N
 """Bytes of one task gradient."""
 SCRATCH = 6 << 20
-"""What may come on top: the CPU's 4 MB of gathered columns or its mask's window, and the small tensors of a step."""
+"""What may come on top: the CPU's 2 MB of gathered columns, its running sums, and the 4 MB of a window of its mask."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "pcgrad": {"aggregator": gk.PCGrad()},
@@ -104,6 +104,15 @@ def test_a_grad_keeps_no_larger_memory_alive() -> None:
     p, q = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(1000))
     gk.backward([torch.cat((p, q)).square().sum(), torch.cat((p, q)).sum()], [p], aggregator=gk.PCGrad())
     assert p.grad.untyped_storage().nbytes() == p.grad.nbytes
+
+
+def test_a_grad_is_no_view() -> None:
+    """Autograd gives a Linear's weight the transpose of a product."""
+    layer = nn.Linear(4, 3)
+    out = layer(torch.randn(5, 4))
+    gk.backward([out[:, 0].sum(), out[:, 1].square().sum()], layer, aggregator=gk.PCGrad())
+    assert layer.weight.grad._base is None
+    layer.weight.grad.detach_()  # raises for a view
 
 
 def test_results_do_not_alias_what_a_hook_has_seen() -> None:

@@ -1,6 +1,7 @@
 """PCGrad on matrices and Gramians: against the paper's algorithm on vectors, and by its properties."""
 
 import itertools
+import warnings
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -296,3 +297,13 @@ def test_what_is_out_of_range_names_itself(partner: object, reduction: object) -
 def test_bad_gramians(M: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         gk.PCGrad(order=[0, 1, 2]).weights(M)
+
+
+@pytest.mark.parametrize("S", [1, 200])
+def test_overflowed_gradients_warn_of_nothing(S: int) -> None:
+    """They are for the gradient scaler to find; the rows that are finite keep their weights."""
+    M = torch.tensor([[4.0, -1.0, torch.inf], [-1.0, 1.0, -torch.inf], [torch.inf, -torch.inf, torch.inf]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        C = gk.PCGrad(order=[0, 1, 2]).coefficients(M.repeat(S, 1, 1))
+    assert torch.equal(C[:, 0, :2], torch.tensor([1.0, 1.0]).expand(S, 2))  # s = -1 onto a partner of square 1

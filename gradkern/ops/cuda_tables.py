@@ -60,7 +60,11 @@ def _copied(addresses: tuple[int, ...], device: torch.device, stream: int) -> Te
     """The table for work on ``stream``, the current one: in its order it is copied, read and, once let go, reused."""
     size = 1 << (len(addresses) - 1).bit_length()
     ring = _rings[device, stream, size]
-    staging = ring.popleft() if ring and ring[0].copied.query() else _new_staging(size)
+    staging = ring.popleft() if ring else None  # taken before it is asked, for another thread may take it too
+    if staging is not None and not staging.copied.query():
+        ring.appendleft(staging)
+        staging = None
+    staging = staging or _new_staging(size)
     staging.numbers[: len(addresses)] = addresses
     table = staging.pinned[: len(addresses)].to(device, non_blocking=True)
     staging.copied.record(torch.cuda.current_stream(device))

@@ -44,8 +44,9 @@ def _direct(name: str, like: Callable[P, R]) -> Callable[P, R]:
 
 
 def _somebody_watches() -> bool:
-    """Whether a mode or a transform of ``torch.func`` is active."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    """Whether a mode, a transform of ``torch.func`` or ``torch.jit.trace`` is active."""
+    modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    return modes or torch._C._is_tracing()
 
 
 def _is_plain(argument: Any) -> bool:

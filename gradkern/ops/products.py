@@ -110,7 +110,7 @@ def _chunk_columns(T: int, P: int) -> int:
     All P where one product is the faster. A BLAS may sum one product of four rows or more in an order that depends on
     where in memory the rows lie; products in a batch, or of two rows or three, it does not.
     """
-    if T * P <= ONE_PRODUCT or (T <= 3 and P <= ONE_PRODUCT // 2):
+    if P < 64 or T * P <= ONE_PRODUCT or (T <= 3 and P <= ONE_PRODUCT // 2):
         return P
     least = FEW_ROWS_CHUNK if T <= 4 else CHUNK
     for width in range(least, min(3 * least, P // 2) + 1, ALIGN):

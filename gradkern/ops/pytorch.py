@@ -6,7 +6,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gradkern.ops import pages
 from gradkern.ops.blocks import BLOCK, converted, flat
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.products import matrix_gramian, segment_gramians, work_dtype
@@ -47,7 +46,7 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """g = wᵀ J, per segment. A row whose weight is 0 is not read."""
     T, P = J.shape
-    out = pages.empty(J, P)
+    out = J.new_empty(P)
     if offsets is None:
         _combine(J, w.reshape(T), out)
     else:

@@ -26,12 +26,19 @@ def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     def register(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
         def without_autocast(*args: P.args, **kwargs: P.kwargs) -> R:
-            if not torch.is_autocast_enabled("cpu"):
+            device_type = _device_type(args[0])
+            if not torch.is_autocast_enabled(device_type):
                 return function(*args, **kwargs)
-            with torch.autocast("cpu", enabled=False):
+            with torch.autocast(device_type, enabled=False):
                 return function(*args, **kwargs)
 
         serve(name, "default", without_autocast)
         return without_autocast
 
     return register
+
+
+def _device_type(tensors: Any) -> str:
+    """Of a tensor, or of the first one in a list."""
+    found = tensors if isinstance(tensors, torch.Tensor) else next((t for t in tensors if t is not None), None)
+    return "cpu" if found is None else found.device.type
