@@ -307,3 +307,12 @@ def test_overflowed_gradients_warn_of_nothing(S: int) -> None:
         warnings.simplefilter("error")
         C = gk.PCGrad(order=[0, 1, 2]).coefficients(M.repeat(S, 1, 1))
     assert torch.equal(C[:, 0, :2], torch.tensor([1.0, 1.0]).expand(S, 2))  # s = -1 onto a partner of square 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_the_method_and_not_its_weights() -> None:
+    traced = torch.jit.trace(gk.PCGrad(order=[0, 1, 2]), torch.randn(3, 50), check_trace=False)
+    J = torch.randn(3, 50)
+    J[1] = 0.1 * J[1] - J[0]  # in conflict, which the gradients of the trace need not have been
+    expected = torch.stack(reference.pcgrad(list(J), [[0, 1, 2]] * 3)).sum(0)
+    assert_near(traced(J), expected, J.abs().sum(0).max(), TOLERANCES[torch.float32])
