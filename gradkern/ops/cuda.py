@@ -26,7 +26,7 @@ from gradkern.ops.cuda_methods import gradvac, pcgrad
 from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.registration import serve
-from gradkern.ops.schema import arithmetic_dtype, sample
+from gradkern.ops.schema import arithmetic_dtype, numels, sample
 
 
 def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -203,14 +203,8 @@ def _tensor_rows(
     """
     n = len(segments)
     rows = addresses("grads", grads)
-    numels = tuple([_numel(like[k::n]) if g is None else g.numel() for k, g in enumerate(like[:n])])
     units = () if suppression is None else (suppression.units, suppression.block)
-    return rows, sample((*grads, *like)), tensor_layout(numels, tuple(segments), n_segments, *units)
-
-
-def _numel(tensors: OptionalTensors) -> int:
-    """Of the first tensor that is there, 0 if none is."""
-    return next((t.numel() for t in tensors if t is not None), 0)
+    return rows, sample((*grads, *like)), tensor_layout(tuple(numels(like, n)), tuple(segments), n_segments, *units)
 
 
 def _tiles(layout: Layout, device: torch.device) -> Tensor:

@@ -74,6 +74,15 @@ def sample(grads: Sequence[Tensor | None]) -> Tensor:
     raise ValueError("grads holds no tensor: nothing tells their dtype and device")
 
 
+def numels(tensors: Sequence[Tensor | None], n: int) -> list[int]:
+    """How many elements tensor k has, of n, which every n-th from it on has that is there; 0 if none is."""
+    # The first n are mostly there, and to look along all the others of hundreds of tensors takes 70 µs.
+    return [
+        g.numel() if g is not None else next((t.numel() for t in tensors[k::n] if t is not None), 0)
+        for k, g in enumerate(tensors[:n])
+    ]
+
+
 @torch.library.register_fake("gradkern::gramian")
 def _(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     segments = () if offsets is None else (offsets.shape[0] - 1,)

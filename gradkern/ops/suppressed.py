@@ -9,6 +9,7 @@ from gradkern.ops.philox import dropped
 from gradkern.ops.products import segment_gramians
 from gradkern.ops.pytorch import COLUMNS, combine_flat
 from gradkern.ops.registration import operator
+from gradkern.ops.schema import numels
 
 WINDOW = 1 << 17
 """Units drawn at a time: their words, 1 MB of int64, stay in cache, and many small tensors share one drawing."""
@@ -24,7 +25,7 @@ def gramian_masked(
     mask: Tensor,
 ) -> Tensor:
     """M = J Jᵀ over the kept entries, per segment."""
-    drops = _Drops(units, _numels(grads, len(segments)), block, mask)
+    drops = _Drops(units, numels(grads, len(segments)), block, mask)
 
     def erase(k: int, start: int, rows: Tensor) -> None:
         if units[k] >= 0:
@@ -46,7 +47,7 @@ def combine_masked(
     """out[k] = Σ_t w[segments[k], t] grads[t, k] where kept, 0 elsewhere; how many entries were kept."""
     n = len(out)
     weights = w.tolist()
-    drops = _Drops(units, _numels(out, n), block, mask)
+    drops = _Drops(units, numels(out, n), block, mask)
     kept = mask.new_zeros(())
     for k in range(n):
         rows = [None if g is None else flat(g) for g in grads[k::n]]
@@ -82,8 +83,3 @@ class _Drops:
             return units
         begin = start % self.block
         return units.repeat_interleave(self.block)[begin : begin + count]
-
-
-def _numels(tensors: Sequence[Tensor | None], n: int) -> list[int]:
-    """How many elements tensor k has, which every n-th from it on has that is there."""
-    return [next((g.numel() for g in tensors[k::n] if g is not None), 0) for k in range(n)]
