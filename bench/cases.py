@@ -76,6 +76,7 @@ def full() -> list[Case]:
     P = numbers(BERT_BASE)
     return [
         *_matrices(TASKS, SIZES, "float32"),
+        *(Case("pcgrad", T, 4_000_000) for T in TASKS[:4]),
         *_matrices((3, 8), SIZES[:-1], "bfloat16"),  # dot products of 10^8 bfloat16 numbers take a CPU minutes
         *_variants(10_000),
         *_variants(1_000_000),

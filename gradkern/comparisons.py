@@ -169,6 +169,19 @@ def _pcgrad(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
                 yield (c.double() @ block).to(dtype), expected, c.double().abs() @ block.abs()
 
 
+def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for T, P in SHAPES:
+        J, on_device = _matrix(T, P, dtype, device)
+        keys = torch.rand(1, T, T)
+        order = keys[0].argsort(-1).tolist()
+        rows = list(J.double())
+        modified = torch.stack(reference.pcgrad(rows, [[j for j in row if j != i] for i, row in enumerate(order)]))
+        for mean in (False, True):
+            g = ops.pcgrad(on_device, keys.to(device), T - 1, mean)
+            # A modified gradient is no longer than the original one: as far off as the sum of all.
+            yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)
+
+
 CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Comparison]]] = {
     "gramian": _gramian,
     "gramian.tensors": _gramian_tensors,
@@ -182,6 +195,7 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Comparison]]] =
     "gather": _gather,
     "scatter": _scatter,
     "pcgrad": _pcgrad,
+    "pcgrad.matrix": _pcgrad_matrix,
     "gradvac": _gradvac,
 }
 """Every operator in ``torch.ops.gradkern``, by name and overload. Those on a matrix also run with ``offsets``."""

@@ -13,8 +13,9 @@ import gradkern as gk
 from gradkern import reference
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
-# One chunk, its neighbours, many chunks with and without a rest, and more than one block of 16-bit columns.
-SIZES = [0, 1, 7, 2047, 2048, 4095, 4096, 4097, 70_001]
+# One chunk, its neighbours, the longest sum in one product, many chunks with and without a rest, and more than one
+# block of 16-bit columns.
+SIZES = [0, 1, 7, 2047, 2048, 4095, 4096, 4097, 16_384, 70_001]
 OFFSETS = [None, [0, 5, 5, 4096, 9000]]
 
 
@@ -243,6 +244,8 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     M = torch.randn(2, 3, 3, device=device)
     opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device), 2))
     opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device), 1))
+    opcheck(ops.pcgrad.matrix, (J, torch.rand(1, 3, 3, device=device), 2, False))
+    opcheck(ops.pcgrad.matrix, (J.bfloat16(), torch.rand(1, 3, 3, device=device), 1, True))
 
 
 def _sum(dtype: torch.dtype) -> float:

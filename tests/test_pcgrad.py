@@ -52,6 +52,44 @@ def test_every_dtype(dtype: torch.dtype, device: torch.device) -> None:
     assert_near(out.cpu(), expected, 10 * J.double().abs().max(), TOLERANCES[dtype])
 
 
+@pytest.mark.parametrize("partner", ["all", "random"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_matrix_at_once(reduction: str, partner: str, device: torch.device) -> None:
+    """On vectors, in the order that the generator gives; the same under autocast, compiled, and with derivatives."""
+    J = conflicting(5, 300)
+    order = torch.rand(1, 5, 5, generator=torch.Generator(device).manual_seed(3), device=device).argsort(-1)[0].tolist()
+    partners = [[j for j in row if j != i][: 4 if partner == "all" else 1] for i, row in enumerate(order)]
+    expected = sum(reference.pcgrad(J, partners)) / (1 if reduction == "sum" else 5)
+
+    def update(J: Tensor) -> Tensor:
+        generator = torch.Generator(device).manual_seed(3)
+        return gk.PCGrad(partner=partner, reduction=reduction, generator=generator)(J.to(device)).cpu()
+
+    leaf = J.clone().requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        under_autocast = update(J.float())
+    # 1e-10 as above; float32 rounds to 6e-8, which conflicts magnify.
+    assert_near(update(J), expected, J.norm(dim=1).max(), 1e-10)
+    assert_near(update(leaf).detach(), expected, J.norm(dim=1).max(), 1e-10)
+    assert_near(under_autocast, expected, J.norm(dim=1).max(), 1e-5)
+
+
+def test_a_matrix_at_once_compiles(device: torch.device) -> None:
+    J, method = conflicting(3).to(device), gk.PCGrad(order=[0, 1, 2])
+    compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(J), method(J))
+
+
+def test_a_subclass_has_its_own_weights(device: torch.device) -> None:
+    class Doubled(gk.PCGrad):
+        def weights(self, M: Tensor) -> Tensor:
+            return 2 * super().weights(M)
+
+    J = conflicting(3).to(device)
+    once, twice = gk.PCGrad(order=[0, 1, 2])(J), Doubled(order=[0, 1, 2])(J)
+    assert_near(twice, 2 * once, J.norm(dim=1).max(), 1e-12)  # float64, summed in another order
+
+
 def test_one_order_for_all_tasks_skips_the_own_index(device: torch.device) -> None:
     M = gk.gramian(conflicting(4).to(device))
     row = [2, 0, 3, 1]

@@ -56,7 +56,7 @@ class GradVac(Projection):
         return Solution(weights, targets=told)
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        keys, targets = self._visiting_keys(M), self._targets_for(M)
+        keys, targets = self._visiting_keys(len(M), M.shape[-1], M.device), self._targets_for(M)
         moving = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
             moving = moving & present

@@ -12,6 +12,10 @@ from torch import Tensor
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.cosines import cosines
 from gradkern.ops import direct
+from gradkern.ops.autograd import recording
+from gradkern.ops.matrix import check_matrix
+
+_pcgrad_matrix = torch.ops.gradkern.pcgrad.matrix
 
 PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 
@@ -46,16 +50,27 @@ class PCGrad(Projection):
         super().__init__(order, reduction, generator)
         self.partner = partner
 
+    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+        """The update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
+        check_matrix(J, offsets)
+        # In one call, where nobody has to see what lies between: a derivative, segments, a subclass's own weights.
+        if type(self) is not PCGrad or self.partner not in ("all", "random") or offsets is not None or recording(J):
+            return super().forward(J, offsets)
+        T = J.shape[0]
+        return _pcgrad_matrix(J, self._visiting_keys(1, T, J.device), self._visits(T), self.reduction == "mean")
+
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         if self.partner == "average":
             return _average(M)
         if self.partner in ("all", "random"):
-            keys = self._visiting_keys(M)
+            keys = self._visiting_keys(len(M), M.shape[-1], M.device)
         else:
             phi = cosines(M.double())
             keys = (phi if self.partner == "most_different" else -phi).nan_to_num(torch.inf, torch.inf, -torch.inf)
-        n_others = M.shape[-1] - 1
-        return direct.pcgrad(M, keys, n_others if self.partner == "all" else min(1, n_others))
+        return direct.pcgrad(M, keys, self._visits(M.shape[-1]))
+
+    def _visits(self, T: int) -> int:
+        return T - 1 if self.partner == "all" else min(1, T - 1)
 
     def __repr__(self) -> str:
         return f"PCGrad(partner={self.partner!r}, {self._repr_shared()})"

@@ -63,17 +63,16 @@ class Projection(Aggregator):
     def _reduced(self, C: Tensor) -> Tensor:
         return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
 
-    def _visiting_keys(self, M: Tensor) -> Tensor:
+    def _visiting_keys(self, S: int, T: int, device: torch.device) -> Tensor:
         """(S or 1, T, T): task i visits its partners in ascending order of row i."""
-        S, T, _ = M.shape
         if self._keys is None:
-            if self.generator is not None and self.generator.device != M.device:
-                raise ValueError(f"generator is on {self.generator.device}, M on {M.device}")
-            return torch.rand(S, T, T, generator=self.generator, dtype=torch.float32, device=M.device)
+            if self.generator is not None and self.generator.device != device:
+                raise ValueError(f"generator is on {self.generator.device}, M on {device}")
+            return torch.rand(S, T, T, generator=self.generator, dtype=torch.float32, device=device)
         n_tasks = len(self._keys.values)
         if n_tasks != T:
             raise ValueError(f"order is for {n_tasks} tasks, M has {T}: {self.order}")
-        return self._keys.on(M.device, torch.float32).expand(1, T, T).contiguous()
+        return self._keys.on(device, torch.float32).expand(1, T, T).contiguous()
 
     def _repr_shared(self) -> str:
         order = None if self.order is None else self.order.tolist()

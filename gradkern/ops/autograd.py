@@ -84,24 +84,25 @@ class _Cross(_Operator):
 
 def gramian(J: Tensor, offsets: Tensor | None) -> Tensor:
     """M = J Jᵀ."""
-    return _Gramian.apply(J, offsets) if _recording(J, J) else _gramian_op(J, offsets)
+    return _Gramian.apply(J, offsets) if recording(J) else _gramian_op(J, offsets)
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
     """g = wᵀ J."""
-    return _Combine.apply(J, w, offsets) if _recording(J, w) else _combine_op(J, w, offsets)
+    return _Combine.apply(J, w, offsets) if recording(J) or recording(w) else _combine_op(J, w, offsets)
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
     """Y = W J."""
-    return _Project.apply(J, W, offsets) if _recording(J, W) else _project_op(J, W, offsets)
+    return _Project.apply(J, W, offsets) if recording(J) or recording(W) else _project_op(J, W, offsets)
 
 
 def _cross(A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
-    return _Cross.apply(A, B, offsets) if _recording(A, B) else _cross_op(A, B, offsets)
+    return _Cross.apply(A, B, offsets) if recording(A) or recording(B) else _cross_op(A, B, offsets)
 
 
-def _recording(a: Tensor, b: Tensor) -> bool:
+def recording(tensor: Tensor) -> bool:
+    """Whether a derivative in it may be asked for."""
     # Under a transform of torch.func a tensor's own flag says nothing.
-    wanted = a.requires_grad or b.requires_grad or torch._C._are_functorch_transforms_active()
+    wanted = tensor.requires_grad or torch._C._are_functorch_transforms_active()
     return wanted and torch.is_grad_enabled()

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.ops.schema import arithmetic_dtype
+
 BLOCK = 1 << 19
 """Numbers of a block, all rows together: 2 MB of float32, what a core's second cache holds. Half or twice as many took
 a tenth longer."""
@@ -22,6 +24,12 @@ Columns = Mapping[int, Sequence[Tensor | None]]
 def flat(g: Tensor) -> Tensor:
     """A dense tensor as the memory it is."""
     return g.flatten() if g.is_contiguous() else g.as_strided((g.numel(),), (1,))
+
+
+def widened(J: Tensor) -> Tensor:
+    """J in arithmetic dtype, where all of it then fits into a block; else J."""
+    wanted = arithmetic_dtype(J.dtype)
+    return J if J.dtype == wanted or J.numel() > BLOCK else J.to(wanted)
 
 
 def converted(J: Tensor, dtype: torch.dtype, step: int) -> Iterator[Tensor]:

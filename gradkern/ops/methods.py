@@ -16,18 +16,30 @@ from gradkern.ops.registration import operator
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-FEW = 512
-"""Multiplications up to which PCGrad's coefficients take less time one by one than in NumPy: 12 µs, not 40, for T = 3,
-44 and 80 for T = 8; T = 3 for 17 segments takes the same time in both."""
+FEW = 32
+"""Tasks, of all segments together, up to which PCGrad's coefficients take less time one by one than in NumPy: 4 µs, not
+43, for T = 3, 75 and 185 for T = 16; for T = 32 and for 17 segments of T = 3 both take the same."""
 
 
 @operator("pcgrad")
 def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
     """PCGrad's coefficients (Yu et al. 2020, Algorithm 1), from the first ``visits`` partners of each task."""
     S, T, _ = M.shape
-    if S * T**3 <= FEW:
+    if S * T <= FEW:
         of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), strict=True)
         return _like(np.array([_few(m, k, visits) for m, k in of_segments]), M)
+    return _like(_many(M, keys, visits), M)
+
+
+def pcgrad_weights(M: Tensor, keys: Tensor, visits: int) -> list[float]:
+    """Of one Gramian (T, T), the sum of its coefficients over tasks."""
+    C = _few(M.tolist(), keys.tolist()[0], visits) if len(M) <= FEW else _many(M.unsqueeze(0), keys, visits).tolist()
+    return [sum(column) for column in zip(*C, strict=True)]
+
+
+def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
+    """:func:`pcgrad` of all tasks of all segments at once: (S T, T)."""
+    S, T, _ = M.shape
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
     task = np.arange(S * T)
@@ -40,7 +52,7 @@ def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
             step = -s[conflict] / squares[j]
             C[conflict, partner[conflict]] = step
             D[conflict] += step[:, None] * rows[j]
-    return _like(C, M)
+    return C
 
 
 def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[list[float]]:
@@ -52,11 +64,14 @@ def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[lis
         order.remove(i)
         c = [0.0] * T
         c[i] = 1.0
-        d = M[i]
+        terms: list[tuple[float, list[float]]] = []
         for j in order[:visits]:
-            if d[j] < 0 < M[j][j]:
-                c[j] = -d[j] / M[j][j]
-                d = [a + c[j] * b for a, b in zip(d, M[j], strict=True)]
+            s = M[i][j]
+            for a, row in terms:
+                s += a * row[j]
+            if s < 0 < M[j][j]:
+                c[j] = -s / M[j][j]
+                terms.append((c[j], M[j]))
         C.append(c)
     return C
 

@@ -22,7 +22,10 @@ def dropped(first_unit: int, n_units: int, mask: Tensor) -> Tensor:
         mask: (3,) int64, on the device: seed, step and threshold, as ``ops/schema.py`` says.
     """
     counters = torch.arange(first_unit // 4, first_unit // 4 + -(-n_units // 4), device=mask.device)
-    return (torch.stack(_words(counters, mask), -1) < mask[2]).view(-1)[:n_units]
+    drop = torch.empty((len(counters), 4), dtype=torch.bool, device=mask.device)
+    for place, word in zip(drop.unbind(-1), _words(counters, mask), strict=True):
+        torch.lt(word, mask[2], out=place)
+    return drop.view(-1)[:n_units]
 
 
 def dropped_at(units: Tensor, mask: Tensor) -> Tensor:
@@ -36,14 +39,21 @@ def _dropped_at(units: Tensor, mask: Tensor) -> Tensor:
     return word < mask[2]
 
 
-def _words(counters: Tensor, mask: Tensor) -> list[Tensor]:
-    """The four 32-bit words at each counter. What all have in common stays one number as long as it is."""
+def _words(counters: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four 32-bit words at each counter."""
     seed, step, _ = mask.unbind()
-    c = [counters & WORD, counters >> 32 & WORD, step & WORD, step >> 32 & WORD]
-    k = [seed & WORD, seed >> 32 & WORD]
+    like = torch.zeros_like(counters)
+    c0, c1, c2, c3 = counters & WORD, counters >> 32 & WORD, like + (step & WORD), like + (step >> 32 & WORD)
+    k0, k1 = seed & WORD, seed >> 32 & WORD
+    p0, p1 = like, torch.empty_like(like)
     for _ in range(ROUNDS):
         # The products take 64 bits without a sign. In int64 they wrap to the same bits, and the masks drop the sign.
-        p0, p1 = MULTIPLIERS[0] * c[0], MULTIPLIERS[1] * c[2]
-        c = [(p1 >> 32 & WORD) ^ c[1] ^ k[0], p1 & WORD, (p0 >> 32 & WORD) ^ c[3] ^ k[1], p0 & WORD]
-        k = [(k[0] + WEYL[0]) & WORD, (k[1] + WEYL[1]) & WORD]
-    return list(torch.broadcast_tensors(*c))
+        torch.mul(c0, MULTIPLIERS[0], out=p0)
+        torch.mul(c2, MULTIPLIERS[1], out=p1)
+        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), and what is above 32 bits in a low
+        # half falls with the next mask. In place, for new memory would leave the caches.
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
+        c1, c3, p0, p1 = p1, p0, c3, c1
+        k0, k1 = (k0 + WEYL[0]) & WORD, (k1 + WEYL[1]) & WORD
+    return c0, c1.bitwise_and_(WORD), c2, c3.bitwise_and_(WORD)

@@ -22,8 +22,10 @@ FEW_ROWS_CHUNK = 6144
 """Least columns of one product in the batch, up to three times as many; with up to four rows the latter. Measured at
 T = 2 … 40: flat from 1024 to 8192; for few rows to 32768, where fewer chunks leave fewer partial products to sum."""
 ONE_PRODUCT = 1 << 16
-"""Numbers of all rows up to which one product takes less time than summing up those of a batch; of two rows or three up
-to half as many columns, whatever that comes to."""
+"""Numbers of all rows up to which one product takes less time than summing up those of a batch."""
+ONE_SUM = 1 << 14
+"""Columns up to which one product is precise enough: of so many terms from 16-bit rows, whose roundings do not cancel,
+a float32 sum may be off by 2e-6 of itself, and of twice as many by 4e-6."""
 ALIGN = 8
 """A chunk is a multiple of this many columns, 32 bytes of float32: it divides most layers' sizes, to leave no rest."""
 
@@ -36,7 +38,9 @@ def matrix_gramian(J: Tensor) -> Tensor:
     # float64, and whatever it is given in one product.
     as_stored = J.dtype == torch.float32 == work and J.stride(1) == 1 and (T <= 3 or _chunk_columns(T, P) < P)
     blocks = (J,) if as_stored else converted(J, work, _block_columns(T, P))
-    return _sum_of_products(blocks, T, P).to(arithmetic_dtype(J.dtype))
+    M = _sum_of_products(blocks, T, P)
+    wanted = arithmetic_dtype(J.dtype)
+    return M if work == wanted else M.to(wanted)
 
 
 def segment_gramians(
@@ -107,10 +111,10 @@ def _symmetric(lefts: list[slice], products: list[Tensor]) -> Tensor:
 def _chunk_columns(T: int, P: int) -> int:
     """Columns of a chunk: those that divide P if any do, so that no rest costs a product of its own.
 
-    All P where one product is the faster. A BLAS may sum one product of four rows or more in an order that depends on
-    where in memory the rows lie; products in a batch, or of two rows or three, it does not.
+    All P where one product is the faster and precise enough. A BLAS may sum one product of four rows or more in an
+    order that depends on where in memory the rows lie; products in a batch, or of two rows or three, it does not.
     """
-    if P < 64 or T * P <= ONE_PRODUCT or (T <= 3 and P <= ONE_PRODUCT // 2):
+    if P < 64 or (P <= ONE_SUM and T * P <= ONE_PRODUCT):
         return P
     least = FEW_ROWS_CHUNK if T <= 4 else CHUNK
     for width in range(least, min(3 * least, P // 2) + 1, ALIGN):

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gradkern.ops.blocks import BLOCK, converted, flat
+from gradkern.ops.blocks import BLOCK, converted, flat, widened
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.products import matrix_gramian, segment_gramians, work_dtype
 from gradkern.ops.registration import operator
@@ -46,22 +46,24 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """g = wᵀ J, per segment. A row whose weight is 0 is not read."""
     T, P = J.shape
-    out = J.new_empty(P)
     if offsets is None:
-        _combine(J, w.reshape(T), out)
-    else:
-        bounds = column_bounds(offsets, P)
-        for (a, b), of_segment in zip(pairwise(bounds), w.reshape(-1, T), strict=True):
-            _combine(J[:, a:b], of_segment, out[a:b])
+        return combine_matrix(widened(J), w.reshape(T)).to(J.dtype)
+    out = J.new_empty(P)
+    bounds = column_bounds(offsets, P)
+    for (a, b), of_segment in zip(pairwise(bounds), w.reshape(-1, T), strict=True):
+        combine_matrix(J[:, a:b], of_segment, out[a:b])
     return out
 
 
-def _combine(J: Tensor, w: Tensor, out: Tensor) -> None:
+def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """wᵀ J, in ``out`` if that is given. A row whose weight is 0 is not read."""
     weights = w.tolist()
     if w.dtype == J.dtype == work_dtype(J) and 0.0 not in weights:
-        torch.mv(J.t(), w, out=out)
-    else:
-        combine_flat(list(J), weights, out)
+        return torch.mv(J.t(), w, out=out)
+    if out is None:
+        out = J.new_empty(J.shape[1])
+    combine_flat(list(J), weights, out)
+    return out
 
 
 @operator("combine.tensors")

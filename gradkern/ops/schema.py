@@ -21,7 +21,8 @@ tensors one after another, ``numels[k]`` elements each. ``gather`` gives (T, d) 
 ``values`` (d,) and leaves all others as they are, also all of a tensor in ``out`` that has no elements.
 
 ``pcgrad`` and ``gradvac`` are T x T programs. Task i visits the others in ascending order of ``keys[..., i, :]``,
-floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike.
+floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike. ``pcgrad.matrix`` is the whole
+surgery of J with ``keys`` (1, T, T): the sum of its modified rows, or their mean.
 """
 
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ torch.library.define("gradkern::gather", "(Tensor?[] grads, int[] numels, Tensor
 torch.library.define("gradkern::scatter", "(Tensor values, int[] numels, Tensor index, Tensor(a!)[] out) -> ()")
 
 torch.library.define("gradkern::pcgrad", "(Tensor M, Tensor keys, int visits) -> Tensor")
+torch.library.define("gradkern::pcgrad.matrix", "(Tensor J, Tensor keys, int visits, bool mean) -> Tensor")
 torch.library.define(
     "gradkern::gradvac",
     "(Tensor M, Tensor keys, Tensor(a!) targets, Tensor moving, float beta) -> Tensor",
@@ -163,3 +165,8 @@ def _(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> 
 @torch.library.register_fake("gradkern::pcgrad")
 def _(M: Tensor, keys: Tensor, visits: int) -> Tensor:
     return torch.empty_like(M, memory_format=torch.contiguous_format)
+
+
+@torch.library.register_fake("gradkern::pcgrad.matrix")
+def _(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
+    return J.new_empty(J.shape[1])

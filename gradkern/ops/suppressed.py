@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gradkern.ops.blocks import flat
@@ -11,8 +12,10 @@ from gradkern.ops.pytorch import COLUMNS, combine_flat
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import numels
 
-WINDOW = 1 << 17
-"""Units drawn at a time: their words, 1 MB of int64, stay in cache, and many small tensors share one drawing."""
+WINDOW = 1 << 18
+"""Units drawn at a time: their words, 2 MB of int64, are enough for two threads and stay in the caches of both, and
+many small tensors share one drawing. Half as many, which PyTorch gives to one thread, took twice as long."""
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @operator("gramian.masked")
@@ -29,7 +32,7 @@ def gramian_masked(
 
     def erase(k: int, start: int, rows: Tensor) -> None:
         if units[k] >= 0:
-            rows.masked_fill_(drops.entries(k, start, rows.shape[1]), 0.0)
+            _erase(rows, drops.entries(k, start, rows.shape[1]))
 
     return segment_gramians(grads, segments, n_segments, erase)
 
@@ -57,9 +60,15 @@ def combine_masked(
             combine_flat([None if row is None else row[a:b] for row in rows], weights[segments[k]], result[a:b])
             if units[k] >= 0:
                 drop = drops.entries(k, a, b - a)
-                result[a:b].masked_fill_(drop, 0.0)
-                kept += b - a - drop.sum()
+                _erase(result[a:b], drop)
+                kept += b - a - drop.count_nonzero()
     return kept
+
+
+def _erase(values: Tensor, drop: Tensor) -> None:
+    """0 where ``drop`` is true, by the bits: to fill by a mask goes number by number, at a tenth of the speed."""
+    bits = _BITS[values.element_size()]
+    values.view(bits).bitwise_and_(drop.to(bits).sub_(1))
 
 
 class _Drops:
