@@ -94,12 +94,13 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
         left = [rows.readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
         if x.suppression is None:
             columns = rows.columns(x.params, left, x.segments, [-1] * n, overwrite=True)
-            return solve(columns, len(x.groups), aggregator, None, None, None)
+            return solve(columns, len(x.groups), aggregator, None, None, None).combine()
         columns = rows.columns(x.params, left, x.segments, x.suppression.first_units(x.numels), overwrite=True)
         mask = x.suppression.mask(x.device)
-        outcome = solve(columns, len(x.groups), aggregator, None, mask if x.case.scope == "all" else None, mask)
+        of_products = mask if x.case.scope == "all" else None
+        results = solve(columns, len(x.groups), aggregator, None, of_products, mask).combine()
         mask.advance()
-        return outcome
+        return results
 
     return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)}
 

@@ -3,7 +3,7 @@
 Surgery writes nothing before it has computed everything, so a step that raises leaves every ``.grad`` as it was.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,12 @@ from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss, checked, passes, stacked, unreached
 from gradkern.memory import Memory, bools_on
 from gradkern.parameters import Groups, Params, parameters, segments, subset
-from gradkern.solve import solve
-from gradkern.suppression import Suppression
+from gradkern.rows import Column
+from gradkern.solve import Outcome, solve
+from gradkern.suppression import Mask, Suppression
+
+Take = Callable[[Sequence[Column], Outcome, Mask | None, Tensor | None], Tensor | None]
+"""What becomes of a combination: given the columns, their weights, the mask and κ, returns the share kept."""
 
 
 def backward(
@@ -81,6 +85,8 @@ def step(
     retain_graph: bool,
     conflict_lr: ConflictLR | None = None,
     memory: Memory | None = None,
+    take: Take | None = None,
+    outside: bool = False,
 ) -> SurgeryInfo:
     """:func:`backward`, and what only an optimizer can ask for.
 
@@ -88,6 +94,8 @@ def step(
         losses, params, aggregator, groups, shared, suppression, retain_graph: as for :func:`backward`.
         conflict_lr: tell κ in ``SurgeryInfo.step_scale``.
         memory: let absent tasks take part with their last gradients.
+        take: takes the combination, in place of ``.grad``.
+        outside: take dot products outside surgery too, for ``take`` to know.
     """
     _refuse_distributed()
     if not isinstance(aggregator, Aggregator):
@@ -124,8 +132,14 @@ def step(
         columns = rows.columns(targets, taken, where, [units[k] for k in trained], overwrite=memory is None)
         mask = None if suppression is None else suppression.mask(device)
         mask_of_products = mask if suppression is not None and suppression.scope == "all" else None
-        outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask_of_results=mask)
-        written_to = _write(outcome.results)
+        outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask, outside)
+        step_scale = None if conflict_lr is None else conflict_lr.scale(outcome.gramian.sum(0))
+        written_to: list[Tensor] = []
+        if take is None:
+            results, kept = outcome.combine()
+            written_to = _write(results)
+        else:
+            kept = take(columns, outcome, mask, step_scale)
         if memory is not None:
             memory.remember(here, grads, targets)
         if mask is not None:
@@ -143,8 +157,8 @@ def step(
             weights=solution.weights[0] if alone else solution.weights,
             targets=told(solution.targets),
             attention=told(solution.attention),
-            kept=outcome.kept,
-            step_scale=None if conflict_lr is None else conflict_lr.scale(outcome.gramian.sum(0)),
+            kept=kept,
+            step_scale=step_scale,
         )
 
 

@@ -182,6 +182,42 @@ def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Compari
             yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)
 
 
+def _adamw(dtype: torch.dtype, device: torch.device, block: int | None = None) -> Iterator[Comparison]:
+    """Parameters and moments after a step, with amsgrad; entries that a mask drops as of gradient 0."""
+    numbers = (0.1, 0.8, 0.9, 0.3, 1e-3)
+    lr, *betas, weight_decay, eps = numbers
+    for T, P in SHAPES:
+        cut = _cut(_matrix(T, P, dtype, device)[0], device)
+        w = _weights((N_SEGMENTS, T), dtype)
+        params = [torch.randn(piece.shape[1:], dtype=torch.float64).to(dtype) for piece in cut.pieces]
+        moments = [
+            torch.rand(p.shape, dtype=torch.float64).to(arithmetic_dtype(dtype)) for _ in range(3) for p in params
+        ]
+        on_device = [[x.to(device, copy=True) for x in xs] for xs in (params, moments)]
+        steps = [torch.tensor(k + 2.0, device=device) for k in range(len(params))]
+        step = (*on_device, steps, None, torch.tensor(0.5, device=device), list(numbers))
+        if block is None:
+            ops.adamw(cut.grads, w.to(device), cut.segments, *step)
+        else:
+            ops.adamw(cut.grads, w.to(device), cut.segments, *cut.masking(block, device), *step)
+            cut = cut.erased(block)
+        n = len(params)
+        for k, (piece, s) in enumerate(zip(cut.pieces, cut.segments, strict=True)):
+            (g,), (size,) = _sums(piece, w[s][None])
+            expected = reference.adamw(
+                params[k], moments[k::n], g, k + 2, 0.5 * lr, (betas[0], betas[1]), weight_decay, eps
+            )
+            results, before = (on_device[0][k], *on_device[1][k::n]), (params[k], *moments[k::n])
+            for result, x, b in zip(results, expected, before, strict=True):
+                # What a gradient's rounding does to a moment is in proportion to the gradient, or its square.
+                yield result, x, x.abs() + b.double().abs() + size + size.square()
+
+
+def _adamw_masked(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for block in BLOCKS:
+        yield from _adamw(dtype, device, block)
+
+
 CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Comparison]]] = {
     "gramian": _gramian,
     "gramian.tensors": _gramian_tensors,
@@ -197,6 +233,8 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Comparison]]] =
     "pcgrad": _pcgrad,
     "pcgrad.matrix": _pcgrad_matrix,
     "gradvac": _gradvac,
+    "adamw": _adamw,
+    "adamw.masked": _adamw_masked,
 }
 """Every operator in ``torch.ops.gradkern``, by name and overload. Those on a matrix also run with ``offsets``."""
 

@@ -24,6 +24,7 @@ class SurgeryInfo:
         kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept; of dense
             gradients alone, and None where there are none.
         step_scale: (), κ, by which ``ConflictLR`` scales the optimizer's step; None without.
+        total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without.
     """
 
     losses: Tensor
@@ -33,6 +34,7 @@ class SurgeryInfo:
     attention: Tensor | None = None
     kept: Tensor | None = None
     step_scale: Tensor | None = None
+    total_norm: Tensor | None = None
 
     @cached_property
     def norms(self) -> Tensor | None:

@@ -198,6 +198,31 @@ def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
     return torch.softmax(r / entropy, 0)
 
 
+def adamw(
+    p: Tensor,
+    moments: Sequence[Tensor],
+    g: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    eps: float,
+) -> list[Tensor]:
+    """A step of AdamW (Loshchilov & Hutter 2019, Algorithm 2): the new p, m and v.
+
+    Args:
+        moments: m and v; a third, the largest v so far, is amsgrad (Reddi et al. 2018), and comes back too.
+        step: 1 for the first.
+    """
+    p, m, v, *largest = (x.double() for x in (p, *moments))
+    m = betas[0] * m + (1 - betas[0]) * g.double()
+    v = betas[1] * v + (1 - betas[1]) * g.double() ** 2
+    largest = [torch.maximum(u, v) for u in largest]
+    m_hat = m / (1 - betas[0] ** step)
+    v_hat = (largest[0] if largest else v) / (1 - betas[1] ** step)
+    return [p - lr * weight_decay * p - lr * m_hat / (v_hat.sqrt() + eps), m, v, *largest]
+
+
 class Memory:
     """Steps that bring some tasks only, the others' last gradients kept as vectors (Rhapsody, §3.2)."""
 

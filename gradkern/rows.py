@@ -103,14 +103,18 @@ def dense(columns: Sequence[Column]) -> list[Column]:
     ]
 
 
-def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None) -> Tensor:
+def gramian(columns: Sequence[Column], n_segments: int, mask: Mask | None, outside: bool = False) -> Tensor:
     """(S, T, T), the dot products of the task gradients within each group; float64 if any gradient is.
 
     Args:
         columns: as :func:`columns` gives them.
         n_segments: S.
         mask: leave out what it drops.
+        outside: one more group, (S + 1, T, T), of what is outside surgery.
     """
+    if outside:
+        columns = [replace(c, segment=n_segments) if c.segment is None else c for c in columns]
+        n_segments += 1
 
     def products(grads: Sequence[Tensor | None], segments: list[int], n: int, units: list[int]) -> Tensor:
         if mask is None:

@@ -1,9 +1,9 @@
-"""The surgery of a step: from the columns of task gradients to the results that ``.grad`` takes.
+"""The surgery of a step: from the columns of task gradients to their weights, and how they are combined by these.
 
-Writes to no ``.grad``: only over gradients that are free, once the weights are known, and what the method remembers.
+Writes to no ``.grad``: only what the method remembers, and once it is to combine, over gradients that are free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,18 @@ class Outcome:
 
     Attributes:
         gramian: (S, T, T).
+        outside: (T, T), the dot products outside surgery, where asked for.
         solution: the weights (S, T), and what else the method tells.
-        results: each parameter with its gradient, which nobody else holds.
-        kept: (), the share of entries that suppression kept; None without.
+        plain: (T,), the weights outside surgery; None for ones.
+        combine: gives each parameter with its gradient, which nobody else holds; and (), the share of entries that
+            suppression kept, None without.
     """
 
     gramian: Tensor
+    outside: Tensor | None
     solution: Solution
-    results: list[tuple[Tensor, Tensor]]
-    kept: Tensor | None
+    plain: Tensor | None
+    combine: Callable[[], tuple[list[tuple[Tensor, Tensor]], Tensor | None]]
 
 
 def solve(
@@ -40,8 +43,9 @@ def solve(
     present: Tensor | None,
     mask_of_products: Mask | None,
     mask_of_results: Mask | None,
+    outside: bool = False,
 ) -> Outcome:
-    """Gramian, weights, combination.
+    """Gramian and weights.
 
     Args:
         columns: as :func:`rows.columns` gives them.
@@ -50,10 +54,12 @@ def solve(
         present: (T,) bool, the tasks whose gradients are of this step; None for all.
         mask_of_products: leave out of the dot products what it drops.
         mask_of_results: leave out of the results what it drops.
+        outside: take dot products outside surgery too.
     """
     if isinstance(aggregator, GradAttention):
-        return _attend(columns, n_segments, aggregator, present, mask_of_products, mask_of_results)
-    M = _usable(rows.gramian(columns, n_segments, mask_of_products), present)
+        return _attend(columns, n_segments, aggregator, present, mask_of_products, mask_of_results, outside)
+    products = rows.gramian(columns, n_segments, mask_of_products, outside)
+    M = _usable(products[:n_segments], present)
     solution = aggregator.solution(M, present)
     w = solution.weights
     if not isinstance(w, Tensor) or not w.is_floating_point():
@@ -63,8 +69,13 @@ def solve(
     plain = None
     if isinstance(aggregator, Scalarization):
         plain = aggregator.weights_like(w.shape[-1], w.dtype, w.device)
-    results, kept = rows.combine(columns, w, plain, mask_of_results)
-    return Outcome(M, solution, results, kept)
+    return Outcome(
+        M,
+        products[n_segments] if outside else None,
+        solution,
+        plain,
+        lambda: rows.combine(columns, w, plain, mask_of_results),
+    )
 
 
 def _attend(
@@ -74,6 +85,7 @@ def _attend(
     present: Tensor | None,
     mask_of_products: Mask | None,
     mask_of_results: Mask | None,
+    outside: bool,
 ) -> Outcome:
     """As :func:`solve`, for the one method that sees entries of the gradients besides their Gramian."""
     drawn = Drawn(columns, n_segments, aggregator, mask_of_results)
@@ -81,17 +93,20 @@ def _attend(
     if present is not None:
         X = X.masked_fill(~present.unsqueeze(-1) & ~X.isfinite(), 0.0)  # as in _usable
     only_drawn = aggregator.update == "subset"
-    M = _usable(drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, mask_of_products), present)
+    products = drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, mask_of_products, outside)
+    M = _usable(products[:n_segments], present)
     # Where no two losses meet there is nothing to weigh, and nothing to learn from.
     attention = (
         aggregator.weights(M, drawn.stretches.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
     )
     w = attention if present is None else torch.where(present, attention, 0.0)
-    if only_drawn:
-        results, kept = drawn.combine(X, w)
-    else:
-        results, kept = rows.combine(columns, w, None, mask_of_results)
-    return Outcome(M, Solution(w, attention=attention), results, kept)
+    return Outcome(
+        M,
+        products[n_segments] if outside and not only_drawn else None,
+        Solution(w, attention=attention),
+        None,
+        lambda: drawn.combine(X, w) if only_drawn else rows.combine(columns, w, None, mask_of_results),
+    )
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:

@@ -111,6 +111,11 @@ def combine_setting() -> TileSetting:
     return TileSetting(4096, 256)
 
 
+def adamw_setting(itemsize: int) -> TileSetting:
+    """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state."""
+    return TileSetting(512 if itemsize == 8 else 1024, 128)
+
+
 def project_setting(itemsize: int) -> TileSetting:
     """Eight float32 accumulators a thread and output row, half in float64, where a number takes two registers."""
     return TileSetting(512 if itemsize == 8 else 1024, 128)

@@ -22,7 +22,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from gradkern.kernels import combine, entries, gradvac, gramian, pcgrad, project, reduce
+from gradkern.kernels import adamw, combine, entries, gradvac, gramian, pcgrad, project, reduce
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, arithmetic
@@ -100,6 +100,11 @@ def cases(target: GPUTarget) -> Iterator[Case]:
             yield Case(
                 "combine", name, "any T", combine.combine(_rows(3, dtype, table), tiles, TILE, None, w, out, None), True
             )
+            if table:
+                for count in (2,) if brief else (2, 3):
+                    yield Case(
+                        "adamw", name, "amsgrad" if count == 3 else "any T", _adamw(dtype, tiles, None, count), True
+                    )
             for R in (OUTPUT_ROWS,) if brief else (1, 2, 4, OUTPUT_ROWS):
                 W = torch.empty(1, R, 3, dtype=arithmetic(dtype))
                 launch = project.project(_rows(3, dtype, table), tiles, TILE, W, _rows(R, dtype, table))
@@ -149,6 +154,25 @@ def _masked(target: GPUTarget, name: str, counts: tuple[int, ...], block: int, s
     w, count = torch.empty(1, 3, dtype=arithmetic(dtype)), torch.empty((), dtype=torch.int64)
     launch = combine.combine(_rows(3, dtype, True), tiles, TILE, mask, w, _rows(1, dtype, True), count)
     yield Case("combine", name, f"any T, block {block}", launch, streams)
+    yield Case("adamw", name, f"any T, block {block}", _adamw(dtype, tiles, mask, 2), streams)
+
+
+def _adamw(dtype: torch.dtype, tiles: torch.Tensor, mask: Mask | None, n_moments: int) -> Launch:
+    wide, number = arithmetic(dtype), torch.empty(())
+    return adamw.adamw(
+        _rows(3, dtype, True),
+        tiles,
+        TILE,
+        mask,
+        torch.empty(1, 3, dtype=wide),
+        _rows(1, dtype, True),
+        _rows(n_moments, wide, True),
+        torch.zeros(1, dtype=torch.int64),
+        number,
+        number,
+        (1e-3, 0.9, 0.999, 0.01, 1e-8),
+        None if mask is None else torch.empty((), dtype=torch.int64),
+    )
 
 
 def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:

@@ -55,7 +55,10 @@ def triton_implementations() -> dict[Any, Callable[..., Any]]:
         ops.gather.default: cuda.gather,
         ops.scatter.default: cuda.scatter,
         ops.pcgrad.default: cuda.pcgrad,
+        ops.pcgrad.matrix: cuda.pcgrad_matrix,
         ops.gradvac.default: cuda.gradvac,
+        ops.adamw.default: cuda.adamw,
+        ops.adamw.masked: cuda.adamw_masked,
     }
 
 

@@ -80,6 +80,24 @@ def test_the_step_runs_on_tensors_without_numbers(method: str, groups: str, as_c
         assert g.stride() == p.stride()
 
 
+def update(aggregator: gk.Aggregator, groups: str, max_norm: float | None, **beside: Any) -> tuple[gk.SurgeryInfo, Any]:
+    """As ``step``, with no ``.grad`` in between."""
+    model, x, y = problem()
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.named_parameters()), aggregator, groups=groups, **beside)
+    return opt.update(model.losses(x, y), max_norm=max_norm), opt
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("method", METHODS | SCALARIZATIONS)
+def test_an_update_runs_on_tensors_without_numbers(method: str, max_norm: float | None, beside: str) -> None:
+    with FakeTensorMode():
+        info, opt = update((METHODS | SCALARIZATIONS)[method](), "parameter", max_norm, **BESIDE[beside]())
+        assert (info.total_norm is None) == (max_norm is None)
+        assert all(state["exp_avg"].shape == p.shape for p, state in opt.state.items())
+        assert len(opt.state) == len(opt._tensors())
+
+
 def test_a_method_that_reads_a_number_is_caught() -> None:
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         step(ReadsTheHost())
@@ -122,6 +140,20 @@ def test_the_triton_path_reads_nothing(method: str, groups: str, beside: str, re
     request.getfixturevalue("refused_methods")
     with RefusesReads():
         step(made, groups, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+@pytest.mark.parametrize("method", ["all", "gradvac", "attention"])
+def test_an_update_by_the_kernels_reads_nothing(
+    method: str, max_norm: float | None, beside: str, request: pytest.FixtureRequest
+) -> None:
+    update(METHODS[method](), "model", max_norm, **BESIDE[beside]())
+    made, options = METHODS[method](), BESIDE[beside]()
+    request.getfixturevalue("refused_methods")
+    with RefusesReads():
+        update(made, "model", max_norm, **options)
 
 
 @interpreted

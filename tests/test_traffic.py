@@ -91,6 +91,17 @@ def test_single_elements_are_dropped_without_reading_less(rows: Rows) -> None:
     assert moved.written == 4 * P
 
 
+@pytest.mark.parametrize("n_moments", [2, 3])
+def test_an_update_reads_each_row_and_moves_parameter_and_moments(rows: Rows, n_moments: int) -> None:
+    """The combined gradient, a word to write and one to read where it is not made in passing, moves nowhere."""
+    params = [aligned(numel) for numel in NUMELS]
+    moments = [aligned(numel).abs_() for _ in range(n_moments) for numel in NUMELS]
+    steps = [torch.ones(()) for _ in NUMELS]
+    with watching([*rows.grads, *params, *moments]) as moved:
+        cuda.adamw(rows.grads, rows.w, SEGMENTS, params, moments, steps, None, None, [1e-3, 0.9, 0.999, 0.01, 1e-8])
+    assert (moved.read, moved.written) == (4 * (T + 1 + n_moments) * P, 4 * (1 + n_moments) * P)
+
+
 def test_a_row_of_weight_zero_is_not_read(rows: Rows) -> None:
     rows.w[0, 1] = 0
     with watching(rows.grads) as moved:

@@ -2,7 +2,7 @@
 
 import torch
 
-from gradkern.ops import entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
+from gradkern.ops import adamw, entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
 
 _why_no_triton: str | None = None
 if torch.version.cuda is None and torch.version.hip is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradkern.capture import ready
+from gradkern.kernels import adamw as adamw_kernel
 from gradkern.kernels import combine as combine_kernel
 from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
@@ -91,6 +92,42 @@ def combine_masked(
     return count
 
 
+def adamw(
+    grads: OptionalTensors,
+    w: Tensor,
+    segments: Sequence[int],
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    found_inf: Tensor | None,
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+) -> None:
+    """A step of AdamW along :func:`combine_tensors`'s result."""
+    _tensor_step(grads, w, segments, params, moments, steps, found_inf, lr_scale, hyperparameters, None, None)
+
+
+def adamw_masked(
+    grads: OptionalTensors,
+    w: Tensor,
+    segments: Sequence[int],
+    units: Sequence[int],
+    block: int,
+    mask: Tensor,
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    found_inf: Tensor | None,
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+) -> Tensor:
+    """A step of AdamW along :func:`combine_masked`'s result; returns what that does."""
+    count = torch.zeros((), dtype=torch.int64, device=mask.device)
+    suppression = _suppression(units, block, mask)
+    _tensor_step(grads, w, segments, params, moments, steps, found_inf, lr_scale, hyperparameters, suppression, count)
+    return count
+
+
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """W J, (R, P), in J's dtype; with ``offsets`` each segment of columns has its own ``W``."""
     J = _unit_stride(J)
@@ -155,6 +192,38 @@ def _tensor_combine(
     source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
     tiles, mask = _tiles(layout, device), _mask(suppression, layout, device)
     combine_kernel.combine(source, tiles, TILE, mask, weights, target, count).run(device)
+
+
+def _tensor_step(
+    grads: OptionalTensors,
+    w: Tensor,
+    segments: Sequence[int],
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    found_inf: Tensor | None,
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+    suppression: _Suppression | None,
+    count: Tensor | None,
+) -> None:
+    n, n_segments = len(segments), w.shape[0] if w.ndim > 1 else 1
+    rows, like, layout = _tensor_rows(grads, segments, n_segments, params, suppression)
+    device, moment = params[0].device, moments[0].dtype
+    adamw_kernel.adamw(
+        table_rows(rows, n, like.dtype, device),
+        _tiles(layout, device),
+        TILE,
+        _mask(suppression, layout, device),
+        _weights("w", w, moment, (n_segments, len(grads) // n)),
+        table_rows(addresses("params", params), n, params[0].dtype, device),
+        table_rows(addresses("moments", moments), n, moment, device),
+        table_rows(addresses("steps", steps), n, torch.float32, device).source,
+        found_inf,
+        lr_scale,
+        hyperparameters,
+        count,
+    ).run(device)
 
 
 def _gramian(rows: Rows, layout: Layout, mask: Mask | None, device: torch.device) -> Tensor:
@@ -244,6 +313,8 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "pcgrad": pcgrad,
     "pcgrad.matrix": pcgrad_matrix,
     "gradvac": gradvac,
+    "adamw": adamw,
+    "adamw.masked": adamw_masked,
 }
 for _name, _function in _OPERATORS.items():
     serve(_name, "cuda", _function)

@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from gradkern.ops import adamw as adamw_op
 from gradkern.ops import entries, methods, pytorch, suppressed
 from gradkern.ops.registration import serving
 
@@ -67,3 +68,5 @@ gather = _direct("gather", entries.gather)
 scatter = _direct("scatter", entries.scatter)
 pcgrad = _direct("pcgrad", methods.pcgrad)
 gradvac = _direct("gradvac", methods.gradvac)
+adamw = _direct("adamw", adamw_op.adamw)
+adamw_masked = _direct("adamw.masked", adamw_op.adamw_masked)

@@ -23,6 +23,12 @@ tensors one after another, ``numels[k]`` elements each. ``gather`` gives (T, d) 
 ``pcgrad`` and ``gradvac`` are T x T programs. Task i visits the others in ascending order of ``keys[..., i, :]``,
 floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike. ``pcgrad.matrix`` is the whole
 surgery of J with ``keys`` (1, T, T): the sum of its modified rows, or their mean.
+
+``adamw`` combines as ``combine.tensors`` does and takes the step of torch.optim.AdamW along the result, which goes to
+no memory. ``moments`` has exp_avg of all n tensors, then exp_avg_sq, and with amsgrad max_exp_avg_sq: in arithmetic
+dtype, laid out as ``params``. ``steps`` are float32 of no dimension, this step counted. Where ``found_inf``, of no
+dimension, is not 0 nothing changes. ``hyperparameters`` are lr, beta1, beta2, weight_decay and eps; lr is multiplied by
+``lr_scale``, of no dimension.
 """
 
 from collections.abc import Sequence
@@ -57,6 +63,16 @@ torch.library.define("gradkern::pcgrad.matrix", "(Tensor J, Tensor keys, int vis
 torch.library.define(
     "gradkern::gradvac",
     "(Tensor M, Tensor keys, Tensor(a!) targets, Tensor moving, float beta) -> Tensor",
+)
+
+_ADAMW = (
+    "Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] steps, Tensor? found_inf, Tensor? lr_scale, "
+    "float[] hyperparameters"
+)
+torch.library.define("gradkern::adamw", f"(Tensor?[] grads, Tensor w, int[] segments, {_ADAMW}) -> ()")
+torch.library.define(
+    "gradkern::adamw.masked",
+    f"(Tensor?[] grads, Tensor w, int[] segments, int[] units, int block, Tensor mask, {_ADAMW}) -> Tensor",
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -170,3 +186,21 @@ def _(M: Tensor, keys: Tensor, visits: int) -> Tensor:
 @torch.library.register_fake("gradkern::pcgrad.matrix")
 def _(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
     return J.new_empty(J.shape[1])
+
+
+@torch.library.register_fake("gradkern::adamw")
+def _(grads: list[Tensor | None], w: Tensor, segments: list[int], *step: object) -> None:
+    return None
+
+
+@torch.library.register_fake("gradkern::adamw.masked")
+def _(
+    grads: list[Tensor | None],
+    w: Tensor,
+    segments: list[int],
+    units: list[int],
+    block: int,
+    mask: Tensor,
+    *step: object,
+) -> Tensor:
+    return mask.new_empty(())

@@ -28,13 +28,13 @@ def gramian_masked(
     mask: Tensor,
 ) -> Tensor:
     """M = J Jᵀ over the kept entries, per segment."""
-    drops = _Drops(units, numels(grads, len(segments)), block, mask)
+    drops = Drops(units, numels(grads, len(segments)), block, mask)
 
-    def erase(k: int, start: int, rows: Tensor) -> None:
+    def erase_dropped(k: int, start: int, rows: Tensor) -> None:
         if units[k] >= 0:
-            _erase(rows, drops.entries(k, start, rows.shape[1]))
+            erase(rows, drops.entries(k, start, rows.shape[1]))
 
-    return segment_gramians(grads, segments, n_segments, erase)
+    return segment_gramians(grads, segments, n_segments, erase_dropped)
 
 
 @operator("combine.masked")
@@ -50,7 +50,7 @@ def combine_masked(
     """out[k] = Σ_t w[segments[k], t] grads[t, k] where kept, 0 elsewhere; how many entries were kept."""
     n = len(out)
     weights = w.tolist()
-    drops = _Drops(units, numels(out, n), block, mask)
+    drops = Drops(units, numels(out, n), block, mask)
     kept = mask.new_zeros(())
     for k in range(n):
         rows = [None if g is None else flat(g) for g in grads[k::n]]
@@ -60,18 +60,18 @@ def combine_masked(
             combine_flat([None if row is None else row[a:b] for row in rows], weights[segments[k]], result[a:b])
             if units[k] >= 0:
                 drop = drops.entries(k, a, b - a)
-                _erase(result[a:b], drop)
+                erase(result[a:b], drop)
                 kept += b - a - drop.count_nonzero()
     return kept
 
 
-def _erase(values: Tensor, drop: Tensor) -> None:
-    """0 where ``drop`` is true, by the bits: to fill by a mask goes number by number, at a tenth of the speed."""
+def erase(values: Tensor, drop: Tensor) -> None:
+    """Put 0 where ``drop`` is true, by the bits: to fill by a mask goes number by number, at a tenth of the speed."""
     bits = _BITS[values.element_size()]
     values.view(bits).bitwise_and_(drop.to(bits).sub_(1))
 
 
-class _Drops:
+class Drops:
     """Which entries are dropped. Units are drawn in windows, which tensors that follow each other share."""
 
     def __init__(self, units: Sequence[int], numels: Sequence[int], block: int, mask: Tensor) -> None:

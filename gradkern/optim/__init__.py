@@ -1,5 +1,6 @@
 """Optimizers that do gradient surgery."""
 
+from gradkern.optim.adamw import AdamW
 from gradkern.optim.surgery import SurgeryOptimizer
 
-__all__ = ["SurgeryOptimizer"]
+__all__ = ["AdamW", "SurgeryOptimizer"]

@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import graph
-from gradkern.aggregators import Aggregator
-from gradkern.backward import step
+from gradkern.aggregators import Aggregator, GradAttention, Scalarization
+from gradkern.backward import Take, step
 from gradkern.conflict_lr import ConflictLR, rescale
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
 from gradkern.memory import Memory
+from gradkern.optim.adamw import AdamW
+from gradkern.optim.one_pass import OnePass
 from gradkern.parameters import Groups, Params, parameters, segments, subset
 from gradkern.suppression import Suppression
 
@@ -119,6 +122,77 @@ class SurgeryOptimizer(Optimizer):
             losses: one entry per task, as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
         """
+        info = self._backward(losses, retain_graph)
+        self._step_scale = info.step_scale
+        return info
+
+    def update(
+        self,
+        losses: Sequence[Loss],
+        *,
+        max_norm: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+    ) -> SurgeryInfo:
+        """Backward pass and step in one: ``zero_grad``, ``backward``, clipping and ``step``, which leave no ``.grad``.
+
+        Around :class:`gradkern.optim.AdamW` the combined gradient is made where the step takes it, and nowhere else;
+        its norm follows from the weights and the Gramian. Around other optimizers, and where the norm of a suppressed
+        update is asked for, ``.grad`` is written in between. What stands in ``.grad`` before is added.
+
+        Args:
+            losses: one entry per task, as in :func:`gradkern.backward`.
+            max_norm: scale the gradient of all parameters together so that it is no longer than this.
+            scaler: the losses are scaled by it; a step that is not finite is skipped. Call its ``update`` afterwards.
+            retain_graph: keep the graphs for another backward pass.
+
+        Returns:
+            The step's losses, Gramian and weights; and with ``max_norm``, the norm before it was cut.
+
+        Raises:
+            TypeError, ValueError: as :func:`gradkern.backward`.
+        """
+        if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
+            raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        measured = max_norm is not None or scaler is not None
+        if not self._in_one_pass(measured):
+            return self._update_by_grad(losses, max_norm, scaler, retain_graph)
+        pass_ = OnePass(self, max_norm, scaler)
+        info = self._backward(losses, retain_graph, pass_.take, measured)
+        return replace(info, total_norm=pass_.total_norm)
+
+    def _in_one_pass(self, measured: bool) -> bool:
+        """Whether the step can take the combination, whose norm is ``measured``, with no ``.grad`` in between."""
+        method, suppression = self.aggregator, self.suppression
+        return (
+            isinstance(self.optimizer, AdamW)
+            and not isinstance(method, Scalarization)
+            and not (isinstance(method, GradAttention) and method.update == "subset")
+            and not (measured and suppression is not None and suppression.scope == "update")
+            and all(p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in self._tensors())
+        )
+
+    def _update_by_grad(
+        self, losses: Sequence[Loss], max_norm: float | None, scaler: torch.amp.GradScaler | None, retain_graph: bool
+    ) -> SurgeryInfo:
+        info = self.backward(losses, retain_graph=retain_graph)
+        if max_norm is not None:
+            if scaler is not None:
+                scaler.unscale_(self)
+            params = [p for p in self._tensors() if p.grad is not None]
+            info = replace(info, total_norm=torch.nn.utils.clip_grad_norm_(params, max_norm))
+        if scaler is None:
+            self.step()
+        else:
+            scaler.step(self)
+        self.zero_grad()
+        return info
+
+    def _backward(
+        self, losses: Sequence[Loss], retain_graph: bool, take: Take | None = None, outside_too: bool = False
+    ) -> SurgeryInfo:
         outside: dict[Tensor, None] = {}
         if self._first and isinstance(losses, Iterable) and not isinstance(losses, Tensor):
             losses = [self._watched(loss, outside) for loss in losses]
@@ -132,8 +206,9 @@ class SurgeryOptimizer(Optimizer):
             retain_graph=retain_graph,
             conflict_lr=self.conflict_lr,
             memory=self._memory,
+            take=take,
+            outside=outside_too,
         )
-        self._step_scale = info.step_scale
         self._first = False
         if outside:
             shapes = ", ".join(str(tuple(p.shape)) for p in list(outside)[:5])
@@ -141,13 +216,13 @@ class SurgeryOptimizer(Optimizer):
                 f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; they get "
                 f"no .grad. Shapes: {shapes}",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
         return info
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the wrapped optimizer, scaled by ``conflict_lr``; ``closure`` is passed on to it."""
-        if self.conflict_lr is None:
+        if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
         params = self._tensors()
         if closure is None:

@@ -1,0 +1,135 @@
+"""AdamW on a combination of gradients, in plain PyTorch: a block is combined and taken into the step while in cache.
+
+The step itself is PyTorch's fused one, on a block of each tensor.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.ops.blocks import flat
+from gradkern.ops.pytorch import COLUMNS, combine_flat
+from gradkern.ops.registration import operator
+from gradkern.ops.schema import arithmetic_dtype, numels
+from gradkern.ops.suppressed import Drops, erase
+
+
+@operator("adamw")
+def adamw(
+    grads: Sequence[Tensor | None],
+    w: Tensor,
+    segments: Sequence[int],
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    found_inf: Tensor | None,
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+) -> None:
+    """A step of AdamW along Σ_t w[segments[k], t] grads[t, k]."""
+    if _skipped(found_inf):
+        return
+    for pieces in _blocks(grads, w, segments, params):
+        _step(pieces, params, moments, steps, lr_scale, hyperparameters)
+
+
+@operator("adamw.masked")
+def adamw_masked(
+    grads: Sequence[Tensor | None],
+    w: Tensor,
+    segments: Sequence[int],
+    units: Sequence[int],
+    block: int,
+    mask: Tensor,
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    found_inf: Tensor | None,
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+) -> Tensor:
+    """The same along what the mask keeps; how many entries of masked tensors that were."""
+    kept = mask.new_zeros(())
+    if _skipped(found_inf):
+        return kept
+    drops = Drops(units, numels(params, len(params)), block, mask)
+    for pieces in _blocks(grads, w, segments, params):
+        for k, start, g in pieces:
+            if units[k] >= 0:
+                drop = drops.entries(k, start, len(g))
+                erase(g, drop)
+                kept += len(g) - drop.count_nonzero()
+        _step(pieces, params, moments, steps, lr_scale, hyperparameters)
+    return kept
+
+
+Piece = tuple[int, int, Tensor]
+"""A tensor's number, the first of some neighbouring entries of it, and their combined gradient."""
+
+
+def _blocks(
+    grads: Sequence[Tensor | None], w: Tensor, segments: Sequence[int], params: Sequence[Tensor]
+) -> Iterator[list[Piece]]:
+    """Combined gradients of as many tensors, or as much of one, as stay in cache; each block overwrites the last."""
+    n, weights = len(params), w.tolist()
+    scratch = params[0].new_empty(COLUMNS, dtype=arithmetic_dtype(params[0].dtype))
+    pieces: list[Piece] = []
+    used = 0
+    for k, p in enumerate(params):
+        rows = [None if g is None else flat(g) for g in grads[k::n]]
+        for start in range(0, p.numel(), COLUMNS):
+            stop = min(start + COLUMNS, p.numel())
+            if used + stop - start > COLUMNS:
+                yield pieces
+                pieces, used = [], 0
+            g = scratch[used : used + stop - start]
+            combine_flat([None if row is None else row[start:stop] for row in rows], weights[segments[k]], g)
+            pieces.append((k, start, g))
+            used += stop - start
+    if pieces:
+        yield pieces
+
+
+def _step(
+    pieces: list[Piece],
+    params: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    lr_scale: Tensor | None,
+    hyperparameters: Sequence[float],
+) -> None:
+    n = len(params)
+    lr, beta1, beta2, weight_decay, eps = hyperparameters
+    stored = [_piece(params[k], start, g) for k, start, g in pieces]
+    # 16-bit parameters are stepped in float32, and rounded once.
+    stepped = [p.to(g.dtype) for p, (_, _, g) in zip(stored, pieces, strict=True)]
+    first, second, *largest = [
+        [_piece(moments[row * n + k], start, g) for k, start, g in pieces] for row in range(len(moments) // n)
+    ]
+    torch._fused_adamw_(
+        stepped,
+        [g for _, _, g in pieces],
+        first,
+        second,
+        largest[0] if largest else [],
+        [steps[k] for k, _, _ in pieces],
+        lr=lr if lr_scale is None else lr * lr_scale.item(),
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=weight_decay,
+        eps=eps,
+        amsgrad=bool(largest),
+        maximize=False,
+    )
+    for p, new in zip(stored, stepped, strict=True):
+        if p.dtype != new.dtype:
+            p.copy_(new)
+
+
+def _piece(tensor: Tensor, start: int, g: Tensor) -> Tensor:
+    return flat(tensor)[start : start + len(g)]
+
+
+def _skipped(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and bool(found_inf)
