@@ -286,6 +286,59 @@ def test_a_captured_step_replays_with_new_data(method: str, groups: str, beside:
     assert not masks or not torch.equal(*masks)
 
 
+@needs_gpu
+@pytest.mark.parametrize("beside", ["alone", "suppressed"])
+@pytest.mark.parametrize("max_norm", [None, 0.1])
+@pytest.mark.parametrize("method", ["all", "gradvac", "attention"])
+def test_a_captured_training_step_replays_with_new_data(method: str, max_norm: float | None, beside: str) -> None:
+    """Forward, backward, surgery and AdamW in one graph, with a learning rate that changes, beside an eager twin."""
+    model, x, y = problem(device="cuda")
+    made, options = FIXED[method](), BESIDE[beside]()
+    rate = torch.tensor(0.01, device="cuda")
+
+    def optimizer(model: MultiHead, made: gk.Aggregator, options: dict[str, Any]) -> gk.SurgeryOptimizer:
+        return gk.SurgeryOptimizer(gk.optim.AdamW(model.named_parameters(), lr=rate), made, **options)
+
+    opt = optimizer(model, made, options)
+    warmed_up(lambda: opt.update(model.losses(x, y), max_norm=max_norm))
+    twin_model, twin_made, twin_options = copy.deepcopy((model, made, options))
+    twin = optimizer(twin_model, twin_made, twin_options)
+    state = opt.state_dict()
+    twin.load_state_dict(copy.deepcopy(state))
+    graph, info = captured(lambda: opt.update(model.losses(x, y), max_norm=max_norm))
+    for number in range(3):
+        rate.fill_(0.01 / (1 + number))
+        x.copy_(torch.randn_like(x))
+        y.copy_(3 * torch.randn_like(y))
+        graph.replay()
+        expected = twin.update(twin_model.losses(x, y), max_norm=max_norm)
+        for p, q in zip(model.parameters(), twin_model.parameters(), strict=True):
+            # 1e-4: as above, of a step whose size does not depend on the gradient's.
+            assert_near(p.detach(), q.detach(), q.detach().norm() + 1, 1e-4)
+        assert (info.total_norm is None) == (expected.total_norm is None)
+
+
+@needs_gpu
+def test_a_captured_training_step_draws_anew() -> None:
+    """Random orders and masks: from one state and on one batch, replays leave the parameters in different places."""
+    model, x, y = problem()
+    model, x, y = model.cuda(), x.cuda(), y.cuda()
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.parameters()), gk.PCGrad(), suppression=gk.Suppression(0.4, seed=1))
+    warmed_up(lambda: opt.update(model.losses(x, y)))
+    everything = [*model.parameters(), *(value for state in opt.state.values() for value in state.values())]
+    before = [value.detach().clone() for value in everything]
+    graph, info = captured(lambda: opt.update(model.losses(x, y)))
+    weights, kept, places = [], [], []
+    for _ in range(16):
+        with torch.no_grad():
+            torch._foreach_copy_(everything, before)
+        graph.replay()
+        weights.append(info.weights.clone())
+        kept.append(info.kept.clone())
+        places.append(torch.cat([p.detach().flatten() for p in model.trunk.parameters()]))
+    assert all(len(torch.stack(values).unique(dim=0)) > 1 for values in (weights, kept, places))
+
+
 def kept_of_trunk(suppression: gk.Suppression, model: MultiHead, step: int) -> Tensor:
     """Which of the trunk's entries the reference keeps in a step."""
     named = list(model.named_parameters())

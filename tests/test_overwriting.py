@@ -43,6 +43,17 @@ def test_a_step_takes_the_task_gradients_and_no_more(name: str) -> None:
     assert 3 * ROW <= memory.peak(lambda: gk.backward(losses, params, **METHODS[name]), "cpu") <= 3 * ROW + SCRATCH
 
 
+@pytest.mark.parametrize("max_norm", [None, 1.0])
+def test_an_update_takes_the_task_gradients_and_no_more(max_norm: float | None) -> None:
+    """Once the moments are there: T = 3 rows, and no combined gradient, before or after."""
+    params = [nn.Parameter(torch.randn(N // 2)), nn.Parameter(torch.randn(N // 4, 2))]
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW(params), gk.PCGrad())
+    opt.update(losses_of(params, 3)[0])
+    losses, _ = losses_of(params, 3)
+    assert 3 * ROW <= memory.peak(lambda: opt.update(losses, max_norm=max_norm), "cpu") <= 3 * ROW + SCRATCH
+    assert all(p.grad is None for p in params)
+
+
 def test_memory_needs_its_rows() -> None:
     """T rows that are remembered and one result."""
     params = [nn.Parameter(torch.randn(N))]

@@ -1,7 +1,11 @@
 """What the README says that can be checked without installing anything."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,25 @@ def test_the_table_is_that_of_the_raw_results() -> None:
     command = next(line for line in README.splitlines() if line.startswith("<!-- python -m bench --show "))
     file = ROOT / command.split()[5]
     assert report.summary(json.loads(file.read_text())) in README
+
+
+@contextmanager
+def without_a_gpu(names: dict[str, Any]) -> Iterator[None]:
+    """Streams and graphs that are none, where there is no GPU: a replay is a call of ``step``."""
+    import torch
+
+    graph = SimpleNamespace(replay=lambda: names["step"]())
+    stand_ins = {
+        "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+        "stream": lambda stream: nullcontext(),
+        "graph": lambda graph: nullcontext(),
+        "CUDAGraph": lambda: graph,
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, stand_in in stand_ins.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        yield
 
 
 def test_its_examples_run() -> None:
@@ -38,13 +61,20 @@ def test_its_examples_run() -> None:
         "offsets": torch.tensor([0, 10]),
     }
     names |= dict(zip(("loss_a", "loss_b", "loss_c"), losses(), strict=True))
+    x, y = torch.ones(2, 4), torch.zeros(2, 3)
+    names |= {"x": x, "y": y, "loader": [(torch.randn(2, 4), torch.ones(2, 3))] * 2}
+    names["task_losses"] = lambda model, x, y: list((model(x) - y).square().mean(0))
     for name, n in (("loader_a", 5), ("loader_b", 3), ("loader_c", 1)):
         names[name] = DataLoader(TensorDataset(torch.randn(n, 4)))
     blocks = [part.split("```")[0] for part in README.split("```python\n")[1:]]
-    assert len(blocks) == 6
+    assert len(blocks) == 8
     for block in blocks:
         names["losses"] = losses()
-        exec(block, names)
+        with without_a_gpu(names) if "cuda" in block else nullcontext():
+            before = model.weight.detach().clone()
+            exec(block, names)
+            assert "cuda" not in block or not torch.equal(before, model.weight)
+    assert torch.equal(y, torch.ones(2, 3))
     assert model.weight.grad is not None
     assert names["sampler"].epoch == 10
     assert names["Strongest"]().weights(names["M"]).sum() == 1
