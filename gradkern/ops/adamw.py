@@ -30,7 +30,7 @@ def adamw(
     """A step of AdamW along Σ_t w[segments[k], t] grads[t, k]."""
     if _skipped(found_inf):
         return
-    for pieces in _blocks(grads, w, segments, params):
+    for pieces in _blocks(grads, w, segments, params, None):
         _step(pieces, params, moments, steps, lr_scale, hyperparameters)
 
 
@@ -54,7 +54,7 @@ def adamw_masked(
     if _skipped(found_inf):
         return kept
     drops = Drops(units, numels(params, len(params)), block, mask)
-    for pieces in _blocks(grads, w, segments, params):
+    for pieces in _blocks(grads, w, segments, params, units):
         for k, start, g in pieces:
             if units[k] >= 0:
                 drop = drops.entries(k, start, len(g))
@@ -69,15 +69,27 @@ Piece = tuple[int, int, Tensor]
 
 
 def _blocks(
-    grads: Sequence[Tensor | None], w: Tensor, segments: Sequence[int], params: Sequence[Tensor]
+    grads: Sequence[Tensor | None],
+    w: Tensor,
+    segments: Sequence[int],
+    params: Sequence[Tensor],
+    units: Sequence[int] | None,
 ) -> Iterator[list[Piece]]:
-    """Combined gradients of as many tensors, or as much of one, as stay in cache; each block overwrites the last."""
+    """Combined gradients of as many tensors, or as much of one, as stay in cache; each block overwrites the last.
+
+    A gradient that is its own combination, and of which no entry has to be erased, is left where it is.
+    """
     n, weights = len(params), w.tolist()
     scratch = params[0].new_empty(COLUMNS, dtype=arithmetic_dtype(params[0].dtype))
     pieces: list[Piece] = []
     used = 0
     for k, p in enumerate(params):
         rows = [None if g is None else flat(g) for g in grads[k::n]]
+        if units is None or units[k] < 0:
+            alone = _alone(rows, weights[segments[k]])
+            if alone is not None and alone.dtype == scratch.dtype:
+                pieces.append((k, 0, alone))
+                continue
         for start in range(0, p.numel(), COLUMNS):
             stop = min(start + COLUMNS, p.numel())
             if used + stop - start > COLUMNS:
@@ -89,6 +101,12 @@ def _blocks(
             used += stop - start
     if pieces:
         yield pieces
+
+
+def _alone(rows: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    """The one row that counts, where its weight is 1."""
+    counting = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
+    return counting[0][0] if len(counting) == 1 and counting[0][1] == 1.0 else None
 
 
 def _step(
