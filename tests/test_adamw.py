@@ -371,6 +371,23 @@ def test_a_scaler_in_an_update(
     assert {float(state["step"]) for state in mine.state.values()} == {3.0}
 
 
+def test_two_optimizers_share_a_scaler() -> None:
+    both = [Tasks(), Tasks()]
+    optimizers = [gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad()) for tasks in both]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for k in range(2):
+        for tasks, opt in zip(both, optimizers, strict=True):
+            overflow = torch.inf if k == 1 and tasks is both[0] else 1.0
+            opt.update([scaler.scale(loss) for loss in tasks.losses(overflow)], scaler=scaler)
+        scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert [{float(s["step"]) for s in opt.state.values()} for opt in optimizers] == [{1.0}, {2.0}]
+    losses = [[scaler.scale(loss) for loss in both[0].losses()] for _ in range(2)]
+    optimizers[0].update(losses[0], scaler=scaler)
+    with pytest.raises(RuntimeError, match="already been called"):
+        optimizers[0].update(losses[1], scaler=scaler)
+
+
 def test_hooks_and_schedulers_see_a_step() -> None:
     tasks = Tasks()
     opt = gk.SurgeryOptimizer(AdamW(tasks.names, lr=0.5), gk.PCGrad())

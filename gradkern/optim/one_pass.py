@@ -4,7 +4,6 @@ Its norm, which clipping and gradient scalers ask for, follows from what is know
 """
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +16,10 @@ from gradkern.suppression import Mask
 
 
 class Stepping(Protocol):
-    """An optimizer around an AdamW."""
+    """An optimizer around an AdamW, and what a scaler takes for one, which it knows again by its identity."""
 
     optimizer: Any
+    stand_in: Any
 
     def step(self) -> Any:
         """Step the AdamW."""
@@ -81,8 +81,12 @@ class OnePass:
         squares = _products(outcome).diagonal(dim1=-2, dim2=-1).sum().float()
         number = torch.zeros_like(squares)
         number.grad = squares
-        stand_in = SimpleNamespace(param_groups=[{"params": [number]}], step=step, _step_supports_amp_scaling=True)
-        scaler.step(stand_in)  # type: ignore[arg-type]
+        stand_in = self.optimizer.stand_in
+        stand_in.param_groups, stand_in.step = [{"params": [number]}], step
+        try:
+            scaler.step(stand_in)
+        finally:
+            del stand_in.param_groups, stand_in.step
 
 
 def _norm(along: Combination, outcome: Outcome) -> Tensor:

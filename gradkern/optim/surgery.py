@@ -80,6 +80,7 @@ class SurgeryOptimizer(Optimizer):
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
         self._step_scale: Tensor | None = None  # κ of the last backward pass, until a step takes it
+        self.stand_in = SimpleNamespace(_step_supports_amp_scaling=True)  # for a GradScaler: see one_pass.py
         self._first = True  # the step in which to look for parameters outside
         given = parameters(self._params())
         segments(given, groups)
