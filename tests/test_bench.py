@@ -121,7 +121,7 @@ def test_contestants_of_a_step_do_the_same(groups: str, form: cases.Suppressed) 
     x = inputs(Case("surgery", 3, P, shapes="pieces", groups=groups, **form._asdict()))
     runs = contestants(x, INSTALLED)
     ours, naive = runs[OURS](), runs["naive"]()
-    for name, result in ((OURS, torch.cat([g for _, g in ours.results])), ("naive", torch.cat(naive))):
+    for name, result in ((OURS, torch.cat([g for _, g in ours[0]])), ("naive", torch.cat(naive))):
         keep = result != 0
         # Five standard deviations of as many draws.
         draws = P if name == "naive" else P / form.block
