@@ -126,7 +126,9 @@ class GradAttention(Aggregator):
         g = combine(K, self.weights(gramian(K.detach(), ends), X), ends)
         return J.new_zeros(J.shape[1]).index_copy(0, index, g)
 
-    @torch.compiler.disable  # a training step of its own, with autograd and an optimizer inside
+    # A training step of its own, with autograd and an optimizer inside. What torch has for itself, for to decorate by
+    # torch.compiler.disable would import the compiler, for half a second, with this library.
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _learn(self, M: Tensor, X: Tensor) -> Tensor:
         """α (B, T) float64 of the network as it is; then one step of Adam, unless some number is not finite."""
         with torch.inference_mode(False), torch.enable_grad():
