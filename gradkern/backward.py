@@ -3,7 +3,8 @@
 Surgery writes nothing before it has computed everything, so a step that raises leaves every ``.grad`` as it was.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,8 +20,17 @@ from gradkern.rows import Column
 from gradkern.solve import Outcome, solve
 from gradkern.suppression import Mask, Suppression
 
-Take = Callable[[Sequence[Column], Outcome, Mask | None, Tensor | None], Tensor | None]
-"""What becomes of a combination: given the columns, their weights, the mask and κ, returns the share kept."""
+
+class OnePass(Protocol):
+    """What takes a combination, in place of ``.grad``."""
+
+    def check(self, columns: Sequence[Column]) -> None:
+        """Raise unless it can take them."""
+
+    def take(
+        self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None
+    ) -> Tensor | None:
+        """Take their combination, with κ; return the share of entries that the mask kept."""
 
 
 def backward(
@@ -85,7 +95,7 @@ def step(
     retain_graph: bool,
     conflict_lr: ConflictLR | None = None,
     memory: Memory | None = None,
-    take: Take | None = None,
+    one_pass: OnePass | None = None,
     outside: bool = False,
 ) -> SurgeryInfo:
     """:func:`backward`, and what only an optimizer can ask for.
@@ -94,8 +104,8 @@ def step(
         losses, params, aggregator, groups, shared, suppression, retain_graph: as for :func:`backward`.
         conflict_lr: tell κ in ``SurgeryInfo.step_scale``.
         memory: let absent tasks take part with their last gradients.
-        take: takes the combination, in place of ``.grad``.
-        outside: take dot products outside surgery too, for ``take`` to know.
+        one_pass: takes the combination, in place of ``.grad``.
+        outside: take dot products outside surgery too, for ``one_pass`` to know.
     """
     _refuse_distributed()
     if not isinstance(aggregator, Aggregator):
@@ -130,20 +140,22 @@ def step(
         # Outside surgery nothing is remembered: an absent task's head stays as it is.
         taken = [[known[t][n] if m else row[n] for n, m in enumerate(is_shared)] for t, row in enumerate(grads)]
         columns = rows.columns(targets, taken, where, [units[k] for k in trained], overwrite=memory is None)
+        if one_pass is not None:
+            one_pass.check(columns)
         mask = None if suppression is None else suppression.mask(device)
         mask_of_products = mask if suppression is not None and suppression.scope == "all" else None
         outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask, outside)
         step_scale = None if conflict_lr is None else conflict_lr.scale(outcome.gramian.sum(0))
-        written_to: list[Tensor] = []
-        if take is None:
-            results, kept = outcome.combine()
-            written_to = _write(results)
-        else:
-            kept = take(columns, outcome, mask, step_scale)
+        results, kept = outcome.combine() if one_pass is None else ([], None)
+        written_to = _write(results)
         if memory is not None:
             memory.remember(here, grads, targets)
-        if mask is not None:
-            mask.advance()
+        try:
+            if one_pass is not None:
+                kept = one_pass.take(columns, outcome, mask, step_scale)
+        finally:
+            if mask is not None:
+                mask.advance()
         _call_hooks(written_to)
         solution = outcome.solution
         alone = groups == "model"  # then there is no dimension of groups

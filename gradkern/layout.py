@@ -99,7 +99,7 @@ def totals(numels: tuple[int, ...]) -> Totals:
     return Totals(_bounds(np.array(numels, dtype=np.int64)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def tensor_layout(
     numels: tuple[int, ...],
     segments: tuple[int, ...],

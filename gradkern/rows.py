@@ -218,7 +218,7 @@ def _combine_sparse(c: Column, w: Tensor, mask: Mask | None) -> Tensor:
 
 def _places(indices: Tensor, p: Tensor) -> Tensor:
     """Where the entries of a sparse gradient lie in the memory of a dense one: of the values' shape."""
-    strides = _new_grad_stride(p)
+    strides = new_grad_stride(p)
     n = len(indices)
     places = sum((i * stride for i, stride in zip(indices, strides[:n], strict=True)), torch.zeros_like(indices[0]))
     for size, stride in zip(p.shape[n:], strides[n:], strict=True):
@@ -241,7 +241,7 @@ def owned(g: Tensor, p: Tensor) -> Tensor:
 def _readable(g: Tensor, p: Tensor) -> Tensor:
     if g.is_sparse:
         return g
-    in_place = g.layout == torch.strided and g.stride() == _new_grad_stride(p) and g.dtype == _grad_dtype(p)
+    in_place = g.layout == torch.strided and g.stride() == new_grad_stride(p) and g.dtype == _grad_dtype(p)
     return g if in_place and not g.is_neg() else _laid_out(g, p)
 
 
@@ -249,7 +249,7 @@ def _laid_out(g: Tensor, p: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=_grad_dtype(p)).copy_(g if g.layout == torch.strided else g.to_dense())
 
 
-def _new_grad_stride(p: Tensor) -> tuple[int, ...]:
+def new_grad_stride(p: Tensor) -> tuple[int, ...]:
     """What torch gives a new ``.grad``: the parameter's own strides where it is dense, else a contiguous tensor's."""
     return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
 

@@ -83,7 +83,9 @@ def adamw_kernel(
     lr_of_m = (lr / (1 - tl.exp2(k * tl.log2(tl.full((), beta1, tl.float64))))).to(ACC)
     root = tl.sqrt(1 - tl.exp2(k * tl.log2(tl.full((), beta2, tl.float64)))).to(ACC)
     shrink = (1 - lr * weight_decay).to(ACC)
-    new1, new2, epsilon = tl.full((), 1 - beta1, ACC), tl.full((), 1 - beta2, ACC), tl.full((), eps, ACC)
+    old1, new1 = tl.full((), beta1, ACC), tl.full((), 1 - beta1, ACC)
+    old2, new2 = tl.full((), beta2, ACC), tl.full((), 1 - beta2, ACC)
+    epsilon = tl.full((), eps, ACC)
 
     a_p = row_address(p_params, s_tensor, 0, i_tensor, o_first, True, True, PARAM)
     a_m = row_address(p_moments, s_tensor, 0, i_tensor, o_first, True, True, ACC)
@@ -104,8 +106,8 @@ def adamw_kernel(
         g = weighted_sum(p_rows, s_row, p_w, T, tile, o, m_read, TABLE, D, ACC, TILE)
         if GROUP != DENSE:
             g = zero_and_count(g, units, state, o_start, n, block, p_count, GROUP, ONCE, D)
-        m += new1 * (g - m)
-        v += new2 * (g * g - v)
+        m = old1 * m + new1 * g
+        v = old2 * v + new2 * g * g
         u = v
         if AMSGRAD:
             u = tl.maximum(load_row(a_u, o, n, m_full, ACC), v, propagate_nan=tl.PropagateNan.ALL)

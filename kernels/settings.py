@@ -112,7 +112,10 @@ def combine_setting() -> TileSetting:
 
 
 def adamw_setting(itemsize: int) -> TileSetting:
-    """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state."""
+    """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state.
+
+    96 registers in float32 and 16 bits, 127 under a mask of blocks of 128; float64 96, with amsgrad 124.
+    """
     return TileSetting(512 if itemsize == 8 else 1024, 128)
 
 

@@ -158,7 +158,8 @@ def _masked(target: GPUTarget, name: str, counts: tuple[int, ...], block: int, s
 
 
 def _adamw(dtype: torch.dtype, tiles: torch.Tensor, mask: Mask | None, n_moments: int) -> Launch:
-    wide, number = arithmetic(dtype), torch.empty(())
+    """With numbers by which it may be skipped and scaled where there is a mask."""
+    wide, number = arithmetic(dtype), None if mask is None else torch.empty(())
     return adamw.adamw(
         _rows(3, dtype, True),
         tiles,

@@ -2,12 +2,14 @@
 
 import copy
 import math
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.library import opcheck
 
 import gradkern as gk
 from gradkern import reference
@@ -107,7 +109,7 @@ def test_other_dtypes_round_the_parameter_alone(dtype: torch.dtype, device: torc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_goes_to_torchs_and_back(dtype: torch.dtype) -> None:
     ours, theirs = parameters(dtype), parameters(dtype)
-    mine, other = AdamW(ours, amsgrad=True), torch.optim.AdamW(theirs, amsgrad=True)
+    mine, other = AdamW(ours, lr=0.5, amsgrad=True), torch.optim.AdamW(theirs, lr=0.5, amsgrad=True)
     for _ in range(3):
         give(theirs, draw(theirs))
         other.step()
@@ -117,12 +119,13 @@ def test_state_goes_to_torchs_and_back(dtype: torch.dtype) -> None:
         assert {k: v.dtype for k, v in mine.state[p].items()} == dict.fromkeys(other.state[q], torch.float32)
         assert all(torch.equal(v, other.state[q][k].float()) for k, v in mine.state[p].items())
     other.load_state_dict(copy.deepcopy(mine.state_dict()))  # torch takes over the very tensors
-    grads = draw(ours)
+    grads, begun = draw(ours), [p.detach().clone() for p in ours]
     for params, optimizer in ((ours, mine), (theirs, other)):
         give(params, grads)
         optimizer.step()
-    # In bfloat16 torch rounds its moments at each of its operations, three of 2^-8 on a step of 1e-3.
-    assert_same(ours, theirs, 1e-6 if dtype == torch.float32 else 2e-2)
+    # In bfloat16 torch rounds at each of its operations, some of 2^-8 on steps of 0.5 and numbers up to 4.
+    assert_same(ours, theirs, 1e-5 if dtype == torch.float32 else 5e-2)
+    assert (ours[0].detach() - begun[0]).abs().max() > 0.1
 
 
 def test_its_own_state_loses_nothing() -> None:
@@ -165,6 +168,128 @@ def test_a_gradient_laid_out_otherwise_and_a_channels_last_parameter(device: tor
         params[1].grad = torch.arange(30.0, device=device).view(5, 6).t()
         optimizer.step()
     assert_same(ours, theirs, 1e-6)  # float32 steps of 1e-3 on numbers up to 4
+
+
+def test_moments_follow_a_parameter_that_is_laid_out_anew(device: torch.device) -> None:
+    """By ``.data``, or by a checkpoint of another memory format: as torch's own step that is not fused."""
+
+    def made() -> list[nn.Parameter]:
+        return [nn.Parameter(torch.linspace(-1, 1, 96, device=device).view(2, 3, 4, 4))]
+
+    ours, theirs = made(), made()
+    optimizers = (ours, AdamW(ours, lr=0.1)), (theirs, torch.optim.AdamW(theirs, lr=0.1, foreach=True))
+    for k in range(4):
+        g = torch.randn(2, 3, 4, 4).to(device)
+        for params, optimizer in optimizers:
+            if k == 1:
+                params[0].data = params[0].data.to(memory_format=torch.channels_last)
+            params[0].grad = g.clone(memory_format=torch.preserve_format)
+            optimizer.step()
+            if k == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state["state"][0][name] = state["state"][0][name].contiguous()
+                optimizer.load_state_dict(state)
+    assert_same(ours, theirs, 1e-5)  # four float32 steps of 0.1
+
+
+def test_a_first_moment_that_forgets_all(device: torch.device) -> None:
+    """Without decay each moment is the gradient's and its square's alone, whatever came before."""
+    p = nn.Parameter(torch.zeros(8, device=device))
+    optimizer = AdamW([p], lr=0.1, betas=(0.0, 0.0), weight_decay=0.0)
+    for g in (1e6, 1e-4):
+        p.grad = torch.full_like(p, g)
+        optimizer.step()
+    # g / (|g| + eps) twice.
+    assert_near(p.detach(), torch.full_like(p, -0.1 - 0.1 * 1e-4 / (1e-4 + 1e-8)).detach(), 0.1, 1e-6)
+
+
+def test_a_square_beyond_float32_stands_still_and_is_forgotten_by_nobody(device: torch.device) -> None:
+    ours, theirs = parameters(device=device), parameters(device=device)
+    for params, optimizer in ((ours, AdamW(ours)), (theirs, torch.optim.AdamW(theirs, fused=True))):
+        for g in (1e20, 1.0):
+            give(params, [torch.full_like(p, g) for p in params])
+            optimizer.step()
+    assert_same(ours, theirs, 1e-6)  # weight decay alone moves them
+
+
+def test_copies_step_on() -> None:
+    tasks = Tasks()
+    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad(order=[0, 1, 2]))
+    opt.update(tasks.losses())
+    for other in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), copy.deepcopy(opt.optimizer)):
+        params = [p for group in other.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in params]
+        give(params, draw(params))
+        other.step()
+        assert not any(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+
+
+def test_a_retained_graph_is_not_run_again_past_a_step() -> None:
+    tasks = Tasks()
+    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad())
+    losses = [p.square().sum() * head.sum() for p, head in zip(tasks.shared, tasks.heads, strict=False)]
+    opt.update(losses, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses[0].backward()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [({"step": 3}, None), ({"exp_avg": torch.zeros(7)}, r"exp_avg of shape \(7,\) for a parameter of \(4097,\)")],
+)
+def test_what_is_loaded_is_made_to_fit_or_raises(state: dict[str, Any], message: str | None) -> None:
+    params = parameters()
+    optimizer = AdamW(params)
+    give(params, draw(params))
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].update(state)
+    saved["param_groups"][0]["lr"] = 7.0
+    if message is None:
+        optimizer.load_state_dict(saved)
+        assert torch.equal(optimizer.state[params[0]]["step"], torch.tensor(3.0))
+    else:
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_parameter_with_gaps_raises_and_its_neighbours_are_untouched() -> None:
+    base = torch.zeros(4, 5)
+    fine, gaps = nn.Parameter(torch.ones(3)), nn.Parameter(base[:, :3])
+    optimizer = AdamW([fine, gaps])
+    give([fine, gaps], [torch.ones(3), torch.ones(4, 3)])
+    with pytest.raises(ValueError, match=r"shape \(4, 3\) has strides \(5, 1\)"):
+        optimizer.step()
+    assert torch.equal(fine, torch.ones(3))
+    assert not base.any()
+    opt = gk.SurgeryOptimizer(AdamW([fine, gaps]), gk.GradVac())
+    fine.grad = gaps.grad = None
+    with pytest.raises(ValueError, match="with gaps"):
+        opt.update([gaps.sum() + fine.sum(), gaps.square().sum() - fine.sum()])
+    assert not opt.optimizer.state
+
+
+def test_a_bad_number_of_a_later_group_raises_before_the_first_has_stepped() -> None:
+    params = parameters()
+    optimizer = AdamW([{"params": params[:2]}, {"params": params[2:]}])
+    optimizer.param_groups[1]["eps"] = "tiny"
+    give(params, draw(params))
+    with pytest.raises(ValueError, match="tiny"):
+        optimizer.step()
+    assert_same(params, parameters(), 0.0)
+    assert not optimizer.state
+
+
+def test_operators_keep_torchs_contract(device: torch.device) -> None:
+    p, grads = [torch.randn(6, device=device)], [torch.randn(6, device=device) for _ in range(2)]
+    moments = [torch.rand(6, device=device) for _ in range(2)]
+    step = (p, moments, [torch.ones((), device=device)], None, None, [1e-3, 0.9, 0.999, 0.01, 1e-8])
+    mask = torch.tensor([5, 0, 1 << 31], device=device)
+    w = torch.randn(1, 2, device=device)
+    opcheck(torch.ops.gradkern.adamw.default, (grads, w, [0], *step))
+    opcheck(torch.ops.gradkern.adamw.masked, (grads, w, [0], [0], 2, mask, *step))
 
 
 def test_a_closure_is_called_with_gradients_on_and_returned() -> None:
@@ -273,12 +398,12 @@ def methods(device: torch.device = CPU) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("max_norm", [None, 3.0])
+@pytest.mark.parametrize("max_norm", [None, 3.0, 1e6])
 @pytest.mark.parametrize("name", methods())
 def test_an_update_is_a_backward_pass_clipping_and_a_step(
     name: str, max_norm: float | None, device: torch.device, request: pytest.FixtureRequest
 ) -> None:
-    if interpreted(request) and (max_norm is None or "attention" in name):
+    if interpreted(request) and (max_norm != 3.0 or "attention" in name):
         pytest.skip("takes long in the interpreter, and there is no other kernel in it")
     ours, theirs = Tasks(device), Tasks(device)
     mine = gk.SurgeryOptimizer(AdamW(ours.names, lr=0.01), **methods(device)[name])
@@ -302,6 +427,9 @@ def test_an_update_is_a_backward_pass_clipping_and_a_step(
         assert_near(info.weights, expected.weights, expected.weights.abs().max(), 1e-5)
         assert (info.kept is None) == (expected.kept is None)
         assert info.kept is None or torch.equal(info.kept, expected.kept)
+    for p, q in zip(ours.params, theirs.params, strict=True):
+        a, b = mine.state[p]["exp_avg"], other.state[q]["exp_avg"]
+        assert_near(a, b, b.abs().max() + 1e-3, 1e-3)  # as the parameters, which both have moved apart since
     # Four float32 steps of 0.01, in which a gradient near zero may turn either way by its rounding.
     assert_same(ours.params, theirs.params, 2e-4)
 
@@ -369,6 +497,69 @@ def test_a_scaler_in_an_update(
     assert scaler.get_scale() == 512.0
     assert all(torch.equal(p, q) for p, q in zip(ours.params, before, strict=True))
     assert {float(state["step"]) for state in mine.state.values()} == {3.0}
+
+
+def test_a_scaler_forgets_a_step_that_raised() -> None:
+    tasks = Tasks()
+    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad(order=[0, 1, 2]))
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("not now")
+
+    hook = opt.register_step_pre_hook(refuse)
+    with pytest.raises(RuntimeError, match="not now"):
+        opt.update(tasks.losses(1024.0), scaler=used(torch.amp.GradScaler("cpu", init_scale=1024.0)))
+    hook.remove()
+    torch.manual_seed(1)
+    opt.update(tasks.losses(1024.0), scaler=used(torch.amp.GradScaler("cpu", init_scale=1024.0)))
+    found = [opt.state[p]["exp_avg"] for p in tasks.params]
+    twin = Tasks()
+    other = gk.SurgeryOptimizer(AdamW(twin.names), gk.PCGrad(order=[0, 1, 2]))
+    torch.manual_seed(1)
+    other.update(twin.losses())
+    for a, b in zip(found, (other.state[p]["exp_avg"] for p in twin.params), strict=True):
+        assert_near(a, b, b.abs().max(), 1e-5)  # float32
+
+
+def used(scaler: torch.amp.GradScaler) -> torch.amp.GradScaler:
+    """A scaler wants to have scaled something before it steps."""
+    scaler.scale(torch.ones(()))
+    return scaler
+
+
+class NotANumber(gk.Aggregator):
+    def weights(self, M: Tensor) -> Tensor:
+        return M.new_full(M.shape[:-1], math.nan)
+
+
+def test_a_scaler_sees_weights_that_are_not_finite() -> None:
+    tasks = Tasks()
+    opt, scaler = gk.SurgeryOptimizer(AdamW(tasks.names), NotANumber()), torch.amp.GradScaler("cpu", init_scale=8.0)
+    opt.update([scaler.scale(loss) for loss in tasks.losses()], scaler=scaler)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert_same(tasks.params, Tasks().params, 0.0)
+
+
+def test_a_norm_that_is_not_finite_is_seen() -> None:
+    tasks = Tasks()
+    gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad()).update(tasks.losses(torch.inf), max_norm=1.0)
+    assert all(bool(p.isnan().all()) for p in tasks.shared)
+
+
+def test_a_hook_that_raises_after_the_step_finds_the_update_done() -> None:
+    tasks = Tasks()
+    suppression = gk.Suppression(0.3, seed=1)
+    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad(), suppression=suppression, memory=True)
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("too late")
+
+    opt.register_step_post_hook(refuse)
+    with pytest.raises(RuntimeError, match="too late"):
+        opt.update(tasks.losses())
+    assert suppression.state_dict()["step"] == 1
+    assert [row[0] is None for row in opt.state_dict()["surgery"]["memory"]] == [False] * 3
 
 
 def test_two_optimizers_share_a_scaler() -> None:

@@ -68,6 +68,7 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 def pcgrad_matrix(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
     """The sum of PCGrad's modified gradients, (P,), or their mean."""
+    J = _unit_stride(J)
     C = pcgrad(gramian(J).unsqueeze(0), keys, visits)
     return combine(J, C.mean(-2) if mean else C.sum(-2))
 

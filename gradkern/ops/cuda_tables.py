@@ -21,8 +21,9 @@ from gradkern.kernels.rows import Rows
 
 OptionalTensors = Sequence[Tensor | None]
 
-TABLES = 64
-"""How many tables are kept: a step takes two for each dtype, and allocators take turns among a few addresses."""
+TABLES = 1024
+"""How many tables are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its parameter
+groups, of which there may be one for each layer, and allocators take turns among a few addresses."""
 
 
 def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:

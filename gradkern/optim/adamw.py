@@ -4,7 +4,7 @@ A plain step is one along the only row there is, with weight 1.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,10 @@ class AdamW(torch.optim.AdamW):
         fused: None or True.
     """
 
+    # Of the class, for copies are made without __init__.
+    combination: Combination | None = None
+    """What the next step goes along, in place of ``.grad``."""
+
     def __init__(
         self,
         params: Any,
@@ -91,18 +95,18 @@ class AdamW(torch.optim.AdamW):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True
         )
-        self.combination: Combination | None = None
-        """What the next step goes along, in place of ``.grad``."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """A step along ``.grad``.
 
         Args:
-            closure: computes the loss anew, and is returned of.
+            closure: computes the loss anew, and its result is returned.
 
         Raises:
-            TypeError: a gradient is sparse, or of a dtype that a moment's does not hold. Nothing has changed then.
+            TypeError: a gradient is sparse, or its dtype and the parameter's do not go together.
+            ValueError: there are gaps between a parameter's numbers, or its state is of another shape. Nothing has
+                changed in either case.
         """
         loss = None
         if closure is not None:
@@ -128,65 +132,108 @@ class AdamW(torch.optim.AdamW):
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p in columns:
-                    _check(columns[p])
-                    batches[i, p.dtype, columns[p].dtype].append(columns[p])
+                    check(columns[p], self.state.get(p, {}))
+                    batches[i, p.device, p.dtype, columns[p].dtype].append(columns[p])
+        # All that may raise, before anything changes.
+        numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
         for (i, *_), batch in batches.items():
-            kept = self._take_batch(self.param_groups[i], batch, along)
+            kept = self._take_batch(self.param_groups[i], numbers[i], batch, along)
             if kept is not None:
                 along.kept = kept if along.kept is None else along.kept + kept
 
-    def _take_batch(self, group: dict[str, Any], batch: list[Column], along: Combination) -> Tensor | None:
+    def _take_batch(
+        self, group: dict[str, Any], numbers: list[float], batch: list[Column], along: Combination
+    ) -> Tensor | None:
         params = [c.param for c in batch]
+        device = params[0].device
         states = [self._state_of(p, group["amsgrad"]) for p in params]
         steps = [state["step"] for state in states]
         moments = [state[name] for name in MOMENTS[: 3 if group["amsgrad"] else 2] for state in states]
-        torch._foreach_add_(steps, 1.0 if along.found_inf is None else (along.found_inf == 0).float())
-        w = (-along.w if group["maximize"] else along.w).to(moments[0].dtype)
-        lr, lr_scale = group["lr"], along.lr_scale
-        if isinstance(lr, Tensor):
-            lr_scale = lr.reshape(()).to(params[0].device) if lr_scale is None else lr.reshape(()) * lr_scale
-            lr = 1.0
+        found_inf = None if along.found_inf is None else along.found_inf.to(device)
+        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
+        w = (-along.w if group["maximize"] else along.w).to(device, moments[0].dtype)
+        lr_scale = None if along.lr_scale is None else along.lr_scale.to(device)
+        if isinstance(group["lr"], Tensor):
+            lr = group["lr"].reshape(()).to(device)
+            lr_scale = lr if lr_scale is None else lr * lr_scale
         segments = [len(w) - 1 if c.segment is None else c.segment for c in batch]
-        numbers = [lr, *group["betas"], group["weight_decay"], group["eps"]]
-        step = (params, moments, steps, along.found_inf, lr_scale, [float(number) for number in numbers])
+        grads, step = rows.row_major(batch), (params, moments, steps, found_inf, lr_scale, numbers)
         if along.mask is None:
-            direct.adamw(rows.row_major(batch), w, segments, *step)
-            return None
-        units = [c.unit for c in batch]
-        return direct.adamw_masked(rows.row_major(batch), w, segments, units, along.mask.block, along.mask.words, *step)
+            direct.adamw(grads, w, segments, *step)
+            kept = None
+        else:
+            block, words = along.mask.block, along.mask.words
+            kept = direct.adamw_masked(grads, w, segments, [c.unit for c in batch], block, words, *step)
+        torch.autograd.graph.increment_version(params)  # a graph that has saved one must not be run again
+        return kept
 
     def _state_of(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        """Begun where there is none; and as it lies in memory beside ``p``, which may have been moved."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        state["step"] = state["step"].to(p.device, torch.float32)
+        dtype = arithmetic_dtype(p.dtype)
         for name in MOMENTS[: 3 if amsgrad else 2]:
-            if name not in state:
-                state[name] = torch.zeros_like(p, dtype=arithmetic_dtype(p.dtype))
+            held = state.get(name)
+            if held is None:
+                state[name] = torch.zeros_like(p, dtype=dtype)
+            elif (held.dtype, held.device, held.stride()) != (dtype, p.device, p.stride()):
+                state[name] = torch.empty_like(p, dtype=dtype).copy_(held)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not."""
-        loaded: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, seen: loaded.update(seen))  # after others' hooks
+        kept: dict[Tensor, dict[str, Tensor]] = {}
+
+        def keep(_: Any, loaded: dict[str, Any]) -> None:
+            # torch puts moments into the parameter's dtype, and leaves the step of a plain step on the CPU.
+            numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            for number, p in zip(numbers, params, strict=False):  # torch tells if these do not fit
+                kept[p] = {name: _loaded(name, x, p) for name, x in loaded["state"].get(number, {}).items()}
+
+        def put(_: Any) -> None:
+            self.state.update({p: state for p, state in kept.items() if state})
+            for group in self.param_groups:
+                group.update(fused=True, foreach=None, differentiable=False)
+
+        # After what others' hooks make of the dictionary, and before those that look at what was loaded.
+        before = self.register_load_state_dict_pre_hook(keep)
+        after = self.register_load_state_dict_post_hook(put, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        numbers = [number for group in loaded["param_groups"] for number in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, params, strict=True):
-            # torch has put the moments into the parameter's dtype, and left the step of a plain step on the CPU.
-            for name, value in loaded["state"].get(number, {}).items():
-                dtype = torch.float32 if name == "step" else arithmetic_dtype(p.dtype)
-                self.state[p][name] = value.detach().to(p.device, dtype, copy=True)
-        for group in self.param_groups:
-            group.update(fused=True, foreach=None, differentiable=False)
+            before.remove()
+            after.remove()
 
 
-def _check(c: Column) -> None:
+def _numbers(group: dict[str, Any]) -> list[float]:
+    """lr, which a tensor multiplies, betas, weight decay and eps."""
+    lr = 1.0 if isinstance(group["lr"], Tensor) else group["lr"]
+    return [float(number) for number in (lr, *group["betas"], group["weight_decay"], group["eps"])]
+
+
+def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
+    """A copy of a state's entry, as it is kept beside ``p``."""
+    value = torch.as_tensor(value).detach()
+    if name == "step":
+        return value.to(p.device, torch.float32, copy=True)
+    if value.shape != p.shape:
+        raise ValueError(f"state_dict has {name} of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
+    return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
+
+
+def check(c: Column, state: Mapping[str, Tensor]) -> None:
     """Raise unless a step can be taken along the column."""
-    name = f"the gradient of a parameter of shape {tuple(c.param.shape)}"
+    p = c.param
+    name = f"a parameter of shape {tuple(p.shape)}"
     if c.sparse:
-        raise TypeError(f"{name} is sparse, which AdamW does not support: torch.optim.SparseAdam does")
-    if c.param.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(c.param.dtype):
-        raise TypeError(f"{name} is {c.dtype} and the parameter {c.param.dtype}, which AdamW cannot step together")
+        raise TypeError(f"the gradient of {name} is sparse, which AdamW does not support: torch.optim.SparseAdam does")
+    if p.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
+        raise TypeError(f"{name} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
+    if p.stride() != rows.new_grad_stride(p):
+        raise ValueError(f"{name} has strides {p.stride()}, with gaps between its numbers: AdamW steps dense memory")
+    for moment in MOMENTS:
+        if moment in state and state[moment].shape != p.shape:
+            raise ValueError(f"{name} has {moment} of shape {tuple(state[moment].shape)}")

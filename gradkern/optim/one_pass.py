@@ -1,35 +1,30 @@
 """From the weights of a step to the step itself, with no combined gradient in between.
 
-Its norm, which clipping and gradient scalers ask for, follows from what is known: ‖wᵀJ‖² = wᵀ M w, group by group.
+Its norm, which clipping asks for, follows from what is known: ‖wᵀJ‖² = wᵀ M w, group by group. And a gradient is finite
+if weights and dot products are, which gradient scalers ask for.
 """
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.optim.adamw import AdamW, Combination
+from gradkern.optim.adamw import AdamW, Combination, check
 from gradkern.rows import Column
 from gradkern.solve import Outcome
 from gradkern.suppression import Mask
 
 
-class Stepping(Protocol):
-    """An optimizer around an AdamW, and what a scaler takes for one, which it knows again by its identity."""
-
-    optimizer: Any
-    stand_in: Any
-
-    def step(self) -> Any:
-        """Step the AdamW."""
-
-
 class OnePass:
-    """One update of ``optimizer``.
+    """One update.
 
     Args:
-        optimizer: whose ``step`` steps an AdamW.
+        adamw: which steps along the combination.
+        step: calls ``adamw.step``, and hooks around it.
+        stand_in: what a scaler takes for the optimizer, which it knows again by its identity.
         max_norm: scale the gradient so that it is no longer than this.
         scaler: the losses are scaled by it.
 
@@ -37,11 +32,25 @@ class OnePass:
         total_norm: (), the norm of the gradient before it was cut; None without ``max_norm``.
     """
 
-    def __init__(self, optimizer: Stepping, max_norm: float | None, scaler: torch.amp.GradScaler | None) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self,
+        adamw: AdamW,
+        step: Callable[[], Any],
+        stand_in: SimpleNamespace,
+        max_norm: float | None,
+        scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.adamw = adamw
+        self.step = step
+        self.stand_in = stand_in
         self.max_norm = max_norm
         self.scaler = scaler
         self.total_norm: Tensor | None = None
+
+    def check(self, columns: Sequence[Column]) -> None:
+        """Raise where the step would, before anything has changed."""
+        for c in columns:
+            check(c, self.adamw.state.get(c.param, {}))
 
     def take(
         self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None
@@ -59,17 +68,19 @@ class OnePass:
 
     def _step(self, along: Combination, outcome: Outcome) -> None:
         if self.max_norm is not None:
-            self.total_norm = _norm(along, outcome)
-            along.w = along.w * (self.max_norm / (self.total_norm + 1e-6)).clamp(max=1.0).to(along.w.dtype)
-        inner: AdamW = self.optimizer.optimizer
-        inner.combination = along
+            self.total_norm = norm = _norm(along.w, outcome)
+            factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+            # Not 0, by which no row would be read, and what is not finite in it not be seen.
+            along.w = along.w * torch.where(norm.isfinite(), factor, math.nan).to(along.w.dtype)
+        self.adamw.combination = along
         try:
-            self.optimizer.step()
+            self.step()
         finally:
-            inner.combination = None
+            self.adamw.combination = None
 
     def _step_scaled(self, along: Combination, outcome: Outcome, scaler: torch.amp.GradScaler) -> None:
-        """A scaler looks for what is not finite in ``.grad``: here in that of a stand-in, the sum of all squares."""
+        """A scaler looks for what is not finite in ``.grad``: here in that of a stand-in."""
+        stand_in = self.stand_in
 
         def step() -> None:
             grad_scale: Tensor | None = getattr(stand_in, "grad_scale", None)  # none if the scaler is switched off
@@ -78,25 +89,24 @@ class OnePass:
                 along.w = along.w / grad_scale
             self._step(along, outcome)
 
-        squares = _products(outcome).diagonal(dim1=-2, dim2=-1).sum().float()
-        number = torch.zeros_like(squares)
-        number.grad = squares
-        stand_in = self.optimizer.stand_in
+        finite = _products(outcome).isfinite().all() & along.w.isfinite().all()
+        number = torch.zeros((), device=along.w.device)
+        number.grad = torch.where(finite, number, math.inf)
         stand_in.param_groups, stand_in.step = [{"params": [number]}], step
         try:
-            scaler.step(stand_in)
+            scaler.step(stand_in)  # type: ignore[arg-type]
         finally:
-            del stand_in.param_groups, stand_in.step
+            vars(stand_in).clear()  # also of what a scaler leaves there where a step raises
+            stand_in._step_supports_amp_scaling = True
 
 
-def _norm(along: Combination, outcome: Outcome) -> Tensor:
+def _norm(w: Tensor, outcome: Outcome) -> Tensor:
     """(), ‖wᵀJ‖ over all parameters."""
-    w, M = along.w.double(), _products(outcome).double()
+    w, M = w.double(), _products(outcome).double()
     return torch.einsum("si,sij,sj->", w, M, w).clamp(min=0).sqrt().to(outcome.gramian.dtype)
 
 
 def _products(outcome: Outcome) -> Tensor:
     """(S + 1, T, T), the dot products of all groups, and outside them."""
-    if outcome.outside is None:
-        raise AssertionError("dot products outside surgery were not asked for")
+    assert outcome.outside is not None, "dot products outside surgery were not asked for"
     return torch.cat((outcome.gramian, outcome.outside.unsqueeze(0)))
