@@ -25,21 +25,34 @@ def chosen(text: str) -> torch.device:
     return device
 
 
+Moment = float | torch.cuda.Event
+
+
+def now(device: torch.device) -> Moment:
+    """This moment by the host's clock; on a GPU the one when it gets to what was launched last."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Moment, end: Moment) -> float:
+    """Seconds from one moment to another, which is waited for."""
+    if isinstance(start, torch.cuda.Event):
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    return end - start
+
+
 def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
     """Seconds per call of so many calls in a row; on a GPU as the GPU's own clock tells."""
     if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize(device)
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-    started = time.perf_counter()
+    start = now(device)
     for _ in range(calls):
         run()
-    return (time.perf_counter() - started) / calls
+    return between(start, now(device)) / calls
 
 
 def free_bytes(device: torch.device) -> int:

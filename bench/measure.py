@@ -31,7 +31,11 @@ class Measured:
 
 
 def measured(
-    contestants: Mapping[str, Callable[[], object]], ours: str, seconds: float, device: torch.device
+    contestants: Mapping[str, Callable[[], object]],
+    ours: str,
+    seconds: float,
+    device: torch.device,
+    tell: Callable[[str], object] = lambda text: None,
 ) -> Measured:
     """Every round runs all contestants, one after another, each as often as an equal share of the time allows.
 
@@ -40,10 +44,12 @@ def measured(
         ours: the one whose errors are ours, and raised.
         seconds: about how long to measure, all together; at least three rounds.
         device: whose clock and memory count.
+        tell: is told what comes next.
     """
     found = Measured()
     once: dict[str, float] = {}
     for name, run in contestants.items():
+        tell(f"first calls of {name}")
         try:
             once[name], found.peaks[name] = _first(run, device)
         except Exception as error:  # a long run does not end for what another library cannot do
@@ -53,7 +59,8 @@ def measured(
     found.seconds = {name: [t] if t > SLOW else [] for name, t in once.items()}
     quick = {name: max(t, 1e-7) for name, t in once.items() if t <= SLOW}
     rounds = min(ROUNDS, max(FEWEST, int(seconds / sum(quick.values())))) if quick else 0
-    for _ in range(rounds):
+    for k in range(rounds):
+        tell(f"round {k + 1} of {rounds}")
         for name, t in quick.items():
             calls = max(1, int(seconds / rounds / len(quick) / t))
             found.seconds[name].append(timed(contestants[name], calls, device))

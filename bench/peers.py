@@ -21,8 +21,8 @@ class Peers:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def find(device: torch.device) -> Peers:
-    """Look for every peer."""
+def installed() -> Peers:
+    """Look for the other libraries."""
     peers = Peers()
     for name, package in PACKAGES.items():
         try:
@@ -30,6 +30,12 @@ def find(device: torch.device) -> Peers:
             peers.found[name] = version(package)
         except Exception as error:  # not installed, or unfit for this torch
             peers.missing[name] = _first_line(error)
+    return peers
+
+
+def find(device: torch.device) -> Peers:
+    """Look for every peer."""
+    peers = installed()
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         peers.found[COMPILE] = torch.__version__

@@ -1,0 +1,63 @@
+"""Where the time of a step goes, by one rule for all contestants: whose code is running.
+
+- forward: the model's.
+- backward: autograd's, in ``torch.autograd.grad`` and ``torch.autograd.backward``.
+- update: that of ``AdamW.step``, torch's or gradkern's. A fused step combines the task gradients in it.
+- surgery: all other code, as it comes between: checks, packing, dot products, projections, writing ``.grad``, clearing
+  it.
+
+GradAttention's network learns by autograd too, which is surgery. On a GPU a part is the time from when it got to the
+first launch of that code until it was done with the last.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+import gradkern as gk
+from bench import device as machine
+from bench.device import Moment
+from bench.step.model import MultiTask
+
+WATCHED = (
+    ("surgery", gk.GradAttention, "weights"),
+    ("forward", MultiTask, "forward"),
+    ("backward", torch.autograd, "grad"),
+    ("backward", torch.autograd, "backward"),
+    ("update", torch.optim.AdamW, "step"),
+    ("update", gk.optim.AdamW, "step"),
+)
+PARTS = ("forward", "backward", "surgery", "update")
+
+
+def parts(step: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """Seconds of each of ``PARTS`` in one call, which takes some microseconds longer for being watched."""
+    spent: list[tuple[str, Moment, Moment]] = []
+    inside = False
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return function(*args, **kwargs)
+            inside, start = True, machine.now(device)
+            result = function(*args, **kwargs)
+            inside, end = False, machine.now(device)
+            spent.append((part, start, end))
+            return result
+
+        return run
+
+    with ExitStack() as stack:
+        for part, owner, name in WATCHED:
+            stack.enter_context(patch.object(owner, name, watched(part, getattr(owner, name))))
+        whole = machine.timed(step, 1, device)
+    found = dict.fromkeys(PARTS, 0.0)
+    for part, start, end in spent:
+        found[part] += machine.between(start, end)
+    return found | {"surgery": whole - sum(found[part] for part in PARTS if part != "surgery")}
