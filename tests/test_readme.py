@@ -13,11 +13,14 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_is_that_of_the_raw_results() -> None:
-    report = pytest.importorskip("bench.report", reason="bench/ is in the checkout only")
-    command = next(line for line in README.splitlines() if line.startswith("<!-- python -m bench --show "))
-    file = ROOT / command.split()[5]
-    assert report.summary(json.loads(file.read_text())) in README
+@pytest.mark.parametrize(
+    ("command", "module", "function"),
+    [("python -m bench", "bench.report", "summary"), ("python -m bench.step", "bench.step.table", "table")],
+)
+def test_a_table_is_that_of_the_raw_results(command: str, module: str, function: str) -> None:
+    report = getattr(pytest.importorskip(module, reason="bench/ is in the checkout only"), function)
+    line = next(line for line in README.splitlines() if line.startswith(f"<!-- {command} --show "))
+    assert report(json.loads((ROOT / line.split()[-2]).read_text())) in README
 
 
 @contextmanager
