@@ -8,7 +8,7 @@ from torch import Tensor
 from gradkern.ops.blocks import flat
 from gradkern.ops.philox import dropped
 from gradkern.ops.products import segment_gramians
-from gradkern.ops.pytorch import COLUMNS, combine_flat
+from gradkern.ops.pytorch import combine_flat
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import numels
 
@@ -55,8 +55,8 @@ def combine_masked(
     for k in range(n):
         rows = [None if g is None else flat(g) for g in grads[k::n]]
         result = flat(out[k])
-        for a in range(0, len(result), COLUMNS):
-            b = min(a + COLUMNS, len(result))
+        for a in range(0, len(result), WINDOW):
+            b = min(a + WINDOW, len(result))
             combine_flat([None if row is None else row[a:b] for row in rows], weights[segments[k]], result[a:b])
             if units[k] >= 0:
                 drop = drops.entries(k, a, b - a)
