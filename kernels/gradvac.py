@@ -27,31 +27,16 @@ def length(c, d, e, eps: tl.constexpr):
     return tl.sqrt(tl.where(square > eps * tl.sum(tl.abs(c) * e, 0), square, 0.0))
 
 
-@kernel
-def gradvac_kernel(
-    p_M,
-    p_keys,
-    s_keys: tl.int64,
-    p_targets,
-    p_moving,
-    beta: tl.float64,
-    p_C,
-    T: tl.int64,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program: segment s, task i."""
-    i_segment = tl.program_id(0).to(tl.int64)
-    i_task = tl.program_id(1)
+@triton.jit
+def vaccinated(p_M, p_keys, p_targets, i_task, T, beta, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """(BLOCK,) float64, the coefficients of task ``i_task`` over a Gramian (T, T), and its targets, moved."""
     i_partner = tl.arange(0, BLOCK)
     m_partner = i_partner < T
-    p_M += i_segment * T * T
-    o_row = i_task.to(tl.int64) * T
-    p_targets += i_segment * T * T + o_row
+    o_row = tl.cast(i_task, tl.int64) * T
 
     m_left = m_partner & (i_partner != i_task)
-    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=0.0)
-    targets = tl.load(p_targets + i_partner, mask=m_partner, other=0.0)
+    keys = tl.load(p_keys + o_row + i_partner, mask=m_left, other=0.0)
+    targets = tl.load(p_targets + o_row + i_partner, mask=m_partner, other=0.0)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
     d = tl.load(p_M + o_row + i_partner, mask=m_partner, other=0.0).to(tl.float64)
     e = tl.abs(d)
@@ -80,10 +65,34 @@ def gradvac_kernel(
                 n = length(c, d, e, EPS)
             # target = (1 - beta) target + beta phi
             targets = tl.where(i_partner == j, (1 - beta) * target + beta * phi, targets)
-    p_C += i_segment * T * T + o_row
-    tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=m_partner)
+    return c, targets
+
+
+@kernel
+def gradvac_kernel(
+    p_M,
+    p_keys,
+    s_keys: tl.int64,
+    p_targets,
+    p_moving,
+    beta: tl.float64,
+    p_C,
+    T: tl.int64,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: segment s, task i."""
+    i_segment = tl.program_id(0).to(tl.int64)
+    i_task = tl.program_id(1)
+    i_partner = tl.arange(0, BLOCK)
+    o_segment = i_segment * T * T
+    c, targets = vaccinated(
+        p_M + o_segment, p_keys + i_segment * s_keys, p_targets + o_segment, i_task, T, beta, EPS, BLOCK
+    )
+    o = o_segment + i_task.to(tl.int64) * T + i_partner
+    tl.store(p_C + o, c.to(p_C.dtype.element_ty), mask=i_partner < T)
     moving = tl.load(p_moving + i_task) != 0
-    tl.store(p_targets + i_partner, targets, mask=m_partner & moving)
+    tl.store(p_targets + o, targets, mask=(i_partner < T) & moving)
 
 
 def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float, C: Tensor) -> Launch:

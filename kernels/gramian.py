@@ -31,13 +31,13 @@ def add_products(acc, x, T: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr):
     return new
 
 
-@kernel
-def gramian_kernel(
+@triton.jit
+def sum_products(
     p_tiles,
-    p_pieces,
+    i_first,
+    n_tiles,
     p_rows,
-    s_row: tl.int64,
-    p_partials,
+    s_row,
     p_units,
     p_state,
     block,
@@ -51,16 +51,12 @@ def gramian_kernel(
     GROUP: tl.constexpr,
     ONCE: tl.constexpr,
 ):
-    """One program: one piece."""
-    PAIRS: tl.constexpr = T * (T + 1) // 2
-    i_piece = tl.program_id(0).to(tl.int64)
-    i_first = tl.load(p_pieces + 2 * i_piece)
-    n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
+    """The accumulators of all pairs over ``n_tiles`` tiles from ``i_first`` on."""
     o_block = tl.arange(0, BLOCK)
     state = load_state(p_state, GROUP)
 
     acc = ()
-    for _i_pair in tl.static_range(PAIRS):
+    for _i_pair in tl.static_range(T * (T + 1) // 2):
         acc = acc + (tl.zeros((BLOCK // V,), ACC),)
 
     for i_tile in range(i_first, i_first + n_tiles):
@@ -87,7 +83,37 @@ def gramian_kernel(
                 for t in tl.static_range(T):
                     x = x + (load_part(a[t], o + o_block, n, keep, D).to(ACC),)
                 acc = add_products(acc, x, T, BLOCK, V)
+    return acc
 
+
+@kernel
+def gramian_kernel(
+    p_tiles,
+    p_pieces,
+    p_rows,
+    s_row: tl.int64,
+    p_partials,
+    p_units,
+    p_state,
+    block,
+    T: tl.constexpr,
+    TABLE: tl.constexpr,
+    D: tl.constexpr,
+    ACC: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    V: tl.constexpr,
+    GROUP: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """One program: one piece."""
+    PAIRS: tl.constexpr = T * (T + 1) // 2
+    i_piece = tl.program_id(0).to(tl.int64)
+    i_first = tl.load(p_pieces + 2 * i_piece)
+    n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
+    acc = sum_products(
+        p_tiles, i_first, n_tiles, p_rows, s_row, p_units, p_state, block, T, TABLE, D, ACC, TILE, BLOCK, V, GROUP, ONCE
+    )
     for i_pair in tl.static_range(PAIRS):
         tl.store(p_partials + i_piece * PAIRS + i_pair, tl.sum(acc[i_pair]))
 

@@ -14,17 +14,14 @@ from .launch import Launch, kernel
 from .visits import next_partner, pick
 
 
-@kernel
-def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits: tl.int32, BLOCK: tl.constexpr):
-    """One program: segment s, task i."""
-    i_segment = tl.program_id(0).to(tl.int64)
-    i_task = tl.program_id(1)
+@triton.jit
+def projected(p_M, p_keys, i_task, T, visits, BLOCK: tl.constexpr):
+    """(BLOCK,) float64, the coefficients of task ``i_task`` over a Gramian (T, T), zeros beyond the T-th."""
     i_partner = tl.arange(0, BLOCK)
-    p_M += i_segment * T * T
-    o_row = i_task.to(tl.int64) * T
+    o_row = tl.cast(i_task, tl.int64) * T
 
     m_left = (i_partner < T) & (i_partner != i_task)
-    keys = tl.load(p_keys + i_segment * s_keys + o_row + i_partner, mask=m_left, other=0.0)
+    keys = tl.load(p_keys + o_row + i_partner, mask=m_left, other=0.0)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
     d = tl.load(p_M + o_row + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
     for _ in range(visits):
@@ -38,6 +35,16 @@ def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits: tl.in
             coefficient = -s / M_jj
             c += tl.where(i_partner == j, coefficient, 0.0)
             d += coefficient * M_j
+    return c
+
+
+@kernel
+def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, p_C, T: tl.int64, visits: tl.int32, BLOCK: tl.constexpr):
+    """One program: segment s, task i."""
+    i_segment = tl.program_id(0).to(tl.int64)
+    i_task = tl.program_id(1)
+    i_partner = tl.arange(0, BLOCK)
+    c = projected(p_M + i_segment * T * T, p_keys + i_segment * s_keys, i_task, T, visits, BLOCK)
     p_C += (i_segment * T + i_task) * T
     tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=i_partner < T)
 

@@ -80,26 +80,27 @@ def row_address(p_rows, s_row, i_row, i_tensor, o_first, m_row, TABLE: tl.conste
 
 
 @triton.jit
-def load_full(a, o, m_read, D: tl.constexpr):
+def load_full(a, o, m_read, D: tl.constexpr, EVICT: tl.constexpr = ""):
     """Elements ``o`` from the 16-byte-aligned address ``a``, in 128-bit loads.
 
     Zeros from address 0, and without ``m_read``, where nothing is read. The compiler believes the hint only where it
-    follows the cast.
+    follows the cast. ``EVICT`` is what the cache is told: "evict_first" of what nobody reads again.
     """
     p = tl.multiple_of(a.to(tl.pointer_type(D)), 16)
-    return tl.load(p + o, mask=(a != 0) & m_read, other=0.0)
+    return tl.load(p + o, mask=(a != 0) & m_read, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def load_part(a, o, n, m_read, D: tl.constexpr):
+def load_part(a, o, n, m_read, D: tl.constexpr, EVICT: tl.constexpr = ""):
     """Elements ``o`` below ``n`` from any address ``a``, zeros beyond, from address 0 and without ``m_read``."""
-    return tl.load(a.to(tl.pointer_type(D)) + o, mask=(o < n) & (a != 0) & m_read, other=0.0)
+    m = (o < n) & (a != 0) & m_read
+    return tl.load(a.to(tl.pointer_type(D)) + o, mask=m, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def store_row(a, o, n, x, m_full, D: tl.constexpr):
+def store_row(a, o, n, x, m_full, D: tl.constexpr, EVICT: tl.constexpr = ""):
     """Write ``x`` to the elements ``o`` below ``n`` from address ``a``, in ``D``; ``m_full`` picks the road."""
     if m_full:
-        tl.store(tl.multiple_of(a.to(tl.pointer_type(D)), 16) + o, x.to(D))
+        tl.store(tl.multiple_of(a.to(tl.pointer_type(D)), 16) + o, x.to(D), eviction_policy=EVICT)
     else:
-        tl.store(a.to(tl.pointer_type(D)) + o, x.to(D), mask=o < n)
+        tl.store(a.to(tl.pointer_type(D)) + o, x.to(D), mask=o < n, eviction_policy=EVICT)
