@@ -55,18 +55,23 @@ class Layout(Tables):
     bounds: NDArray[np.int64]
     units: NDArray[np.int64]
 
-    def pieces(self, size: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def pieces(self, size: int | NDArray[np.int64], least: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Runs of at most ``size`` tiles of one segment: the unit of work of a reduction.
+
+        Args:
+            size: one number, or one for each segment.
+            least: how many pieces a segment has at least; some are without tiles then.
 
         Returns:
             (n_pieces, 2) int64, first tile and number of tiles; and (n_segments + 1,) int64, the pieces of segment s
             being ``bounds[s]:bounds[s + 1]``.
         """
-        per_segment = -(-np.diff(self.bounds) // size)
-        bounds = _bounds(per_segment)
+        sizes = np.broadcast_to(size, (self.n_segments,))
+        per_segment = np.maximum(least, -(-np.diff(self.bounds) // sizes))
+        bounds = running_totals(per_segment)
         segment = np.repeat(np.arange(self.n_segments), per_segment)
-        first = self.bounds[segment] + size * (np.arange(len(segment)) - bounds[segment])
-        count = np.minimum(size, self.bounds[segment + 1] - first)
+        first = self.bounds[segment] + sizes[segment] * (np.arange(len(segment)) - bounds[segment])
+        count = np.minimum(sizes[segment], self.bounds[segment + 1] - first)
         return np.stack((first, count), 1), bounds
 
     def tiles_on(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -96,7 +101,7 @@ class Totals(Tables):
 @lru_cache(maxsize=64)
 def totals(numels: tuple[int, ...]) -> Totals:
     """The running totals of tensors with ``numels`` elements; kept for the next step."""
-    return Totals(_bounds(np.array(numels, dtype=np.int64)))
+    return Totals(running_totals(np.array(numels, dtype=np.int64)))
 
 
 @lru_cache(maxsize=512)
@@ -142,13 +147,13 @@ def _layout(
     numel, tensor, start, segment = runs[:, np.argsort(runs[3], kind="stable")]
     n_tiles = -(-numel // TILE)
     run = np.repeat(np.arange(len(numel)), n_tiles)
-    offset = TILE * (np.arange(len(run)) - _bounds(n_tiles)[run])
+    offset = TILE * (np.arange(len(run)) - running_totals(n_tiles)[run])
     length = np.minimum(TILE, numel[run] - offset)
     tiles = np.stack((tensor[run], start[run] + offset, length, segment[run]), 1)
-    bounds = _bounds(np.bincount(segment[run], minlength=n_segments))
+    bounds = running_totals(np.bincount(segment[run], minlength=n_segments))
     return Layout(n_segments, tiles, bounds, np.empty((0, 2), dtype=np.int64))
 
 
-def _bounds(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def running_totals(counts: NDArray[np.int64]) -> NDArray[np.int64]:
     """0 and the running totals of ``counts``."""
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)

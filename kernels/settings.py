@@ -54,6 +54,41 @@ def gramian_setting(itemsize: int) -> GramianSetting:
     return GramianSetting(128 * V, V, 128)
 
 
+ONE_LAUNCH: dict[tuple[int, int], range] = {}
+"""By T and the bytes of a number, for rows of how many numbers one launch does the whole surgery (``surgery.py``) on
+NVIDIA's GPUs; three launches do it for all others. Empty until the benchmark (``python -m bench --device cuda``, "one
+launch" beside "gradkern") has filled it: no user's default is to be what nobody has measured."""
+
+ONE_LAUNCH_T = 4
+"""Most rows of the one launch: at T = 4 it takes 72 registers in float32, 96 in 16 bits and 124 in float64, under a
+mask up to 128, which leaves four programs a multiprocessor."""
+
+PIECE, SMALL_PIECE = 128 << 10, 24 << 10
+"""Bytes of rows of a piece of the one launch, as many whole tiles as they hold, one at least: so many that drawing a
+ticket and storing partial sums are little beside them; and for small segments, which else too few programs share."""
+
+SMALL_SEGMENT = 8 << 20
+"""Bytes of rows up to which a segment is small: at most as much as lies between its Gramian and its combination."""
+
+LAG = {2: 16 << 20, 4: 8 << 20, 8: 8 << 20}
+"""By the bytes of a number, bytes of rows that Gramians read between a segment's Gramian and its combination. A program
+takes some 4 µs to solve a segment, in which an H100's memory gives 13 MB: these, and combinations of other segments
+between them. With 16-bit rows, of which a piece takes longer than its bytes do, twice as much. The cache holds 50 MB,
+of which rows that wait to be read again should take no more than half."""
+
+FOLD = 64
+"""Partial sums that one program adds up, once as many pieces of a segment are done; then groups of so many in turn."""
+
+ONE_LAUNCH_PROGRAMS = 8
+"""Programs for each multiprocessor, as many as fit at 64 registers (T = 3 in float32; 128 threads): 48 KB of loads in
+flight. Where fewer fit, the others start when all work is done, and leave."""
+
+
+def one_launch(T: int, itemsize: int, P: int) -> bool:
+    """Whether one launch does the surgery of T rows of P numbers of ``itemsize`` bytes."""
+    return P in ONE_LAUNCH.get((T, itemsize), ())
+
+
 class DotSetting(NamedTuple):
     """``tl.dot`` form: ROWS x BLOCK operands, sums restarted every CHAIN elements.
 
