@@ -182,6 +182,43 @@ def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Compari
             yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)
 
 
+def _pcgrad_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    yield from _whole(dtype, device, None, False)
+
+
+def _pcgrad_masked(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for block in BLOCKS:
+        yield from _whole(dtype, device, block, False)
+
+
+def _gradvac_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    yield from _whole(dtype, device, None, True)
+
+
+def _gradvac_masked(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for block in BLOCKS:
+        yield from _whole(dtype, device, block, True)
+
+
+def _whole(dtype: torch.dtype, device: torch.device, block: int | None, vaccine: bool) -> Iterator[Comparison]:
+    """Gramians, and what the weights found for them make of the gradients; GradVac is PCGrad to targets of 0."""
+    T, P = SHAPES[1]
+    cut = _cut(_matrix(T, P, dtype, device)[0], device)
+    keys, out = torch.rand(N_SEGMENTS, T, T), cut.empty(1, device)
+    zeros = torch.zeros(N_SEGMENTS, T, T, dtype=torch.float64, device=device)
+    call = ops.gradvac if vaccine else ops.pcgrad
+    method = (zeros, torch.ones(T, dtype=torch.bool, device=device), 0.5) if vaccine else (T - 1,)
+    masking = () if block is None else (*cut.masking(block, device), True)
+    M, *_ = call(cut.grads, cut.segments, N_SEGMENTS, keys.to(device), *method, False, None, None, *masking, out)
+    seen = cut if block is None else cut.erased(block)
+    yield from zip(M, *_products(seen.blocks()), strict=True)
+    for s, (rows, order) in enumerate(zip(seen.blocks(), keys.argsort(-1).tolist(), strict=True)):
+        expected = torch.stack(reference.pcgrad(list(rows), order)).sum(0)
+        # A modified gradient is no longer than the original one: as far off as the sum of all.
+        size = rows.double().abs().sum(0)
+        yield torch.cat([o for o, segment in zip(out, seen.segments, strict=True) if segment == s]), expected, size
+
+
 def _adamw(dtype: torch.dtype, device: torch.device, block: int | None = None) -> Iterator[Comparison]:
     """Parameters and moments after a step, with amsgrad; entries that a mask drops as of gradient 0."""
     numbers = (0.1, 0.8, 0.9, 0.3, 1e-3)
@@ -232,7 +269,11 @@ CHECKS: dict[str, Callable[[torch.dtype, torch.device], Iterator[Comparison]]] =
     "scatter": _scatter,
     "pcgrad": _pcgrad,
     "pcgrad.matrix": _pcgrad_matrix,
+    "pcgrad.tensors": _pcgrad_tensors,
+    "pcgrad.masked": _pcgrad_masked,
     "gradvac": _gradvac,
+    "gradvac.tensors": _gradvac_tensors,
+    "gradvac.masked": _gradvac_masked,
     "adamw": _adamw,
     "adamw.masked": _adamw_masked,
 }

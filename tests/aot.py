@@ -22,12 +22,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from gradkern.kernels import adamw, combine, entries, gradvac, gramian, pcgrad, project, reduce
+from gradkern.kernels import adamw, combine, entries, gradvac, gramian, pcgrad, project, reduce, surgery
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, arithmetic
-from gradkern.kernels.settings import DOT_T, OUTPUT_ROWS
+from gradkern.kernels.settings import DOT_T, ONE_LAUNCH_T, OUTPUT_ROWS
 from gradkern.layout import TILE, column_layout, tensor_layout
+from gradkern.worklist import work_list
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -48,6 +49,9 @@ WIDE_BLOCKS = (1, 64, 128)
 smaller than 128, and else to the same as 128."""
 NARROW_BLOCKS = {"fp32": (2, 3), "bf16": (2, 4)}
 """Blocks that cut loads, for each way they do; built on sm_90, to be seen in the table."""
+
+SURGERY_T = (1, 3, ONE_LAUNCH_T)
+"""The smallest, the usual and the largest T of the one launch."""
 
 WIDE = r"\bLDG(STS)?\.\S*128\b"
 NARROW = r"\bLDG(STS)?\.(?!\S*128\b)"
@@ -110,6 +114,8 @@ def cases(target: GPUTarget) -> Iterator[Case]:
                 launch = project.project(_rows(3, dtype, table), tiles, TILE, W, _rows(R, dtype, table))
                 yield Case("project", name, f"R={R}", launch, True)
     yield from masked_cases(target)
+    if target.backend == "cuda":
+        yield from surgery_cases(target)
     for name in ("fp64", "fp32"):
         partials = torch.empty(len(pieces), 6, dtype=DTYPES[name])
         M = torch.empty(1, 3, 3, dtype=DTYPES[name])
@@ -173,6 +179,46 @@ def _adamw(dtype: torch.dtype, tiles: torch.Tensor, mask: Mask | None, n_moments
         number,
         (1e-3, 0.9, 0.999, 0.01, 1e-8),
         None if mask is None else torch.empty((), dtype=torch.int64),
+    )
+
+
+def surgery_cases(target: GPUTarget) -> Iterator[Case]:
+    """The one launch, in its forms of the rows and of a mask; in full with all that it may be given besides."""
+    for name in ("fp64", "fp32", "bf16"):
+        for T in SURGERY_T:
+            yield Case("surgery", name, f"T={T}", _surgery(T, DTYPES[name], True), True)
+            for block in (1, 128) if target.arch == 90 or T == 3 else ():
+                yield Case("surgery", name, f"T={T}, block {block}", _surgery(T, DTYPES[name], True, block), True)
+        full = _surgery(3, DTYPES[name], True, 128, full=True)
+        yield Case("surgery", name, "T=3, block 128, GradVac in full", full, True)
+    for T in SURGERY_T:
+        yield Case("surgery", "fp32", f"T={T}", _surgery(T, torch.float32, False), True)
+
+
+def _surgery(T: int, dtype: torch.dtype, table: bool, block: int | None = None, full: bool = False) -> Launch:
+    layout = tensor_layout((2 * TILE,), (0,), 2, (0,), block or 1)
+    tiles, units = layout.tiles_on(torch.device("cpu"))
+    mask = None if block is None else Mask(units, block, torch.empty(3, dtype=torch.int64))
+    listed = work_list(layout, T, dtype.itemsize)
+    shared = torch.zeros(surgery.shared_size(1, listed.n_groups), dtype=torch.int32)
+    work = surgery.Work(*listed.tables_on(torch.device("cpu")), listed.n_pieces, listed.n_groups, shared)
+    M, keys, ones = torch.empty(1, T, T, dtype=arithmetic(dtype)), torch.empty(1, T, T), torch.ones(T)
+    return surgery.surgery(
+        _rows(T, dtype, table),
+        tiles,
+        TILE,
+        mask,
+        full,
+        work,
+        surgery.GradVac(keys, M.double(), ones.bool(), 0.1) if full else surgery.PCGrad(keys, T - 1),
+        False,
+        ones.bool() if full else None,
+        ones.to(M.dtype) if full else None,
+        M,
+        M[:, 0].contiguous(),
+        _rows(1, dtype, table),
+        torch.zeros((), dtype=torch.int64),
+        1,
     )
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels on CPU tensors, by Triton's interpreter, in place of the PyTorch back end."""
 
 import importlib.util
+import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,12 +36,50 @@ def unwritten_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def programs_at_once(n: int) -> Iterator[None]:
+    """Every launch runs as ``n`` processes at once, each one program of so many.
+
+    For kernels whose programs share out the work themselves, whatever their numbers are. The tensors that a launch is
+    given move to memory that processes share; what is written through a table of addresses lies there already.
+    """
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    from gradkern.kernels.launch import Launch
+
+    run, set_grid_dim = Launch.run, InterpreterBuilder.set_grid_dim
+
+    def run_at_once(launch: Launch, device: torch.device) -> None:
+        for value in launch.arguments.values():
+            if isinstance(value, torch.Tensor):
+                value.share_memory_()
+        programs = [_fork.Process(target=run, args=(launch._replace(grid=(1,)), device)) for _ in range(n)]
+        for program in programs:
+            program.start()
+        for program in programs:
+            program.join(60)
+        stuck = [program for program in programs if program.is_alive()]
+        for program in stuck:
+            program.kill()
+        assert not stuck, "some wait for ever"
+        assert [program.exitcode for program in programs] == [0] * n
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Launch, "run", run_at_once)
+        patched.setattr(InterpreterBuilder, "set_grid_dim", lambda self, *grid: set_grid_dim(self, n, 1, 1))
+        # Nothing was copied for the interpreter; copied back onto itself, it would undo what others write meanwhile.
+        patched.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+        yield
+
+
+_fork = multiprocessing.get_context("fork")
+
 interpreted = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def triton_implementations() -> dict[Any, Callable[..., Any]]:
     """The Triton back end's function for each operator, as registered for CUDA."""
-    from gradkern.ops import cuda
+    from gradkern.ops import cuda, cuda_surgery
 
     ops = torch.ops.gradkern
     return {
@@ -55,8 +94,12 @@ def triton_implementations() -> dict[Any, Callable[..., Any]]:
         ops.gather.default: cuda.gather,
         ops.scatter.default: cuda.scatter,
         ops.pcgrad.default: cuda.pcgrad,
-        ops.pcgrad.matrix: cuda.pcgrad_matrix,
+        ops.pcgrad.matrix: cuda_surgery.pcgrad_matrix,
+        ops.pcgrad.tensors: cuda_surgery.pcgrad_tensors,
+        ops.pcgrad.masked: cuda_surgery.pcgrad_masked,
         ops.gradvac.default: cuda.gradvac,
+        ops.gradvac.tensors: cuda_surgery.gradvac_tensors,
+        ops.gradvac.masked: cuda_surgery.gradvac_masked,
         ops.adamw.default: cuda.adamw,
         ops.adamw.masked: cuda.adamw_masked,
     }

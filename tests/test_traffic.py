@@ -17,7 +17,8 @@ from tests.tolerances import TOLERANCES, assert_near
 if reason := interpreter.why_not():
     pytest.skip(reason, allow_module_level=True)
 
-from gradkern.ops import cuda
+from gradkern.kernels import settings
+from gradkern.ops import cuda, cuda_surgery
 from tests.traffic import SECTOR, aligned, watching
 
 T = 3
@@ -66,6 +67,30 @@ def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(rows: Rows) ->
     assert (moved.read, moved.written) == (4 * T * P, 4 * P)
     for g, e in zip(second, expected, strict=True):
         assert_near(g, e, e.abs().max(), TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_one_launch_moves_as_much_and_no_more(rows: Rows, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "ONE_LAUNCH", {(T, 4): range(P, P + 1)})
+    out = rows.grads[: len(NUMELS)] if in_place else rows.out
+    with watching([*rows.grads, *rows.out]) as moved:
+        cuda_surgery.pcgrad_tensors(rows.grads, SEGMENTS, 1, torch.rand(1, T, T), T - 1, False, None, None, out)
+    assert (moved.read, moved.written) == (4 * 2 * T * P, 4 * P)
+    # As above, and for each piece an entry of the work list, and for the segment its solution.
+    assert moved.elsewhere < 64 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
+
+
+def test_one_launch_reads_nothing_of_dropped_blocks(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "ONE_LAUNCH", {(T, 4): range(P, P + 1)})
+    keys = torch.rand(1, T, T)
+    for products in (False, True):
+        masking = UNITS, 128, mask(0.45), products
+        with watching([*rows.grads, *rows.out]) as moved:
+            _, _, count = cuda_surgery.pcgrad_masked(
+                rows.grads, SEGMENTS, 1, keys, T - 1, False, None, None, *masking, rows.out
+            )
+        gramian = 4 * T * (int(count) if products else P)
+        assert (moved.read, moved.written) == (gramian + 4 * T * int(count), 4 * P)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.45, 0.6])

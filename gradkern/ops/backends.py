@@ -2,14 +2,14 @@
 
 import torch
 
-from gradkern.ops import adamw, entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
+from gradkern.ops import adamw, composed, entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
 
 _why_no_triton: str | None = None
 if torch.version.cuda is None and torch.version.hip is None:
     _why_no_triton = "this PyTorch is built without CUDA and ROCm"
 else:
     try:
-        from gradkern.ops import cuda  # noqa: F401  (registers)
+        from gradkern.ops import cuda, cuda_surgery  # noqa: F401  (register)
     except ImportError as error:  # there is no Triton for every platform, and one may be there that does not load
         _why_no_triton = f"Triton cannot be imported ({error})"
 

@@ -66,13 +66,6 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     return out[0]
 
 
-def pcgrad_matrix(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
-    """The sum of PCGrad's modified gradients, (P,), or their mean."""
-    J = _unit_stride(J)
-    C = pcgrad(gramian(J).unsqueeze(0), keys, visits)
-    return combine(J, C.mean(-2) if mean else C.sum(-2))
-
-
 def combine_tensors(grads: OptionalTensors, w: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
     """wᵀ J of gradients read where they are, into one tensor for each parameter."""
     _tensor_combine(grads, w, segments, out, None, None)
@@ -312,7 +305,6 @@ _OPERATORS: dict[str, Callable[..., object]] = {
     "gather": gather,
     "scatter": scatter,
     "pcgrad": pcgrad,
-    "pcgrad.matrix": pcgrad_matrix,
     "gradvac": gradvac,
     "adamw": adamw,
     "adamw.masked": adamw_masked,

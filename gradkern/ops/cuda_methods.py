@@ -9,7 +9,7 @@ from gradkern.kernels import pcgrad as pcgrad_kernel
 
 def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
     """Coefficients of PCGrad's projected gradients, (S, T, T), ``visits`` partners visited in ascending ``keys``."""
-    _check("keys", keys, M, (1, M.shape[0]))
+    check_keys(keys, M)
     C = torch.empty_like(M, memory_format=torch.contiguous_format)
     visits = min(visits, M.shape[-1] - 1)
     pcgrad_kernel.pcgrad(M.contiguous(), keys.contiguous(), visits, C).run(M.device)
@@ -18,13 +18,23 @@ def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
 
 def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
     """Coefficients of GradVac's modified gradients, (S, T, T); the ``targets`` of the ``moving`` tasks follow."""
-    _check("keys", keys, M, (1, M.shape[0]))
-    _check("targets", targets, M, (M.shape[0],))
-    if targets.dtype != torch.float64 or not targets.is_contiguous():
-        raise ValueError(f"targets must be contiguous float64, got {targets.dtype}, strides {targets.stride()}")
+    check_keys(keys, M)
+    check_targets(targets, M)
     C = torch.empty_like(M, memory_format=torch.contiguous_format)
     gradvac_kernel.gradvac(M.contiguous(), keys.contiguous(), targets, moving.contiguous(), beta, C).run(M.device)
     return C
+
+
+def check_keys(keys: Tensor, M: Tensor) -> None:
+    """Raise unless ``keys`` are of M's segments or of one for all."""
+    _check("keys", keys, M, (1, M.shape[0]))
+
+
+def check_targets(targets: Tensor, M: Tensor) -> None:
+    """Raise unless ``targets`` are of M's segments, and as the kernel moves them."""
+    _check("targets", targets, M, (M.shape[0],))
+    if targets.dtype != torch.float64 or not targets.is_contiguous():
+        raise ValueError(f"targets must be contiguous float64, got {targets.dtype}, strides {targets.stride()}")
 
 
 def _check(name: str, given: Tensor, M: Tensor, sizes: tuple[int, ...]) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gradkern.ops import adamw as adamw_op
-from gradkern.ops import entries, methods, pytorch, suppressed
-from gradkern.ops.registration import serving
+from gradkern.ops import composed, entries, methods, pytorch, suppressed
+from gradkern.ops.registration import server
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
 """Types of arguments, and of what is in lists of them, of which nobody has to be told."""
 
 
@@ -30,7 +30,6 @@ def _direct(name: str, like: Callable[P, R]) -> Callable[P, R]:
     """The operator ``name``, with the signature of ``like``, which serves it by default."""
     packet, _, overload = name.partition(".")
     op = getattr(getattr(torch.ops.gradkern, packet), overload or "default")
-    functions = serving[f"gradkern::{name}"]
 
     @wraps(like)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -39,7 +38,7 @@ def _direct(name: str, like: Callable[P, R]) -> Callable[P, R]:
         tensor = _first_tensor(args[0])
         if tensor is None or tensor.is_meta:
             return op(*args, **kwargs)
-        return functions.get(tensor.device.type, functions["default"])(*args, **kwargs)
+        return server(name, tensor.device.type)(*args, **kwargs)
 
     return call
 
@@ -68,5 +67,9 @@ gather = _direct("gather", entries.gather)
 scatter = _direct("scatter", entries.scatter)
 pcgrad = _direct("pcgrad", methods.pcgrad)
 gradvac = _direct("gradvac", methods.gradvac)
+pcgrad_tensors = _direct("pcgrad.tensors", composed.pcgrad_tensors)
+pcgrad_masked = _direct("pcgrad.masked", composed.pcgrad_masked)
+gradvac_tensors = _direct("gradvac.tensors", composed.gradvac_tensors)
+gradvac_masked = _direct("gradvac.masked", composed.gradvac_masked)
 adamw = _direct("adamw", adamw_op.adamw)
 adamw_masked = _direct("adamw.masked", adamw_op.adamw_masked)

@@ -20,6 +20,12 @@ def serve(name: str, device_type: str, function: Callable[..., Any]) -> None:
     serving[f"gradkern::{name}"][device_type] = function
 
 
+def server(name: str, device_type: str) -> Callable[..., Any]:
+    """What serves an operator on devices of a type."""
+    functions = serving[f"gradkern::{name}"]
+    return functions.get(device_type, functions["default"])
+
+
 def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Serve by default, on every device without kernels of its own, with autocast off: it would round the products."""
 

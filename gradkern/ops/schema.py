@@ -24,6 +24,14 @@ tensors one after another, ``numels[k]`` elements each. ``gather`` gives (T, d) 
 floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike. ``pcgrad.matrix`` is the whole
 surgery of J with ``keys`` (1, T, T): the sum of its modified rows, or their mean.
 
+Their overloads ``tensors`` and ``masked`` are the whole surgery of gradients left in place: Gramians M (S, T, T), the
+weights w (S, T) that the method finds for them, and their combination, which goes to ``out``. Returned are M and w,
+both in arithmetic dtype, and from ``masked`` how many entries were kept. Only the modified rows of tasks that are
+``present`` (T,) bool, all without it, are summed up, with ``mean`` divided by T. A tensor of segment -1 is outside
+surgery: it is combined by ``plain`` (T,), or added up without, and is in no Gramian. ``masked`` takes dot products of
+the kept entries if ``products``, else of all. No target of ``gradvac`` moves where any dot product of any segment is
+not finite. A result may take the place of a gradient of its own tensor, in memory that is no other's.
+
 ``adamw`` combines as ``combine.tensors`` does and takes the step of torch.optim.AdamW along the result, which goes to
 no memory. ``moments`` has exp_avg of all n tensors, then exp_avg_sq, and with amsgrad max_exp_avg_sq: in arithmetic
 dtype, laid out as ``params``. ``steps`` are float32 of no dimension, this step counted. Where ``found_inf``, of no
@@ -64,6 +72,16 @@ torch.library.define(
     "gradkern::gradvac",
     "(Tensor M, Tensor keys, Tensor(a!) targets, Tensor moving, float beta) -> Tensor",
 )
+
+_OF = "Tensor?[] grads, int[] segments, int n_segments"
+_PCGRAD = "Tensor keys, int visits, bool mean, Tensor? present, Tensor? plain"
+_GRADVAC = "Tensor keys, Tensor(b!) targets, Tensor moving, float beta, bool mean, Tensor? present, Tensor? plain"
+_MASK = "int[] units, int block, Tensor mask, bool products"
+for _name, _method in (("pcgrad", _PCGRAD), ("gradvac", _GRADVAC)):
+    torch.library.define(f"gradkern::{_name}.tensors", f"({_OF}, {_method}, Tensor(a!)[] out) -> (Tensor, Tensor)")
+    torch.library.define(
+        f"gradkern::{_name}.masked", f"({_OF}, {_method}, {_MASK}, Tensor(a!)[] out) -> (Tensor, Tensor, Tensor)"
+    )
 
 _ADAMW = (
     "Tensor(a!)[] params, Tensor(b!)[] moments, Tensor[] steps, Tensor? found_inf, Tensor? lr_scale, "
@@ -186,6 +204,28 @@ def _(M: Tensor, keys: Tensor, visits: int) -> Tensor:
 @torch.library.register_fake("gradkern::pcgrad.matrix")
 def _(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
     return J.new_empty(J.shape[1])
+
+
+@torch.library.register_fake("gradkern::pcgrad.tensors")
+@torch.library.register_fake("gradkern::gradvac.tensors")
+def _(
+    grads: list[Tensor | None], segments: list[int], n_segments: int, keys: Tensor, *method: object
+) -> tuple[Tensor, Tensor]:
+    T = len(grads) // len(segments)
+    like = sample(grads)
+    M = like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
+    return M, torch.empty_like(M[:, 0])
+
+
+@torch.library.register_fake("gradkern::pcgrad.masked")
+@torch.library.register_fake("gradkern::gradvac.masked")
+def _(
+    grads: list[Tensor | None], segments: list[int], n_segments: int, keys: Tensor, *method: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    T = len(grads) // len(segments)
+    like = sample(grads)
+    M = like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
+    return M, torch.empty_like(M[:, 0]), keys.new_empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("gradkern::adamw")

@@ -1,0 +1,243 @@
+"""The whole surgery on CUDA tensors: one launch where ``settings.py`` says so, else a launch for each of its steps."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from gradkern.capture import capturing, ready
+from gradkern.kernels import surgery as kernel
+from gradkern.kernels.masks import Mask
+from gradkern.kernels.rows import Rows
+from gradkern.kernels.settings import ONE_LAUNCH_PROGRAMS, one_launch
+from gradkern.layout import TILE, Layout, column_layout
+from gradkern.ops import composed
+from gradkern.ops.composed import Masking
+from gradkern.ops.cuda import _mask, _suppression, _tensor_rows, _tiles, _unit_stride, combine, gramian
+from gradkern.ops.cuda_methods import check_keys, check_targets, pcgrad
+from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
+from gradkern.ops.registration import serve
+from gradkern.ops.schema import arithmetic_dtype
+from gradkern.worklist import work_list
+
+
+def pcgrad_matrix(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
+    """The sum of PCGrad's modified gradients, (P,), or their mean."""
+    J = _unit_stride(J)
+    T, P = J.shape
+    if not _takes_one_launch(T, J.dtype, P):
+        C = pcgrad(gramian(J).unsqueeze(0), keys, visits)
+        return combine(J, C.mean(-2) if mean else C.sum(-2))
+    out = J.new_empty(1, P)
+    layout = column_layout((0, P, P))  # nothing is outside surgery
+    rows, result = matrix_rows(J), matrix_rows(out)
+    _one_launch(kernel.PCGrad(keys, visits), rows, result, layout, None, False, mean, None, None, None, J.device)
+    return out[0]
+
+
+def pcgrad_tensors(
+    grads: OptionalTensors,
+    segments: Sequence[int],
+    n_segments: int,
+    keys: Tensor,
+    visits: int,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """As :func:`composed.pcgrad_tensors`."""
+    if not _tensors_take_one_launch(grads, out):
+        return composed.pcgrad_tensors(grads, segments, n_segments, keys, visits, mean, present, plain, out)
+    method = kernel.PCGrad(keys, visits)
+    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
+    return M, w
+
+
+def pcgrad_masked(
+    grads: OptionalTensors,
+    segments: Sequence[int],
+    n_segments: int,
+    keys: Tensor,
+    visits: int,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    units: Sequence[int],
+    block: int,
+    mask: Tensor,
+    products: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`composed.pcgrad_masked`."""
+    masking = Masking(units, block, mask, products)
+    if not _tensors_take_one_launch(grads, out):
+        return composed.pcgrad_masked(grads, segments, n_segments, keys, visits, mean, present, plain, *masking, out)
+    method = kernel.PCGrad(keys, visits)
+    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
+
+
+def gradvac_tensors(
+    grads: OptionalTensors,
+    segments: Sequence[int],
+    n_segments: int,
+    keys: Tensor,
+    targets: Tensor,
+    moving: Tensor,
+    beta: float,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """As :func:`composed.gradvac_tensors`."""
+    if not _tensors_take_one_launch(grads, out):
+        return composed.gradvac_tensors(
+            grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, out
+        )
+    method = kernel.GradVac(keys, targets, moving, beta)
+    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
+    return M, w
+
+
+def gradvac_masked(
+    grads: OptionalTensors,
+    segments: Sequence[int],
+    n_segments: int,
+    keys: Tensor,
+    targets: Tensor,
+    moving: Tensor,
+    beta: float,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    units: Sequence[int],
+    block: int,
+    mask: Tensor,
+    products: bool,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`composed.gradvac_masked`."""
+    masking = Masking(units, block, mask, products)
+    if not _tensors_take_one_launch(grads, out):
+        return composed.gradvac_masked(
+            grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, *masking, out
+        )
+    method = kernel.GradVac(keys, targets, moving, beta)
+    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
+
+
+def _tensors_take_one_launch(grads: OptionalTensors, out: Sequence[Tensor]) -> bool:
+    return bool(out) and _takes_one_launch(len(grads) // len(out), out[0].dtype, sum(o.numel() for o in out))
+
+
+def _takes_one_launch(T: int, dtype: torch.dtype, P: int) -> bool:
+    # A barrier of AMD's GPUs does not wait for other waves' stores.
+    return torch.version.hip is None and one_launch(T, dtype.itemsize, P)
+
+
+def _tensor_surgery(
+    method: kernel.PCGrad | kernel.GradVac,
+    grads: OptionalTensors,
+    segments: Sequence[int],
+    n_segments: int,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    masking: Masking | None,
+    out: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One launch for gradients left in place; Gramians, weights, and how many entries were kept."""
+    n = len(segments)
+    places = [s if s >= 0 else n_segments for s in segments]
+    suppression = None if masking is None else _suppression(masking.units, masking.block, masking.mask)
+    row_addresses, like, layout = _tensor_rows(grads, places, n_segments + 1, out, suppression)
+    device = like.device
+    rows, result = (table_rows(r, n, like.dtype, device) for r in (row_addresses, addresses("out", out)))
+    mask = _mask(suppression, layout, device)
+    count = torch.zeros((), dtype=torch.int64, device=device)
+    products = masking is not None and masking.products
+    M, w = _one_launch(method, rows, result, layout, mask, products, mean, present, plain, count, device)
+    return M, w, count
+
+
+def _one_launch(
+    method: kernel.PCGrad | kernel.GradVac,
+    rows: Rows,
+    out: Rows,
+    layout: Layout,
+    mask: Mask | None,
+    products: bool,
+    mean: bool,
+    present: Tensor | None,
+    plain: Tensor | None,
+    count: Tensor | None,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Gramians and weights; the last segment of ``layout`` is what is outside surgery."""
+    S, T, dtype = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype)
+    M = torch.empty(S, T, T, dtype=dtype, device=device)
+    check_keys(method.keys, M)
+    method = method._replace(keys=method.keys.contiguous())
+    if isinstance(method, kernel.GradVac):
+        check_targets(method.targets, M)
+        method = method._replace(moving=method.moving.contiguous())
+    w = torch.empty(S, T, dtype=dtype, device=device)
+    work = ready(work_list(layout, T, rows.dtype.itemsize), device)
+    items, segments = work.tables_on(device)
+    n_counters = kernel.shared_size(S, work.n_groups)
+    kernel.surgery(
+        rows,
+        _tiles(layout, device),
+        TILE,
+        mask,
+        products,
+        kernel.Work(items, segments, work.n_pieces, work.n_groups, _shared(n_counters, device)),
+        method,
+        mean,
+        None if present is None else present.contiguous(),
+        None if plain is None else plain.to(dtype).contiguous(),
+        M,
+        w,
+        out,
+        count,
+        _programs(device, len(items)),
+    ).run(device)
+    return M, w
+
+
+def _programs(device: torch.device, n_items: int) -> int:
+    """As many as the device runs at once; one in the interpreter, where that does all the work."""
+    return 1 if device.type == "cpu" else min(n_items, ONE_LAUNCH_PROGRAMS * _multiprocessors(device))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _shared(n: int, device: torch.device) -> Tensor:
+    """Zeros, which a launch leaves behind as zeros: memory for the launches on the current stream, one after another.
+
+    A captured graph clears memory of its own at each replay, for it may be replayed on any stream.
+    """
+    if capturing(device):
+        return torch.zeros(n, dtype=torch.int32, device=device)
+    key = device, 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
+    if key not in _of_stream or len(_of_stream[key]) < n:
+        _of_stream[key] = torch.zeros(1 << (n - 1).bit_length(), dtype=torch.int32, device=device)
+    return _of_stream[key]
+
+
+_of_stream: dict[tuple[torch.device, int], Tensor] = {}
+
+_OPERATORS: dict[str, Callable[..., object]] = {
+    "pcgrad.matrix": pcgrad_matrix,
+    "pcgrad.tensors": pcgrad_tensors,
+    "pcgrad.masked": pcgrad_masked,
+    "gradvac.tensors": gradvac_tensors,
+    "gradvac.masked": gradvac_masked,
+}
+for _name, _function in _OPERATORS.items():
+    serve(_name, "cuda", _function)
