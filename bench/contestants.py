@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -13,10 +14,12 @@ from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern import rows
+from gradkern.kernels import settings
+from gradkern.ops import direct
 from gradkern.solve import solve
 
-OURS, NAIVE, MATMUL = "gradkern", "naive", "matmul"
-NAMES = (OURS, NAIVE, MATMUL, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
+OURS, ONE_LAUNCH, NAIVE, MATMUL = "gradkern", "one launch", "naive", "matmul"
+NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
 
 ops = torch.ops.gradkern
 Run = Callable[[], Any]
@@ -50,6 +53,7 @@ def pcgrad(x: Inputs, peers: Peers) -> Runs:
     """The whole surgery of a matrix."""
     aggregator = gk.PCGrad()
     runs: Runs = {OURS: lambda: aggregator(x.J), NAIVE: lambda: naive.pcgrad(x.rows)}
+    runs |= _one_launch(x, runs[OURS])
     runs |= _plain(peers, plain.pcgrad, lambda: (x.J,))
     if TORCHJD in peers.found:
         from torchjd.aggregation import PCGrad
@@ -102,7 +106,30 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
         mask.advance()
         return results
 
-    return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)}
+    return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)} | _one_launch(x, whole_surgery(x))
+
+
+def whole_surgery(x: Inputs) -> Run:
+    """:func:`surgery` by the operator that is all of it."""
+    n, S, T = len(x.shapes), len(x.groups), x.case.T
+
+    @torch.no_grad()
+    def run() -> Any:
+        left = [rows.readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
+        units = [-1] * n if x.suppression is None else x.suppression.first_units(x.numels)
+        columns = rows.columns(x.params, left, x.segments, units, overwrite=True)
+        out = [c.result() for c in columns]
+        keys = torch.rand(S, T, T, device=x.device)
+        arguments = (rows.row_major(columns), x.segments, S, keys, T - 1, False, None, None)
+        if x.suppression is None:
+            direct.pcgrad_tensors(*arguments, out)
+        else:
+            mask = x.suppression.mask(x.device)
+            direct.pcgrad_masked(*arguments, units, mask.block, mask.words, x.case.scope == "all", out)
+            mask.advance()
+        return out
+
+    return run
 
 
 def gather(x: Inputs, peers: Peers) -> Runs:
@@ -156,6 +183,14 @@ def gradattention_network(x: Inputs, peers: Peers) -> Runs:
     """A pass through GradAttention's network, and the step by which it learns."""
     aggregator = gk.GradAttention(subset=ENTRIES)
     return {OURS: lambda: aggregator.weights(x.M, x.X)}
+
+
+def _one_launch(x: Inputs, run: Run) -> Runs:
+    """``run`` in one launch, as if the table of settings said so, where there can be one."""
+    T, P = x.case.T, x.case.P
+    if x.device.type != "cuda" or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
+        return {}
+    return {ONE_LAUNCH: patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)})(run)}
 
 
 def _plain(peers: Peers, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Runs:

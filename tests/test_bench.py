@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError
 from itertools import permutations, product
@@ -20,13 +20,14 @@ from torch import Tensor
 from bench import cases, floors, measure, peers, run
 from bench.__main__ import main
 from bench.cases import Case
-from bench.contestants import OPERATIONS, OURS, contestants
+from bench.contestants import ONE_LAUNCH, OPERATIONS, OURS, _one_launch, contestants, whole_surgery
 from bench.inputs import Inputs
 from bench.memory import peak
 from bench.peers import PACKAGES, Peers
 from bench.report import summary
 from bench.shapes import BERT_BASE, numbers
 from gradkern import reference
+from gradkern.kernels import settings
 
 CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -131,6 +132,36 @@ def test_contestants_of_a_step_do_the_same(groups: str, form: cases.Suppressed) 
             rows = list(x.J[:, part])
             methods = [partial(reference.pcgrad, order=order) for order in ORDERS]
             assert_one_of(result[part], [reference.suppressed(rows, keep[part], scope, method) for method in methods])
+
+
+@pytest.mark.parametrize("form", [cases.DENSE, cases.Suppressed(0.3, 128, "all")], ids=str)
+def test_the_whole_surgery_is_that_of_the_steps(form: cases.Suppressed) -> None:
+    x = inputs(Case("surgery", 3, 16_000, shapes="pieces", **form._asdict()))
+    result = torch.cat(whole_surgery(x)())
+    keep = result != 0
+    assert keep.all() == (form.p == 0)
+    methods = [partial(reference.pcgrad, order=order) for order in ORDERS]
+    assert_one_of(result, [reference.suppressed(list(x.J), keep, form.scope, method) for method in methods])
+
+
+@pytest.mark.parametrize("operation", ["pcgrad", "surgery"])
+def test_one_launch_takes_part_on_nvidias_gpus_alone(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(operation, 3, 16_000, shapes="matrix" if operation == "pcgrad" else "pieces")
+    cuda = Inputs(case, torch.device("cuda"))
+    assert ONE_LAUNCH not in contestants(Inputs(case, CPU), INSTALLED)
+    assert ONE_LAUNCH in contestants(cuda, INSTALLED)
+    assert ONE_LAUNCH not in contestants(Inputs(replace(case, T=5), cuda.device), INSTALLED)
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert ONE_LAUNCH not in contestants(cuda, INSTALLED)
+
+
+def test_one_launch_is_taken_by_the_table_and_by_nobody_else() -> None:
+    x, before = Inputs(Case("pcgrad", 3, 1000, "bfloat16"), torch.device("cuda")), dict(settings.ONE_LAUNCH)
+    seen = []
+    run = _one_launch(x, lambda: seen.append([settings.one_launch(3, size, P) for size, P in ((2, 1000), (2, 999))]))
+    run[ONE_LAUNCH]()
+    assert seen == [[True, False]]
+    assert before == settings.ONE_LAUNCH
 
 
 def test_contestants_of_entries_do_the_same() -> None:
