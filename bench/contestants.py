@@ -15,7 +15,6 @@ from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern import rows
 from gradkern.kernels import settings
-from gradkern.ops import direct
 from gradkern.solve import solve
 
 OURS, ONE_LAUNCH, NAIVE, MATMUL = "gradkern", "one launch", "naive", "matmul"
@@ -106,30 +105,7 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
         mask.advance()
         return results
 
-    return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)} | _one_launch(x, whole_surgery(x))
-
-
-def whole_surgery(x: Inputs) -> Run:
-    """:func:`surgery` by the operator that is all of it."""
-    n, S, T = len(x.shapes), len(x.groups), x.case.T
-
-    @torch.no_grad()
-    def run() -> Any:
-        left = [rows.readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
-        units = [-1] * n if x.suppression is None else x.suppression.first_units(x.numels)
-        columns = rows.columns(x.params, left, x.segments, units, overwrite=True)
-        out = [c.result() for c in columns]
-        keys = torch.rand(S, T, T, device=x.device)
-        arguments = (rows.row_major(columns), x.segments, S, keys, T - 1, False, None, None)
-        if x.suppression is None:
-            direct.pcgrad_tensors(*arguments, out)
-        else:
-            mask = x.suppression.mask(x.device)
-            direct.pcgrad_masked(*arguments, units, mask.block, mask.words, x.case.scope == "all", out)
-            mask.advance()
-        return out
-
-    return run
+    return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)} | _one_launch(x, ours)
 
 
 def gather(x: Inputs, peers: Peers) -> Runs:

@@ -144,7 +144,9 @@ def step(
             one_pass.check(columns)
         mask = None if suppression is None else suppression.mask(device)
         mask_of_products = mask if suppression is not None and suppression.scope == "all" else None
-        outcome = solve(columns, n_segments, aggregator, present, mask_of_products, mask, outside)
+        outcome = solve(
+            columns, n_segments, aggregator, present, mask_of_products, mask, outside, weights_only=one_pass is not None
+        )
         step_scale = None if conflict_lr is None else conflict_lr.scale(outcome.gramian.sum(0))
         results, kept = outcome.combine() if one_pass is None else ([], None)
         written_to = _write(results)

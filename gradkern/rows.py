@@ -156,10 +156,7 @@ def combine(
         The parameters and their results; and the share of the entries that the mask kept, (), None without one. (Of
         dense gradients: the entries that sparse ones lack are dropped anyhow.)
     """
-    results: dict[Tensor, Tensor] = {}
-    for c in columns:
-        if plain is None and (only := _only(c)) is not None:
-            results[c.param] = owned(only, c.param) if c.free is None else only
+    results = {} if plain is not None else own_gradients(columns)
     summed = [c for c in columns if c.param not in results]
     last = len(w)
     if any(c.segment is None for c in summed):
@@ -178,9 +175,20 @@ def combine(
     for c in summed:
         if c.sparse:
             results[c.param] = _combine_sparse(c, w[last if c.segment is None else c.segment], mask)
-    n_masked = sum(c.param.numel() for c in summed if c.unit >= 0 and not c.sparse)
-    share = sum(kept[1:], kept[0]) / n_masked if kept and n_masked else None
-    return [(c.param, results[c.param]) for c in columns], share
+    told = share(sum(kept[1:], kept[0]), summed) if kept else None
+    return [(c.param, results[c.param]) for c in columns], told
+
+
+def own_gradients(columns: Sequence[Column]) -> dict[Tensor, Tensor]:
+    """Of the heads, whose result is their one gradient itself."""
+    alone = [(c, only) for c in columns if (only := _only(c)) is not None]
+    return {c.param: owned(only, c.param) if c.free is None else only for c, only in alone}
+
+
+def share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:
+    """Of the entries of dense ``columns`` that a mask may drop; None if there is none."""
+    n_masked = sum(c.param.numel() for c in columns if c.unit >= 0 and not c.sparse)
+    return kept / n_masked if n_masked else None
 
 
 def _only(c: Column) -> Tensor | None:

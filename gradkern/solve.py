@@ -1,6 +1,7 @@
 """The surgery of a step: from the columns of task gradients to their weights, and how they are combined by these.
 
-Writes to no ``.grad``: only what the method remembers, and once it is to combine, over gradients that are free.
+Writes to no ``.grad``: only what the method remembers, and once it combines, over gradients that are free. One launch
+that does all combines at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from torch import Tensor
 from gradkern import rows
 from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
 from gradkern.drawn import Drawn
+from gradkern.ops.backends import one_launch
+from gradkern.ops.schema import arithmetic_dtype
 from gradkern.rows import Column
 from gradkern.suppression import Mask
 
@@ -44,8 +47,9 @@ def solve(
     mask_of_products: Mask | None,
     mask_of_results: Mask | None,
     outside: bool = False,
+    weights_only: bool = False,
 ) -> Outcome:
-    """Gramian and weights.
+    """Gramian and weights; and the combination too, where one launch does all.
 
     Args:
         columns: as :func:`rows.columns` gives them.
@@ -55,9 +59,14 @@ def solve(
         mask_of_products: leave out of the dot products what it drops.
         mask_of_results: leave out of the results what it drops.
         outside: take dot products outside surgery too.
+        weights_only: combine nothing yet.
     """
     if isinstance(aggregator, GradAttention):
         return _attend(columns, n_segments, aggregator, present, mask_of_products, mask_of_results, outside)
+    if not weights_only and present is None:
+        at_once = _at_once(columns, n_segments, aggregator, mask_of_results, mask_of_products is not None)
+        if at_once is not None:
+            return at_once
     products = rows.gramian(columns, n_segments, mask_of_products, outside)
     M = _usable(products[:n_segments], present)
     solution = aggregator.solution(M, present)
@@ -76,6 +85,36 @@ def solve(
         plain,
         lambda: rows.combine(columns, w, plain, mask_of_results),
     )
+
+
+def _at_once(
+    columns: Sequence[Column], n_segments: int, aggregator: Aggregator, mask: Mask | None, products_masked: bool
+) -> Outcome | None:
+    """All in one launch; None where the table of settings has none for it, or the method or the columns are not so."""
+    results = rows.own_gradients(columns)
+    summed = [c for c in columns if c.param not in results]
+    if not summed or any(c.sparse or c.dtype != summed[0].dtype for c in summed):
+        return None
+    T, like = len(summed[0].grads), summed[0].param
+    if not one_launch(like.device.type, T, summed[0].dtype, sum(c.param.numel() for c in summed)):
+        return None
+    shape = (n_segments, T, T)
+    program = aggregator.program(torch.empty(shape, dtype=arithmetic_dtype(summed[0].dtype), device=like.device))
+    if program is None:
+        return None
+    out = [c.result() for c in summed]
+    given = (rows.row_major(summed), [-1 if c.segment is None else c.segment for c in summed], n_segments)
+    kept: Tensor | None = None
+    if mask is None:
+        M, w = program.tensors(*given, *program.arguments, None, None, out)
+    else:
+        units = [c.unit for c in summed]
+        masking = (units, mask.block, mask.words, products_masked)
+        M, w, count = program.masked(*given, *program.arguments, None, None, *masking, out)
+        kept = rows.share(count, summed)
+    results |= zip((c.param for c in summed), out, strict=True)
+    told = [(c.param, results[c.param]) for c in columns]
+    return Outcome(M, None, aggregator.solved(M, w), None, lambda: (told, kept))
 
 
 def _attend(

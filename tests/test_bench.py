@@ -20,7 +20,7 @@ from torch import Tensor
 from bench import cases, floors, measure, peers, run
 from bench.__main__ import main
 from bench.cases import Case
-from bench.contestants import ONE_LAUNCH, OPERATIONS, OURS, _one_launch, contestants, whole_surgery
+from bench.contestants import ONE_LAUNCH, OPERATIONS, OURS, _one_launch, contestants
 from bench.inputs import Inputs
 from bench.memory import peak
 from bench.peers import PACKAGES, Peers
@@ -132,16 +132,6 @@ def test_contestants_of_a_step_do_the_same(groups: str, form: cases.Suppressed) 
             rows = list(x.J[:, part])
             methods = [partial(reference.pcgrad, order=order) for order in ORDERS]
             assert_one_of(result[part], [reference.suppressed(rows, keep[part], scope, method) for method in methods])
-
-
-@pytest.mark.parametrize("form", [cases.DENSE, cases.Suppressed(0.3, 128, "all")], ids=str)
-def test_the_whole_surgery_is_that_of_the_steps(form: cases.Suppressed) -> None:
-    x = inputs(Case("surgery", 3, 16_000, shapes="pieces", **form._asdict()))
-    result = torch.cat(whole_surgery(x)())
-    keep = result != 0
-    assert keep.all() == (form.p == 0)
-    methods = [partial(reference.pcgrad, order=order) for order in ORDERS]
-    assert_one_of(result, [reference.suppressed(list(x.J), keep, form.scope, method) for method in methods])
 
 
 @pytest.mark.parametrize("operation", ["pcgrad", "surgery"])

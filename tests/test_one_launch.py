@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
+import gradkern as gk
 from gradkern import reference
+from gradkern.aggregators.base import Solution
 from gradkern.layout import TILE
 from gradkern.ops import composed
 from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
-from tests.test_no_host_reads import RefusesReads
+from tests.test_no_host_reads import ORDER, RefusesReads, step, update
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 pytest.importorskip("triton", reason="no Triton on this platform")
@@ -505,3 +507,72 @@ def test_a_captured_launch_replays_beside_others(one_launch: None) -> None:
             tensor.fill_(torch.nan)
         graph.replay()
         assert_same([*results, *given.out], expected)
+
+
+# The step
+
+
+STEPS: dict[str, tuple[Callable[[], gk.Aggregator], str, Callable[[], dict[str, Any]], str]] = {
+    "pcgrad": (lambda: gk.PCGrad(order=ORDER), "model", dict, "pcgrad_tensors"),
+    "mean over groups": (lambda: gk.PCGrad("random", ORDER, "mean"), "module", dict, "pcgrad_tensors"),
+    "gradvac": (lambda: gk.GradVac(0.5, ORDER), "parameter", dict, "gradvac_tensors"),
+    "update": (
+        lambda: gk.PCGrad(order=ORDER),
+        "model",
+        lambda: {"suppression": suppression("update")},
+        "pcgrad_masked",
+    ),
+    "all": (lambda: gk.GradVac(0.5, ORDER), "model", lambda: {"suppression": suppression("all")}, "gradvac_masked"),
+    "kappa": (lambda: gk.PCGrad(order=ORDER), "model", lambda: {"conflict_lr": gk.ConflictLR()}, "pcgrad_tensors"),
+    "memory": (lambda: gk.GradVac(0.5, ORDER), "model", lambda: {"memory": True}, "gradvac_tensors"),
+}
+
+
+def suppression(scope: str) -> gk.Suppression:
+    return gk.Suppression(0.4, 2, scope, seed=1)
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_takes_one_launch(name: str, request: pytest.FixtureRequest) -> None:
+    """The same as the PyTorch back end's, Gramian, method and combination one after another; heads cost no launch."""
+    method, groups, beside, operator = STEPS[name]
+    expected, grads, _ = step(method(), groups, **beside())
+    request.getfixturevalue("one_launch")
+    calls = request.getfixturevalue("triton_serves_the_cpu")
+    info, found, _ = step(method(), groups, **beside())
+    assert calls == [operator]
+    for told in ("gramian", "weights", "targets", "kept", "step_scale"):
+        a, b = getattr(info, told), getattr(expected, told)
+        assert (a is None) == (b is None)
+        if a is not None:
+            # 10: weights magnify the Gramian's rounding, and targets follow cosines.
+            assert_near(a, b, b.abs().max(), 10 * TOLERANCES[F32])
+    for a, b in zip(found, grads, strict=True):
+        assert_near(a, b, b.abs().max(), 10 * TOLERANCES[F32])
+
+
+class Halved(gk.PCGrad):
+    def weights(self, M: Tensor) -> Tensor:
+        return super().weights(M) / 2
+
+    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+        return Solution(self.weights(M))
+
+
+@interpreter.interpreted
+@pytest.mark.parametrize("made", [lambda: gk.PCGrad("average"), lambda: gk.PCGrad("most_similar"), Halved, gk.Sum])
+def test_other_methods_go_step_by_step(made: Callable[[], gk.Aggregator], request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("one_launch")
+    calls = request.getfixturevalue("triton_serves_the_cpu")
+    step(made(), suppression=gk.Suppression(0.4, seed=1))
+    assert "gramian_tensors" in calls
+    assert "combine_masked" in calls
+
+
+@interpreter.interpreted
+def test_an_update_combines_in_its_own_step(request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue("one_launch")
+    calls = request.getfixturevalue("triton_serves_the_cpu")
+    update(gk.PCGrad(), "model", None)
+    assert calls == ["gramian_tensors", "pcgrad", "adamw"]

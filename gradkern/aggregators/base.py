@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,20 @@ class Solution:
     weights: Tensor
     targets: Tensor | None = None
     attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A method that one operator does together with Gramian and combination: see ``ops/schema.py``.
+
+    Attributes:
+        tensors: the operator, and its overload under suppression, ``masked``.
+        arguments: of the method, between ``n_segments`` and ``present``.
+    """
+
+    tensors: Callable[..., tuple[Tensor, ...]]
+    masked: Callable[..., tuple[Tensor, ...]]
+    arguments: tuple[Any, ...]
 
 
 class Aggregator(nn.Module, ABC):
@@ -60,6 +74,18 @@ class Aggregator(nn.Module, ABC):
         """
         w = self.weights(M)
         return Solution(w if present is None else torch.where(present, w, 0.0))
+
+    def program(self, M: Tensor) -> Program | None:
+        """The method as an operator takes it, whose weights go to :meth:`solved`; None if it is none for an operator.
+
+        Args:
+            M: (S, T, T), of which nothing but shape, dtype and device is known yet.
+        """
+        return None
+
+    def solved(self, M: Tensor, w: Tensor) -> Solution:
+        """What the operator of :meth:`program` has found: Gramians (S, T, T) and weights (S, T)."""
+        return Solution(w)
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J of a matrix of task gradients, each segment with weights of its own.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution, has_numbers
+from gradkern.aggregators.base import Program, Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.capture import capturing, first_use, keep
 from gradkern.ops import direct
@@ -51,9 +51,24 @@ class GradVac(Projection):
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
         """The present tasks' weights, and the targets after the step; only present tasks' targets move."""
-        weights = super().solution(M, present).weights
+        return self.solved(M, super().solution(M, present).weights)
+
+    def program(self, M: Tensor) -> Program | None:
+        """GradVac's; see :meth:`Aggregator.program`."""
+        if type(self) is not GradVac:  # which may have weights of its own
+            return None
+        S, T, _ = M.shape
+        keys, targets = self._visiting_keys(S, T, M.device), self._targets_for(M)
+        moving = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator looks for what is not finite
+        if has_numbers(M):
+            self.targets = targets
+        arguments = (keys, targets, moving, self.beta, self.reduction == "mean")
+        return Program(direct.gradvac_tensors, direct.gradvac_masked, arguments)
+
+    def solved(self, M: Tensor, w: Tensor) -> Solution:
+        """The weights, and the targets as they are after the step."""
         told = None if self.targets is None or not has_numbers(M) else self.targets.clone().view(M.shape)
-        return Solution(weights, targets=told)
+        return Solution(w, targets=told)
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         keys, targets = self._visiting_keys(len(M), M.shape[-1], M.device), self._targets_for(M)

@@ -9,6 +9,7 @@ The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner 
 import torch
 from torch import Tensor
 
+from gradkern.aggregators.base import Program
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.cosines import cosines
 from gradkern.ops import direct
@@ -53,11 +54,23 @@ class PCGrad(Projection):
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
         check_matrix(J, offsets)
-        # In one call, where nobody has to see what lies between: a derivative, segments, a subclass's own weights.
-        if type(self) is not PCGrad or self.partner not in ("all", "random") or offsets is not None or recording(J):
+        # In one call, where nobody has to see what lies between: a derivative, segments.
+        if not self._takes_orders_alone() or offsets is not None or recording(J):
             return super().forward(J, offsets)
         T = J.shape[0]
         return _pcgrad_matrix(J, self._visiting_keys(1, T, J.device), self._visits(T), self.reduction == "mean")
+
+    def program(self, M: Tensor) -> Program | None:
+        """PCGrad's, where orders are all that it takes besides M; see :meth:`Aggregator.program`."""
+        if not self._takes_orders_alone():
+            return None
+        S, T, _ = M.shape
+        arguments = (self._visiting_keys(S, T, M.device), self._visits(T), self.reduction == "mean")
+        return Program(direct.pcgrad_tensors, direct.pcgrad_masked, arguments)
+
+    def _takes_orders_alone(self) -> bool:
+        """Not so of a subclass, which may have weights of its own."""
+        return type(self) is PCGrad and self.partner in ("all", "random")
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         if self.partner == "average":

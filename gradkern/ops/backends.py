@@ -2,7 +2,9 @@
 
 import torch
 
+from gradkern.kernels import settings
 from gradkern.ops import adamw, composed, entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
+from gradkern.ops.registration import serving
 
 _why_no_triton: str | None = None
 if torch.version.cuda is None and torch.version.hip is None:
@@ -12,6 +14,11 @@ else:
         from gradkern.ops import cuda, cuda_surgery  # noqa: F401  (register)
     except ImportError as error:  # there is no Triton for every platform, and one may be there that does not load
         _why_no_triton = f"Triton cannot be imported ({error})"
+
+
+def one_launch(device_type: str, T: int, dtype: torch.dtype, P: int) -> bool:
+    """Whether one launch does the whole surgery of T gradients of P numbers."""
+    return device_type in serving["gradkern::pcgrad.tensors"] and settings.one_launch(T, dtype.itemsize, P)
 
 
 def backend(device_type: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gradkern.optim.adamw import AdamW, Combination, check
-from gradkern.rows import Column
+from gradkern.rows import Column, share
 from gradkern.solve import Outcome
 from gradkern.suppression import Mask
 
@@ -63,8 +63,7 @@ class OnePass:
             self._step(along, outcome)
         else:
             self._step_scaled(along, outcome, self.scaler)
-        n_masked = sum(c.param.numel() for c in columns if c.unit >= 0)
-        return along.kept / n_masked if along.kept is not None and n_masked else None
+        return None if along.kept is None else share(along.kept, columns)
 
     def _step(self, along: Combination, outcome: Outcome) -> None:
         if self.max_norm is not None:
