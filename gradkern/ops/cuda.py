@@ -7,32 +7,31 @@ addresses from ``data_ptr``.
 
 from collections.abc import Callable, Sequence
 from itertools import combinations
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradkern.capture import ready
 from gradkern.kernels import adamw as adamw_kernel
 from gradkern.kernels import combine as combine_kernel
 from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
 from gradkern.kernels import reduce
-from gradkern.kernels.masks import LARGEST_BLOCK, Mask
+from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows
 from gradkern.kernels.settings import DOT_T, LONGEST_PIECE, PROGRAMS
-from gradkern.layout import TILE, Layout, column_layout, tensor_layout
+from gradkern.layout import TILE, Layout, column_layout
+from gradkern.ops.cuda_arguments import Suppressed, mask_of, suppressed, tensor_rows, tiles_of, unit_stride, weights_of
 from gradkern.ops.cuda_entries import gather, scatter
 from gradkern.ops.cuda_methods import gradvac, pcgrad
 from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.registration import serve
-from gradkern.ops.schema import arithmetic_dtype, numels, sample
+from gradkern.ops.schema import arithmetic_dtype
 
 
 def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     """J Jᵀ, (T, T), or (S, T, T) with one for each segment of columns."""
-    J = _unit_stride(J)
+    J = unit_stride(J)
     T, P = J.shape
     layout = column_layout(column_bounds(offsets, P))
     if T <= DOT_T:
@@ -51,17 +50,17 @@ def gramian_masked(
     grads: OptionalTensors, segments: Sequence[int], n_segments: int, units: Sequence[int], block: int, mask: Tensor
 ) -> Tensor:
     """As :func:`gramian_tensors`, of the entries that the mask keeps."""
-    return _tensor_gramian(grads, segments, n_segments, _suppression(units, block, mask))
+    return _tensor_gramian(grads, segments, n_segments, suppressed(units, block, mask))
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """wᵀ J, (P,), in J's dtype; with ``offsets`` each segment of columns has its own row of ``w``."""
-    J = _unit_stride(J)
+    J = unit_stride(J)
     T, P = J.shape
     layout = column_layout(column_bounds(offsets, P))
     out = J.new_empty(1, P)
-    weights = _weights("w", w, J.dtype, (layout.n_segments, T))
-    tiles = _tiles(layout, J.device)
+    weights = weights_of("w", w, J.dtype, (layout.n_segments, T))
+    tiles = tiles_of(layout, J.device)
     combine_kernel.combine(matrix_rows(J), tiles, TILE, None, weights, matrix_rows(out), None).run(J.device)
     return out[0]
 
@@ -82,7 +81,7 @@ def combine_masked(
 ) -> Tensor:
     """As :func:`combine_tensors`, 0 where the mask drops; returns how many entries of masked tensors it keeps."""
     count = torch.zeros((), dtype=torch.int64, device=mask.device)
-    _tensor_combine(grads, w, segments, out, _suppression(units, block, mask), count)
+    _tensor_combine(grads, w, segments, out, suppressed(units, block, mask), count)
     return count
 
 
@@ -117,20 +116,20 @@ def adamw_masked(
 ) -> Tensor:
     """A step of AdamW along :func:`combine_masked`'s result; returns what that does."""
     count = torch.zeros((), dtype=torch.int64, device=mask.device)
-    suppression = _suppression(units, block, mask)
+    suppression = suppressed(units, block, mask)
     _tensor_step(grads, w, segments, params, moments, steps, found_inf, lr_scale, hyperparameters, suppression, count)
     return count
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """W J, (R, P), in J's dtype; with ``offsets`` each segment of columns has its own ``W``."""
-    J = _unit_stride(J)
+    J = unit_stride(J)
     T, P = J.shape
     layout = column_layout(column_bounds(offsets, P))
     R = W.shape[-2]
     out = J.new_empty(R, P)
-    weights = _weights("W", W, J.dtype, (layout.n_segments, R, T))
-    tiles = _tiles(layout, J.device)
+    weights = weights_of("W", W, J.dtype, (layout.n_segments, R, T))
+    tiles = tiles_of(layout, J.device)
     project_kernel.project(matrix_rows(J), tiles, TILE, weights, matrix_rows(out)).run(J.device)
     return out
 
@@ -139,33 +138,19 @@ def project_tensors(grads: OptionalTensors, W: Tensor, segments: Sequence[int], 
     """W J of gradients read where they are, into R rows of one tensor for each parameter."""
     n_segments = W.shape[0] if W.ndim > 2 else 1
     n = len(segments)
-    rows, like, layout = _tensor_rows(grads, segments, n_segments, out, None)
+    rows, like, layout = tensor_rows(grads, segments, n_segments, out, None)
     device = like.device
-    weights = _weights("W", W, like.dtype, (n_segments, len(out) // n, len(grads) // n))
+    weights = weights_of("W", W, like.dtype, (n_segments, len(out) // n, len(grads) // n))
     source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
-    project_kernel.project(source, _tiles(layout, device), TILE, weights, target).run(device)
-
-
-class _Suppression(NamedTuple):
-    """The arguments of the masked overloads."""
-
-    units: tuple[int, ...]
-    block: int
-    mask: Tensor
-
-
-def _suppression(units: Sequence[int], block: int, mask: Tensor) -> _Suppression:
-    if not 1 <= block <= LARGEST_BLOCK:
-        raise ValueError(f"block must be from 1 to {LARGEST_BLOCK}, got {block}")
-    return _Suppression(tuple(units), block, mask)
+    project_kernel.project(source, tiles_of(layout, device), TILE, weights, target).run(device)
 
 
 def _tensor_gramian(
-    grads: OptionalTensors, segments: Sequence[int], n_segments: int, suppression: _Suppression | None
+    grads: OptionalTensors, segments: Sequence[int], n_segments: int, suppression: Suppressed | None
 ) -> Tensor:
     n, T = len(segments), len(grads) // len(segments)
-    rows, like, layout = _tensor_rows(grads, segments, n_segments, grads, suppression)
-    mask = _mask(suppression, layout, like.device)
+    rows, like, layout = tensor_rows(grads, segments, n_segments, grads, suppression)
+    mask = mask_of(suppression, layout, like.device)
     if T <= DOT_T:
         return _gramian(table_rows(rows, n, like.dtype, like.device), layout, mask, like.device)
     return _large_gramian(rows, T, like.dtype, layout, mask, like.device)
@@ -176,15 +161,15 @@ def _tensor_combine(
     w: Tensor,
     segments: Sequence[int],
     out: Sequence[Tensor],
-    suppression: _Suppression | None,
+    suppression: Suppressed | None,
     count: Tensor | None,
 ) -> None:
     n, n_segments = len(segments), w.shape[0] if w.ndim > 1 else 1
-    rows, like, layout = _tensor_rows(grads, segments, n_segments, out, suppression)
+    rows, like, layout = tensor_rows(grads, segments, n_segments, out, suppression)
     device = like.device
-    weights = _weights("w", w, like.dtype, (n_segments, len(grads) // n))
+    weights = weights_of("w", w, like.dtype, (n_segments, len(grads) // n))
     source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
-    tiles, mask = _tiles(layout, device), _mask(suppression, layout, device)
+    tiles, mask = tiles_of(layout, device), mask_of(suppression, layout, device)
     combine_kernel.combine(source, tiles, TILE, mask, weights, target, count).run(device)
 
 
@@ -198,18 +183,18 @@ def _tensor_step(
     found_inf: Tensor | None,
     lr_scale: Tensor | None,
     hyperparameters: Sequence[float],
-    suppression: _Suppression | None,
+    suppression: Suppressed | None,
     count: Tensor | None,
 ) -> None:
     n, n_segments = len(segments), w.shape[0] if w.ndim > 1 else 1
-    rows, like, layout = _tensor_rows(grads, segments, n_segments, params, suppression)
+    rows, like, layout = tensor_rows(grads, segments, n_segments, params, suppression)
     device, moment = params[0].device, moments[0].dtype
     adamw_kernel.adamw(
         table_rows(rows, n, like.dtype, device),
-        _tiles(layout, device),
+        tiles_of(layout, device),
         TILE,
-        _mask(suppression, layout, device),
-        _weights("w", w, moment, (n_segments, len(grads) // n)),
+        mask_of(suppression, layout, device),
+        weights_of("w", w, moment, (n_segments, len(grads) // n)),
         table_rows(addresses("params", params), n, params[0].dtype, device),
         table_rows(addresses("moments", moments), n, moment, device),
         table_rows(addresses("steps", steps), n, torch.float32, device).source,
@@ -225,7 +210,7 @@ def _gramian(rows: Rows, layout: Layout, mask: Mask | None, device: torch.device
     T = rows.count
     dtype = arithmetic_dtype(rows.dtype)
     size = min(LONGEST_PIECE, max(1, len(layout.tiles) // PROGRAMS))
-    tiles = _tiles(layout, device)
+    tiles = tiles_of(layout, device)
     pieces, bounds = layout.pieces_on(device, size)
     partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=dtype, device=device)
     M = torch.empty(layout.n_segments, T, T, dtype=dtype, device=device)
@@ -252,45 +237,6 @@ def _large_gramian(
         M[:, b.start : b.stop, a.start : a.stop] = both[:, c:, :c]
         M[:, b.start : b.stop, b.start : b.stop] = both[:, c:, c:]
     return M
-
-
-def _unit_stride(J: Tensor) -> Tensor:
-    """J itself if its columns are neighbours in memory, else a copy."""
-    return J if J.shape[1] <= 1 or J.stride(1) == 1 else J.contiguous()
-
-
-def _tensor_rows(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    like: OptionalTensors,
-    suppression: _Suppression | None,
-) -> tuple[tuple[int, ...], Tensor, Layout]:
-    """The gradients' addresses, one gradient as a sample of dtype and device, and their layout.
-
-    ``like`` has the size of tensor k at every index that is k modulo the number of tensors.
-    """
-    n = len(segments)
-    rows = addresses("grads", grads)
-    units = () if suppression is None else (suppression.units, suppression.block)
-    return rows, sample((*grads, *like)), tensor_layout(tuple(numels(like, n)), tuple(segments), n_segments, *units)
-
-
-def _tiles(layout: Layout, device: torch.device) -> Tensor:
-    return ready(layout, device).tiles_on(device)[0]
-
-
-def _mask(suppression: _Suppression | None, layout: Layout, device: torch.device) -> Mask | None:
-    if suppression is None:
-        return None
-    return Mask(ready(layout, device).tiles_on(device)[1], suppression.block, suppression.mask)
-
-
-def _weights(name: str, w: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """``w`` as the kernels read it: contiguous, in arithmetic dtype, with a dimension of segments."""
-    if tuple(w.shape) != shape and not (shape[0] == 1 and tuple(w.shape) == shape[1:]):
-        raise ValueError(f"{name} must have shape {shape if shape[0] > 1 else shape[1:]}, got {tuple(w.shape)}")
-    return w.to(arithmetic_dtype(dtype)).contiguous()
 
 
 _OPERATORS: dict[str, Callable[..., object]] = {

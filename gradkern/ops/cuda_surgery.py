@@ -14,7 +14,8 @@ from gradkern.kernels.settings import ONE_LAUNCH_PROGRAMS, one_launch
 from gradkern.layout import TILE, Layout, column_layout
 from gradkern.ops import composed
 from gradkern.ops.composed import Masking
-from gradkern.ops.cuda import _mask, _suppression, _tensor_rows, _tiles, _unit_stride, combine, gramian
+from gradkern.ops.cuda import combine, gramian
+from gradkern.ops.cuda_arguments import mask_of, suppressed, tensor_rows, tiles_of, unit_stride
 from gradkern.ops.cuda_methods import check_keys, check_targets, pcgrad
 from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
 from gradkern.ops.registration import serve
@@ -24,7 +25,7 @@ from gradkern.worklist import work_list
 
 def pcgrad_matrix(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
     """The sum of PCGrad's modified gradients, (P,), or their mean."""
-    J = _unit_stride(J)
+    J = unit_stride(J)
     T, P = J.shape
     if not _takes_one_launch(T, J.dtype, P):
         C = pcgrad(gramian(J).unsqueeze(0), keys, visits)
@@ -151,11 +152,11 @@ def _tensor_surgery(
     """One launch for gradients left in place; Gramians, weights, and how many entries were kept."""
     n = len(segments)
     places = [s if s >= 0 else n_segments for s in segments]
-    suppression = None if masking is None else _suppression(masking.units, masking.block, masking.mask)
-    row_addresses, like, layout = _tensor_rows(grads, places, n_segments + 1, out, suppression)
+    suppression = None if masking is None else suppressed(masking.units, masking.block, masking.mask)
+    row_addresses, like, layout = tensor_rows(grads, places, n_segments + 1, out, suppression)
     device = like.device
     rows, result = (table_rows(r, n, like.dtype, device) for r in (row_addresses, addresses("out", out)))
-    mask = _mask(suppression, layout, device)
+    mask = mask_of(suppression, layout, device)
     count = torch.zeros((), dtype=torch.int64, device=device)
     products = masking is not None and masking.products
     M, w = _one_launch(method, rows, result, layout, mask, products, mean, present, plain, count, device)
@@ -189,7 +190,7 @@ def _one_launch(
     n_counters = kernel.shared_size(S, work.n_groups)
     kernel.surgery(
         rows,
-        _tiles(layout, device),
+        tiles_of(layout, device),
         TILE,
         mask,
         products,
