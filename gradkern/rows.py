@@ -181,8 +181,8 @@ def combine(
 
 def own_gradients(columns: Sequence[Column]) -> dict[Tensor, Tensor]:
     """Of the heads, whose result is their one gradient itself."""
-    alone = [(c, only) for c in columns if (only := _only(c)) is not None]
-    return {c.param: owned(only, c.param) if c.free is None else only for c, only in alone}
+    alone = [(c, own) for c in columns if (own := only(c)) is not None]
+    return {c.param: owned(own, c.param) if c.free is None else own for c, own in alone}
 
 
 def share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:
@@ -191,7 +191,7 @@ def share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:
     return kept / n_masked if n_masked else None
 
 
-def _only(c: Column) -> Tensor | None:
+def only(c: Column) -> Tensor | None:
     """The gradient of a parameter outside surgery that one task alone reaches."""
     present = [g for g in c.grads if g is not None]
     return present[0] if c.segment is None and len(present) == 1 else None

@@ -91,8 +91,7 @@ def _at_once(
     columns: Sequence[Column], n_segments: int, aggregator: Aggregator, mask: Mask | None, products_masked: bool
 ) -> Outcome | None:
     """All in one launch; None where the table of settings has none for it, or the method or the columns are not so."""
-    results = rows.own_gradients(columns)
-    summed = [c for c in columns if c.param not in results]
+    summed = [c for c in columns if rows.only(c) is None]
     if not summed or any(c.sparse or c.dtype != summed[0].dtype for c in summed):
         return None
     T, like = len(summed[0].grads), summed[0].param
@@ -112,9 +111,9 @@ def _at_once(
         masking = (units, mask.block, mask.words, products_masked)
         M, w, count = program.masked(*given, *program.arguments, None, None, *masking, out)
         kept = rows.share(count, summed)
-    results |= zip((c.param for c in summed), out, strict=True)
+    results = rows.own_gradients(columns) | dict(zip((c.param for c in summed), out, strict=True))
     told = [(c.param, results[c.param]) for c in columns]
-    return Outcome(M, None, aggregator.solved(M, w), None, lambda: (told, kept))
+    return Outcome(M, None, program.solution(M, w), None, lambda: (told, kept))
 
 
 def _attend(

@@ -8,6 +8,8 @@ on a GPU yet.
 
 from typing import NamedTuple
 
+import torch
+
 PROGRAMS = 4096
 """Pieces a Gramian is cut into where there are that many tiles: some three waves of an H100 at ten programs on each
 of 132 multiprocessors, so that the last wave idles little, and few enough that summing the partials stays cheap."""
@@ -85,8 +87,11 @@ flight. Where fewer fit, the others start when all work is done, and leave."""
 
 
 def one_launch(T: int, itemsize: int, P: int) -> bool:
-    """Whether one launch does the surgery of T rows of P numbers of ``itemsize`` bytes."""
-    return P in ONE_LAUNCH.get((T, itemsize), ())
+    """Whether one launch does the surgery of T rows of P numbers of ``itemsize`` bytes.
+
+    Not on AMD's GPUs, where a barrier does not wait for other waves' stores.
+    """
+    return torch.version.hip is None and T <= ONE_LAUNCH_T and P in ONE_LAUNCH.get((T, itemsize), ())
 
 
 class DotSetting(NamedTuple):

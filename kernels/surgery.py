@@ -26,7 +26,7 @@ from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to
 from .pcgrad import projected
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
 from .settings import FOLD, gramian_setting
-from .tickets import COUNTERS, FOUND, LEFT, LINE, clear, draw, is_last, number, release, wait_for
+from .tickets import COUNTERS, FOUND, LEFT, LINE, clear, draw, is_last, release, wait_for
 
 
 @triton.jit
@@ -302,11 +302,9 @@ def surgery_kernel(
     PRODUCTS_GROUP: tl.constexpr,
 ):
     """One program: as many pieces of work as it gets to."""
-    THREADS: tl.constexpr = BLOCK // V
     PAIRS: tl.constexpr = T * (T + 1) // 2
-    i_item = number(draw(p_shared, THREADS), THREADS)
+    i_item = draw(p_shared)
     while i_item < n_items:
-        ticket = draw(p_shared, THREADS)
         p_item = p_items + 4 * i_item.to(tl.int64)
         i_first = tl.load(p_item)
         n_tiles = tl.load(p_item + 1)
@@ -389,8 +387,8 @@ def surgery_kernel(
                 GROUP,
                 ONCE,
             )
-        i_item = number(ticket, THREADS)
-    # The next ticket is drawn before a piece is worked on, so it is on leaving that programs are counted.
+        # Not before: a program that waits would hold a piece back that others may be waiting for.
+        i_item = draw(p_shared)
     if is_last(p_shared + LEFT, tl.num_programs(0)):
         if p_targets is not None:
             if tl.load(p_shared + FOUND, cache_modifier=".cg") == 0:

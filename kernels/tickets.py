@@ -1,7 +1,8 @@
 """How the programs of one launch share work and wait for each other: tickets, counters and flags in device memory.
 
 All are int32, zero before the launch and zero again after it, so that nothing need be cleared between launches. They
-are acquired and released by one thread of a program; a barrier orders the others' loads and stores around it.
+are acquired and released by one thread of a program. A barrier before it orders the others' stores; after it one comes
+with telling them the result, which orders their loads.
 
 In the interpreter programs run one after another: the first draws every ticket, and no wait ever waits.
 """
@@ -20,16 +21,9 @@ COUNTERS = tl.constexpr(3 * LINE)
 
 
 @triton.jit
-def draw(p_shared, THREADS: tl.constexpr):
-    """The next ticket, for :func:`number` to look at: drawn early, it arrives while other work is done."""
-    i_thread = tl.arange(0, THREADS)
-    return tl.atomic_add(p_shared + TICKET + 0 * i_thread, 1, mask=i_thread == 0, sem="relaxed")
-
-
-@triton.jit
-def number(ticket, THREADS: tl.constexpr):
-    """The number on a ticket, known to the one thread that drew it, told to all."""
-    return tl.sum(tl.where(tl.arange(0, THREADS) == 0, ticket, 0), 0)
+def draw(p_shared):
+    """The number of the next ticket."""
+    return tl.atomic_add(p_shared + TICKET, 1, sem="relaxed")
 
 
 @triton.jit
@@ -49,7 +43,12 @@ def release(p_flag):
 @triton.jit
 def wait_for(p_flag):
     """Wait until a flag is raised, which is for the holder of a lower ticket to do."""
-    raised = tl.atomic_add(p_flag, 0, sem="acquire")
+    # To acquire empties the first cache of all programs beside this one: only once there is something to see. As the
+    # condition of a loop, for an atomic whose result nobody uses may be left out.
+    raised = 0
+    while raised == 0:
+        raised = tl.atomic_add(p_flag, 0, sem="relaxed")
+    raised = 0
     while raised == 0:
         raised = tl.atomic_add(p_flag, 0, sem="acquire")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern as gk
-from gradkern import reference
+from gradkern import reference, rows
 from tests.tolerances import TOLERANCES, assert_near
 
 memory = pytest.importorskip("bench.memory", reason="bench/ is in the checkout only")
@@ -133,3 +133,13 @@ def test_results_do_not_alias_what_a_hook_has_seen() -> None:
     losses, factors = losses_of([p], 2)
     gk.backward(losses, [p], aggregator=gk.PCGrad())
     assert [g.tolist() for g in seen] == [row[0].tolist() for row in factors]
+
+
+def test_a_heads_gradient_that_is_needed_elsewhere_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied: list[Tensor] = []
+    owned = rows.owned
+    monkeypatch.setattr(rows, "owned", lambda g, p: copied.append(p) or owned(g, p))
+    shared, heads = nn.Parameter(torch.ones(4)), [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    opt = gk.SurgeryOptimizer(torch.optim.SGD([shared, *heads], 0.1), gk.PCGrad(), memory=True)
+    opt.backward([(shared * head).sum() for head in heads])
+    assert [id(p) for p in copied] == [id(head) for head in heads]

@@ -29,11 +29,13 @@ class Program:
     Attributes:
         tensors: the operator, and its overload under suppression, ``masked``.
         arguments: of the method, between ``n_segments`` and ``present``.
+        solution: of the Gramians (S, T, T) and weights (S, T) that the operator has found.
     """
 
     tensors: Callable[..., tuple[Tensor, ...]]
     masked: Callable[..., tuple[Tensor, ...]]
     arguments: tuple[Any, ...]
+    solution: Callable[[Tensor, Tensor], Solution]
 
 
 class Aggregator(nn.Module, ABC):
@@ -76,16 +78,12 @@ class Aggregator(nn.Module, ABC):
         return Solution(w if present is None else torch.where(present, w, 0.0))
 
     def program(self, M: Tensor) -> Program | None:
-        """The method as an operator takes it, whose weights go to :meth:`solved`; None if it is none for an operator.
+        """The method as an operator takes it; None if it is none for an operator.
 
         Args:
             M: (S, T, T), of which nothing but shape, dtype and device is known yet.
         """
         return None
-
-    def solved(self, M: Tensor, w: Tensor) -> Solution:
-        """What the operator of :meth:`program` has found: Gramians (S, T, T) and weights (S, T)."""
-        return Solution(w)
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J of a matrix of task gradients, each segment with weights of its own.

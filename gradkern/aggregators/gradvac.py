@@ -51,7 +51,7 @@ class GradVac(Projection):
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
         """The present tasks' weights, and the targets after the step; only present tasks' targets move."""
-        return self.solved(M, super().solution(M, present).weights)
+        return self._told(M, super().solution(M, present).weights)
 
     def program(self, M: Tensor) -> Program | None:
         """GradVac's; see :meth:`Aggregator.program`."""
@@ -60,15 +60,20 @@ class GradVac(Projection):
         S, T, _ = M.shape
         keys, targets = self._visiting_keys(S, T, M.device), self._targets_for(M)
         moving = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator looks for what is not finite
-        if has_numbers(M):
-            self.targets = targets
         arguments = (keys, targets, moving, self.beta, self.reduction == "mean")
-        return Program(direct.gradvac_tensors, direct.gradvac_masked, arguments)
 
-    def solved(self, M: Tensor, w: Tensor) -> Solution:
-        """The weights, and the targets as they are after the step."""
-        told = None if self.targets is None or not has_numbers(M) else self.targets.clone().view(M.shape)
-        return Solution(w, targets=told)
+        def solution(M: Tensor, w: Tensor) -> Solution:
+            if has_numbers(M):
+                self.targets = targets
+            return self._told(M, w)
+
+        return Program(direct.gradvac_tensors, direct.gradvac_masked, arguments, solution)
+
+    def _told(self, M: Tensor, w: Tensor) -> Solution:
+        """Weights, and the targets after the step."""
+        if self.targets is None or not has_numbers(M):
+            return Solution(w)
+        return Solution(w, targets=self.targets.clone().view(M.shape))
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         keys, targets = self._visiting_keys(len(M), M.shape[-1], M.device), self._targets_for(M)

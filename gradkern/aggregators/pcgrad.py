@@ -9,7 +9,7 @@ The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Program
+from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.cosines import cosines
 from gradkern.ops import direct
@@ -66,7 +66,7 @@ class PCGrad(Projection):
             return None
         S, T, _ = M.shape
         arguments = (self._visiting_keys(S, T, M.device), self._visits(T), self.reduction == "mean")
-        return Program(direct.pcgrad_tensors, direct.pcgrad_masked, arguments)
+        return Program(direct.pcgrad_tensors, direct.pcgrad_masked, arguments, lambda _, w: Solution(w))
 
     def _takes_orders_alone(self) -> bool:
         """Not so of a subclass, which may have weights of its own."""

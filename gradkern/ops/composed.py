@@ -132,7 +132,7 @@ def _surgery(
     if present is not None:
         C = torch.where(present.unsqueeze(-1), C, 0.0)
     w = C.mean(-2) if mean else C.sum(-2)
-    outside = torch.ones_like(w[:1]) if plain is None else plain.to(w.dtype).unsqueeze(0)
+    outside = w.new_ones(1, w.shape[-1]) if plain is None else plain.to(w.dtype).unsqueeze(0)
     of_all = torch.cat((w, outside))
     places = [s if s >= 0 else n_segments for s in segments]
     device_type = M.device.type

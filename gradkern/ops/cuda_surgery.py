@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,8 +135,7 @@ def _tensors_take_one_launch(grads: OptionalTensors, out: Sequence[Tensor]) -> b
 
 
 def _takes_one_launch(T: int, dtype: torch.dtype, P: int) -> bool:
-    # A barrier of AMD's GPUs does not wait for other waves' stores.
-    return torch.version.hip is None and one_launch(T, dtype.itemsize, P)
+    return one_launch(T, dtype.itemsize, P)
 
 
 def _tensor_surgery(
@@ -148,8 +148,8 @@ def _tensor_surgery(
     plain: Tensor | None,
     masking: Masking | None,
     out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One launch for gradients left in place; Gramians, weights, and how many entries were kept."""
+) -> tuple[Tensor, Tensor, Any]:
+    """One launch for gradients left in place; Gramians, weights, and how many entries were kept, None without mask."""
     n = len(segments)
     places = [s if s >= 0 else n_segments for s in segments]
     suppression = None if masking is None else suppressed(masking.units, masking.block, masking.mask)
@@ -157,7 +157,7 @@ def _tensor_surgery(
     device = like.device
     rows, result = (table_rows(r, n, like.dtype, device) for r in (row_addresses, addresses("out", out)))
     mask = mask_of(suppression, layout, device)
-    count = torch.zeros((), dtype=torch.int64, device=device)
+    count = None if mask is None else torch.zeros((), dtype=torch.int64, device=device)
     products = masking is not None and masking.products
     M, w = _one_launch(method, rows, result, layout, mask, products, mean, present, plain, count, device)
     return M, w, count
@@ -181,6 +181,10 @@ def _one_launch(
     M = torch.empty(S, T, T, dtype=dtype, device=device)
     check_keys(method.keys, M)
     method = method._replace(keys=method.keys.contiguous())
+    moving = method.moving if isinstance(method, kernel.GradVac) else None
+    for name, given in (("present", present), ("plain", plain), ("moving", moving)):
+        if given is not None and given.shape != (T,):
+            raise ValueError(f"{name} must be of shape {(T,)}, got {tuple(given.shape)}")
     if isinstance(method, kernel.GradVac):
         check_targets(method.targets, M)
         method = method._replace(moving=method.moving.contiguous())
@@ -226,9 +230,10 @@ def _shared(n: int, device: torch.device) -> Tensor:
     if capturing(device):
         return torch.zeros(n, dtype=torch.int32, device=device)
     key = device, 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
-    if key not in _of_stream or len(_of_stream[key]) < n:
-        _of_stream[key] = torch.zeros(1 << (n - 1).bit_length(), dtype=torch.int32, device=device)
-    return _of_stream[key]
+    shared = _of_stream.get(key)  # looked up once: another thread may put a smaller one there
+    if shared is None or len(shared) < n:
+        shared = _of_stream[key] = torch.zeros(1 << (n - 1).bit_length(), dtype=torch.int32, device=device)
+    return shared
 
 
 _of_stream: dict[tuple[torch.device, int], Tensor] = {}
