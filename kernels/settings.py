@@ -62,7 +62,7 @@ NVIDIA's GPUs; three launches do it for all others. Empty until the benchmark (`
 launch" beside "gradkern") has filled it: no user's default is to be what nobody has measured."""
 
 ONE_LAUNCH_T = 4
-"""Most rows of the one launch: at T = 4 it takes 72 registers in float32, 96 in 16 bits and 124 in float64, under a
+"""Most rows of the one launch: at T = 4 it takes 72 registers in float32, 80 in 16 bits and 96 in float64, under a
 mask up to 128, which leaves four programs a multiprocessor."""
 
 PIECE, SMALL_PIECE = 128 << 10, 24 << 10
