@@ -91,14 +91,17 @@ def _at_once(
     columns: Sequence[Column], n_segments: int, aggregator: Aggregator, mask: Mask | None, products_masked: bool
 ) -> Outcome | None:
     """All in one launch; None where the table of settings has none for it, or the method or the columns are not so."""
+    first = next((c for c in columns if rows.only(c) is None), None)
+    if first is None:
+        return None
+    T, device, dtype = len(first.grads), first.param.device, first.dtype
+    sizes = one_launch(device.type, T, dtype)
+    if not sizes:  # before all parameters are looked at
+        return None
     summed = [c for c in columns if rows.only(c) is None]
-    if not summed or any(c.sparse or c.dtype != summed[0].dtype for c in summed):
+    if any(c.sparse or c.dtype != dtype for c in summed) or sum(c.param.numel() for c in summed) not in sizes:
         return None
-    T, like = len(summed[0].grads), summed[0].param
-    if not one_launch(like.device.type, T, summed[0].dtype, sum(c.param.numel() for c in summed)):
-        return None
-    shape = (n_segments, T, T)
-    program = aggregator.program(torch.empty(shape, dtype=arithmetic_dtype(summed[0].dtype), device=like.device))
+    program = aggregator.program(torch.empty((n_segments, T, T), dtype=arithmetic_dtype(dtype), device=device))
     if program is None:
         return None
     out = [c.result() for c in summed]

@@ -86,12 +86,13 @@ ONE_LAUNCH_PROGRAMS = 8
 flight. Where fewer fit, the others start when all work is done, and leave."""
 
 
-def one_launch(T: int, itemsize: int, P: int) -> bool:
-    """Whether one launch does the surgery of T rows of P numbers of ``itemsize`` bytes.
+def one_launch(T: int, itemsize: int) -> range:
+    """For how many numbers of ``itemsize`` bytes one launch does the surgery of T rows of them.
 
     Not on AMD's GPUs, where a barrier does not wait for other waves' stores.
     """
-    return torch.version.hip is None and T <= ONE_LAUNCH_T and P in ONE_LAUNCH.get((T, itemsize), ())
+    allowed = torch.version.hip is None and T <= ONE_LAUNCH_T
+    return ONE_LAUNCH.get((T, itemsize), range(0)) if allowed else range(0)
 
 
 class DotSetting(NamedTuple):

@@ -16,9 +16,10 @@ else:
         _why_no_triton = f"Triton cannot be imported ({error})"
 
 
-def one_launch(device_type: str, T: int, dtype: torch.dtype, P: int) -> bool:
-    """Whether one launch does the whole surgery of T gradients of P numbers."""
-    return device_type in serving["gradkern::pcgrad.tensors"] and settings.one_launch(T, dtype.itemsize, P)
+def one_launch(device_type: str, T: int, dtype: torch.dtype) -> range:
+    """For how many numbers of T gradients one launch does the whole surgery."""
+    served = device_type in serving["gradkern::pcgrad.tensors"]
+    return settings.one_launch(T, dtype.itemsize) if served else range(0)
 
 
 def backend(device_type: str) -> tuple[str, str]:

@@ -135,7 +135,7 @@ def _tensors_take_one_launch(grads: OptionalTensors, out: Sequence[Tensor]) -> b
 
 
 def _takes_one_launch(T: int, dtype: torch.dtype, P: int) -> bool:
-    return one_launch(T, dtype.itemsize, P)
+    return P in one_launch(T, dtype.itemsize)
 
 
 def _tensor_surgery(

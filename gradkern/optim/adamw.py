@@ -67,7 +67,7 @@ class AdamW(torch.optim.AdamW):
 
     # Of the class, for copies are made without __init__.
     combination: Combination | None = None
-    """What the next step goes along, in place of ``.grad``."""
+    """What the next step goes along, in place of ``.grad``; :meth:`check` has seen its columns."""
 
     def __init__(
         self,
@@ -116,10 +116,16 @@ class AdamW(torch.optim.AdamW):
         self._take(along)
         return loss
 
+    def check(self, columns: Sequence[Column]) -> None:
+        """Raise, as :meth:`step` says, unless a step can be taken along ``columns``."""
+        for c in columns:
+            _check(c, self.state.get(c.param, {}))
+
     def _gradients(self) -> Combination:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         row = rows.readable([p.grad for p in params], params)
         columns = rows.columns(params, [row], [None] * len(params), [-1] * len(params), overwrite=False)
+        self.check(columns)
         w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device if params else None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # of a GradScaler, as is found_inf
         return Combination(
@@ -132,9 +138,8 @@ class AdamW(torch.optim.AdamW):
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p in columns:
-                    check(columns[p], self.state.get(p, {}))
                     batches[i, p.device, p.dtype, columns[p].dtype].append(columns[p])
-        # All that may raise, before anything changes.
+        # What may raise, before anything changes.
         numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
         for (i, *_), batch in batches.items():
             kept = self._take_batch(self.param_groups[i], numbers[i], batch, along)
@@ -224,8 +229,7 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
 
 
-def check(c: Column, state: Mapping[str, Tensor]) -> None:
-    """Raise unless a step can be taken along the column."""
+def _check(c: Column, state: Mapping[str, Tensor]) -> None:
     p = c.param
     name = f"a parameter of shape {tuple(p.shape)}"
     if c.sparse:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.optim.adamw import AdamW, Combination, check
+from gradkern.optim.adamw import AdamW, Combination
 from gradkern.rows import Column, share
 from gradkern.solve import Outcome
 from gradkern.suppression import Mask
@@ -49,8 +49,7 @@ class OnePass:
 
     def check(self, columns: Sequence[Column]) -> None:
         """Raise where the step would, before anything has changed."""
-        for c in columns:
-            check(c, self.adamw.state.get(c.param, {}))
+        self.adamw.check(columns)
 
     def take(
         self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None
