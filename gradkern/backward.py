@@ -3,22 +3,36 @@
 Surgery writes nothing before it has computed everything, so a step that raises leaves every ``.grad`` as it was.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from gradkern import graph, rows
+from gradkern.accumulation import Accumulation
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.conflict_lr import ConflictLR
+from gradkern.features import Features, LossesOnFeatures
 from gradkern.info import SurgeryInfo
-from gradkern.losses import Loss, checked, passes, stacked, unreached
+from gradkern.losses import Loss, Losses, Pass, stacked, unreached
 from gradkern.memory import Memory, bools_on
-from gradkern.parameters import Groups, Params, parameters, segments, subset
+from gradkern.parameters import Groups, Parameters, Params, parameters, segments, subset
 from gradkern.rows import Column
 from gradkern.solve import Outcome, solve
 from gradkern.suppression import Mask, Suppression
+
+
+class TaskGradients(Protocol):
+    """Where the task gradients of a step come from."""
+
+    @property
+    def present(self) -> list[bool]:
+        """Which tasks have one."""
+
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+        """Each present task's number, its loss, detached, and its gradients, None for a target it does not reach."""
 
 
 class OnePass(Protocol):
@@ -41,6 +55,8 @@ def backward(
     groups: Groups = "model",
     shared: Params | None = None,
     suppression: Suppression | None = None,
+    features: Features | None = None,
+    batched: bool = False,
     retain_graph: bool = False,
 ) -> SurgeryInfo:
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
@@ -62,6 +78,12 @@ def backward(
         shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
             losses reach. All others get the plain sum.
         suppression: drops entries of the result at random, under any ``aggregator``; the shared parameters' alone.
+        features: a tensor, or several, through which alone all losses reach the parameters below: the output of a trunk
+            that the tasks share in one forward pass. The heads then go back to it first, each one's graph freed before
+            the next, callables' too, and the trunk once per task.
+        batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster where a
+            task's own is too small for the device. Its operations must have rules for :func:`torch.func.vmap`, and a
+            tensor's hook there sees all tasks' gradients at once.
         retain_graph: keep the graphs for another backward pass.
 
     Returns:
@@ -74,25 +96,47 @@ def backward(
             fails halfway, ``.grad`` is as that leaves it. Post-accumulate hooks run when all else is done.
     """
     return step(
-        losses,
+        from_losses(losses, features, batched, retain_graph),
         params,
         aggregator=aggregator,
         groups=groups,
         shared=shared,
         suppression=suppression,
-        retain_graph=retain_graph,
     )
 
 
+def from_losses(
+    losses: Sequence[Loss], features: Features | None, batched: bool, retain_graph: bool
+) -> Callable[[torch.device], Losses]:
+    """The task gradients of ``losses``, checked once their device is known; arguments as for :func:`backward`."""
+    if features is not None:
+        return partial(LossesOnFeatures, losses, features, batched, retain_graph)
+    if batched:
+        raise ValueError("batched=True needs features: what all tasks share, below which they can go together")
+    return partial(Losses, losses, retain_graph)
+
+
+def trained(given: Parameters) -> list[int]:
+    """Which of the parameters are not frozen."""
+    return [k for k, p in enumerate(given.tensors) if p.requires_grad]
+
+
+def add_up(total: Accumulation, losses: Callable[[torch.device], Losses], params: Params) -> SurgeryInfo:
+    """Add the task gradients of ``losses`` to ``total``, for a :func:`step` to come."""
+    refuse_distributed()
+    given = parameters(params)
+    targets = [given.tensors[k] for k in trained(given)]
+    return total.add(losses(targets[0].device), targets)
+
+
 def step(
-    losses: Sequence[Loss],
+    source: Callable[[torch.device], TaskGradients],
     params: Params,
     *,
     aggregator: Aggregator,
     groups: Groups,
     shared: Params | None,
     suppression: Suppression | None,
-    retain_graph: bool,
     conflict_lr: ConflictLR | None = None,
     memory: Memory | None = None,
     one_pass: OnePass | None = None,
@@ -101,13 +145,14 @@ def step(
     """:func:`backward`, and what only an optimizer can ask for.
 
     Args:
-        losses, params, aggregator, groups, shared, suppression, retain_graph: as for :func:`backward`.
+        source: gives the task gradients, once their device is known.
+        params, aggregator, groups, shared, suppression: as for :func:`backward`.
         conflict_lr: tell κ in ``SurgeryInfo.step_scale``.
         memory: let absent tasks take part with their last gradients.
         one_pass: takes the combination, in place of ``.grad``.
         outside: take dot products outside surgery too, for ``one_pass`` to know.
     """
-    _refuse_distributed()
+    refuse_distributed()
     if not isinstance(aggregator, Aggregator):
         raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
     if suppression is not None and not isinstance(suppression, Suppression):
@@ -115,31 +160,32 @@ def step(
     given = parameters(params)
     numbers, n_segments = segments(given, groups)
     named_shared = None if shared is None else subset(shared, given)
-    trained = [k for k, p in enumerate(given.tensors) if p.requires_grad]
-    targets = [given.tensors[k] for k in trained]
+    places = trained(given)
+    targets = [given.tensors[k] for k in places]
     device = targets[0].device
-    losses = checked(losses, device)
+    found = source(device)
+    here = found.present
     if memory is not None:
-        memory.check(len(losses))
-    if isinstance(aggregator, Scalarization) and suppression is None and conflict_lr is None:
-        return _scalarize(losses, targets, aggregator, retain_graph)
+        memory.check(len(here))
+    if isinstance(found, Losses) and needs_no_rows(aggregator, suppression, conflict_lr):
+        assert isinstance(aggregator, Scalarization)
+        return _scalarize(found, targets, aggregator)
 
-    values: list[Tensor | None] = [None] * len(losses)
-    grads: list[Sequence[Tensor | None]] = [[None] * len(targets) for _ in losses]
-    for i, value, found in passes(losses, targets, retain_graph):
-        values[i], grads[i] = value, rows.readable(found, targets)
+    values: list[Tensor | None] = [None] * len(here)
+    grads: list[Sequence[Tensor | None]] = [[None] * len(targets) for _ in here]
+    for i, value, row in found.passes(targets):
+        values[i], grads[i] = value, rows.readable(row, targets)
     with torch.no_grad():
-        here = [loss is not None for loss in losses]
         present = None if memory is None or all(here) else bools_on(here, device)
         known = grads if memory is None else memory.recall(here, grads, targets)
         is_shared = _several_reach(known) if named_shared is None else [p in named_shared for p in targets]
-        where = [numbers[k] if m else None for k, m in zip(trained, is_shared, strict=True)]
+        where = [numbers[k] if m else None for k, m in zip(places, is_shared, strict=True)]
         units = [-1] * len(numbers)
         if suppression is not None:
             units = suppression.first_units([p.numel() for p in given.tensors])
         # Outside surgery nothing is remembered: an absent task's head stays as it is.
         taken = [[known[t][n] if m else row[n] for n, m in enumerate(is_shared)] for t, row in enumerate(grads)]
-        columns = rows.columns(targets, taken, where, [units[k] for k in trained], overwrite=memory is None)
+        columns = rows.columns(targets, taken, where, [units[k] for k in places], overwrite=memory is None)
         if one_pass is not None:
             one_pass.check(columns)
         mask = None if suppression is None else suppression.mask(device)
@@ -176,13 +222,21 @@ def step(
         )
 
 
-def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization, retain_graph: bool) -> SurgeryInfo:
+def needs_no_rows(aggregator: Aggregator, suppression: Suppression | None, conflict_lr: ConflictLR | None) -> bool:
+    """Whether a step is torch's own backward pass of a weighted sum of losses."""
+    return isinstance(aggregator, Scalarization) and suppression is None and conflict_lr is None
+
+
+def _scalarize(losses: Losses, targets: list[Tensor], method: Scalarization) -> SurgeryInfo:
     """torch's own backward of Σ w_i L_i. Callables run, and are added up, one by one: one graph is alive at a time."""
-    weights = method.task_weights(len(losses))
-    values: list[Tensor | None] = [loss.detach() if isinstance(loss, Tensor) else None for loss in losses]
-    if any(callable(loss) for loss in losses):
+    n_tasks = len(losses.present)
+    weights = method.task_weights(n_tasks)
+    values: list[Tensor | None] = [None] * n_tasks
+    # On features, callables share a graph, which is freed when all are done.
+    one_graph_each = any(map(callable, losses.entries)) and not isinstance(losses, LossesOnFeatures)
+    if one_graph_each:
         totals: list[Tensor | None] = [None] * len(targets)
-        for i, value, grads in passes(losses, targets, retain_graph, weights):
+        for i, value, grads in losses.passes(targets, weights):
             values[i] = value
             for k, g in enumerate(grads):
                 if g is not None:
@@ -191,21 +245,23 @@ def _scalarize(losses: list[Loss], targets: list[Tensor], method: Scalarization,
         with torch.no_grad():
             _call_hooks(_write((p, rows.owned(g, p)) for p, g in zip(targets, totals, strict=True) if g is not None))
     else:
-        present = {i: loss for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+        present = dict(losses.values())
         reachable = set(targets)
-        graph.freeable(losses)  # raises now for a graph that would raise halfway
+        graph.freeable(losses.entries)  # raises now for a graph that would raise halfway
         for i, loss in present.items():
+            values[i] = loss.detach()
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
                 raise unreached(i)
         with torch.enable_grad():
             terms = [weights[i] * loss for i, loss in present.items()]
             total_loss = sum(terms[1:], terms[0])
-        torch.autograd.backward(total_loss, inputs=targets, retain_graph=retain_graph)
-    w = method.weights_like(len(losses), torch.float32, targets[0].device)
+        torch.autograd.backward(total_loss, inputs=targets, retain_graph=losses.retain_graph)
+    w = method.weights_like(n_tasks, torch.float32, targets[0].device)
     return SurgeryInfo(stacked(values, targets[0]), None, w.clone())
 
 
-def _refuse_distributed() -> None:
+def refuse_distributed() -> None:
+    """Raise ValueError if torch.distributed runs on more than one rank."""
     d = torch.distributed
     if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
         raise ValueError(

@@ -6,12 +6,14 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
+Edge = tuple[Node, int]
 
-def freeable(losses: Sequence[object]) -> list[bool]:
+
+def freeable(losses: Sequence[object], cut: Collection[Edge] = ()) -> list[bool]:
     """Whether the graph of each loss may be freed when its own backward pass is done; entries that are no tensors may.
 
     Losses that share nodes form a cluster (parameters do not count: they hold no activations), and the last of a
-    cluster frees what it shares.
+    cluster frees what it shares. Graphs end at the edges ``cut``.
 
     Raises:
         ValueError: a graph holds reentrant activation checkpointing, which cannot be asked for gradients.
@@ -27,7 +29,7 @@ def freeable(losses: Sequence[object]) -> list[bool]:
     for i, loss in enumerate(losses):
         if not isinstance(loss, Tensor):
             continue
-        for node in _nodes(loss, owner):
+        for node in _nodes(loss, owner, cut):
             if _leaf(node) is not None:
                 continue
             if node in owner:
@@ -47,21 +49,32 @@ def refuse_reentrant(i: int, loss: Tensor) -> None:
         _refuse_reentrant(i, node)
 
 
-def leaves(loss: Tensor) -> Iterator[Tensor]:
+def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
     """The leaf tensors that ``loss`` was computed from and that require grad; nearest to the loss first."""
-    return (leaf for node in _nodes(loss, ()) if (leaf := _leaf(node)) is not None)
+    return (leaf for node in _nodes(loss, (), cut) if (leaf := _leaf(node)) is not None)
 
 
-def _nodes(loss: Tensor, known: Collection[Node]) -> Iterator[Node]:
-    """The nodes below ``loss``, depth first, each once; nothing below a known one that is no leaf."""
-    root = get_gradient_edge(loss).node
-    stack, seen = [root], {root}
+def edge(x: Tensor) -> Edge:
+    """Where ``x`` hangs in its graph: a node of several outputs is several edges."""
+    found = get_gradient_edge(x)
+    return found.node, found.output_nr
+
+
+def meets(x: Tensor, edges: Collection[Edge]) -> bool:
+    """Whether ``x`` was computed from what hangs at one of ``edges``."""
+    return any((n, k) in edges for node in _nodes(x, ()) for n, k in node.next_functions)
+
+
+def _nodes(loss: Tensor, known: Collection[Node], cut: Collection[Edge] = ()) -> Iterator[Node]:
+    """The nodes below ``loss``, depth first, each once; nothing below a known one that is no leaf, nor at ``cut``."""
+    root, k = edge(loss)
+    stack, seen = ([] if (root, k) in cut else [root]), {root}
     while stack:
         node = stack.pop()
         follow = node not in known
         yield node
         if follow:
-            below = [n for n, _ in node.next_functions if n is not None and n not in seen]
+            below = [n for n, k in node.next_functions if n is not None and n not in seen and (n, k) not in cut]
             seen.update(below)
             stack.extend(below)
 

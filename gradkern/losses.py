@@ -8,62 +8,83 @@ from torch import Tensor
 from gradkern import graph, held
 
 Loss = Tensor | Callable[[], Tensor] | None
+Pass = tuple[int, Tensor, Sequence[Tensor | None]]
+"""A task's number, its loss, detached, and its gradients, None for a target it does not reach."""
 
 
-def checked(losses: Sequence[Loss], device: torch.device) -> list[Loss]:
-    """``losses`` as a list, everything checked that can be told before a callable has run.
-
-    Raises:
-        TypeError, ValueError: not a sequence, empty, no task present, or an entry that is no loss.
-    """
-    if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
-        raise TypeError(f"losses must be a sequence with one entry per task, got {type(losses).__name__}")
-    losses = list(losses)
-    if not losses:
-        raise ValueError("losses is empty")
-    if all(loss is None for loss in losses):
-        raise ValueError(f"losses has no task present: {losses}")
-    for i, loss in enumerate(losses):
-        if loss is not None and not callable(loss):
-            _check(i, loss, device)
-    return losses
-
-
-def passes(
-    losses: Sequence[Loss], targets: Sequence[Tensor], retain_graph: bool, weights: Sequence[float] | None = None
-) -> Iterator[tuple[int, Tensor, Sequence[Tensor | None]]]:
-    """Run each present task's backward pass in turn, its graph freed before the next as far as nobody needs it.
+class Losses:
+    """The losses of a step, whose task gradients come from a backward pass each.
 
     Args:
-        losses: as :func:`checked` gives them.
-        targets: the tensors to differentiate by.
+        losses: one entry per task.
         retain_graph: keep all graphs.
-        weights: what to scale each loss by before its pass; None for 1.
+        device: the parameters'.
 
-    Yields:
-        The task's number, its loss, detached, and its gradients, None for a target it does not reach.
+    Raises:
+        TypeError, ValueError: ``losses`` is no sequence, is empty, has no task present, or an entry that is no loss,
+            as far as can be told before a callable has run.
     """
-    free = graph.freeable(losses)
-    for i, loss in enumerate(losses):
-        if loss is None:
-            continue
-        with torch.enable_grad():
-            value = loss if isinstance(loss, Tensor) else _called(i, loss, targets[0].device)
-            scaled = value if weights is None else weights[i] * value
-        retain = retain_graph or not free[i]
-        yield i, value.detach(), _gradients(i, scaled, targets, retain)
-        del value, scaled  # a callable's graph ends here
+
+    def __init__(self, losses: Sequence[Loss], retain_graph: bool, device: torch.device) -> None:
+        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+            raise TypeError(f"losses must be a sequence with one entry per task, got {type(losses).__name__}")
+        self.entries = list(losses)
+        self.retain_graph = retain_graph
+        self.device = device
+        if not self.entries:
+            raise ValueError("losses is empty")
+        if not any(self.present):
+            raise ValueError(f"losses has no task present: {self.entries}")
+        for i, loss in enumerate(self.entries):
+            if loss is not None and not callable(loss):
+                _check(i, loss, device)
+
+    @property
+    def present(self) -> list[bool]:
+        """Which tasks have a loss in this step."""
+        return [loss is not None for loss in self.entries]
+
+    def passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None = None) -> Iterator[Pass]:
+        """Run each present task's backward pass in turn, its graph freed before the next as far as nobody needs it.
+
+        Args:
+            targets: the tensors to differentiate by.
+            weights: what each loss's pass starts from; None for 1.
+        """
+        free = graph.freeable(self.entries)
+        for i, value in self.values():
+            seed = None if weights is None else [torch.full_like(value, weights[i])]
+            grads = differentiated(i, [value], targets, self.retain_graph or not free[i], seed)
+            if all(g is None for g in grads):
+                raise unreached(i)
+            yield i, value.detach(), grads
+            del value, grads  # a callable's graph ends here, and gradients that are not kept
+
+    def values(self) -> Iterator[tuple[int, Tensor]]:
+        """Each present task's number and loss; callables run as their turn comes."""
+        for i, loss in enumerate(self.entries):
+            if loss is None:
+                continue
+            if isinstance(loss, Tensor):
+                yield i, loss
+                continue
+            with torch.enable_grad():
+                value = _check(i, loss(), self.device)
+            graph.refuse_reentrant(i, value)
+            yield i, value
+            del value
 
 
-def _called(i: int, loss: Callable[[], Tensor], device: torch.device) -> Tensor:
-    value = _check(i, loss(), device)
-    graph.refuse_reentrant(i, value)
-    return value
-
-
-def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bool) -> Sequence[Tensor | None]:
+def differentiated(
+    i: int,
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    retain_graph: bool,
+    grads: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """The gradients of task ``i``'s ``outputs``, given those by them, for ``targets``; None for one not reached."""
     try:
-        grads = torch.autograd.grad(loss, targets, retain_graph=retain_graph, allow_unused=True)
+        found = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -72,9 +93,7 @@ def _gradients(i: int, loss: Tensor, targets: Sequence[Tensor], retain_graph: bo
             "activations: set torch._functorch.config.donated_buffer = False, or pass losses as callables, each with "
             "a forward pass of its own"
         ) from error
-    if all(g is None for g in grads):
-        raise unreached(i)
-    return held.copies(grads)
+    return held.copies(found)
 
 
 def unreached(i: int) -> ValueError:

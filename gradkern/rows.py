@@ -80,12 +80,12 @@ def columns(
         unit = -1 if segment is None else units[k]
         free = None
         if overwrite and not sparse:
-            free = next((g for g in present if times[id(g)] == 1 and _has_its_memory_alone(g)), None)
+            free = next((g for g in present if times[id(g)] == 1 and has_its_memory_alone(g)), None)
         found.append(Column(p, column, _grad_dtype(p), segment, unit, sparse, free))
     return found
 
 
-def _has_its_memory_alone(g: Tensor) -> bool:
+def has_its_memory_alone(g: Tensor) -> bool:
     """Whether ``g``, which nobody else holds, is no part of a larger tensor, and its memory is PyTorch's."""
     if g.is_sparse:
         return False

@@ -1,8 +1,8 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkern import graph
-from gradkern.aggregators import Aggregator, GradAttention, Scalarization
-from gradkern.backward import step
+from gradkern.accumulation import Accumulation
+from gradkern.aggregators import Aggregator, GradAttention
+from gradkern.backward import TaskGradients, add_up, from_losses, needs_no_rows, step
 from gradkern.conflict_lr import ConflictLR, rescale
+from gradkern.features import Features
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
 from gradkern.memory import Memory
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.one_pass import OnePass
+from gradkern.optim.outside import Outside
 from gradkern.parameters import Groups, Params, parameters, segments, subset
 from gradkern.suppression import Suppression
 
@@ -79,9 +81,11 @@ class SurgeryOptimizer(Optimizer):
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
+        self._accumulation: Accumulation | None = None  # within accumulate()
         self._step_scale: Tensor | None = None  # κ of the last backward pass, until a step takes it
         self._stand_in = SimpleNamespace(_step_supports_amp_scaling=True)  # for a GradScaler: see one_pass.py
-        self._first = True  # the step in which to look for parameters outside
+        self._outside: Outside | None = None  # what the first step is looked through for
+        self._first = True
         given = parameters(self._params())
         segments(given, groups)
         if self.shared is not None:
@@ -116,16 +120,60 @@ class SurgeryOptimizer(Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
 
-    def backward(self, losses: Sequence[Loss], *, retain_graph: bool = False) -> SurgeryInfo:
+    def backward(
+        self,
+        losses: Sequence[Loss],
+        *,
+        features: Features | None = None,
+        batched: bool = False,
+        retain_graph: bool = False,
+    ) -> SurgeryInfo:
         """:func:`gradkern.backward` on the optimizer's parameters: accumulates the surgery's result into ``.grad``.
 
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
+            features: as in :func:`gradkern.backward`.
+            batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
         """
-        info = self._backward(losses, retain_graph)
-        self._step_scale = info.step_scale
+        losses = self._watched(losses)
+        source = from_losses(losses, features, batched, retain_graph)
+        total = self._accumulation
+        if total is not None and not self._needs_no_rows():
+            info = add_up(total, source, self._params())
+        else:
+            info = self._surgery(source)
+            self._step_scale = info.step_scale
+            if total is not None:
+                total.took([loss is not None for loss in losses], info)
+        self._warn_of_outside()
         return info
+
+    @contextmanager
+    def accumulate(self) -> Iterator[Accumulation]:
+        """Within the block ``backward`` adds up the gradients of each task; leaving it does the surgery of the sums.
+
+        So surgery sees what it would of one big batch, if losses are divided by the number of micro-batches. A gradient
+        per task is kept; ``.grad`` is written when the block is left, and is not if an exception leaves it. (``Sum``,
+        ``Mean`` and ``Constant``, torch's own backward pass, add into ``.grad`` at once.) ``step`` comes after it.
+
+        Yields:
+            What holds the step's ``info``, once the block is left.
+
+        Raises:
+            RuntimeError: within such a block already; or a backward pass in it has raised and the block went on.
+        """
+        if self._accumulation is not None:
+            raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
+        total = self._accumulation = Accumulation()
+        try:
+            yield total
+        finally:
+            self._accumulation = None
+        total.check()
+        if any(total.present) and total.info is None:
+            total.info = self._surgery(lambda device: total)
+            self._step_scale = total.info.step_scale
 
     def update(
         self,
@@ -133,6 +181,8 @@ class SurgeryOptimizer(Optimizer):
         *,
         max_norm: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        features: Features | None = None,
+        batched: bool = False,
         retain_graph: bool = False,
     ) -> SurgeryInfo:
         """Backward pass and step in one: ``zero_grad``, ``backward``, clipping and ``step``, which leave no ``.grad``.
@@ -147,6 +197,8 @@ class SurgeryOptimizer(Optimizer):
             max_norm: scale the gradient of all parameters together so that it is no longer than this; one whose norm
                 is not finite becomes NaN.
             scaler: the losses are scaled by it; a step that is not finite is skipped. Call its ``update`` afterwards.
+            features: as in :func:`gradkern.backward`.
+            batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
 
         Returns:
@@ -160,23 +212,24 @@ class SurgeryOptimizer(Optimizer):
             raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        self._refuse_within_accumulate("update")
         measured = max_norm is not None or scaler is not None
         self._step_scale = None
         if not self._in_one_pass(measured):
-            info = self._backward(losses, retain_graph)
-            self._step_scale = info.step_scale
+            info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
             return self._step_by_grad(info, max_norm, scaler)
         one_pass = OnePass(self.optimizer, self.step, self._stand_in, max_norm, scaler)
-        info = self._backward(losses, retain_graph, one_pass, measured)
+        source = from_losses(self._watched(losses), features, batched, retain_graph)
+        info = self._surgery(source, one_pass, measured)
+        self._warn_of_outside()
         return replace(info, total_norm=one_pass.total_norm)
 
     def _in_one_pass(self, measured: bool) -> bool:
         """Whether the step can take the combination, whose norm is ``measured``, with no ``.grad`` in between."""
         method, suppression = self.aggregator, self.suppression
-        by_torch = isinstance(method, Scalarization) and suppression is None and self.conflict_lr is None
         return (
             type(self.optimizer) is AdamW
-            and not by_torch
+            and not self._needs_no_rows()
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and all(p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in self._tensors())
@@ -197,38 +250,49 @@ class SurgeryOptimizer(Optimizer):
         self.zero_grad()
         return info
 
-    def _backward(
-        self, losses: Sequence[Loss], retain_graph: bool, one_pass: OnePass | None = None, outside_too: bool = False
+    def _watched(self, losses: Sequence[Loss]) -> Sequence[Loss]:
+        """``losses`` as a list; in the first step, watched for parameters outside."""
+        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+            return losses  # to be refused
+        if not self._first:
+            return list(losses)
+        self._outside = Outside(self._tensors())
+        return [self._outside.watched(loss) for loss in losses]
+
+    def _warn_of_outside(self) -> None:
+        outside, self._outside, self._first = self._outside, None, False
+        if outside is not None:
+            outside.warn(stacklevel=3)
+
+    def _needs_no_rows(self) -> bool:
+        return needs_no_rows(self.aggregator, self.suppression, self.conflict_lr)
+
+    def _surgery(
+        self,
+        source: Callable[[torch.device], TaskGradients],
+        one_pass: OnePass | None = None,
+        outside_too: bool = False,
     ) -> SurgeryInfo:
-        outside: dict[Tensor, None] = {}
-        if self._first and isinstance(losses, Iterable) and not isinstance(losses, Tensor):
-            losses = [self._watched(loss, outside) for loss in losses]
-        info = step(
-            losses,
+        return step(
+            source,
             self._params(),
             aggregator=self.aggregator,
             groups=self.groups,
             shared=self.shared,
             suppression=self.suppression,
-            retain_graph=retain_graph,
             conflict_lr=self.conflict_lr,
             memory=self._memory,
             one_pass=one_pass,
             outside=outside_too,
         )
-        self._first = False
-        if outside:
-            shapes = ", ".join(str(tuple(p.shape)) for p in list(outside)[:5])
-            warnings.warn(
-                f"the losses reach {len(outside)} tensor(s) that require grad and are not in the optimizer; they get "
-                f"no .grad. Shapes: {shapes}",
-                UserWarning,
-                stacklevel=3,
-            )
-        return info
+
+    def _refuse_within_accumulate(self, what: str) -> None:
+        if self._accumulation is not None:
+            raise RuntimeError(f"{what}() within accumulate(): the gradients are not combined before its block is left")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the wrapped optimizer, scaled by ``conflict_lr``; ``closure`` is passed on to it."""
+        self._refuse_within_accumulate("step")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
         params = self._tensors()
@@ -334,25 +398,6 @@ class SurgeryOptimizer(Optimizer):
             names = group.get("param_names")
             entries += group["params"] if names is None else zip(names, group["params"], strict=True)
         return entries
-
-    def _watched(self, loss: Loss, outside: dict[Tensor, None]) -> Loss:
-        """``loss``; what it would have trained besides, had ``backward`` been torch's own, is put into ``outside``."""
-        inside = set(self._tensors())
-
-        def watch(value: object) -> None:
-            if isinstance(value, Tensor) and value.requires_grad:
-                outside.update((p, None) for p in graph.leaves(value) if p not in inside)
-
-        if loss is None or not callable(loss):
-            watch(loss)
-            return loss
-
-        def watched() -> Tensor:
-            value = loss()
-            watch(value)
-            return value
-
-        return watched
 
 
 def _made(
