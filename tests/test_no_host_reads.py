@@ -98,6 +98,28 @@ def test_an_update_runs_on_tensors_without_numbers(method: str, max_norm: float 
         assert len(opt.state) == len(opt._tensors())
 
 
+def micro_batches(aggregator: gk.Aggregator, batched: bool) -> tuple[gk.SurgeryInfo, MultiHead]:
+    """A step of two micro-batches, whose heads go back to features first."""
+    model, x, y = problem()
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), aggregator)
+    with opt.accumulate() as total:
+        for _ in range(2):
+            h = model.trunk(x)
+            losses = [(model.heads[t](h).squeeze(-1) - y[t]).square().mean() for t in range(3)]
+            opt.backward(losses, features=h, batched=batched)
+    assert total.info is not None
+    return total.info, model
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("method", METHODS | SCALARIZATIONS)
+def test_micro_batches_on_features_run_on_tensors_without_numbers(method: str, batched: bool) -> None:
+    with FakeTensorMode():
+        info, model = micro_batches((METHODS | SCALARIZATIONS)[method](), batched)
+        assert info.weights.shape == (3,)
+        assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
 def test_a_method_that_reads_a_number_is_caught() -> None:
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):
         step(ReadsTheHost())
@@ -154,6 +176,13 @@ def test_an_update_by_the_kernels_reads_nothing(
     request.getfixturevalue("refused_methods")
     with RefusesReads():
         update(made, "model", max_norm, **options)
+
+
+@interpreted
+@pytest.mark.parametrize("batched", [False, True])
+def test_micro_batches_on_features_by_the_kernels_read_nothing(batched: bool, refused_methods: None) -> None:
+    with RefusesReads():
+        micro_batches(gk.PCGrad(), batched)
 
 
 @interpreted
