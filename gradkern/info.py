@@ -1,8 +1,12 @@
 """What a step can tell: tensors on the device, which nobody waits for until they are read."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import permutations
 
+import torch
 from torch import Tensor
 
 from gradkern.cosines import cosines
@@ -50,3 +54,81 @@ class SurgeryInfo:
     def conflicts(self) -> Tensor | None:
         """(T, T) or (S, T, T) bool: which pairs of task gradients point against each other, cosine < 0."""
         return None if self.cosines is None else self.cosines < 0
+
+    def scalars(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
+        """The step as named numbers, for TensorBoard, W&B or a line of JSON. Waits for the device, once for all.
+
+        Args:
+            tasks: T names; None for the tasks' positions, "0", "1", ….
+
+        Returns:
+            Numbers by tag, those exact that are attributes or entries of them; i and j stand for names of tasks:
+
+            - ``loss/i``; ``norm/i``; ``cosine/i-j`` of each pair, once, in the order of tasks;
+            - ``conflict``, the share of the pairs of gradients other than zero whose cosine is below 0;
+            - ``weight/i``; ``attention/i``; ``target/i-j``, of i's modified and j's original gradient, so both ways;
+            - ``kept``, ``step_scale`` and ``total_norm``.
+
+            Of groups the norms and cosines are the whole model's, from the sum of the Gramians; ``conflict`` counts
+            the pairs of all groups; weights, attention and targets are means over the groups that have a gradient.
+
+            A tag is left out where the method has nothing of the kind, or no finite number: the loss of an absent
+            task, the cosines of a gradient that is zero, and what a step that overflowed has made infinite or NaN.
+
+        Raises:
+            ValueError: ``tasks`` are not T names, or two pairs of them make the same tag.
+        """
+        names = _names(tasks, self.losses.shape[-1])
+        of_tasks = [f"/{a}" for a in names]
+        of_pairs = [f"/{a}-{b}" for a in names for b in names]
+        M, targets = self.gramian, self.targets
+        told: list[tuple[str, list[str], Tensor | None]] = [("loss", of_tasks, self.losses)]
+        if M is not None:
+            whole = M if M.ndim == 2 else M.sum(0)
+            of_groups = _pair_cosines(M)
+            share = (of_groups < 0).sum().double() / of_groups.isfinite().sum()
+            told += [
+                ("norm", of_tasks, whole.diagonal().sqrt()),
+                ("cosine", of_pairs, _pair_cosines(whole)),
+                ("conflict", [""], share),
+            ]
+        if targets is not None:
+            own = torch.eye(len(names), dtype=torch.bool, device=targets.device)
+            targets = targets.masked_fill(own, torch.nan)
+        told += [
+            ("weight", of_tasks, self._mean_of_groups(self.weights)),
+            ("target", of_pairs, self._mean_of_groups(targets)),
+            ("attention", of_tasks, self._mean_of_groups(self.attention)),
+            ("kept", [""], self.kept),
+            ("step_scale", [""], self.step_scale),
+            ("total_norm", [""], self.total_norm),
+        ]
+        tags = [kind + of for kind, each, values in told if values is not None for of in each]
+        numbers = torch.cat([values.reshape(-1).double() for _, _, values in told if values is not None]).tolist()
+        return {tag: number for tag, number in zip(tags, numbers, strict=True) if math.isfinite(number)}
+
+    def _mean_of_groups(self, values: Tensor | None) -> Tensor | None:
+        """The mean over the groups with a gradient other than zero: heads, say, have none under surgery."""
+        if values is None or self.gramian is None or self.gramian.ndim == 2:
+            return values
+        of_group = (-1, *[1] * (values.ndim - 1))
+        active = (self.gramian.diagonal(dim1=-2, dim2=-1) != 0).any(-1)
+        return torch.where(active.view(of_group), values.double(), 0.0).sum(0) / active.sum()
+
+
+def _pair_cosines(M: Tensor) -> Tensor:
+    """(..., T, T), the cosines of tasks i < j; NaN in all other places, and where either gradient is zero."""
+    nonzero = M.diagonal(dim1=-2, dim2=-1) != 0
+    pairs = (nonzero.unsqueeze(-1) & nonzero.unsqueeze(-2)).triu(1)
+    return torch.where(pairs, cosines(M), torch.nan)
+
+
+def _names(tasks: Sequence[str] | None, n: int) -> list[str]:
+    if tasks is None:
+        return [str(t) for t in range(n)]
+    names = list(tasks)
+    if isinstance(tasks, str) or len(names) != n or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"tasks must be {n} names, one per task; got {tasks!r}")
+    if len({f"{a}-{b}" for a, b in permutations(names, 2)}) < n * (n - 1):
+        raise ValueError(f"tasks must make a tag of its own for every pair, as in 'cosine/a-b'; got {tasks!r}")
+    return names
