@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from gradkern.demo.methods import BASELINE, family
 from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method, rows
+from gradkern.plots import count_along, legend_beside
 
 REFERENCES = {BASELINE: "--", "pcgrad": ":"}
 """What the others are measured against: black in every row of panels, each in its line style."""
@@ -75,12 +75,11 @@ def _by_epoch(
                 axes.plot(epochs, values, style, color=color, marker="o", markersize=3, linewidth=1.2, label=method)
             axes.grid(alpha=0.3)
         panels[0].set_ylabel(unit)
-        panels[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="small")
+        legend_beside(panels[-1])
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize="medium")
     for axes in grid[-1]:
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        count_along(axes, "epoch")
     return figure
 
 

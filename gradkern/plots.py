@@ -1,0 +1,204 @@
+"""A logged run as figures: which tasks' gradients agree, how often they conflict, and what each task weighs.
+
+A run is what :meth:`gradkern.SurgeryInfo.scalars` gave step by step, in a list or in a file of JSON lines; a number
+under "step" tells which step it was, else its place does. ``figure.savefig("cosines.png", dpi=150)`` writes a figure.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ImportError as error:
+    raise ImportError('gradkern.plots needs matplotlib: pip install "gradkern[demo]"') from error
+
+Row = Mapping[str, float]
+Run = Sequence[Row] | str | os.PathLike[str]
+Numbers = NDArray[np.float64]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's, without the yellow: the colour-blind tell them apart, and so does a grey printer most of them."""
+STYLES = ("-", "--", ":", "-.")
+"""For more tasks than colours."""
+
+
+def cosine_matrix(run: Run) -> Figure:
+    """A heat map of the mean cosines of all pairs of tasks, with their numbers: blue where they agree, red in conflict.
+
+    A pair's mean is over the steps that have its cosine. White is 0, and the largest mean has the full colour, but if
+    it is below a tenth: what is hardly there looks so.
+
+    Args:
+        run: T >= 2 tasks' steps.
+
+    Raises:
+        TypeError, ValueError: ``run`` is no run, or has no cosines.
+    """
+    rows = _rows(run)
+    names = list(dict.fromkeys(tag.removeprefix("norm/") for row in rows for tag in row if tag.startswith("norm/")))
+    means = np.full((len(names), len(names)), np.nan)
+    for i, a in enumerate(names):
+        for j, b in enumerate(names):
+            values = _series(rows, f"cosine/{a}-{b}")[1]
+            if len(values):
+                means[i, j] = means[j, i] = values.mean()
+    if np.isnan(means).all():
+        raise _nothing("cosine/…", rows)
+    limit = max(0.1, float(np.nanmax(np.abs(means))))
+    side = 0.62 * len(names)  # inches: a cell holds its number
+    figure = Figure(figsize=(side + 2.6, side + 1.6), layout="constrained")
+    axes = figure.subplots()
+    colors = axes.imshow(np.ma.masked_invalid(means), cmap="RdBu", vmin=-limit, vmax=limit)
+    axes.set_facecolor("0.9")  # the diagonal, and pairs that never met
+    for (i, j), mean in np.ndenumerate(means):
+        if not np.isnan(mean):
+            dark = abs(mean) > 0.6 * limit
+            axes.text(j, i, f"{mean:z.2f}".replace("-", "−"), ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    over = f"mean of {len(rows):,} logged steps; below 0: conflict"
+    axes.set_title(f"Cosines of the task gradients\n{over}", fontsize="medium")
+    figure.colorbar(colors, label="mean cosine", shrink=0.9)
+    return figure
+
+
+def conflict_share(run: Run, window: int | None = None) -> Figure:
+    """The share of conflicting pairs over the steps: each step's, faint, and their running mean.
+
+    Args:
+        run: T >= 2 tasks' steps.
+        window: logged steps that a running mean is over, centred, fewer at both ends; None for a twentieth of the run.
+
+    Raises:
+        TypeError, ValueError: ``run`` is no run or does not tell conflicts, or ``window`` is not a positive integer.
+    """
+    rows = _rows(run)
+    window = _window(window, rows)
+    steps, values = _series(rows, "conflict")
+    if not len(values):
+        raise _nothing("conflict", rows)
+    figure, axes = _over_steps("Pairs of tasks in conflict", window)
+    _line(axes, steps, 100 * values, window, COLORS[0], STYLES[0], None)
+    axes.set_ylabel("conflicting pairs (%)")
+    axes.set_ylim(-2, 102)
+    return figure
+
+
+def weights(run: Run, window: int | None = None) -> Figure:
+    """The weight of each task's gradient in the update over the steps: each step's, faint, and their running mean.
+
+    Args:
+        run: T tasks' steps.
+        window: as for :func:`conflict_share`.
+
+    Raises:
+        TypeError, ValueError: ``run`` is no run or has no weights, or ``window`` is not a positive integer.
+    """
+    rows = _rows(run)
+    window = _window(window, rows)
+    tags = list(dict.fromkeys(tag for row in rows for tag in row if tag.startswith("weight/")))
+    if not tags:
+        raise _nothing("weight/…", rows)
+    figure, axes = _over_steps("Weights of the task gradients", window, len(tags))
+    for k, tag in enumerate(tags):
+        color, style = COLORS[k % len(COLORS)], STYLES[k // len(COLORS) % len(STYLES)]
+        _line(axes, *_series(rows, tag), window, color, style, tag.removeprefix("weight/"))
+    axes.set_ylabel("weight in the update")
+    legend_beside(axes)
+    return figure
+
+
+def count_along(axes: Axes, what: str) -> None:
+    """Label the x axis ``what``, of which there are whole numbers only."""
+    axes.set_xlabel(what)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+
+
+def legend_beside(axes: Axes) -> None:
+    """The legend to the right of the axes, where it hides no line."""
+    axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="small")
+
+
+def _over_steps(title: str, window: int, in_legend: int = 0) -> tuple[Figure, Axes]:
+    """Axes with steps along them, and a figure high enough for a legend of so many lines."""
+    figure = Figure(figsize=(7, max(3.6, 0.2 * in_legend + 0.6)), layout="constrained")
+    axes = figure.subplots()
+    smoothed = "" if window == 1 else f": each logged step, and the running mean of {window:,}"
+    axes.set_title(title + smoothed, fontsize="medium")
+    axes.grid(alpha=0.3)
+    count_along(axes, "step")
+    return figure, axes
+
+
+def _line(axes: Axes, steps: Numbers, values: Numbers, window: int, color: str, style: str, label: str | None) -> None:
+    """The running mean, before the values themselves where these are others."""
+    if window > 1:
+        axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3, zorder=1)
+    axes.plot(steps, _running_mean(values, window), style, color=color, linewidth=1.8, label=label)
+
+
+def _running_mean(values: Numbers, window: int) -> Numbers:
+    """Of ``window`` values around each, of as many as there are at both ends."""
+    centred = slice((window - 1) // 2, (window - 1) // 2 + len(values))
+    sums, counts = (np.convolve(v, np.ones(window))[centred] for v in (values, np.ones_like(values)))
+    return sums / counts
+
+
+def _window(window: int | None, rows: Sequence[Row]) -> int:
+    if window is None:
+        return max(1, len(rows) // 20)
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ValueError(f"window must be a positive integer or None, got {window!r}")
+    return window
+
+
+def _series(rows: Sequence[Row], tag: str) -> tuple[Numbers, Numbers]:
+    """The steps that have ``tag``, and its values."""
+    found = [(row.get("step", place), row[tag]) for place, row in enumerate(rows) if tag in row]
+    try:
+        steps, values = np.array(found, float).reshape(-1, 2).T
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"run has under {tag!r} or 'step' what is no number: {error}") from error
+    return steps, values
+
+
+def _rows(run: Run) -> list[Row]:
+    """A run's steps, from its file or as they are, each one checked."""
+    if isinstance(run, (str, os.PathLike)):
+        rows = [_parsed(line, f"{run}:{n}") for n, line in enumerate(Path(run).read_text().splitlines(), start=1)]
+    elif isinstance(run, Sequence):
+        rows = [_checked(row, f"run[{n}]") for n, row in enumerate(run)]
+    else:
+        raise TypeError(f"run must be a sequence of dicts, one a step, or a path to a file of them; got {run!r:.200}")
+    if not rows:
+        raise ValueError(f"run has no steps: {run!r}")
+    if len({"step" in row for row in rows}) > 1:
+        raise ValueError("run has a 'step' in some of its steps and none in others")
+    return rows
+
+
+def _parsed(line: str, where: str) -> Row:
+    try:
+        return _checked(json.loads(line), where)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} must be a line of JSON, got {line!r:.200}") from error
+
+
+def _checked(row: object, where: str) -> Row:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{where} must be a dict, as SurgeryInfo.scalars() gives it; got {row!r:.200}")
+    return row
+
+
+def _nothing(tag: str, rows: Sequence[Row]) -> ValueError:
+    tags = ", ".join(sorted({tag for row in rows for tag in row}))
+    return ValueError(f"run has no number tagged {tag!r}; its tags are {tags:.200}")
