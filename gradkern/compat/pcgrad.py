@@ -1,0 +1,137 @@
+"""PCGrad by the interface of WeiChengTseng/Pytorch-PCGrad and of pytorch_optimizer: only the import changes.
+
+Both project each task's gradient over all parameters together, heads included, in the order of Python's ``random``, and
+onto the task's own original gradient too. By default none of this is so here; a run of theirs is repeated on request.
+"""
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkern import aggregators, rows
+from gradkern.info import SurgeryInfo
+from gradkern.losses import Loss
+from gradkern.optim import SurgeryOptimizer
+from gradkern.rows import Column
+from gradkern.solve import Outcome
+from gradkern.suppression import Mask
+
+MODES = (None, "original", "pytorch_optimizer")
+
+
+class PCGrad(SurgeryOptimizer):
+    """``opt = PCGrad(optimizer); opt.pc_backward(losses); opt.step()``.
+
+    With ``compat=None`` it is :class:`gradkern.SurgeryOptimizer` with :class:`gradkern.PCGrad`: a head that one loss
+    reaches gets that loss's gradient and has no part in the dot products; no gradient is projected onto its own task's;
+    the orders come from torch's generator; and a parameter that no loss reaches gets no ``.grad``.
+
+    The other modes repeat old runs to rounding, given equal seeds of Python's ``random``: one Gramian over all
+    parameters, which the host waits for; a task's own gradient among those that it is projected onto; and the
+    ``reduction`` only for parameters that all tasks reach, the sum for all others.
+
+    Args:
+        optimizer: as for :class:`gradkern.SurgeryOptimizer`, whose attribute it is.
+        reduction: of the modified task gradients, "mean" or "sum".
+        compat: None; "original" to do as WeiChengTseng/Pytorch-PCGrad, which takes the mean whatever ``reduction`` is,
+            and gives parameters that no task reaches a ``.grad`` of zeros; or "pytorch_optimizer" to do as that.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+
+    def __init__(self, optimizer: Optimizer, reduction: str = "mean", *, compat: str | None = None) -> None:
+        if compat not in MODES:
+            raise ValueError(f"compat must be one of {', '.join(map(repr, MODES))}; got {compat!r}")
+        method = (aggregators.PCGrad if compat is None else _Published)(reduction=reduction)
+        super().__init__(optimizer, method)
+        self.reduction = method.reduction = "mean" if compat == "original" else reduction
+        self.compat = compat
+
+    def pc_backward(self, objectives: Iterable[Loss], retain_graph: bool = False) -> SurgeryInfo:
+        """Clear every ``.grad``, then :meth:`backward`: after it ``.grad`` is this call's update and nothing else.
+
+        Args:
+            objectives: one entry per task, as ``losses`` in :func:`gradkern.backward`; in the modes of others no None.
+            retain_graph: keep the graphs for another backward pass, as theirs always are.
+
+        Returns:
+            The step's losses, Gramian and weights.
+
+        Raises:
+            TypeError, ValueError: as :func:`gradkern.backward`.
+        """
+        self.zero_grad()
+        info = self.backward(objectives, retain_graph=retain_graph)  # type: ignore[arg-type]  # it takes iterables too
+        if self.compat == "original":
+            for p in self._tensors():
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        return info
+
+    def _backward(
+        self, losses: Sequence[Loss], retain_graph: bool, one_pass: Any = None, outside_too: bool = False
+    ) -> SurgeryInfo:
+        if self.compat is not None:
+            one_pass, self.shared = _Reduction(self.reduction), self._tensors()
+        return super()._backward(losses, retain_graph, one_pass, outside_too)
+
+    def _in_one_pass(self, measured: bool) -> bool:
+        return self.compat is None and super()._in_one_pass(measured)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # the arguments are others than SurgeryOptimizer's
+        return partial(type(self), compat=self.compat), (self.optimizer, self.reduction)
+
+    def __repr__(self) -> str:
+        return f"PCGrad({self.optimizer!r}, reduction={self.reduction!r}, compat={self.compat!r})"
+
+
+class _Published(aggregators.PCGrad):
+    """PCGrad as both have it: one list of all tasks, shuffled anew for each task, which visits all of it."""
+
+    def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
+        return torch.tensor([_coefficients(m) for m in M.tolist()], dtype=M.dtype, device=M.device)
+
+
+def _coefficients(M: list[list[float]]) -> list[list[float]]:
+    """The modified gradients as combinations of the original ones, row i task i's."""
+    tasks = range(len(M))
+    order = list(tasks)
+    C = []
+    for i in tasks:
+        c = [0.0] * len(M)
+        c[i] = 1.0
+        random.shuffle(order)
+        for j in order:
+            s = sum(c[k] * M[k][j] for k in tasks if c[k] != 0)
+            if s < 0 < M[j][j]:
+                c[j] -= s / M[j][j]
+        C.append(c)
+    return C
+
+
+class _Reduction:
+    """Takes the combination into ``.grad``: reduced for parameters that all tasks reach, summed for all others."""
+
+    def __init__(self, reduction: str) -> None:
+        self.reduction = reduction
+
+    def check(self, columns: Sequence[Column]) -> None:
+        """Raise for an absent task."""
+        for t, row in enumerate(zip(*(c.grads for c in columns), strict=True)):
+            if all(g is None for g in row):
+                raise ValueError(f"objectives[{t}] must not be None: with compat, every task takes part in every step")
+
+    def take(self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None) -> None:
+        """Write, as :meth:`gradkern.backward.OnePass.take`."""
+        w = outcome.solution.weights
+        summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
+        by_reach = [replace(c, segment=None) if any(g is None for g in c.grads) else c for c in columns]
+        for p, g in rows.combine(by_reach, w, summed, mask)[0]:
+            p.grad = rows.added(p.grad, g).detach()
