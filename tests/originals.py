@@ -30,6 +30,84 @@ class PCGrad:
             p.grad = means[k] if reached_by_all else sums[k]
 
 
+class PCGradAMP:
+    """anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: scaled gradients add up; "shared" is what no task has as 0."""
+
+    def __init__(
+        self,
+        num_tasks: int,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        reduction: str = "sum",
+    ) -> None:
+        self.optimizer, self.scaler, self.reduction = optimizer, scaler, reduction
+        self.params = tensors(optimizer)
+        empty = vector([None] * len(self.params), self.params)
+        self.rows = [empty.clone() for _ in range(num_tasks)]
+        self.nonzero = [empty.bool() for _ in range(num_tasks)]
+
+    def backward(self, mt_losses: Sequence[Tensor]) -> None:
+        for t, loss in enumerate(mt_losses):
+            g = vector(
+                task_gradient(loss if self.scaler is None else self.scaler.scale(loss), self.params), self.params
+            )
+            self.rows[t] = self.rows[t] + g
+            self.nonzero[t] = self.nonzero[t] | (g != 0)
+
+    def step(self) -> None:
+        modified = torch.stack(self.modified(self.rows))
+        shared = torch.stack(self.nonzero).all(0)
+        merged = torch.where(shared & (self.reduction == "mean"), modified.mean(0), modified.sum(0))
+        for p, g in zip(self.params, pieces(merged, self.params), strict=True):
+            p.grad = g
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+        self.rows = [torch.zeros_like(row) for row in self.rows]
+        self.nonzero = [torch.zeros_like(mask) for mask in self.nonzero]
+
+    def modified(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        return shuffled_projections(rows)
+
+
+class GradVacAMP(PCGradAMP):
+    """The same with GradVac, in the rows' own dtype; a target moves only when it corrects."""
+
+    def __init__(
+        self,
+        num_tasks: int,
+        optimizer: Optimizer,
+        DEVICE: torch.device | str,
+        scaler: torch.amp.GradScaler | None = None,
+        beta: float = 1e-2,
+        reduction: str = "sum",
+    ) -> None:
+        super().__init__(num_tasks, optimizer, scaler, reduction)
+        self.beta = beta
+        self.rho_T = torch.zeros(num_tasks, num_tasks)
+
+    def modified(self, rows: Sequence[Tensor]) -> list[Tensor]:
+        vaccinated = []
+        for i, v in enumerate(rows):
+            others = [j for j in range(len(rows)) if j != i]
+            random.shuffle(others)
+            for j in others:
+                target = self.rho_T[i, j].clone()
+                rho = torch.dot(v, rows[j]) / (v.norm() * rows[j].norm())
+                if rho < target:
+                    height = target * (1 - rho**2).sqrt() - rho * (1 - target**2).sqrt()
+                    v = v + rows[j] * (v.norm() * height / (rows[j].norm() * (1 - target**2).sqrt()))
+                    self.rho_T[i, j] = (1 - self.beta) * target + self.beta * rho
+            vaccinated.append(v)
+        return vaccinated
+
+
 def task_gradient(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradient of each parameter, None where the loss does not reach it; the graph is kept."""
     trained = [p for p in params if p.requires_grad]

@@ -5,7 +5,7 @@ onto the task's own original gradient too. By default none of this is so here; a
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators, rows
+from gradkern.backward import TaskGradients
 from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
 from gradkern.optim import SurgeryOptimizer
@@ -75,12 +76,12 @@ class PCGrad(SurgeryOptimizer):
                     p.grad = torch.zeros_like(p)
         return info
 
-    def _backward(
-        self, losses: Sequence[Loss], retain_graph: bool, one_pass: Any = None, outside_too: bool = False
+    def _surgery(
+        self, source: Callable[[torch.device], TaskGradients], one_pass: Any = None, outside_too: bool = False
     ) -> SurgeryInfo:
         if self.compat is not None:
             one_pass, self.shared = _Reduction(self.reduction), self._tensors()
-        return super()._backward(losses, retain_graph, one_pass, outside_too)
+        return super()._surgery(source, one_pass, outside_too)
 
     def _in_one_pass(self, measured: bool) -> bool:
         return self.compat is None and super()._in_one_pass(measured)

@@ -1,0 +1,262 @@
+"""PCGrad and GradVac by the interface of anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: only the import changes.
+
+``backward`` adds each task's gradient to a row kept for it, from micro-batch to micro-batch. ``step`` does the surgery
+of the rows, lets the scaler unscale the one result and step, and drops them.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkern import aggregators
+from gradkern.accumulation import Accumulation
+from gradkern.backward import add_up
+from gradkern.backward import step as surgery
+from gradkern.losses import Loss, Losses, Pass
+from gradkern.parameters import parameters
+
+
+class _Accumulating:
+    """What both share; ``method`` does the surgery, the other arguments are theirs."""
+
+    def __init__(
+        self,
+        num_tasks: int,
+        optimizer: Optimizer,
+        method: aggregators.Aggregator,
+        scaler: torch.amp.GradScaler | None,
+        cpu_offload: bool,
+    ) -> None:
+        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
+            raise ValueError(f"num_tasks must be a positive integer, got {num_tasks!r}")
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        if not isinstance(cpu_offload, bool):
+            raise TypeError(f"cpu_offload must be True or False, got {cpu_offload!r}")
+        self.num_tasks = num_tasks
+        self.cpu_offload = cpu_offload
+        self._optimizer = optimizer
+        self._method = method
+        self._scaler = scaler
+        self._forget()
+        parameters(self._params())
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that takes the step, for schedulers and such."""
+        return self._optimizer
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the losses."""
+        return self._scaler
+
+    def backward(self, mt_losses: Sequence[Loss]) -> None:
+        """Add the gradient of each task's loss to its row; the graphs are freed, and ``.grad`` stays as it is.
+
+        Args:
+            mt_losses: ``num_tasks`` entries, as ``losses`` in :func:`gradkern.backward`, divided by the number of
+                micro-batches where their mean is meant.
+
+        Raises:
+            TypeError, ValueError: as :func:`gradkern.backward`.
+            RuntimeError: an earlier call has raised halfway, and there was no ``zero_grad`` since.
+        """
+        losses = list(mt_losses)
+        if len(losses) != self.num_tasks:
+            raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
+        scaled = [self._scaled(loss) for loss in losses]
+        if self.cpu_offload:
+            add_up(self._rows, partial(_ToHost, scaled, self._trained()), self._stand_ins())
+        else:
+            add_up(self._rows, partial(Losses, scaled, False), self._params())
+
+    def step(self) -> None:
+        """Write the surgery of the rows to ``.grad``, over what stands there, drop them, step, and clear ``.grad``.
+
+        Raises:
+            RuntimeError: there was no ``backward`` since the last step or ``zero_grad``, or one has raised halfway.
+        """
+        self._rows.check()
+        if not any(self._rows.present):
+            raise RuntimeError("step() without a backward() before it: there are no gradients to step along")
+        self._optimizer.zero_grad()
+        surgery(
+            lambda device: self._rows,
+            self._stand_ins() if self.cpu_offload else self._params(),
+            aggregator=self._method,
+            groups="model",
+            shared=None,
+            suppression=None,
+        )
+        for p, host in self._hosts.items():
+            p.grad = None if host.grad is None else host.grad.to(p.device)
+        self._forget()
+        if self._scaler is None:
+            self._optimizer.step()
+        else:
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        self._optimizer.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Drop the rows, and clear ``.grad``."""
+        self._optimizer.zero_grad()
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What theirs holds: the "optimizer"'s and the "scaler"'s, without rows."""
+        state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
+        if self._scaler is not None:
+            state["scaler"] = self._scaler.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, here or in theirs.
+
+        Raises:
+            ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
+        """
+        for name in self.state_dict():
+            if name not in state_dict:
+                raise ValueError(f"state_dict must hold {name!r}, got {sorted(state_dict)}")
+        if self._scaler is None:
+            self._optimizer.load_state_dict(state_dict["optimizer"])
+            return
+        before = self._scaler.state_dict()
+        self._scaler.load_state_dict(state_dict["scaler"])
+        try:
+            self._optimizer.load_state_dict(state_dict["optimizer"])
+        except Exception:
+            self._scaler.load_state_dict(before)
+            raise
+
+    def _forget(self) -> None:
+        self._rows = Accumulation()
+        self._hosts: dict[Tensor, Tensor] = {}
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self._params() if p.requires_grad]
+
+    def _stand_ins(self) -> list[Tensor]:
+        """For each trained parameter one in host memory, to which its rows belong; its own values nobody reads."""
+        trained = self._trained()
+        for p in trained:
+            if p not in self._hosts:
+                self._hosts[p] = torch.empty_like(p, device="cpu", requires_grad=True)
+        return [self._hosts[p] for p in trained]
+
+    def _scaled(self, loss: Loss) -> Loss:
+        scaler = self._scaler
+        if scaler is None or loss is None:
+            return loss
+        return (lambda: scaler.scale(loss())) if callable(loss) else scaler.scale(loss)
+
+
+class PCGradAMP(_Accumulating):
+    """``opt = PCGradAMP(3, optimizer, scaler)``; for each micro-batch ``opt.backward(losses)``; then ``opt.step()``.
+
+    The method is :class:`gradkern.PCGrad`: a head that one task reaches gets that task's gradient and has no part in
+    the dot products, which are float32 at least; no gradient is projected onto its own task's; the orders come from
+    torch's generator; and a parameter that no task reaches gets no ``.grad``.
+
+    Args:
+        num_tasks: T.
+        optimizer: takes the step, over leaf tensors as in :func:`gradkern.backward`. Schedulers take it, too.
+        scaler: scales the losses. A step that is not finite is skipped, and the scale backs off.
+        reduction: of the modified task gradients, "sum" or "mean".
+        cpu_offload: keep the rows in host memory and do the surgery there. The device then holds the gradients of one
+            task at a time, and in the end their combination.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        optimizer: Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+        reduction: str = "sum",
+        cpu_offload: bool = False,
+    ) -> None:
+        super().__init__(num_tasks, optimizer, aggregators.PCGrad(reduction=reduction), scaler, cpu_offload)
+
+
+class GradVacAMP(_Accumulating):
+    """``opt = GradVacAMP(3, optimizer, device, scaler)``; by :class:`gradkern.GradVac`, else as :class:`PCGradAMP`.
+
+    As the paper has it, each visit moves the target of its pair, up or down; a step with anything that is not finite
+    moves none.
+
+    Args:
+        num_tasks: T.
+        optimizer: as for :class:`PCGradAMP`.
+        DEVICE: read by nobody, for the tensors know it.
+        scaler: as for :class:`PCGradAMP`.
+        beta: how far a target moves toward the cosine in a step, from 0 to 1.
+        reduction: as for :class:`PCGradAMP`.
+        cpu_offload: as for :class:`PCGradAMP`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        optimizer: Optimizer,
+        DEVICE: torch.device | str | int | None,
+        scaler: torch.amp.GradScaler | None = None,
+        beta: float = 1e-2,
+        reduction: str = "sum",
+        cpu_offload: bool = False,
+    ) -> None:
+        self._vaccine = aggregators.GradVac(beta=beta, reduction=reduction)
+        super().__init__(num_tasks, optimizer, self._vaccine, scaler, cpu_offload)
+
+    @property
+    def rho_T(self) -> Tensor:
+        """(T, T) float64, the cosines aimed at: a copy."""
+        targets = self._vaccine.targets
+        return torch.zeros((self.num_tasks,) * 2, dtype=torch.float64) if targets is None else targets[0].clone()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What theirs holds: the "optimizer"'s, the "scaler"'s and "rho_T", without rows."""
+        return super().state_dict() | {"rho_T": self.rho_T}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, here or in theirs, where a target that is not finite starts from 0 again.
+
+        Raises:
+            ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
+        """
+        rho = state_dict.get("rho_T", self.rho_T)
+        if not isinstance(rho, Tensor) or rho.shape != self.rho_T.shape:
+            raise ValueError(f"rho_T in state_dict must be of shape {tuple(self.rho_T.shape)}, got {rho!r}")
+        super().load_state_dict(state_dict)
+        self._vaccine.targets = torch.where(rho.isfinite(), rho.double(), 0.0).unsqueeze(0)
+
+
+class _ToHost(Losses):
+    """Losses whose gradients by ``on_device`` are handed out in host memory, for stand-ins there."""
+
+    def __init__(self, losses: Sequence[Loss], on_device: Sequence[Tensor], device: torch.device) -> None:
+        super().__init__(losses, False, on_device[0].device)
+        self.on_device = on_device
+
+    def passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None = None) -> Iterator[Pass]:
+        """As :meth:`Losses.passes`."""
+        for i, value, grads in super().passes(self.on_device, weights):
+            row = [None if g is None else g.cpu() for g in grads]
+            del grads  # not alive beside the next task's
+            yield i, value.cpu(), row
