@@ -101,6 +101,52 @@ def test_one_step_of_theirs_has_the_same_gradients(compat: str) -> None:
     assert all(g is None or (g != 0).any() for g in results[1][2:6])
 
 
+@pytest.mark.parametrize("compat", MODES[1:])
+def test_many_tasks_are_projected_onto_their_own_gradients_too(compat: str) -> None:
+    """Six tasks in three dimensions: projections turn some so far that they oppose what they came from."""
+    own_mattered = False
+    for seed in range(20):
+        pulls = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        found = []
+        for make in (peer(compat, "mean"), partial(PCGrad, compat=compat)):
+            p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+            random.seed(seed)
+            make(torch.optim.SGD([p], lr=0.1)).pc_backward([pull @ p for pull in pulls])
+            assert p.grad is not None
+            found.append(p.grad)
+        assert_near(found[1], found[0], pulls.norm(), TOLERANCES[torch.float64])
+        random.seed(seed)
+        order = list(range(6))
+        orders = [random.shuffle(order) or list(order) for _ in pulls]
+        without = torch.stack(reference.pcgrad(list(pulls), orders)).mean(0)
+        own_mattered |= bool((without - found[0]).abs().max() > 1e-3)
+    assert own_mattered
+
+
+@pytest.mark.parametrize("compat", MODES[1:])
+def test_gradients_and_micro_batches_add_up(compat: str) -> None:
+    model, x, y = float64_problem()
+    opt = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), compat=compat)
+    random.seed(3)
+    opt.pc_backward(model.losses(x, y))
+    once = gradients(model)
+
+    random.seed(3)
+    opt.backward(model.losses(x, y))  # adds to what is there
+    for p, g in zip(model.parameters(), once, strict=True):
+        assert g is not None
+        assert_near(p.grad, 2 * g, g.abs().max(), TOLERANCES[torch.float64])
+
+    opt.zero_grad()
+    random.seed(3)
+    with opt.accumulate():
+        for half in (slice(0, 8), slice(8, 16)):
+            opt.backward([loss / 2 for loss in model.losses(x[half], y[:, half])])
+    for p, g in zip(model.parameters(), once, strict=True):
+        assert g is not None
+        assert_near(p.grad, g, 1 + g.abs().max(), TOLERANCES[torch.float64])
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_by_default_it_is_the_papers_on_shared_parameters(reduction: str) -> None:
     model, x, y = float64_problem()
