@@ -82,7 +82,9 @@ class SurgeryOptimizer(Optimizer):
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
         self._accumulation: Accumulation | None = None  # within accumulate()
-        self._step_scale: Tensor | None = None  # κ of the last backward pass, until a step takes it
+        # κ of the last backward pass, until a step takes it. In an object of its own: Lightning's wrapper runs these
+        # methods with itself as self, and what they bind to that does not reach a step.
+        self._pending = SimpleNamespace(step_scale=None)
         self._stand_in = SimpleNamespace(_step_supports_amp_scaling=True)  # for a GradScaler: see one_pass.py
         self._outside: Outside | None = None  # what the first step is looked through for
         self._first = True
@@ -143,7 +145,7 @@ class SurgeryOptimizer(Optimizer):
             info = add_up(total, source, self._params())
         else:
             info = self._surgery(source)
-            self._step_scale = info.step_scale
+            self._pending.step_scale = info.step_scale
             if total is not None:
                 total.took([loss is not None for loss in losses], info)
         self._warn_of_outside()
@@ -173,7 +175,7 @@ class SurgeryOptimizer(Optimizer):
         total.check()
         if any(total.present) and total.info is None:
             total.info = self._surgery(lambda device: total)
-            self._step_scale = total.info.step_scale
+            self._pending.step_scale = total.info.step_scale
 
     def update(
         self,
@@ -214,7 +216,7 @@ class SurgeryOptimizer(Optimizer):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
         self._refuse_within_accumulate("update")
         measured = max_norm is not None or scaler is not None
-        self._step_scale = None
+        self._pending.step_scale = None
         if not self._in_one_pass(measured):
             info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
             return self._step_by_grad(info, max_norm, scaler)
@@ -301,9 +303,9 @@ class SurgeryOptimizer(Optimizer):
         before = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(before, [p.detach() for p in params])
         result = self._inner_step(closure)
-        if self._step_scale is not None:
-            rescale(params, before, self._step_scale)
-            self._step_scale = None
+        if self._pending.step_scale is not None:
+            rescale(params, before, self._pending.step_scale)
+            self._pending.step_scale = None
         return result
 
     def _inner_step(self, closure: Callable[[], float] | None) -> Any:
@@ -311,7 +313,7 @@ class SurgeryOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""
-        self._step_scale = None
+        self._pending.step_scale = None
         self.optimizer.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
