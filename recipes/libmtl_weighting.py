@@ -1,0 +1,69 @@
+"""LibMTL: a weighting on gradkern.
+
+LibMTL mixes a weighting and an architecture into one model, calls ``model.backward(losses)`` and steps. So all of a
+weighting is a ``backward`` that fills ``.grad``. Another method is another ``aggregator``; the weightings that LibMTL
+finds by name are the attributes of ``LibMTL.weighting``, where a class of your own can be put too.
+"""
+
+from typing import Any
+
+import torch
+from LibMTL.architecture import HPS
+from LibMTL.weighting.abstract_weighting import AbsWeighting
+from torch import Tensor, nn
+
+import gradkern as gk
+
+
+class PCGrad(AbsWeighting):
+    """In place of ``LibMTL.weighting.PCGrad``: ``Trainer(weighting=PCGrad, rep_grad=False, ...)``."""
+
+    def init_param(self) -> None:
+        """Called once, when the model has been made: what has a state is made here."""
+        self.aggregator = gk.PCGrad()
+
+    def backward(self, losses: Tensor, **kwargs: Any) -> None:
+        """Fill ``.grad``, from the losses (T,) of all tasks."""
+        if self.rep_grad:
+            raise ValueError("rep_grad must be False: the losses do not reach the encoder otherwise")
+        # LibMTL writes all losses into one tensor, so that autograd has zeros from each task for the other tasks'
+        # decoders: they would count as shared if shared were not given.
+        gk.backward(list(losses), self, aggregator=self.aggregator, shared=self.get_share_params())
+
+
+class MTLModel(HPS, PCGrad):
+    """What LibMTL's ``Trainer`` makes of an architecture and a weighting."""
+
+
+def main() -> None:
+    """Train three tasks as LibMTL's ``Trainer`` does, and tell what has become of the losses."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 6)
+    a, b = x.sin().sum(1), x.square().sum(1)
+    targets = {"a": a, "b": b, "c": -a}
+    decoders = nn.ModuleDict({task: nn.Linear(16, 1) for task in targets})
+    model = MTLModel(
+        task_name=list(targets),
+        encoder_class=lambda: nn.Sequential(nn.Linear(6, 16), nn.Tanh()),
+        decoders=decoders,
+        rep_grad=False,
+        multi_input=False,
+        device=torch.device("cpu"),
+    )
+    model.init_param()
+    opt = torch.optim.Adam(model.parameters(), lr=0.01)
+    history = []
+    for _ in range(100):
+        predictions = model(x)
+        losses = torch.zeros(3)
+        for t, (task, y) in enumerate(targets.items()):
+            losses[t] = (predictions[task].squeeze(-1) - y).square().mean()
+        opt.zero_grad()
+        model.backward(losses)
+        opt.step()
+        history.append(losses.detach())
+    print("losses " + ", ".join(f"{b:.2f} -> {a:.2f}" for b, a in zip(history[0], history[-1], strict=True)))
+
+
+if __name__ == "__main__":
+    main()
