@@ -1,6 +1,7 @@
 """Who takes part in a case: by name, calls that do the same work. All have a copy of the input beside them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -166,7 +167,25 @@ def _one_launch(x: Inputs, run: Run) -> Runs:
     T, P = x.case.T, x.case.P
     if x.device.type != "cuda" or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
         return {}
-    return {ONE_LAUNCH: patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)})(run)}
+    return {ONE_LAUNCH: Under(patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)}), run)}
+
+
+@dataclass(frozen=True)
+class Under:
+    """A contestant with a setting, in force while it is entered: to make it takes as long as a launch."""
+
+    setting: AbstractContextManager[object]
+    run: Run
+
+    def __call__(self) -> Any:
+        """Under the setting, if that is in force."""
+        return self.run()
+
+    def __enter__(self) -> None:
+        self.setting.__enter__()
+
+    def __exit__(self, *raised: Any) -> bool | None:
+        return self.setting.__exit__(*raised)
 
 
 def _plain(peers: Peers, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Runs:

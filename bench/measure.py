@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -11,8 +12,10 @@ from bench.memory import peak
 
 ROUNDS = 15
 FEWEST = 3
-SLOW = 3.0
-"""Seconds of a call beyond which one call, after the first, is all that is taken: a median of more is not worth it."""
+SLOW, SLOWER = 3.0, 5.0
+"""Seconds, and calls of ours, beyond both of which a contestant takes part in the first round alone: a median of more
+is not worth it. Ours and who comes near it have three rounds or more, however slow the machine; and whatever stands in
+a ratio was measured side by side, after first calls that do not count."""
 
 
 @dataclass
@@ -40,9 +43,9 @@ def measured(
     """Every round runs all contestants, one after another, each as often as an equal share of the time allows.
 
     Args:
-        contestants: by name, what to call.
+        contestants: by name, what to call; one that is a context manager too is entered before it is timed.
         ours: the one whose errors are ours, and raised.
-        seconds: about how long to measure, all together; at least three rounds.
+        seconds: about how long to measure, all together; at least three rounds, and very slow calls come on top.
         device: whose clock and memory count.
         tell: is told what comes next.
     """
@@ -56,14 +59,16 @@ def measured(
             if name == ours:
                 raise
             found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    found.seconds = {name: [t] if t > SLOW else [] for name, t in once.items()}
-    quick = {name: max(t, 1e-7) for name, t in once.items() if t <= SLOW}
-    rounds = min(ROUNDS, max(FEWEST, int(seconds / sum(quick.values())))) if quick else 0
+    found.seconds = {name: [] for name in once}
+    slow = {name for name, t in once.items() if t > max(SLOW, SLOWER * once[ours])}
+    quick = {name: max(t, 1e-7) for name, t in once.items() if name not in slow}
+    rounds = min(ROUNDS, max(FEWEST, int(seconds / sum(quick.values()))))
     for k in range(rounds):
         tell(f"round {k + 1} of {rounds}")
-        for name, t in quick.items():
-            calls = max(1, int(seconds / rounds / len(quick) / t))
-            found.seconds[name].append(timed(contestants[name], calls, device))
+        for name in once if k == 0 else quick:
+            calls = 1 if name in slow else max(1, int(seconds / rounds / len(quick) / quick[name]))
+            with _ready(contestants[name]):
+                found.seconds[name].append(timed(contestants[name], calls, device))
     return found
 
 
@@ -72,10 +77,16 @@ def _first(run: Callable[[], object], device: torch.device) -> tuple[float, int]
 
     What the counting of memory adds is nothing beside a long call, which for that is not made again.
     """
-    run()
-    took: list[float] = []
-    most = peak(lambda: took.append(timed(run, 1, device)), device)
-    return (took[0] if took[0] > SLOW else timed(run, 1, device)), most
+    with _ready(run):
+        run()
+        took: list[float] = []
+        most = peak(lambda: took.append(timed(run, 1, device)), device)
+        return (took[0] if took[0] > SLOW else timed(run, 1, device)), most
+
+
+def _ready(run: Callable[[], object]) -> AbstractContextManager[object]:
+    """What is to hold while ``run`` is timed, and takes no part in its time."""
+    return run if isinstance(run, AbstractContextManager) else nullcontext()
 
 
 def quantiles(values: list[float]) -> dict[str, float]:

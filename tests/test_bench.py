@@ -145,13 +145,34 @@ def test_one_launch_takes_part_on_nvidias_gpus_alone(operation: str, monkeypatch
     assert ONE_LAUNCH not in contestants(cuda, INSTALLED)
 
 
-def test_one_launch_is_taken_by_the_table_and_by_nobody_else() -> None:
+def test_one_launch_is_taken_by_the_table_and_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     x, before = Inputs(Case("pcgrad", 3, 1000, "bfloat16"), torch.device("cuda")), dict(settings.ONE_LAUNCH)
     seen = []
-    run = _one_launch(x, lambda: seen.append([P in settings.one_launch(3, size) for size, P in ((2, 1000), (2, 999))]))
-    run[ONE_LAUNCH]()
-    assert seen == [[True, False]]
+
+    def see() -> None:
+        seen.append([P in settings.one_launch(3, size) for size, P in ((2, 1000), (2, 999))])
+
+    runs = {OURS: see} | _one_launch(x, see)
+    monkeypatch.setattr(measure, "peak", lambda run, device: run())
+    measure.measured(runs, OURS, 0.0, CPU)
+    first, each = 3, [[False, False], [True, False]]
+    assert seen == first * each[:1] + first * each[1:] + measure.FEWEST * each
     assert before == settings.ONE_LAUNCH
+
+
+def test_what_a_contestant_enters_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, gradkern=0.5, naive=0.5)
+
+    class Entered(SimpleNamespace):
+        def __enter__(self) -> None:
+            clock.timed.append(("entered", 0))
+
+        def __exit__(self, *raised: object) -> None:
+            clock.timed.append(("left", 0))
+
+    clock.runs["naive"] = Entered(**vars(clock.runs["naive"]))
+    measure.measured(clock.runs, OURS, 0.0, CPU)  # type: ignore[arg-type]
+    assert clock.timed == [(OURS, 1), ("entered", 0), ("naive", 1), ("left", 0)] * 3
 
 
 def test_contestants_of_entries_do_the_same() -> None:
@@ -242,10 +263,16 @@ def test_contestants_take_turns_for_equal_times(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_long_calls_have_fewer_rounds_and_very_long_ones_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch, gradkern=0.5, naive=2.0, TorchJD=30.0)
+    clock = Clock(monkeypatch, TorchJD=30.0, gradkern=0.5, naive=2.9)
     found = measure.measured(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
-    assert clock.timed == [(OURS, 1), ("naive", 1)] * 3
+    assert clock.timed == [("TorchJD", 1), *[(OURS, 1), ("naive", 1)] * 3]
     assert found.seconds["TorchJD"] == [30.0]
+
+
+def test_ours_and_who_comes_near_it_have_rounds_however_slow_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, gradkern=100.0, naive=499.0, TorchJD=501.0)
+    found = measure.measured(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
+    assert {name: len(t) for name, t in found.seconds.items()} == {OURS: 3, "naive": 3, "TorchJD": 1}
 
 
 def test_what_others_cannot_do_is_told_and_what_ours_cannot_is_raised() -> None:

@@ -22,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", choices=SIZES, default="minilm", help="of the encoder (default minilm)")
     parser.add_argument("--device", type=chosen, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--peers", action="store_true", help="measure other libraries beside ours")
-    parser.add_argument("--seconds", type=float, default=60, help="about how long to measure the step (default 60)")
+    seconds = "about how long to measure the step, in three rounds at least (default 60)"
+    parser.add_argument("--seconds", type=float, default=60, help=seconds)
     parser.add_argument("--out", type=Path, default=Path("bench-out"), help="folder for results (default bench-out)")
     parser.add_argument("--show", type=Path, help="print the table of this JSON file instead of measuring")
     options = parser.parse_args(arguments)
