@@ -86,9 +86,12 @@ def full() -> list[Case]:
         *_surgery(2, P, "BERT-base", []),
         *_surgery(3, P, "BERT-base", [form for form in SUPPRESSED if form.p == 0.45]),
         *_entries(3, P, "BERT-base"),
+        Case("adamw", 3, P, shapes="BERT-base"),
         *_surgery(3, P, "BERT-base", [], "bfloat16"),
         *_surgery(4, P, "BERT-base", []),
         *_surgery(8, P, "BERT-base", []),
+        *_steps(10_000_000, "float32"),
+        *_steps(10_000_000, "bfloat16"),
         *_programs((3, 8, 40)),
     ]
 
@@ -103,6 +106,7 @@ def quick() -> list[Case]:
         *_variants(P),
         *_surgery(3, P, "pieces", SUPPRESSED[:3]),
         *_entries(3, P, "pieces"),
+        Case("adamw", 3, P, shapes="pieces"),
         *_programs((3, 8)),
     ]
 
@@ -125,6 +129,14 @@ def _surgery(T: int, P: int, shapes: str, suppressed: Sequence[Suppressed], dtyp
 
 def _entries(T: int, P: int, shapes: str) -> Iterator[Case]:
     return (Case(operation, T, P, shapes=shapes) for operation in ("gather", "scatter"))
+
+
+def _steps(P: int, dtype: str) -> Iterator[Case]:
+    """AdamW along a gradient, and along a combination of three, also suppressed."""
+    for T in (1, 3):
+        yield Case("adamw", T, P, dtype, shapes="pieces")
+    for block in (1, 128):
+        yield Case("adamw", 3, P, dtype, shapes="pieces", p=0.45, block=block)
 
 
 def _programs(tasks: Sequence[int]) -> Iterator[Case]:

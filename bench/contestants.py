@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -16,10 +17,12 @@ from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern import rows
 from gradkern.kernels import settings
+from gradkern.optim.adamw import Combination
+from gradkern.rows import Column
 from gradkern.solve import solve
 
-OURS, ONE_LAUNCH, NAIVE, MATMUL = "gradkern", "one launch", "naive", "matmul"
-NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
+OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH = "gradkern", "one launch", "naive", "matmul", "foreach"
+NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
 
 ops = torch.ops.gradkern
 Run = Callable[[], Any]
@@ -109,6 +112,32 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
     return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)} | _one_launch(x, ours)
 
 
+def adamw(x: Inputs, peers: Peers) -> Runs:
+    """A step along Σ_t w_t g_t. All move the same parameters; of 16-bit ones only ours keeps moments in float32."""
+
+    @cache
+    def optimizer() -> gk.optim.AdamW:
+        return gk.optim.AdamW(x.stepped)
+
+    @cache
+    def columns() -> list[Column]:
+        units = [-1] * len(x.shapes) if x.suppression is None else x.suppression.first_units(x.numels)
+        return rows.columns(x.stepped, x.grads, x.segments, units, overwrite=False)
+
+    def ours() -> None:
+        mask = None if x.suppression is None else x.suppression.mask(x.device)
+        optimizer().combination = Combination(columns(), x.weights, mask)
+        optimizer().step()
+        if mask is not None:
+            mask.advance()
+
+    return {
+        OURS: ours,
+        NAIVE: _by_grad(x, naive.combined, fused=True),
+        FOREACH: _by_grad(x, plain.combined, foreach=True),
+    }
+
+
 def gather(x: Inputs, peers: Peers) -> Runs:
     """The entries that GradAttention looks at."""
     return {
@@ -160,6 +189,22 @@ def gradattention_network(x: Inputs, peers: Peers) -> Runs:
     """A pass through GradAttention's network, and the step by which it learns."""
     aggregator = gk.GradAttention(subset=ENTRIES)
     return {OURS: lambda: aggregator.weights(x.M, x.X)}
+
+
+def _by_grad(x: Inputs, combined: Callable[..., list[torch.Tensor]], **kind: bool) -> Run:
+    """torch's AdamW, along ``.grad``."""
+
+    @cache
+    def optimizer() -> torch.optim.AdamW:
+        return torch.optim.AdamW(x.stepped, **kind)
+
+    def run() -> None:
+        for p, g in zip(x.stepped, combined(x.grads, x.w, x.case.p), strict=True):
+            p.grad = g
+        optimizer().step()
+        optimizer().zero_grad()
+
+    return run
 
 
 def _one_launch(x: Inputs, run: Run) -> Runs:
@@ -223,6 +268,7 @@ OPERATIONS: dict[str, Callable[[Inputs, Peers], Runs]] = {
     "gradattention": Method(gk.GradAttention),
     "sum": Method(gk.Sum),
     "surgery": surgery,
+    "adamw": adamw,
     "gather": gather,
     "scatter": scatter,
     "pcgrad-program": pcgrad_program,

@@ -21,17 +21,23 @@ def least_bytes(case: Case) -> float:
         return case.S * T * T * (4 + 4 + 4)
     if case.operation == "gradvac-program":  # the same, and targets in float64 both ways
         return case.S * T * T * (4 + 4 + 4 + 8 + 8)
+    if case.operation == "adamw":  # rows in; parameters, and two moments in float32, both ways
+        return case.P * (item * (_kept(case) * T + 2) + 4 * 4)
     return item * case.P * _words(case)
 
 
 def _words(case: Case) -> float:
-    """Per number of a task gradient. Of what is dropped number by number, memory's sectors bring all."""
-    T = case.T
-    kept = 1 - case.p if case.block > 1 else 1
+    """Per number of a task gradient."""
+    T, kept = case.T, _kept(case)
     gramian = kept * T if case.scope == "all" else T
     combine = kept * T + 1
     of_matrix = {"gramian": gramian, "combine": combine, "sum": combine, "project": T + T}
     return of_matrix.get(case.operation, gramian + combine)
+
+
+def _kept(case: Case) -> float:
+    """The share of a row that must be read. Of what is dropped number by number, memory's sectors bring all."""
+    return 1 - case.p if case.block > 1 else 1
 
 
 def copied_bytes(case: Case) -> float:
@@ -42,7 +48,7 @@ def copied_bytes(case: Case) -> float:
 
 def held_bytes(case: Case) -> float:
     """About how much memory a case takes: its rows, what they are copied to, and the greediest contestant's own."""
-    own = {"project": 2, "pcgrad": 3, "surgery": 3}.get(case.operation, 0.5)
+    own = {"project": 2, "pcgrad": 3, "surgery": 3, "adamw": 10 / case.T}.get(case.operation, 0.5)
     return (2 + own) * copied_bytes(case) / 2
 
 

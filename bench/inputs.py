@@ -62,6 +62,11 @@ class Inputs:
         return self._normal((self.case.T,))
 
     @cached_property
+    def weights(self) -> Tensor:
+        """(1, T) float32, of a step: a gradient alone is its own combination."""
+        return self.w.float()[None] if self.case.T > 1 else torch.ones(1, 1, device=self.device)
+
+    @cached_property
     def W(self) -> Tensor:
         """(T, T)."""
         return self._normal((self.case.T, self.case.T))
@@ -80,6 +85,11 @@ class Inputs:
     def params(self) -> list[Tensor]:
         """Leaf tensors, for their shapes alone."""
         return [torch.empty(s, dtype=self.dtype, device=self.device, requires_grad=True) for s in self.shapes]
+
+    @cached_property
+    def stepped(self) -> list[Tensor]:
+        """Leaf tensors, which a step moves."""
+        return [self._normal(shape).requires_grad_() for shape in self.shapes]
 
     @cached_property
     def grads(self) -> list[list[Tensor]]:

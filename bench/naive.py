@@ -74,6 +74,12 @@ def surgery(grads: Sequence[Sequence[Tensor]], groups: Sequence[Sequence[int]], 
     return results
 
 
+def combined(grads: Sequence[Sequence[Tensor]], w: Tensor, p: float) -> list[Tensor]:
+    """Σ_t w_t g_t, a tensor at a time, then masked; ``grads`` and ``p`` as for ``surgery``. One row stays as it is."""
+    results = [g[0] if len(g) == 1 else combine(g, w) for g in zip(*grads, strict=True)]
+    return [g * (torch.rand(g.shape, device=g.device) > p) for g in results] if p else results
+
+
 def gather(grads: Sequence[Sequence[Tensor]], index: Tensor) -> Tensor:
     """(T, d), the entries of the flattened gradients."""
     return torch.stack([torch.cat([g.flatten() for g in row])[index] for row in grads])

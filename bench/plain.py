@@ -1,5 +1,7 @@
 """The same operations in the fewest calls of plain PyTorch: what there is to do without a library, also compiled."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,3 +41,13 @@ def coefficients(M: Tensor) -> Tensor:
         step = (C @ M).gather(-1, j).clamp(max=0) / squares.gather(-1, j)
         C = C.scatter_add(-1, j, torch.where(j == own, 0.0, -step))
     return C
+
+
+def combined(grads: Sequence[Sequence[Tensor]], w: Tensor, p: float) -> list[Tensor]:
+    """``naive.combined``, of all tensors at once."""
+    results = list(grads[0])
+    if len(grads) > 1:
+        results = torch._foreach_mul(results, w[0])
+    for row, weight in zip(grads[1:], w[1:], strict=True):
+        torch._foreach_add_(results, torch._foreach_mul(row, weight))
+    return torch._foreach_mul(results, [torch.rand(g.shape, device=g.device) > p for g in results]) if p else results

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench import cases, floors, measure, peers, run
 from bench.__main__ import main
@@ -175,6 +176,45 @@ def test_what_a_contestant_enters_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
     assert clock.timed == [(OURS, 1), ("entered", 0), ("naive", 1), ("left", 0)] * 3
 
 
+# Of the terms of a sum: as above; and three roundings to bfloat16's 8 bits, of weights, products and sums.
+CLOSE = {"float32": NEAR, "bfloat16": 3 * 2**-8}
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize(
+    "form", [cases.DENSE, cases.Suppressed(0.45, 1, "update"), cases.Suppressed(0.45, 128, "update")]
+)
+@pytest.mark.parametrize("T", [1, 3])
+def test_contestants_of_adamw_step_along_the_same(T: int, form: cases.Suppressed, dtype: str) -> None:
+    P = 16_000
+    x = Inputs(Case("adamw", T, P, dtype, shapes="pieces", **form._asdict()), CPU)
+    terms = [w * torch.cat(row).double() for w, row in zip(x.weights[0].tolist(), x.grads, strict=True)]
+    start = [p.detach().clone() for p in x.stepped]
+    runs = contestants(x, INSTALLED)
+    assert runs.keys() == {OURS, "naive", "foreach", floors.COPY}
+    optimizers: list[Any] = []
+    hook = register_optimizer_step_post_hook(lambda optimizer, *_: optimizers.append(optimizer))
+    for name in runs.keys() - {floors.COPY}:
+        with torch.no_grad():
+            torch._foreach_copy_(x.stepped, start)
+        runs[name]()
+        assert all(p.grad is None for p in x.stepped)
+        state = optimizers[-1].state
+        m, v = (torch.cat([state[p][key] for p in x.stepped]).double() for key in ("exp_avg", "exp_avg_sq"))
+        keep = m != 0 if form.p else torch.ones(P, dtype=torch.bool)  # where 16-bit numbers may cancel
+        draws = P / form.block if name == OURS else P  # as above, five standard deviations
+        assert abs(float(keep.double().mean()) - (1 - form.p)) <= 5 * math.sqrt(form.p * (1 - form.p) / draws)
+        size = sum(term.abs() for term in terms)
+        assert bool(((m - 0.1 * keep * sum(terms)).abs() <= 0.1 * CLOSE[dtype] * size).all())
+        assert bool(((v - 0.001 * keep * sum(terms) ** 2).abs() <= 0.002 * CLOSE[dtype] * size**2).all())
+        # A first step is as long as the learning rate, whatever the gradient; a parameter is rounded.
+        zeros = [torch.zeros(P)] * 2
+        expected, *_ = reference.adamw(torch.cat(start), zeros, m / 0.1, 1, 1e-3, (0.9, 0.999), 0.01, 1e-8)
+        rounding = torch.finfo(getattr(torch, dtype)).eps * expected.abs()
+        assert bool(((torch.cat(x.stepped).detach() - expected).abs() <= rounding + 1e-3 * CLOSE[dtype]).all())
+    hook.remove()
+
+
 def test_contestants_of_entries_do_the_same() -> None:
     x = inputs(Case("gather", 3, 16_000, shapes="pieces"))
     runs = contestants(x, INSTALLED)
@@ -225,6 +265,11 @@ def test_floors_by_hand() -> None:
     assert floors.least_bytes(step(p=0.6)) == 4 * 700
     assert floors.least_bytes(step(p=0.6, block=128)) == pytest.approx(4 * (300 + 120 + 100))
     assert floors.least_bytes(step(p=0.6, block=128, scope="all")) == pytest.approx(4 * (120 + 120 + 100))
+    adamw = partial(Case, "adamw", 3, 100, shapes="pieces")
+    assert floors.least_bytes(adamw()) == 4 * 100 * (3 + 6)
+    assert floors.least_bytes(adamw(p=0.6)) == 4 * 100 * (3 + 6)
+    assert floors.least_bytes(adamw(p=0.6, block=128)) == pytest.approx(4 * 100 * (1.2 + 6))
+    assert floors.least_bytes(adamw(dtype="bfloat16")) == 100 * (2 * (3 + 2) + 4 * 4)
     assert floors.least_bytes(Case("gather", 3, 100)) == 100 * (8 + 3 * 4 + 3 * 4)
     assert floors.least_bytes(Case("scatter", 3, 10_000)) == 4096 * (8 + 4 + 4)
     assert floors.least_bytes(Case("pcgrad-program", 3, 0, S=2)) == 2 * 9 * 12
