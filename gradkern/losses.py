@@ -90,8 +90,9 @@ def differentiated(
             raise
         raise ValueError(
             f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
-            "activations: set torch._functorch.config.donated_buffer = False, or pass losses as callables, each with "
-            "a forward pass of its own"
+            "activations. Pass losses as callables, each with a forward pass of its own; or, before anything is "
+            "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
+            "name of your own, without which torch's cache on disk gives the same code again, and wrong gradients"
         ) from error
     return held.copies(found)
 

@@ -171,7 +171,7 @@ def test_a_compiled_trunk_under_several_losses_says_what_to_do() -> None:
     p = nn.Parameter(torch.ones(3))
     h = Compiled.apply(p)
     with pytest.raises(
-        ValueError, match=r"losses\[0\] shares a compiled graph.*donated_buffer = False, or pass losses"
+        ValueError, match=r"losses\[0\] shares a compiled graph.*Pass losses as callables.*donated_buffer = False and"
     ):
         gk.backward([h.sum(), h.square().sum()], [p], aggregator=gk.PCGrad())
     assert p.grad is None
