@@ -1,0 +1,224 @@
+"""TorchJD's aggregators on gradkern: ``from gradkern.compat.torchjd import PCGrad`` for ``from torchjd.aggregation …``.
+
+Every name of ``torchjd.aggregation`` is here, and every class has TorchJD's for a base, with its arguments, attributes
+and ``repr``: it serves ``torchjd.autojac``, and a weighting ``torchjd.autogram``. What computes what:
+
+- ``PCGrad`` and ``GradVac``, with their weightings: all on gradkern. Orders are drawn as TorchJD draws them, so equal
+  seeds give equal steps.
+- ``AlignedMTL``, ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``Krum``, ``MGDA``, ``PCD``, ``UPGrad``: Gramian
+  and combination on gradkern, the weights TorchJD's. So is an aggregator of yours on ``GramianWeightedAggregator``.
+- ``Constant``, ``ExcessMTL``, ``Mean``, ``NashMTL``, ``Random``, ``Sum``: the combination alone, as of one of
+  yours on ``WeightedAggregator``. ``NashMTL`` takes its Gramian inside its weighting.
+- All else (``ConFIG``, ``GradDrop``, ``TrimmedMean``, the other weightings) is TorchJD's, unchanged and no faster.
+
+Results are TorchJD's but for rounding, and but for this:
+
+- Gramians of 16-bit gradients are float32, and so are the weights that come of them, where TorchJD's have 8 or 11 bits
+  and overflow; a combination is computed in float32 and rounded once.
+- A gradient whose weight is 0 is not read: one that is not finite, which Krum has left out, leaves no NaN behind.
+- ``PCGrad`` and ``GradVac`` compute the weights in float64.
+- A gradient whose square vanishes is never projected onto (TorchJD's PCGrad divides by the zero). A pair with such a
+  gradient is skipped by ``GradVac`` and leaves its target alone, where TorchJD gives it weights of 1e8 and moves the
+  target toward 0.
+- ``GradVac``'s ``eps`` does nothing. Where TorchJD adds it to denominators, cosines of gradients that are not long
+  compared with it come out too small: by half for lengths of 1e-4.
+- A step that is not finite leaves ``GradVac``'s targets alone. TorchJD's are NaN from then on, and correct nothing.
+- ``GradVac``'s targets are float64, on the device of the Gramian, and go on where the dtype changes. Checkpoints load
+  into fresh instances and are exchangeable with TorchJD's, which load into instances that have made a step.
+- No task at all is an error, and so is capture in a CUDA graph, which would repeat the orders drawn on the host.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import check_gramian
+from gradkern.capture import capturing
+from gradkern.ops import combine, direct, gramian
+from gradkern.ops.schema import arithmetic_dtype
+
+try:
+    import torchjd.aggregation as theirs
+except ImportError as error:
+    raise ImportError("gradkern.compat.torchjd needs TorchJD: pip install 'torchjd>=0.18'") from error
+from torchjd.linalg import PSDMatrix
+
+__all__ = theirs.__all__
+
+
+def __getattr__(name: str) -> Any:
+    """What is not defined here is TorchJD's, of whatever release."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(theirs, name)
+
+
+class WeightedAggregator(theirs.WeightedAggregator):
+    """TorchJD's, with the combination on gradkern."""
+
+    @staticmethod
+    def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
+        return combine(_readable(matrix), weights)
+
+
+class GramianWeightedAggregator(WeightedAggregator, theirs.GramianWeightedAggregator):
+    """TorchJD's, with Gramian and combination on gradkern."""
+
+    def __init__(self, gramian_weighting: theirs.Weighting[PSDMatrix]) -> None:
+        super().__init__(gramian_weighting)
+        self.weighting = gramian_weighting << _gramian
+
+
+class PCGradWeighting(theirs.PCGradWeighting):
+    """TorchJD's, computed in float64 on the Gramian's device: see :class:`gradkern.PCGrad`."""
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """The weights (T,) of a Gramian (T, T), in its dtype."""
+        M = _computable(gramian)
+        T = len(M)
+        keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
+        return direct.pcgrad(M.unsqueeze(0), keys, T - 1)[0].sum(0).to(gramian.dtype)
+
+
+class PCGrad(theirs.PCGrad, GramianWeightedAggregator):
+    """TorchJD's PCGrad, on gradkern."""
+
+    def __init__(self) -> None:
+        GramianWeightedAggregator.__init__(self, PCGradWeighting())
+
+
+class GradVacWeighting(theirs.GradVacWeighting):
+    """TorchJD's, computed in float64 on the Gramian's device: see :class:`gradkern.GradVac`.
+
+    Args:
+        beta: how far a target moves toward the cosine in a step, from 0 to 1.
+        eps: checked and kept, and without effect.
+    """
+
+    _phi_t: Tensor | None  # type: ignore[assignment]  # TorchJD says None alone
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """The weights (T,) of a Gramian (T, T), in its dtype; targets of another number of tasks begin at 0."""
+        M = _computable(gramian)
+        T = len(M)
+        drawn = torch.stack([torch.randperm(T - 1) for _ in range(T)])  # which of the others, task by task
+        keys = _keys(drawn + (drawn >= torch.arange(T).unsqueeze(1)), M.device)
+        if self._phi_t is None or self._phi_t.shape != M.shape:
+            targets = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
+        else:
+            targets = self._phi_t.to(M.device, torch.float64, copy=True)
+        moving = M.isfinite().all().expand(T)
+        C = direct.gradvac(M.unsqueeze(0), keys, targets.unsqueeze(0), moving, float(self.beta))
+        self._phi_t = targets
+        return C[0].sum(0).to(gramian.dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        loaded = state_dict.get(f"{prefix}_phi_t")
+        if loaded is not None and (self._phi_t is None or self._phi_t.shape != loaded.shape):
+            self._phi_t = torch.zeros_like(loaded, dtype=torch.float64)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class GradVac(theirs.GradVac, GramianWeightedAggregator):
+    """TorchJD's GradVac, on gradkern.
+
+    Args:
+        beta: how far a target moves toward the cosine in a step, from 0 to 1.
+        eps: checked and kept, and without effect.
+    """
+
+    def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
+        GramianWeightedAggregator.__init__(self, GradVacWeighting(beta, eps))
+
+
+class AlignedMTL(theirs.AlignedMTL, GramianWeightedAggregator):
+    """TorchJD's AlignedMTL, with Gramian and combination on gradkern."""
+
+
+class CAGrad(theirs.CAGrad, GramianWeightedAggregator):
+    """TorchJD's CAGrad, with Gramian and combination on gradkern."""
+
+
+class Constant(theirs.Constant, WeightedAggregator):
+    """TorchJD's Constant, with the combination on gradkern."""
+
+
+class DualProj(theirs.DualProj, GramianWeightedAggregator):
+    """TorchJD's DualProj, with Gramian and combination on gradkern."""
+
+
+class ExcessMTL(theirs.ExcessMTL, WeightedAggregator):
+    """TorchJD's ExcessMTL, with the combination on gradkern."""
+
+
+class FairGrad(theirs.FairGrad, GramianWeightedAggregator):
+    """TorchJD's FairGrad, with Gramian and combination on gradkern."""
+
+
+class IMTLG(theirs.IMTLG, GramianWeightedAggregator):
+    """TorchJD's IMTLG, with Gramian and combination on gradkern."""
+
+
+class Krum(theirs.Krum, GramianWeightedAggregator):
+    """TorchJD's Krum, with Gramian and combination on gradkern."""
+
+
+class Mean(theirs.Mean, WeightedAggregator):
+    """TorchJD's Mean, with the combination on gradkern."""
+
+
+class MGDA(theirs.MGDA, GramianWeightedAggregator):
+    """TorchJD's MGDA, with Gramian and combination on gradkern."""
+
+
+class NashMTL(theirs.NashMTL, WeightedAggregator):
+    """TorchJD's NashMTL, with the combination on gradkern."""
+
+
+class PCD(theirs.PCD, GramianWeightedAggregator):
+    """TorchJD's PCD, with Gramian and combination on gradkern."""
+
+
+class Random(theirs.Random, WeightedAggregator):
+    """TorchJD's Random, with the combination on gradkern."""
+
+
+class Sum(theirs.Sum, WeightedAggregator):
+    """TorchJD's Sum, with the combination on gradkern."""
+
+
+class UPGrad(theirs.UPGrad, GramianWeightedAggregator):
+    """TorchJD's UPGrad, with Gramian and combination on gradkern."""
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """``matrix`` with columns of unit stride."""
+    return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _gramian(matrix: Tensor) -> PSDMatrix:
+    return cast(PSDMatrix, gramian(_readable(matrix)))
+
+
+def _computable(gramian: Tensor) -> Tensor:
+    """The Gramian in the dtype that the methods take; autogram's is of the model's."""
+    M = gramian.to(arithmetic_dtype(gramian.dtype))
+    check_gramian(M)
+    return M
+
+
+def _keys(visited: Tensor, device: torch.device) -> Tensor:
+    """(1, T, T) on ``device``: task i visits its partners, row i of ``visited``, in ascending order of row i.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    if capturing(device):
+        raise RuntimeError("a CUDA graph cannot draw on the CPU as TorchJD does: take the method of gradkern itself")
+    T, visits = visited.shape
+    places = torch.arange(visits, dtype=torch.float32).expand(T, -1)
+    keys = places.new_zeros((1, T, T)).scatter_(-1, visited.unsqueeze(0), places.unsqueeze(0))
+    if device.type == "cuda" and not keys.is_cuda:
+        keys = keys.pin_memory()  # or the host would wait for the copy
+    return keys.to(device, non_blocking=True)
