@@ -1,8 +1,8 @@
 """One forward pass through an encoder for all tasks: the heads go back to its output, and the encoder once per task.
 
-``features=`` names what the heads share. Each head's graph is freed before the next one's runs, and with ``batched=True``
-the tasks go back through the encoder together, in one vectorized pass: faster where one task's pass is too small to
-keep the device busy, and only then.
+``features=`` names what the heads share. Each head's graph is freed before the next one's runs, and with
+``batched=True`` the tasks go back through the encoder together, in one vectorized pass: faster where one task's pass is
+too small to keep the device busy, and only then.
 """
 
 import time

@@ -1,16 +1,29 @@
-"""What the README says that can be checked without installing anything."""
+"""What the README says that can be checked without installing anything: its tables, and that its code runs."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch._functorch.config
+import torch.compiler.config
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradkern as gk
+from tests.models import MultiHead, problem
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+Names = dict[str, Any]
 
 
 @pytest.mark.parametrize(
@@ -23,18 +36,75 @@ def test_a_table_is_that_of_the_raw_results(command: str, module: str, function:
     assert report(json.loads((ROOT / line.split()[-2]).read_text())) in README
 
 
-@contextmanager
-def without_a_gpu(names: dict[str, Any]) -> Iterator[None]:
-    """Streams and graphs that are none, where there is no GPU: a replay is a call of ``step``."""
-    import torch
+def test_its_links_lead_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    prose = "".join(README.split("```")[::2])
+    links = re.findall(r"\]\(([^)]+)\)", prose)
+    assert len(links) > 20
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        elif not link.startswith("https://"):
+            assert (ROOT / link).is_file(), link
 
-    graph = SimpleNamespace(replay=lambda: names["step"]())
+
+def sections() -> dict[str, list[str]]:
+    """The Python blocks under each heading."""
+    found: dict[str, list[str]] = {}
+    for part in re.split(r"^#+ ", README, flags=re.MULTILINE)[1:]:
+        blocks = [block.split("```")[0] for block in part.split("```python\n")[1:]]
+        if blocks:
+            found[part.splitlines()[0]] = blocks
+    return found
+
+
+SECTIONS = sections()
+
+
+class Model(MultiHead):
+    """With what frameworks ask of one: a forward pass that gives all tasks' losses."""
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        return task_losses(self, x, y)
+
+
+def task_losses(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+    """One loss per task of inputs (B, 6) and targets (3, B); ``model`` may be compiled."""
+    h = model.trunk(x)
+    return [nn.functional.mse_loss(head(h).squeeze(-1), target) for head, target in zip(model.heads, y, strict=True)]
+
+
+def common() -> Names:
+    """What the prose leaves open, the same for every section."""
+    _, x, y = problem()
+    model = Model()
+    opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-3), gk.PCGrad())
+    losses = task_losses(model, x, y)
+    return {
+        "torch": torch,
+        "gk": gk,
+        "model": model,
+        "opt": opt,
+        "x": x,
+        "y": y,
+        "loader": [(x, y), (2 * x, -y)],
+        "micro_batches": [(x, y), (2 * x, -y)],
+        "losses": losses,
+        **dict(zip(("loss_a", "loss_b", "loss_c"), losses, strict=True)),
+        "task_losses": task_losses,
+    }
+
+
+@contextmanager
+def graphs_that_are_none(names: Names) -> Iterator[None]:
+    """Streams and graphs that need no GPU: a replay is a call of ``step``."""
     stand_ins = {
         "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
-        "stream": lambda stream: nullcontext(),
-        "graph": lambda graph: nullcontext(),
-        "CUDAGraph": lambda: graph,
+        "stream": lambda stream: _nothing(),
+        "graph": lambda graph: _nothing(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: names["step"]()),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, stand_in in stand_ins.items():
@@ -42,42 +112,179 @@ def without_a_gpu(names: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def test_its_examples_run() -> None:
-    """Every Python block, one after another, on a small model; names the prose leaves open are given here."""
-    import torch
-    from torch.utils.data import DataLoader, TensorDataset
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
 
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 3)
 
-    def losses() -> list[torch.Tensor]:
-        return list(model(torch.ones(2, 4)).square().mean(0))
+def small_micro_batches(names: Names) -> None:
+    """No loss overflows in float16 at a scaler's first scale."""
+    names["micro_batches"] = [(x / 100, y / 100) for x, y in names["micro_batches"]]
 
-    def loss(t: int, batch: list[torch.Tensor]) -> torch.Tensor:
-        return model(batch[0])[:, t].square().mean()
 
-    names: dict[str, object] = {
-        "torch": torch,
-        "model": model,
-        "loss": loss,
-        "J": torch.randn(3, 10),
-        "offsets": torch.tensor([0, 10]),
-    }
-    names |= dict(zip(("loss_a", "loss_b", "loss_c"), losses(), strict=True))
-    x, y = torch.ones(2, 4), torch.zeros(2, 3)
-    names |= {"x": x, "y": y, "loader": [(torch.randn(2, 4), torch.ones(2, 3))] * 2}
-    names["task_losses"] = lambda model, x, y: list((model(x) - y).square().mean(0))
+def methods(names: Names) -> None:
     for name, n in (("loader_a", 5), ("loader_b", 3), ("loader_c", 1)):
-        names[name] = DataLoader(TensorDataset(torch.randn(n, 4)))
-    blocks = [part.split("```")[0] for part in README.split("```python\n")[1:]]
-    assert len(blocks) == 8
-    for block in blocks:
-        names["losses"] = losses()
-        with without_a_gpu(names) if "cuda" in block else nullcontext():
-            before = model.weight.detach().clone()
-            exec(block, names)
-            assert "cuda" not in block or not torch.equal(before, model.weight)
-    assert torch.equal(y, torch.ones(2, 3))
-    assert model.weight.grad is not None
+        names[name] = DataLoader(TensorDataset(torch.randn(n, 6)))
+    names["loss"] = lambda t, batch: names["model"].loss(t, batch[0], torch.ones(3, 1))
+    names["M"] = gk.gramian(torch.randn(3, 10))
+
+
+def compiled(names: Names) -> None:
+    real = torch.compile
+    names["torch"] = SimpleNamespace(**vars(torch) | {"compile": lambda model: real(model, backend="eager")})
+
+
+def resumed(names: Names) -> None:
+    scheduler = torch.optim.lr_scheduler.ConstantLR(names["opt"])
+    sampler = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
+    names |= {"scheduler": scheduler, "sampler": sampler, "scaler": torch.amp.GradScaler("cpu")}
+
+
+def accelerated(names: Names) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    x, y = names["x"], names["y"]
+    names["loader"] = DataLoader([(x, y), (2 * x, -y), (x, -y)], batch_size=None)
+    names["scheduler"] = torch.optim.lr_scheduler.ConstantLR(names["opt"])
+    names |= {"accelerator": accelerate.Accelerator(cpu=True), "islice": islice}
+
+
+GIVEN: dict[str, Callable[[Names], None]] = {
+    "Use it": lambda names: names.update(J=torch.randn(3, 10), offsets=torch.tensor([0, 4, 10])),
+    "Methods": methods,
+    "PCGrad and GradVac with AMP": small_micro_batches,
+    "Mixed precision": lambda names: names.update(scaler=torch.amp.GradScaler("cpu")),
+    "torch.compile": compiled,
+    "Interrupt and resume": resumed,
+    "TorchJD": lambda names: pytest.importorskip("torchjd"),
+    "Hugging Face Accelerate": accelerated,
+    "Hugging Face Trainer": lambda names: names.update(Trainer=pytest.importorskip("transformers").Trainer),
+    "LibMTL": lambda names: names.update(AbsWeighting=nn.Module),
+    "conflictfree": lambda names: names.update(
+        GradientOperator=pytest.importorskip("conflictfree.grad_operator").GradientOperator
+    ),
+}
+"""What a section needs besides."""
+
+
+def sampled(names: Names) -> None:
     assert names["sampler"].epoch == 10
     assert names["Strongest"]().weights(names["M"]).sum() == 1
+
+
+def saved_all(names: Names) -> None:
+    assert torch.load("run.pt")["opt"]["surgery"]["method"] == "PCGrad"
+
+
+def lightning_trains(names: Names) -> None:
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        training_step = names["training_step"]
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.automatic_optimization = names["model"], False
+
+        def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:
+            return task_losses(self.model, x, y)
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return names["opt"]
+
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
+    trainer.fit(Module(), DataLoader([(names["x"], names["y"])], batch_size=None))
+
+
+def transformers_trains(names: Names) -> None:
+    from transformers import TrainingArguments
+
+    class WithLosses(Model):
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:  # type: ignore[override]
+            return {"losses": super().forward(x, y.T)}
+
+    names["model"] = WithLosses()
+    names["before"] = [p.detach().clone() for p in names["model"].parameters()]
+    rows = [{"x": x, "y": y} for x, y in zip(names["x"], names["y"].T, strict=True)]
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    arguments = TrainingArguments("unused", max_steps=1, learning_rate=1e-2, **quiet)
+    names["SurgeryTrainer"](names["model"], arguments, train_dataset=rows).train()
+
+
+def libmtl_combines(names: Names) -> None:
+    class Network(names["PCGrad"], Model):  # type: ignore[misc]
+        def get_share_params(self) -> Iterator[nn.Parameter]:
+            return self.trunk.parameters()
+
+    network = Network()
+    network.init_param()
+    network.backward(torch.stack(task_losses(network, names["x"], names["y"])))
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def conflictfree_agrees(names: Names) -> None:
+    theirs = pytest.importorskip("conflictfree.grad_operator").PCGradOperator()
+    J = torch.randn(3, 50, dtype=torch.float64)
+    expected = theirs.calculate_gradient(J)
+    assert (expected - J.sum(0)).abs().max() > 1e-3  # it has projected something
+    for given in (J, list(J)):
+        assert torch.allclose(names["PCGradOperator"]().calculate_gradient(given), expected, rtol=1e-12, atol=1e-12)
+
+
+AFTER: dict[str, Callable[[Names], None]] = {
+    "Methods": sampled,
+    "Interrupt and resume": saved_all,
+    "Gradient accumulation": lambda names: torch.testing.assert_close(
+        names["total"].info.cosines.diagonal(), torch.ones(3)
+    ),
+    "Logging": lambda names: [names[name].savefig("figure.png") for name in ("cosines", "conflict", "weights")],
+    "PyTorch Lightning": lightning_trains,
+    "Hugging Face Trainer": transformers_trains,
+    "LibMTL": libmtl_combines,
+    "conflictfree": conflictfree_agrees,
+}
+"""What came of it, besides parameters that have moved or gradients that are there."""
+TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_its_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every Python block, one after another within its section, on a small model."""
+    monkeypatch.chdir(tmp_path)  # some write files
+    names = common()
+    GIVEN.get(title, lambda names: None)(names)
+    names["before"] = [p.detach().clone() for p in names["model"].parameters()]
+    for block in SECTIONS[title]:
+        # Gradients are freed with their graph, so each block has losses of its own.
+        losses = task_losses(names["model"], names["x"], names["y"])
+        names |= {"losses": losses} | dict(zip(("loss_a", "loss_b", "loss_c"), losses, strict=True))
+        with (
+            graphs_that_are_none(names),
+            torch._functorch.config.patch(donated_buffer=torch._functorch.config.donated_buffer),  # put back afterwards
+            torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag),
+        ):
+            exec(block.replace('"cuda"', '"cpu"'), names)
+    AFTER.get(title, lambda names: None)(names)
+    if title not in TRAINS_NOTHING:
+        after = list(names["model"].parameters())
+        moved = any(not torch.equal(a, b) for a, b in zip(names["before"], after, strict=True))
+        assert moved or any(p.grad is not None for p in after)
+
+
+def test_every_recipe_has_its_section() -> None:
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"tasks.py"}
+    assert len(recipes) > 15
+    assert {name for name in recipes if f"](recipes/{name})" not in README} == set()
+
+
+def test_the_api_reference_has_every_public_name(tmp_path: Path) -> None:
+    pytest.importorskip("pdoc")
+    command = next(line for line in README.splitlines() if "&& pdoc " in line).partition("&& pdoc ")[2]
+    modules = [word for word in command.split() if word.startswith("gradkern")]
+    options = command.replace("-o api", f"-o {tmp_path}").split()
+    subprocess.run([sys.executable, "-m", "pdoc", *options], check=True, capture_output=True, cwd=ROOT)
+    for module in modules:
+        page = (tmp_path / f"{module.replace('.', '/')}.html").read_text()
+        public = getattr(sys.modules.get(module), "__all__", ())
+        assert all(f'id="{name}"' in page for name in public), module
+    assert 'id="PCGradAMP"' in (tmp_path / "gradkern/compat/amp.html").read_text()
