@@ -72,6 +72,10 @@ def test_many_steps_as_the_paper_says(T: int, beta: float, back_end: str) -> Non
         assert_near(method.targets[0], targets, 1.0, 1e-8)
 
 
+def test_more_tasks_than_are_taken_one_by_one() -> None:
+    test_many_steps_as_the_paper_says(14, 0.5, "pytorch")
+
+
 def test_targets_move_whether_corrected_or_not() -> None:
     """An average that moved in corrected steps only could do nothing but fall."""
     J = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
