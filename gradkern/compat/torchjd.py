@@ -27,7 +27,8 @@ Results are TorchJD's but for rounding, and but for this:
   into fresh instances and are exchangeable with TorchJD's, which load into instances that have made a step.
 - A matrix of no rows is an error, and so is capture in a CUDA graph, which would repeat orders drawn on the host.
 
-One call takes some 30 µs more than a product of matrices: below some 10⁵ numbers per gradient little is gained.
+Gramian and combination take some 20 to 50 µs more, in one call, than two products of small matrices: with gradients of
+10⁴ numbers the methods whose weights are TorchJD's are slower than there, with 10⁶ they are faster.
 """
 
 from typing import Any, cast
