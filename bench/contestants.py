@@ -158,7 +158,7 @@ def scatter(x: Inputs, peers: Peers) -> Runs:
 def pcgrad_program(x: Inputs, peers: Peers) -> Runs:
     """From Gramians to PCGrad's coefficients; many at once only by who can do more than one after another."""
     runs: Runs = {
-        OURS: lambda: ops.pcgrad(x.M, x.keys, x.case.T - 1),
+        OURS: lambda: ops.pcgrad(x.M, x.keys, "all"),
         MATMUL: lambda: plain.coefficients(x.M),
     }
     if x.case.S == 1:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradkern import reference
 from gradkern.ops import combine, gramian, project
+from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.schema import arithmetic_dtype
 
 ops = torch.ops.gradkern
@@ -161,11 +162,11 @@ def _pcgrad(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for T, _ in SHAPES:
         blocks = [_matrix(T, 64, torch.float64, device)[0] for _ in range(N_SEGMENTS)]
         M = torch.stack([reference.gramian(list(block)) for block in blocks]).to(dtype)
-        for keys, visits in ((torch.rand(N_SEGMENTS, T, T), T - 1), (torch.rand(1, T, T), min(1, T - 1))):
-            C = ops.pcgrad(M.to(device), keys.to(device), visits).cpu()
+        for partner, n_orders in zip(PARTNERS, (N_SEGMENTS, 1, 1, 1, 1), strict=True):
+            keys = torch.rand(n_orders, T, T)
+            C = ops.pcgrad(M.to(device), keys.to(device) if partner in ORDERED else None, partner).cpu()
             for block, c, order in zip(blocks, C, keys.argsort(-1).expand(M.shape).tolist(), strict=True):
-                visited = [[j for j in row if j != i][:visits] for i, row in enumerate(order)]
-                expected = torch.stack(reference.pcgrad(list(block), visited))
+                expected = torch.stack(reference.pcgrad_of(partner, list(block), order))
                 yield (c.double() @ block).to(dtype), expected, c.double().abs() @ block.abs()
 
 
@@ -175,45 +176,53 @@ def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Compari
         keys = torch.rand(1, T, T)
         order = keys[0].argsort(-1).tolist()
         rows = list(J.double())
-        modified = torch.stack(reference.pcgrad(rows, [[j for j in row if j != i] for i, row in enumerate(order)]))
-        for mean in (False, True):
-            g = ops.pcgrad(on_device, keys.to(device), T - 1, mean)
+        for partner, mean in ((p, mean) for p in PARTNERS for mean in (False, True)):
+            g = ops.pcgrad(on_device, keys.to(device) if partner in ORDERED else None, partner, mean)
+            modified = torch.stack(reference.pcgrad_of(partner, rows, order))
             # A modified gradient is no longer than the original one: as far off as the sum of all.
             yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)
 
 
 def _pcgrad_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    yield from _whole(dtype, device, None, False)
+    for partner in PARTNERS:
+        yield from _whole(dtype, device, None, partner)
 
 
 def _pcgrad_masked(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for block in BLOCKS:
-        yield from _whole(dtype, device, block, False)
+    for partner, block in zip(PARTNERS, [*BLOCKS, *BLOCKS], strict=False):
+        yield from _whole(dtype, device, block, partner)
 
 
 def _gradvac_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    yield from _whole(dtype, device, None, True)
+    yield from _whole(dtype, device, None, None)
 
 
 def _gradvac_masked(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for block in BLOCKS:
-        yield from _whole(dtype, device, block, True)
+        yield from _whole(dtype, device, block, None)
 
 
-def _whole(dtype: torch.dtype, device: torch.device, block: int | None, vaccine: bool) -> Iterator[Comparison]:
-    """Gramians, and what the weights found for them make of the gradients; GradVac is PCGrad to targets of 0."""
+def _whole(dtype: torch.dtype, device: torch.device, block: int | None, partner: str | None) -> Iterator[Comparison]:
+    """Gramians, and what the weights found for them make of the gradients; without a partner of GradVac.
+
+    Which is PCGrad with all partners to targets of 0.
+    """
     T, P = SHAPES[1]
     cut = _cut(_matrix(T, P, dtype, device)[0], device)
     keys, out = torch.rand(N_SEGMENTS, T, T), cut.empty(1, device)
-    zeros = torch.zeros(N_SEGMENTS, T, T, dtype=torch.float64, device=device)
-    call = ops.gradvac if vaccine else ops.pcgrad
-    method = (zeros, torch.ones(T, dtype=torch.bool, device=device), 0.5) if vaccine else (T - 1,)
+    of_order = keys.to(device) if partner is None or partner in ORDERED else None
     masking = () if block is None else (*cut.masking(block, device), True)
-    M, *_ = call(cut.grads, cut.segments, N_SEGMENTS, keys.to(device), *method, False, None, None, *masking, out)
+    others = (False, None, None, *masking, out)
+    if partner is None:
+        targets = torch.zeros(N_SEGMENTS, T, T, dtype=torch.float64, device=device)
+        moving = torch.ones(T, dtype=torch.bool, device=device)
+        M, *_ = ops.gradvac(cut.grads, cut.segments, N_SEGMENTS, of_order, targets, moving, 0.5, *others)
+    else:
+        M, *_ = ops.pcgrad(cut.grads, cut.segments, N_SEGMENTS, of_order, partner, *others)
     seen = cut if block is None else cut.erased(block)
     yield from zip(M, *_products(seen.blocks()), strict=True)
     for s, (rows, order) in enumerate(zip(seen.blocks(), keys.argsort(-1).tolist(), strict=True)):
-        expected = torch.stack(reference.pcgrad(list(rows), order)).sum(0)
+        expected = torch.stack(reference.pcgrad_of(partner or "all", list(rows), order)).sum(0)
         # A modified gradient is no longer than the original one: as far off as the sum of all.
         size = rows.double().abs().sum(0)
         yield torch.cat([o for o, segment in zip(out, seen.segments, strict=True) if segment == s]), expected, size

@@ -77,6 +77,17 @@ def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
     return modified
 
 
+def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
+    """PCGrad with any partner; ``order`` is as for :func:`pcgrad`, and "random" is the first other task in it."""
+    if partner == "average":
+        return pcgrad_average(grads)
+    if partner == "all" or len(grads) == 1:
+        return pcgrad(grads, order)
+    if partner == "random":
+        return pcgrad_onto(grads, [next(j for j in row if j != i) for i, row in enumerate(order)])
+    return pcgrad_onto(grads, {"most_similar": most_similar, "most_different": most_different}[partner](grads))
+
+
 def gradvac(
     grads: Sequence[Tensor], order: Sequence[Sequence[int]], targets: Tensor, beta: float, eps: float
 ) -> tuple[list[Tensor], Tensor]:

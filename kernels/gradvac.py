@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .visits import next_partner, pick
+from .visits import clamp, key_arguments, next_partner, pick
 
 
 @triton.jit
@@ -49,11 +49,10 @@ def vaccinated(p_M, p_keys, p_targets, i_task, T, beta, EPS: tl.constexpr, BLOCK
         M_jj = pick(M_j, i_partner, j)
         if (n > 0) & (M_jj > 0):
             root = tl.sqrt(M_jj)
-            # phi = cos(c J, J_j), within [-1, 1] and NaN if it is
-            phi = pick(d, i_partner, j) / n / root
-            phi = tl.where(phi > 1, 1.0, tl.where(phi < -1, -1.0, phi))
+            # phi = cos(c J, J_j)
+            phi = clamp(pick(d, i_partner, j) / n / root, 1.0)
             target = pick(targets, i_partner, j)
-            u = tl.where(target > limit, limit, tl.where(target < -limit, -limit, target))
+            u = clamp(target, limit)
             if phi < u:
                 # a = n (u sqrt(1 - phi^2) - phi sqrt(1 - u^2)) / (sqrt(M_jj) sqrt(1 - u^2))
                 sine = tl.sqrt(1 - u * u)
@@ -103,8 +102,7 @@ def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: floa
     S, T, _ = M.shape
     arguments = {
         "p_M": M,
-        "p_keys": keys,
-        "s_keys": T * T if len(keys) > 1 else 0,
+        **key_arguments(keys),
         "p_targets": targets,
         "p_moving": moving,
         "beta": beta,

@@ -23,7 +23,7 @@ from .gradvac import vaccinated
 from .gramian import sum_products
 from .launch import Launch, kernel
 from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read
-from .pcgrad import projected
+from .pcgrad import partner_arguments, projected
 from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
 from .settings import FOLD, gramian_setting
 from .tickets import COUNTERS, FOUND, LEFT, LINE, clear, draw, is_last, release, wait_for
@@ -62,7 +62,7 @@ def solve(
     p_M,
     p_keys,
     s_keys,
-    visits,
+    partner,
     p_targets,
     p_moved,
     beta,
@@ -80,11 +80,12 @@ def solve(
     i_partner = tl.arange(0, BLOCK)
     o_segment = i_segment * n_tasks * n_tasks
     p_M += o_segment
-    p_keys += i_segment * s_keys
+    if p_keys is not None:
+        p_keys += i_segment * s_keys
     w = tl.zeros((BLOCK,), tl.float64)
     for i_task in range(n_tasks):
         if p_targets is None:
-            c = projected(p_M, p_keys, i_task, n_tasks, visits, BLOCK)
+            c = projected(p_M, p_keys, partner, i_task, n_tasks, BLOCK)
         else:
             c, targets = vaccinated(p_M, p_keys, p_targets + o_segment, i_task, n_tasks, beta, EPS, BLOCK)
             tl.store(p_moved + o_segment + i_task * n_tasks + i_partner, targets, mask=i_partner < n_tasks)
@@ -111,7 +112,7 @@ def finish_piece(
     n_tasks,
     p_keys,
     s_keys,
-    visits,
+    partner,
     p_targets,
     p_moved,
     beta,
@@ -152,7 +153,7 @@ def finish_piece(
                 p_M,
                 p_keys,
                 s_keys,
-                visits,
+                partner,
                 p_targets,
                 p_moved,
                 beta,
@@ -272,7 +273,7 @@ def surgery_kernel(
     n_tasks: tl.int32,
     p_keys,
     s_keys: tl.int64,
-    visits: tl.int32,
+    partner: tl.int32,
     p_targets,
     p_moved,
     p_moving,
@@ -347,7 +348,7 @@ def surgery_kernel(
                 n_tasks,
                 p_keys,
                 s_keys,
-                visits,
+                partner,
                 p_targets,
                 p_moved,
                 beta,
@@ -400,8 +401,8 @@ def surgery_kernel(
 class PCGrad(NamedTuple):
     """The method of ``pcgrad.py``."""
 
-    keys: Tensor
-    visits: int
+    keys: Tensor | None
+    partner: str
 
 
 class GradVac(NamedTuple):
@@ -481,9 +482,7 @@ def surgery(
         "p_tiles": tiles,
         "p_M": M,
         "n_tasks": T,
-        "p_keys": method.keys,
-        "s_keys": T * T if len(method.keys) > 1 else 0,
-        "visits": T - 1 if isinstance(method, GradVac) else min(method.visits, T - 1),
+        **partner_arguments(method.keys, "all" if isinstance(method, GradVac) else method.partner),
         "p_targets": vaccine and vaccine.targets,
         "p_moved": vaccine and torch.empty_like(vaccine.targets),
         "p_moving": vaccine and vaccine.moving,

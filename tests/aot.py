@@ -123,9 +123,10 @@ def cases(target: GPUTarget) -> Iterator[Case]:
         for T in (1, 3, 8, 64):
             M = torch.empty(1, T, T, dtype=DTYPES[name])
             keys = torch.empty(1, T, T)
-            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, keys, T - 1, M), False)
+            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, keys, "all", M), False)
             targets, moving = torch.empty(1, T, T, dtype=torch.float64), torch.empty(T, dtype=torch.bool)
             if T in (3, 64):
+                yield Case("pcgrad", name, f"T={T}, no keys", pcgrad.pcgrad(M, None, "average", M), False)
                 yield Case("gradvac", name, f"T={T}", gradvac.gradvac(M, keys, targets, moving, 0.1, M), False)
     index = torch.empty(200, dtype=torch.int64)
     for name, dtype in DTYPES.items():
@@ -189,13 +190,17 @@ def surgery_cases(target: GPUTarget) -> Iterator[Case]:
             yield Case("surgery", name, f"T={T}", _surgery(T, DTYPES[name], True), True)
             for block in (1, 128) if target.arch == 90 or T == 3 else ():
                 yield Case("surgery", name, f"T={T}, block {block}", _surgery(T, DTYPES[name], True, block), True)
+            if target.arch == 90 or T == 3:
+                yield Case("surgery", name, f"T={T}, no keys", _surgery(T, DTYPES[name], True, keyed=False), True)
         full = _surgery(3, DTYPES[name], True, 128, full=True)
         yield Case("surgery", name, "T=3, block 128, GradVac in full", full, True)
     for T in SURGERY_T:
         yield Case("surgery", "fp32", f"T={T}", _surgery(T, torch.float32, False), True)
 
 
-def _surgery(T: int, dtype: torch.dtype, table: bool, block: int | None = None, full: bool = False) -> Launch:
+def _surgery(
+    T: int, dtype: torch.dtype, table: bool, block: int | None = None, keyed: bool = True, full: bool = False
+) -> Launch:
     layout = tensor_layout((2 * TILE,), (0,), 2, (0,), block or 1)
     tiles, units = layout.tiles_on(torch.device("cpu"))
     mask = None if block is None else Mask(units, block, torch.empty(3, dtype=torch.int64))
@@ -203,6 +208,7 @@ def _surgery(T: int, dtype: torch.dtype, table: bool, block: int | None = None, 
     shared = torch.zeros(surgery.shared_size(1, listed.n_groups), dtype=torch.int32)
     work = surgery.Work(*listed.tables_on(torch.device("cpu")), listed.n_pieces, listed.n_groups, shared)
     M, keys, ones = torch.empty(1, T, T, dtype=arithmetic(dtype)), torch.empty(1, T, T), torch.ones(T)
+    projection = surgery.PCGrad(keys, "all") if keyed else surgery.PCGrad(None, "average")
     return surgery.surgery(
         _rows(T, dtype, table),
         tiles,
@@ -210,7 +216,7 @@ def _surgery(T: int, dtype: torch.dtype, table: bool, block: int | None = None, 
         mask,
         full,
         work,
-        surgery.GradVac(keys, M.double(), ones.bool(), 0.1) if full else surgery.PCGrad(keys, T - 1),
+        surgery.GradVac(keys, M.double(), ones.bool(), 0.1) if full else projection,
         False,
         ones.bool() if full else None,
         ones.to(M.dtype) if full else None,

@@ -156,8 +156,8 @@ def different_launches() -> Iterator[Launch]:
         yield next(case.launch for case in reversed(all_cases) if case[:3] == key)
     M = torch.zeros(1, 3, 3)
     for keys in (M, M.double()):
-        yield pcgrad.pcgrad(M, keys, 2, M)
-    yield pcgrad.pcgrad(M, M, 2, M)._replace(threads=64)
+        yield pcgrad.pcgrad(M, keys, "all", M)
+    yield pcgrad.pcgrad(M, M, "all", M)._replace(threads=64)
 
 
 def test_what_differs_in_its_binary_is_told_apart() -> None:
@@ -170,7 +170,7 @@ def test_what_differs_in_its_binary_is_told_apart() -> None:
 
 def test_each_device_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     M = torch.zeros(1, 3, 3)
-    given = pcgrad.pcgrad(M, M, 2, M)
+    given = pcgrad.pcgrad(M, M, "all", M)
     handed_by_us(given)
     other = torch.device("cpu", 1)
     monkeypatch.setattr(DRIVER, "device", 1)
@@ -183,7 +183,7 @@ def test_each_device_has_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_launch_hooks_hear_of_cached_launches() -> None:
     M = torch.zeros(1, 3, 3)
-    given = pcgrad.pcgrad(M, M, 2, M)
+    given = pcgrad.pcgrad(M, M, "all", M)
     handed_by_us(given)
     heard = []
 

@@ -58,7 +58,7 @@ def writes_nothing(*arguments: object) -> None:
     return None
 
 
-def projects_nothing(M: Tensor, keys: Tensor, visits: int) -> Tensor:
+def projects_nothing(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
     return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M).clone()
 
 

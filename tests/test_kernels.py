@@ -329,7 +329,7 @@ def test_pcgrad_of_many_tasks_is_the_loop_over_vectors(device: torch.device) -> 
     T = 33
     J = torch.randn(T, 7 * T, dtype=torch.float64)
     keys = torch.rand(1, T, T)
-    C = cuda.pcgrad((J @ J.T).float()[None].to(device), keys.to(device), T - 1)[0].cpu().double()
+    C = cuda.pcgrad((J @ J.T).float()[None].to(device), keys.to(device), "all")[0].cpu().double()
     expected = torch.stack(reference.pcgrad(list(J), keys[0].argsort(dim=-1, stable=True).tolist()))
     # The loop is in float64; M is rounded to float32, which T projections pass on.
     assert_near(C @ J, expected, J.norm(dim=-1).max(), T * TOLERANCES[F32])
@@ -338,7 +338,7 @@ def test_pcgrad_of_many_tasks_is_the_loop_over_vectors(device: torch.device) -> 
 def test_pcgrad_of_one_order_for_all_segments_and_of_ties(device: torch.device) -> None:
     J = torch.randn(3, 5, 6, dtype=torch.float64)
     M = (J @ J.mT).to(device)
-    C = cuda.pcgrad(M, torch.zeros(1, 5, 5, device=device), 4).cpu()
+    C = cuda.pcgrad(M, torch.zeros(1, 5, 5, device=device), "all").cpu()
     for s in range(3):
         expected = torch.stack(reference.pcgrad(list(J[s]), [range(5)] * 5))
         assert_near(C[s] @ J[s], expected, J[s].norm(dim=-1).max(), TOLERANCES[torch.float64])
@@ -349,7 +349,7 @@ def test_pcgrad_never_projects_on_rows_of_nan_or_zero(value: float, device: torc
     J = torch.randn(4, 5, dtype=torch.float64)
     M = J @ J.T
     M[1], M[:, 1] = value, value
-    C = cuda.pcgrad(M[None].to(device), torch.zeros(1, 4, 4, device=device), 3)[0].cpu()
+    C = cuda.pcgrad(M[None].to(device), torch.zeros(1, 4, 4, device=device), "all")[0].cpu()
     others = [0, 2, 3]
     expected = torch.stack(reference.pcgrad(list(J[others]), [range(3)] * 3))
     assert_near(C[others][:, others] @ J[others], expected, J.norm(dim=-1).max(), TOLERANCES[torch.float64])
@@ -361,7 +361,7 @@ def test_pcgrad_never_projects_on_rows_of_nan_or_zero(value: float, device: torc
 def test_pcgrad_never_divides_by_what_is_not_positive(square: float, device: torch.device) -> None:
     """The square of a tiny row underflows to zero while its dot product with a large one does not."""
     M = torch.tensor([[[1.0, -1e-30], [-1e-30, square]]], device=device)
-    C = cuda.pcgrad(M, torch.zeros(1, 2, 2, device=device), 1)[0]
+    C = cuda.pcgrad(M, torch.zeros(1, 2, 2, device=device), "random")[0]
     assert C[0].tolist() == [1, 0]
 
 
@@ -378,7 +378,7 @@ def test_bad_arguments_are_named(device: torch.device) -> None:
     with pytest.raises(TypeError, match="grads must be of one dtype"):
         cuda.gramian_tensors([J[0], J[1].half()], [0], 1)
     with pytest.raises(ValueError, match="keys must be"):
-        cuda.pcgrad(J[None, :, :2], J, 1)
+        cuda.pcgrad(J[None, :, :2], J, "all")
 
 
 @pytest.mark.parametrize(

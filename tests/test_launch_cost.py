@@ -55,7 +55,7 @@ def step(T: int, dtype: torch.dtype, pad: int) -> list[Tensor]:
     torch.manual_seed(1)
     grads = gradients(T, dtype, pad, "cuda")
     M = cuda.gramian_tensors(grads, SEGMENTS, 2)
-    C = cuda.pcgrad(M, torch.rand(2, T, T, device="cuda"), T - 1)
+    C = cuda.pcgrad(M, torch.rand(2, T, T, device="cuda"), "all")
     out = [torch.full_like(g, torch.nan) for g in grads[5:]][:5]
     cuda.combine_tensors(grads, C.sum(1), SEGMENTS, out)
     X = cuda.gather(grads, [len(g) for g in out], torch.tensor([3, 5000, 9097, 18000], device="cuda"))
@@ -321,18 +321,18 @@ def calls(device: str = "cpu") -> dict[str, tuple[Any, Callable[..., Any], tuple
         "combine.masked": (ops.combine.masked, direct.combine_masked, (grads, w, SEGMENTS, units, 1, mask, out), out),
         "gather": (ops.gather.default, direct.gather, (grads, numels, index), []),
         "scatter": (ops.scatter.default, direct.scatter, (values, numels, index, out), out),
-        "pcgrad": (ops.pcgrad.default, direct.pcgrad, (M, keys, 2), []),
+        "pcgrad": (ops.pcgrad.default, direct.pcgrad, (M, keys, "all"), []),
         "gradvac": (ops.gradvac.default, direct.gradvac, (M, keys, targets, moving, 0.1), [targets]),
         "pcgrad.tensors": (
             ops.pcgrad.tensors,
             direct.pcgrad_tensors,
-            (grads, SEGMENTS, 2, keys, 2, False, None, None, out),
+            (grads, SEGMENTS, 2, keys, "all", False, None, None, out),
             out,
         ),
         "pcgrad.masked": (
             ops.pcgrad.masked,
             direct.pcgrad_masked,
-            (grads, SEGMENTS, 2, keys, 2, False, None, None, units, 1, mask, True, out),
+            (grads, SEGMENTS, 2, keys, "all", False, None, None, units, 1, mask, True, out),
             out,
         ),
         "gradvac.tensors": (
@@ -422,13 +422,13 @@ def test_tensors_that_are_more_than_numbers_go_to_the_operator(monkeypatch: pyte
     def refuse(*args: Any) -> None:
         raise AssertionError("called directly")
 
-    _, call, (M, keys, visits), _ = calls()["pcgrad"]
-    expected = call(M, keys, visits)
+    _, call, (M, keys, partner), _ = calls()["pcgrad"]
+    expected = call(M, keys, partner)
     monkeypatch.setitem(registration.serving["gradkern::pcgrad"], "cpu", refuse)
-    assert torch.equal(call(M.as_subclass(Unit), keys, visits).as_subclass(Tensor), expected)
+    assert torch.equal(call(M.as_subclass(Unit), keys, partner).as_subclass(Tensor), expected)
     negative = torch._neg_view(-M)
     assert negative.is_neg()
-    assert torch.equal(call(negative, keys, visits), expected)
+    assert torch.equal(call(negative, keys, partner), expected)
     monkeypatch.setitem(registration.serving["gradkern::gramian.tensors"], "cpu", refuse)
     grads = [torch.ones(3), torch.ones(3).as_subclass(Unit)]
     assert torch.equal(direct.gramian_tensors(grads, [0], 1).as_subclass(Tensor), torch.full((1, 2, 2), 3.0))

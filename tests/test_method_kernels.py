@@ -1,13 +1,15 @@
 """The Triton programs on T x T numbers, and those on single entries, against loops in Python."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from gradkern import reference
+from gradkern.ops import direct, methods
+from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
@@ -16,7 +18,11 @@ pytest.importorskip("triton", reason="no Triton on this platform")
 if (reason := interpreter.why_not()) and not torch.cuda.is_available():
     pytest.skip(reason, allow_module_level=True)
 
+from gradkern.kernels.pcgrad import PARTNERS as kernels_partners
 from gradkern.ops import cuda
+
+# NumPy, in the interpreter, which divides what will not be used.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, F64 = torch.float32, torch.float64
@@ -34,31 +40,99 @@ def gramians(S: int, T: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
     return J, (J @ J.mT).to(dtype)
 
 
-# PCGrad with few visits
+# PCGrad's partners
 
 
 @pytest.mark.parametrize("keys_dtype", [F32, F64])
-@pytest.mark.parametrize("visits", [0, 1, 2, 4, 99])
-def test_pcgrad_visits_its_first_partners(visits: int, keys_dtype: torch.dtype) -> None:
-    J, M = gramians(2, 5)
-    keys = torch.rand(2, 5, 5, dtype=keys_dtype)
-    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), visits).cpu()
+@pytest.mark.parametrize("partner", PARTNERS)
+@pytest.mark.parametrize("T", [1, 2, 5])
+def test_pcgrad_with_every_partner(T: int, partner: str, keys_dtype: torch.dtype) -> None:
+    J, M = gramians(2, T)
+    keys = torch.rand(2, T, T, dtype=keys_dtype)
+    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE) if partner in ORDERED else None, partner).cpu()
     for s in range(2):
-        orders = [[j for j in row if j != i][:visits] for i, row in enumerate(keys[s].argsort(-1).tolist())]
-        expected = torch.stack(reference.pcgrad(list(J[s]), orders))
+        expected = torch.stack(reference.pcgrad_of(partner, list(J[s]), keys[s].argsort(-1).tolist()))
         # The same operations in float64, on a Gramian instead of vectors.
         assert_near(C[s] @ J[s], expected, J[s].norm(dim=-1).max(), 10 * TOLERANCES[F64])
 
 
-@pytest.mark.parametrize("visits", [1, 2, 3])
-def test_pcgrad_visits_partners_of_infinite_key_last_and_by_number(visits: int) -> None:
+@pytest.mark.parametrize("partner", ORDERED)
+@pytest.mark.parametrize("smallest", [0.5, torch.inf])
+def test_pcgrad_visits_partners_of_infinite_key_last_and_by_number(smallest: float, partner: str) -> None:
     J, M = gramians(1, 4)
     keys = torch.full((1, 4, 4), torch.inf)
-    keys[0, :, 2] = 0.5
-    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), visits).cpu()
-    orders = [[j for j in (2, 0, 1, 3) if j != i][:visits] for i in range(4)]
-    expected = torch.stack(reference.pcgrad(list(J[0]), orders))
+    keys[0, :, 2] = smallest
+    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), partner).cpu()
+    order = [2, 0, 1, 3] if smallest == 0.5 else [0, 1, 2, 3]
+    expected = torch.stack(reference.pcgrad_of(partner, list(J[0]), [order] * 4))
     assert_near(C[0] @ J[0], expected, J[0].norm(dim=-1).max(), 10 * TOLERANCES[F64])
+
+
+back_ends = pytest.mark.parametrize("pcgrad", [cuda.pcgrad, methods.pcgrad])
+FOLLOWING = [partner for partner in PARTNERS if partner not in ORDERED]
+
+
+@back_ends
+def test_of_partners_of_equal_cosine_the_first(pcgrad: Callable[..., Tensor]) -> None:
+    """Tasks 2 and 3 are one direction at lengths 1 : 2, so that no rounding tells the others' cosines with them apart.
+
+    They are the most similar to task 0, of cosine -0.41 each, and the most different from task 1, of -0.87.
+    """
+    M = torch.tensor([[2, -3, -1, -2], [-3, 7, -4, -8], [-1, -4, 3, 6], [-2, -8, 6, 12]], dtype=F64, device=DEVICE)
+    chosen = {"most_similar": [(0, 2), (1, 0)], "most_different": [(0, 1), (1, 2), (2, 1), (3, 1)]}
+    for partner, pairs in chosen.items():
+        expected = torch.eye(4, dtype=F64, device=DEVICE)
+        for i, j in pairs:
+            expected[i, j] = -M[i, j] / M[j, j]
+        assert torch.equal(pcgrad(M[None], None, partner)[0], expected)
+
+
+@back_ends
+@pytest.mark.parametrize("partner", FOLLOWING)
+def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[..., Tensor]) -> None:
+    """A cosine that is NaN comes last, that with a zero row is 0; neither row is ever projected onto."""
+    nan = torch.nan
+    M = torch.tensor([[4.0, nan, -2.0, 0.0], [nan, nan, nan, nan], [-2.0, nan, 1.0, 0.0], [0.0, nan, 0.0, 0.0]])
+    C = pcgrad(M[None].to(DEVICE), None, partner)[0].cpu()
+    # Task 3, a zero row, is more similar to 0 than 2 is, and nothing comes of it.
+    a, b = {"average": (2 / 3, 0.5 / 3), "most_similar": (0.0, 0.0), "most_different": (2.0, 0.5)}[partner]
+    expected = torch.tensor([[1.0, 0.0, a, 0.0], [0.0, 1.0, 0.0, 0.0], [b, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert_near(C, expected, 1.0, TOLERANCES[F32])  # to one rounding of M's dtype
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("partner", FOLLOWING)
+def test_both_back_ends_choose_the_same_partners(partner: str, dtype: torch.dtype) -> None:
+    """To the last bit, on small integers below zero, which make many cosines equal, or equal but for their rounding."""
+    M = torch.randint(-3, 1, (12, 5, 5)).to(dtype)
+    M += M.mT.clone()
+    M.diagonal(dim1=-2, dim2=-1).copy_(torch.randint(0, 30, (12, 5)))
+    M[1::3] *= 1e36  # roots of squares whose products would overflow float32
+    M[2::3, 0], M[2::3, :, 0] = torch.inf, -torch.inf
+    C = cuda.pcgrad(M.to(DEVICE), None, partner).cpu()
+    expected = methods.pcgrad(M, None, partner)
+    assert torch.equal(C.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert len(C.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("pcgrad", [cuda.pcgrad, methods.pcgrad, direct.pcgrad])
+@pytest.mark.parametrize(
+    ("keys", "partner", "message"),
+    [
+        (None, "nobody", "partner must be one of 'all', 'random', .*got 'nobody'"),
+        (None, "random", "keys must be given with partner='random', got None"),
+        (torch.zeros(1, 2, 2), "average", "keys must be None with partner='average', got some"),
+    ],
+)
+def test_bad_arguments_of_pcgrad_are_named(
+    keys: Tensor | None, partner: str, message: str, pcgrad: Callable[..., Tensor]
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        pcgrad(torch.eye(2)[None], keys, partner)
+
+
+def test_kernels_number_the_partners_there_are() -> None:
+    assert kernels_partners == PARTNERS
 
 
 # GradVac
@@ -138,7 +212,7 @@ def test_gradvac_to_targets_of_zero_is_pcgrad() -> None:
     _, M = gramians(2, 6)
     keys = torch.rand(1, 6, 6)
     C, moved = check_gradvac(M, keys, torch.zeros(2, 6, 6, dtype=F64), torch.ones(6, dtype=torch.bool), 0.0)
-    assert_near(C, cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), 5).cpu(), C.abs().max(), 10 * TOLERANCES[F64])
+    assert_near(C, cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), "all").cpu(), C.abs().max(), 10 * TOLERANCES[F64])
     assert not moved.any()
 
 
@@ -170,7 +244,6 @@ def test_gradvac_of_rows_that_coincide_oppose_or_vanish(target: float, dtype: to
     assert (moved[0, :, 4] == target).all()
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradvac_of_what_is_not_finite_leaves_everything_alone(value: float) -> None:
     """No length of a combination is a number then, not even with a coefficient of zero."""

@@ -10,34 +10,28 @@ from torch.library import opcheck
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.ops.partners import ORDERED, PARTNERS
 from tests.problems import PROBLEMS, conflicting
 from tests.tolerances import TOLERANCES, assert_near
+
+# NumPy, in the interpreter, which divides what will not be used.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 EPS = torch.finfo(torch.float64).eps
 
 Twin = Callable[[Sequence[Tensor], list[list[int]]], list[Tensor]]
 
 
-def twin_onto(choose: Callable[[Sequence[Tensor]], list[int]], grads: Sequence[Tensor], order: object) -> list[Tensor]:
-    return reference.pcgrad_onto(grads, choose(grads)) if len(grads) > 1 else [grads[0].double()]
-
-
-def twin_random(grads: Sequence[Tensor], order: list[list[int]]) -> list[Tensor]:
-    """The first other task in the order is the partner."""
-    firsts = [next((j for j in row if j != i), i) for i, row in enumerate(order)]
-    return reference.pcgrad_onto(grads, firsts)
-
-
 def twin_gradvac(grads: Sequence[Tensor], order: list[list[int]]) -> list[Tensor]:
     return reference.gradvac(grads, order, torch.zeros(len(grads), len(grads)), 0.01, EPS)[0]
 
 
+def of_partner(partner: str, order: list[list[int]] | None) -> gk.PCGrad:
+    return gk.PCGrad(partner, order if partner in ORDERED else None)
+
+
 METHODS: dict[str, tuple[Callable[[list[list[int]] | None], gk.Aggregator], Twin]] = {
-    "all": (lambda order: gk.PCGrad(order=order), reference.pcgrad),
-    "random": (lambda order: gk.PCGrad("random", order=order), twin_random),
-    "average": (lambda order: gk.PCGrad("average"), lambda grads, order: reference.pcgrad_average(grads)),
-    "most_similar": (lambda order: gk.PCGrad("most_similar"), partial(twin_onto, reference.most_similar)),
-    "most_different": (lambda order: gk.PCGrad("most_different"), partial(twin_onto, reference.most_different)),
+    **{partner: (partial(of_partner, partner), partial(reference.pcgrad_of, partner)) for partner in PARTNERS},
     "gradvac": (lambda order: gk.GradVac(order=order), twin_gradvac),
 }
 each_method = pytest.mark.parametrize("name", METHODS)
@@ -183,7 +177,7 @@ def test_operators_keep_torchs_contract() -> None:
     opcheck(ops.gradvac.default, (M.mT, keys[:1], targets, moving, 0.5))
 
 
-@pytest.mark.parametrize("name", ["all", "random", "average", "most_similar", "most_different", "gradvac"])
+@each_method
 def test_a_task_whose_square_vanishes_is_never_projected_onto(name: str) -> None:
     """In float32 the square of 1e-25 is 0 while its products with others are not."""
     J = torch.stack((torch.ones(4), torch.full((4,), -1e-25)))

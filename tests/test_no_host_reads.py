@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.aggregators.pcgrad import PARTNERS
+from gradkern.ops.partners import PARTNERS
 from tests.interpreter import interpreted, triton_implementations
 from tests.models import MultiHead, flat, problem
 from tests.tolerances import TOLERANCES, assert_near

@@ -18,6 +18,7 @@ from gradkern import reference
 from gradkern.aggregators.base import Solution
 from gradkern.layout import TILE
 from gradkern.ops import composed
+from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.test_no_host_reads import ORDER, RefusesReads, step, update
@@ -31,7 +32,8 @@ from gradkern import worklist
 from gradkern.kernels import settings, surgery
 from gradkern.ops import cuda_surgery
 
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, in the interpreter
+# NumPy, in the interpreter, which divides what will not be used.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -118,7 +120,7 @@ class Problem:
     @property
     def tensors(self) -> tuple[Any, ...]:
         """The first arguments."""
-        return self.grads, self.segments, self.n_segments, self.keys.to(DEVICE)
+        return self.grads, self.segments, self.n_segments
 
     @property
     def others(self) -> tuple[Any, ...]:
@@ -128,17 +130,26 @@ class Problem:
         masking = () if self.block is None else (UNITS, self.block, torch.tensor(MASK, device=DEVICE), self.products)
         return self.mean, present, plain, *masking, self.out
 
-    def pcgrad(self, road: Any, visits: int = 3) -> tuple[Tensor, ...]:
+    def of_pcgrad(self, partner: str) -> tuple[Any, ...]:
+        """All of PCGrad's arguments."""
+        keys = self.keys.to(DEVICE) if partner in ORDERED else None
+        return *self.tensors, keys, partner, *self.others
+
+    def pcgrad(self, road: Any, partner: str = "all") -> tuple[Tensor, ...]:
         call = road.pcgrad_tensors if self.block is None else road.pcgrad_masked
-        return call(*self.tensors, visits, *self.others)
+        return call(*self.of_pcgrad(partner))
+
+    def of_gradvac(self, targets: Tensor, moving: Tensor, beta: float) -> tuple[Any, ...]:
+        """All of GradVac's arguments."""
+        return *self.tensors, self.keys.to(DEVICE), targets, moving.to(DEVICE), beta, *self.others
 
     def gradvac(self, road: Any, targets: Tensor, moving: Tensor, beta: float) -> tuple[Tensor, ...]:
         call = road.gradvac_tensors if self.block is None else road.gradvac_masked
-        return call(*self.tensors, targets, moving.to(DEVICE), beta, *self.others)
+        return call(*self.of_gradvac(targets, moving, beta))
 
-    def orders(self, s: int, visits: int = 3) -> list[list[int]]:
-        """Whom each task visits."""
-        return [[j for j in row if j != i][:visits] for i, row in enumerate(self.keys[s].argsort(-1).tolist())]
+    def orders(self, s: int) -> list[list[int]]:
+        """In which order each task visits the others."""
+        return self.keys[s].argsort(-1).tolist()
 
     def columns(self, s: int) -> Tensor:
         """Which columns are of a segment."""
@@ -199,9 +210,13 @@ def coefficients(modified: list[Tensor], rows: list[Tensor]) -> Tensor:
 TINY = 1e-30
 
 
-def check_pcgrad(given: Problem, road: Any, visits: int = 3) -> tuple[Tensor, ...]:
-    results = given.pcgrad(road, visits)
-    given.check(results, lambda rows, s: coefficients(reference.pcgrad(tagged(rows), given.orders(s, visits)), rows))
+def check_pcgrad(given: Problem, road: Any, partner: str = "all") -> tuple[Tensor, ...]:
+    results = given.pcgrad(road, partner)
+
+    def method(rows: list[Tensor], s: int) -> Tensor:
+        return coefficients(reference.pcgrad_of(partner, tagged(rows), given.orders(s)), rows)
+
+    given.check(results, method)
     return results
 
 
@@ -235,9 +250,10 @@ def test_gradvac(T: int, dtype: torch.dtype, road: Any) -> None:
     check_gradvac(Problem(T, dtype), road)
 
 
-def test_the_mean_of_some_tasks_and_weights_outside(road: Any) -> None:
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_the_mean_of_some_tasks_and_weights_outside(partner: str, road: Any) -> None:
     plain = torch.tensor([0.5, 0.0, -2.0])
-    check_pcgrad(Problem(3, F32, mean=True, present=[True, False, True], plain=plain), road)
+    check_pcgrad(Problem(3, F32, mean=True, present=[True, False, True], plain=plain), road, partner)
 
 
 def test_gradvac_with_everything(road: Any) -> None:
@@ -245,8 +261,22 @@ def test_gradvac_with_everything(road: Any) -> None:
     check_gradvac(Problem(3, F32, mean=True, present=[False, True, True], plain=plain, block=1), road)
 
 
-def test_pcgrad_visits_its_first_partner(road: Any) -> None:
-    check_pcgrad(Problem(4, F64), road, visits=1)
+@pytest.mark.parametrize(("T", "dtype"), [(1, F32), (2, F64), (3, BF16), (4, F32)])
+@pytest.mark.parametrize("partner", [partner for partner in PARTNERS if partner != "all"])
+def test_pcgrad_of_one_partner_or_their_average(partner: str, T: int, dtype: torch.dtype, road: Any) -> None:
+    check_pcgrad(Problem(T, dtype), road, partner)
+
+
+@pytest.mark.parametrize("partner", ["most_similar", "most_different"])
+def test_of_partners_of_equal_cosine_the_first(partner: str, road: Any) -> None:
+    """Tasks 1, 2 and 3 are of one direction, at lengths of powers of two, so that nothing is rounded."""
+    row = torch.randint(-4, 5, (60,), dtype=F64)
+    given = Problem(4, F32, [60], [0], 1, missing=False)
+    given.grads = [(c * row).float().to(DEVICE) for c in (-1.0, 1.0, 4.0, 0.5)]
+    _, w = given.pcgrad(road, partner)
+    # Task 0 is projected onto task 1; the others onto task 0, or, most similar to each other, onto nobody.
+    expected = [1.0, 2.0, 1.0, 1.0] if partner == "most_similar" else [1 + 1 + 4 + 0.5, 2.0, 1.0, 1.0]
+    assert w[0].tolist() == expected
 
 
 def test_one_order_for_all_segments(road: Any) -> None:
@@ -258,9 +288,18 @@ def test_one_order_for_all_segments(road: Any) -> None:
 
 
 @pytest.mark.parametrize("products", [False, True])
-@pytest.mark.parametrize(("T", "dtype", "block"), [(3, F32, 1), (2, BF16, 1), (4, F64, 128)])
-def test_suppression(T: int, dtype: torch.dtype, block: int, products: bool, one_launch: None) -> None:
-    check_pcgrad(Problem(T, dtype, block=block, products=products), cuda_surgery)
+@pytest.mark.parametrize(
+    ("T", "dtype", "block", "partner"),
+    [
+        (3, F32, 1, "all"),
+        (2, BF16, 1, "random"),
+        (4, F64, 128, "average"),
+        (3, F32, 128, "most_similar"),
+        (4, BF16, 1, "most_different"),
+    ],
+)
+def test_suppression(T: int, dtype: torch.dtype, block: int, partner: str, products: bool, one_launch: None) -> None:
+    check_pcgrad(Problem(T, dtype, block=block, products=products), cuda_surgery, partner)
 
 
 @pytest.mark.parametrize("products", [False, True])
@@ -299,7 +338,7 @@ def test_many_small_segments(road: Any) -> None:
 
 def test_no_segment_at_all(road: Any) -> None:
     grads, out = [torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE)], [torch.zeros(5, device=DEVICE)]
-    M, w = road.pcgrad_tensors(grads, [-1], 0, torch.zeros(1, 2, 2, device=DEVICE), 1, False, None, None, out)
+    M, w = road.pcgrad_tensors(grads, [-1], 0, torch.zeros(1, 2, 2, device=DEVICE), "all", False, None, None, out)
     assert M.shape == (0, 2, 2)
     assert w.shape == (0, 2)
     assert torch.equal(out[0].cpu(), torch.full((5,), 2.0))
@@ -311,7 +350,7 @@ def test_what_is_not_of_all_tasks_is_named(name: str, one_launch: None) -> None:
     short = torch.ones(1, dtype=torch.bool if name == "present" else F32, device=DEVICE)
     given = [short if name == "present" else None, short if name == "plain" else None]
     with pytest.raises(ValueError, match=rf"{name} must be of shape \(2,\), got \(1,\)"):
-        cuda_surgery.pcgrad_tensors(grads, [0], 1, torch.zeros(1, 2, 2, device=DEVICE), 1, False, *given, out)
+        cuda_surgery.pcgrad_tensors(grads, [0], 1, torch.zeros(1, 2, 2, device=DEVICE), "all", False, *given, out)
     assert torch.equal(out[0].cpu(), torch.zeros(5))
 
 
@@ -335,11 +374,13 @@ def test_what_is_not_finite_moves_no_target_of_any_segment(value: float, road: A
 
 @pytest.mark.parametrize("T", [1, 2, 4])
 @pytest.mark.parametrize("mean", [False, True])
-def test_a_matrix(T: int, mean: bool, one_launch: None) -> None:
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_a_matrix(T: int, partner: str, mean: bool, one_launch: None) -> None:
     for P in (0, TILE + 9):
         J, keys = torch.randn(T, P + 3, dtype=F64)[:, :P], torch.rand(1, T, T)
-        out = cuda_surgery.pcgrad_matrix(J.float().to(DEVICE), keys.to(DEVICE), T - 1, mean)
-        modified = torch.stack(reference.pcgrad(list(J.float()), keys[0].argsort(-1).tolist()))
+        of_order = keys.to(DEVICE) if partner in ORDERED else None
+        out = cuda_surgery.pcgrad_matrix(J.float().to(DEVICE), of_order, partner, mean)
+        modified = torch.stack(reference.pcgrad_of(partner, list(J.float()), keys[0].argsort(-1).tolist()))
         # A modified gradient is no longer than the original one: as far off as the sum of all, magnified as above.
         expected = modified.mean(0) if mean else modified.sum(0)
         assert_near(out.cpu(), expected, J.abs().sum(0), 10 * TOLERANCES[F32])
@@ -355,7 +396,7 @@ def test_the_table_says_who_takes_one_launch(triton_serves_the_cpu: list[str], m
         monkeypatch.setattr(settings, "ONE_LAUNCH", {(3, 4): range(begin, 2 * P), (2, 4): range(P)})
         for T, dtype, expected in ((3, F32, taken), (2, F32, steps), (3, F64, steps), (5, F32, steps)):
             triton_serves_the_cpu.clear()
-            check_pcgrad(Problem(T, dtype, [5, 9], [0, -1], 1, missing=False), cuda_surgery, visits=T)
+            check_pcgrad(Problem(T, dtype, [5, 9], [0, -1], 1, missing=False), cuda_surgery)
             assert triton_serves_the_cpu == expected
 
 
@@ -390,6 +431,9 @@ def test_bad_arguments_are_named_before_anything_changes(one_launch: None) -> No
     with pytest.raises(ValueError, match=r"keys must be \(4, 3, 3\) or \(1, 3, 3\), got \(2, 3, 3\)"):
         given.pcgrad(cuda_surgery)
     given.keys = keys
+    for of_order, partner in ((None, "all"), (keys, "average")):
+        with pytest.raises(ValueError, match=f"keys must be .* with partner='{partner}'"):
+            cuda_surgery.pcgrad_tensors(*given.tensors, of_order, partner, *given.others)
     for bad in (targets.float(), targets.mT):
         with pytest.raises(ValueError, match="targets must be contiguous float64"):
             given.gradvac(cuda_surgery, bad, moving, 0.1)
@@ -401,9 +445,10 @@ def test_bad_arguments_are_named_before_anything_changes(one_launch: None) -> No
 
 def test_nothing_is_read_on_the_host(one_launch: None) -> None:
     given = Problem(2, F32, block=128, present=[True, False], plain=torch.tensor([1.0, 2.0]))
-    tensors, others = given.tensors, given.others
-    with RefusesReads():
-        cuda_surgery.pcgrad_masked(*tensors, 1, *others)
+    for partner in ("random", "most_similar"):
+        arguments = given.of_pcgrad(partner)
+        with RefusesReads():
+            cuda_surgery.pcgrad_masked(*arguments)
 
 
 def test_operators_keep_torchs_contract() -> None:
@@ -412,8 +457,9 @@ def test_operators_keep_torchs_contract() -> None:
     for block in (None, 1):
         given = Problem(3, F32, block=block, present=[True, True, False])
         overload = "tensors" if block is None else "masked"
-        opcheck(getattr(ops.pcgrad, overload), (*given.tensors, 2, *given.others))
-        opcheck(getattr(ops.gradvac, overload), (*given.tensors, targets, moving, 0.1, *given.others))
+        for partner in ("all", "average"):
+            opcheck(getattr(ops.pcgrad, overload), given.of_pcgrad(partner))
+        opcheck(getattr(ops.gradvac, overload), given.of_gradvac(targets, moving, 0.1))
 
 
 # Programs that share the work
@@ -495,10 +541,10 @@ def test_again_and_again_the_same_bits(one_launch: None) -> None:
 
 def launched(given: Problem) -> Callable[[], list[Tensor]]:
     """A launch of PCGrad whose arguments are on the device already, so that the host waits for nothing."""
-    tensors, others = given.tensors, given.others
+    arguments = given.of_pcgrad("all")
 
     def run() -> list[Tensor]:
-        return [*cuda_surgery.pcgrad_tensors(*tensors, 2, *others), *given.out]
+        return [*cuda_surgery.pcgrad_tensors(*arguments), *given.out]
 
     return run
 
@@ -540,6 +586,14 @@ def test_two_streams_at_once(one_launch: None, replayed: bool) -> None:
 STEPS: dict[str, tuple[Callable[[], gk.Aggregator], str, Callable[[], dict[str, Any]], str]] = {
     "pcgrad": (lambda: gk.PCGrad(order=ORDER), "model", dict, "pcgrad_tensors"),
     "mean over groups": (lambda: gk.PCGrad("random", ORDER, "mean"), "module", dict, "pcgrad_tensors"),
+    "average over groups": (lambda: gk.PCGrad("average"), "parameter", dict, "pcgrad_tensors"),
+    "most similar": (
+        lambda: gk.PCGrad("most_similar"),
+        "model",
+        lambda: {"suppression": suppression("all")},
+        "pcgrad_masked",
+    ),
+    "most different": (lambda: gk.PCGrad("most_different"), "module", lambda: {"memory": True}, "pcgrad_tensors"),
     "gradvac": (lambda: gk.GradVac(0.5, ORDER), "parameter", dict, "gradvac_tensors"),
     "update": (
         lambda: gk.PCGrad(order=ORDER),
@@ -586,7 +640,7 @@ class Halved(gk.PCGrad):
 
 
 @interpreter.interpreted
-@pytest.mark.parametrize("made", [lambda: gk.PCGrad("average"), lambda: gk.PCGrad("most_similar"), Halved, gk.Sum])
+@pytest.mark.parametrize("made", [Halved, gk.Sum])
 def test_other_methods_go_step_by_step(made: Callable[[], gk.Aggregator], request: pytest.FixtureRequest) -> None:
     request.getfixturevalue("one_launch")
     calls = request.getfixturevalue("triton_serves_the_cpu")

@@ -242,10 +242,13 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     opcheck(ops.project.default, (J, torch.randn(2, 3, device=device)))
     opcheck(ops.cross.default, (J, torch.randn(2, 9000, device=device), offsets))
     M = torch.randn(2, 3, 3, device=device)
-    opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device), 2))
-    opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device), 1))
-    opcheck(ops.pcgrad.matrix, (J, torch.rand(1, 3, 3, device=device), 2, False))
-    opcheck(ops.pcgrad.matrix, (J.bfloat16(), torch.rand(1, 3, 3, device=device), 1, True))
+    opcheck(ops.pcgrad.default, (M, torch.rand(1, 3, 3, device=device), "all"))
+    opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device), "random"))
+    opcheck(ops.pcgrad.matrix, (J, torch.rand(1, 3, 3, device=device), "all", False))
+    opcheck(ops.pcgrad.matrix, (J.bfloat16(), torch.rand(1, 3, 3, device=device), "random", True))
+    for partner in ("average", "most_similar"):
+        opcheck(ops.pcgrad.default, (M, None, partner))
+        opcheck(ops.pcgrad.matrix, (J, None, partner, False))
 
 
 def _sum(dtype: torch.dtype) -> float:

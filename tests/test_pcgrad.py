@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.aggregators.pcgrad import PARTNERS
+from gradkern.ops.partners import PARTNERS
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 SOME_T = [1, 2, 3, 5, 8, 16, 40]
@@ -52,14 +52,13 @@ def test_every_dtype(dtype: torch.dtype, device: torch.device) -> None:
     assert_near(out.cpu(), expected, 10 * J.double().abs().max(), TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("partner", ["all", "random"])
+@pytest.mark.parametrize("partner", PARTNERS)
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_matrix_at_once(reduction: str, partner: str, device: torch.device) -> None:
     """On vectors, in the order that the generator gives; the same under autocast, compiled, and with derivatives."""
     J = conflicting(5, 300)
     order = torch.rand(1, 5, 5, generator=torch.Generator(device).manual_seed(3), device=device).argsort(-1)[0].tolist()
-    partners = [[j for j in row if j != i][: 4 if partner == "all" else 1] for i, row in enumerate(order)]
-    expected = sum(reference.pcgrad(J, partners)) / (1 if reduction == "sum" else 5)
+    expected = sum(reference.pcgrad_of(partner, J, order)) / (1 if reduction == "sum" else 5)
 
     def update(J: Tensor) -> Tensor:
         generator = torch.Generator(device).manual_seed(3)
@@ -74,8 +73,9 @@ def test_a_matrix_at_once(reduction: str, partner: str, device: torch.device) ->
     assert_near(under_autocast, expected, J.norm(dim=1).max(), 1e-5)
 
 
-def test_a_matrix_at_once_compiles(device: torch.device) -> None:
-    J, method = conflicting(3).to(device), gk.PCGrad(order=[0, 1, 2])
+@pytest.mark.parametrize("method", [gk.PCGrad(order=[0, 1, 2]), gk.PCGrad("most_similar")])
+def test_a_matrix_at_once_compiles(method: gk.PCGrad, device: torch.device) -> None:
+    J = conflicting(3).to(device)
     compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(J), method(J))
 
@@ -345,6 +345,15 @@ def test_overflowed_gradients_warn_of_nothing(S: int) -> None:
         warnings.simplefilter("error")
         C = gk.PCGrad(order=[0, 1, 2]).coefficients(M.repeat(S, 1, 1))
     assert torch.equal(C[:, 0, :2], torch.tensor([1.0, 1.0]).expand(S, 2))  # s = -1 onto a partner of square 1
+
+
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_a_matrix_whose_weights_overflow_warns_of_nothing(partner: str) -> None:
+    J = torch.tensor([[1e19, 0.0], [-1e-20, 1e-22]])  # a coefficient of 1e39, which float32 has no number for
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        update = gk.PCGrad(partner)(J)
+    assert not update.isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")

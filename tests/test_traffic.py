@@ -74,7 +74,7 @@ def test_one_launch_moves_as_much_and_no_more(rows: Rows, in_place: bool, monkey
     monkeypatch.setattr(settings, "ONE_LAUNCH", {(T, 4): range(P, P + 1)})
     out = rows.grads[: len(NUMELS)] if in_place else rows.out
     with watching([*rows.grads, *rows.out]) as moved:
-        cuda_surgery.pcgrad_tensors(rows.grads, SEGMENTS, 1, torch.rand(1, T, T), T - 1, False, None, None, out)
+        cuda_surgery.pcgrad_tensors(rows.grads, SEGMENTS, 1, torch.rand(1, T, T), "all", False, None, None, out)
     assert (moved.read, moved.written) == (4 * 2 * T * P, 4 * P)
     # As above, and for each piece an entry of the work list, and for the segment its solution.
     assert moved.elsewhere < 64 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
@@ -87,7 +87,7 @@ def test_one_launch_reads_nothing_of_dropped_blocks(rows: Rows, monkeypatch: pyt
         masking = UNITS, 128, mask(0.45), products
         with watching([*rows.grads, *rows.out]) as moved:
             _, _, count = cuda_surgery.pcgrad_masked(
-                rows.grads, SEGMENTS, 1, keys, T - 1, False, None, None, *masking, rows.out
+                rows.grads, SEGMENTS, 1, keys, "all", False, None, None, *masking, rows.out
             )
         gramian = 4 * T * (int(count) if products else P)
         assert (moved.read, moved.written) == (gramian + 4 * T * int(count), 4 * P)

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.cosines import cosines
 from gradkern.ops import direct
 from gradkern.ops.autograd import recording
 from gradkern.ops.matrix import check_matrix
+from gradkern.ops.partners import ORDERED, PARTNERS
 
 _pcgrad_matrix = torch.ops.gradkern.pcgrad.matrix
-
-PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 
 
 class PCGrad(Projection):
@@ -46,7 +44,7 @@ class PCGrad(Projection):
     ) -> None:
         if not isinstance(partner, str) or partner not in PARTNERS:
             raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
-        if order is not None and partner not in ("all", "random"):
+        if order is not None and partner not in ORDERED:
             raise ValueError(f"order must be None with partner={partner!r}, which depends on no order; got {order!r}")
         super().__init__(order, reduction, generator)
         self.partner = partner
@@ -54,46 +52,24 @@ class PCGrad(Projection):
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """The update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
         check_matrix(J, offsets)
-        # In one call, where nobody has to see what lies between: a derivative, segments.
-        if not self._takes_orders_alone() or offsets is not None or recording(J):
+        # In one call, where nobody has to see what lies between: weights of a subclass, a derivative, segments.
+        if type(self) is not PCGrad or offsets is not None or recording(J):
             return super().forward(J, offsets)
-        T = J.shape[0]
-        return _pcgrad_matrix(J, self._visiting_keys(1, T, J.device), self._visits(T), self.reduction == "mean")
+        return _pcgrad_matrix(J, *self._arguments(1, J.shape[0], J.device), self.reduction == "mean")
 
     def program(self, M: Tensor) -> Program | None:
-        """PCGrad's, where orders are all that it takes besides M; see :meth:`Aggregator.program`."""
-        if not self._takes_orders_alone():
+        """PCGrad's; see :meth:`Aggregator.program`."""
+        if type(self) is not PCGrad:  # which may have weights of its own
             return None
-        S, T, _ = M.shape
-        arguments = (self._visiting_keys(S, T, M.device), self._visits(T), self.reduction == "mean")
+        arguments = (*self._arguments(M.shape[0], M.shape[1], M.device), self.reduction == "mean")
         return Program(direct.pcgrad_tensors, direct.pcgrad_masked, arguments, lambda _, w: Solution(w))
 
-    def _takes_orders_alone(self) -> bool:
-        """Not so of a subclass, which may have weights of its own."""
-        return type(self) is PCGrad and self.partner in ("all", "random")
-
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        if self.partner == "average":
-            return _average(M)
-        if self.partner in ("all", "random"):
-            keys = self._visiting_keys(len(M), M.shape[-1], M.device)
-        else:
-            phi = cosines(M.double())
-            keys = (phi if self.partner == "most_different" else -phi).nan_to_num(torch.inf, torch.inf, -torch.inf)
-        return direct.pcgrad(M, keys, self._visits(M.shape[-1]))
+        return direct.pcgrad(M, *self._arguments(M.shape[0], M.shape[1], M.device))
 
-    def _visits(self, T: int) -> int:
-        return T - 1 if self.partner == "all" else min(1, T - 1)
+    def _arguments(self, S: int, T: int, device: torch.device) -> tuple[Tensor | None, str]:
+        """Keys and partner, as the operators take them."""
+        return self._visiting_keys(S, T, device) if self.partner in ORDERED else None, self.partner
 
     def __repr__(self) -> str:
         return f"PCGrad(partner={self.partner!r}, {self._repr_shared()})"
-
-
-def _average(M: Tensor) -> Tensor:
-    """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
-    wide = M.double()
-    squares = wide.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    # A square may have vanished where a dot product has not.
-    C = torch.where((wide < 0) & (squares > 0), -wide / squares, 0.0) / max(1, M.shape[-1] - 1)
-    C.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return C.to(M.dtype)

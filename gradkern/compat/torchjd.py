@@ -77,7 +77,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
         M = _computable(gramian)
         T = len(M)
         keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
-        return direct.pcgrad(M.unsqueeze(0), keys, T - 1)[0].sum(0).to(gramian.dtype)
+        return direct.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
 
 
 class PCGrad(theirs.PCGrad, GramianWeightedAggregator):

@@ -26,8 +26,8 @@ def pcgrad_tensors(
     grads: OptionalTensors,
     segments: Sequence[int],
     n_segments: int,
-    keys: Tensor,
-    visits: int,
+    keys: Tensor | None,
+    partner: str,
     mean: bool,
     present: Tensor | None,
     plain: Tensor | None,
@@ -36,7 +36,7 @@ def pcgrad_tensors(
     """PCGrad: Gramians and weights."""
 
     def method(M: Tensor) -> Tensor:
-        return server("pcgrad", M.device.type)(M, keys, visits)
+        return server("pcgrad", M.device.type)(M, keys, partner)
 
     return _surgery(method, grads, segments, n_segments, mean, present, plain, None, out)[:2]
 
@@ -46,8 +46,8 @@ def pcgrad_masked(
     grads: OptionalTensors,
     segments: Sequence[int],
     n_segments: int,
-    keys: Tensor,
-    visits: int,
+    keys: Tensor | None,
+    partner: str,
     mean: bool,
     present: Tensor | None,
     plain: Tensor | None,
@@ -60,7 +60,7 @@ def pcgrad_masked(
     """PCGrad under suppression: Gramians, weights, and how many entries were kept."""
 
     def method(M: Tensor) -> Tensor:
-        return server("pcgrad", M.device.type)(M, keys, visits)
+        return server("pcgrad", M.device.type)(M, keys, partner)
 
     masking = Masking(units, block, mask, products)
     return _surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)

@@ -5,29 +5,32 @@ from torch import Tensor
 
 from gradkern.kernels import gradvac as gradvac_kernel
 from gradkern.kernels import pcgrad as pcgrad_kernel
+from gradkern.ops.partners import check_partner
 
 
-def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
-    """Coefficients of PCGrad's projected gradients, (S, T, T), ``visits`` partners visited in ascending ``keys``."""
-    check_keys(keys, M)
+def pcgrad(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
+    """Coefficients of PCGrad's projected gradients, (S, T, T)."""
+    check_partner(keys, partner)
+    if keys is not None:
+        keys = keys_of(keys, M)
     C = torch.empty_like(M, memory_format=torch.contiguous_format)
-    visits = min(visits, M.shape[-1] - 1)
-    pcgrad_kernel.pcgrad(M.contiguous(), keys.contiguous(), visits, C).run(M.device)
+    pcgrad_kernel.pcgrad(M.contiguous(), keys, partner, C).run(M.device)
     return C
 
 
 def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
     """Coefficients of GradVac's modified gradients, (S, T, T); the ``targets`` of the ``moving`` tasks follow."""
-    check_keys(keys, M)
+    keys = keys_of(keys, M)
     check_targets(targets, M)
     C = torch.empty_like(M, memory_format=torch.contiguous_format)
-    gradvac_kernel.gradvac(M.contiguous(), keys.contiguous(), targets, moving.contiguous(), beta, C).run(M.device)
+    gradvac_kernel.gradvac(M.contiguous(), keys, targets, moving.contiguous(), beta, C).run(M.device)
     return C
 
 
-def check_keys(keys: Tensor, M: Tensor) -> None:
-    """Raise unless ``keys`` are of M's segments or of one for all."""
+def keys_of(keys: Tensor, M: Tensor) -> Tensor:
+    """``keys`` as the kernels take them; raise unless they are of M's segments or of one for all."""
     _check("keys", keys, M, (1, M.shape[0]))
+    return keys.contiguous()
 
 
 def check_targets(targets: Tensor, M: Tensor) -> None:

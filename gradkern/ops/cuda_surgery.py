@@ -17,24 +17,25 @@ from gradkern.ops import composed
 from gradkern.ops.composed import Masking
 from gradkern.ops.cuda import combine, gramian
 from gradkern.ops.cuda_arguments import mask_of, suppressed, tensor_rows, tiles_of, unit_stride
-from gradkern.ops.cuda_methods import check_keys, check_targets, pcgrad
+from gradkern.ops.cuda_methods import check_targets, keys_of, pcgrad
 from gradkern.ops.cuda_tables import OptionalTensors, addresses, matrix_rows, table_rows
+from gradkern.ops.partners import check_partner
 from gradkern.ops.registration import serve
 from gradkern.ops.schema import arithmetic_dtype
 from gradkern.worklist import work_list
 
 
-def pcgrad_matrix(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
+def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """The sum of PCGrad's modified gradients, (P,), or their mean."""
     J = unit_stride(J)
     T, P = J.shape
     if not _takes_one_launch(T, J.dtype, P):
-        C = pcgrad(gramian(J).unsqueeze(0), keys, visits)
+        C = pcgrad(gramian(J).unsqueeze(0), keys, partner)
         return combine(J, C.mean(-2) if mean else C.sum(-2))
     out = J.new_empty(1, P)
     layout = column_layout((0, P, P))  # nothing is outside surgery
     rows, result = matrix_rows(J), matrix_rows(out)
-    _one_launch(kernel.PCGrad(keys, visits), rows, result, layout, None, False, mean, None, None, None, J.device)
+    _one_launch(kernel.PCGrad(keys, partner), rows, result, layout, None, False, mean, None, None, None, J.device)
     return out[0]
 
 
@@ -42,8 +43,8 @@ def pcgrad_tensors(
     grads: OptionalTensors,
     segments: Sequence[int],
     n_segments: int,
-    keys: Tensor,
-    visits: int,
+    keys: Tensor | None,
+    partner: str,
     mean: bool,
     present: Tensor | None,
     plain: Tensor | None,
@@ -51,8 +52,8 @@ def pcgrad_tensors(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`composed.pcgrad_tensors`."""
     if not _tensors_take_one_launch(grads, out):
-        return composed.pcgrad_tensors(grads, segments, n_segments, keys, visits, mean, present, plain, out)
-    method = kernel.PCGrad(keys, visits)
+        return composed.pcgrad_tensors(grads, segments, n_segments, keys, partner, mean, present, plain, out)
+    method = kernel.PCGrad(keys, partner)
     M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
     return M, w
 
@@ -61,8 +62,8 @@ def pcgrad_masked(
     grads: OptionalTensors,
     segments: Sequence[int],
     n_segments: int,
-    keys: Tensor,
-    visits: int,
+    keys: Tensor | None,
+    partner: str,
     mean: bool,
     present: Tensor | None,
     plain: Tensor | None,
@@ -75,8 +76,8 @@ def pcgrad_masked(
     """As :func:`composed.pcgrad_masked`."""
     masking = Masking(units, block, mask, products)
     if not _tensors_take_one_launch(grads, out):
-        return composed.pcgrad_masked(grads, segments, n_segments, keys, visits, mean, present, plain, *masking, out)
-    method = kernel.PCGrad(keys, visits)
+        return composed.pcgrad_masked(grads, segments, n_segments, keys, partner, mean, present, plain, *masking, out)
+    method = kernel.PCGrad(keys, partner)
     return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
 
 
@@ -179,8 +180,10 @@ def _one_launch(
     """Gramians and weights; the last segment of ``layout`` is what is outside surgery."""
     S, T, dtype = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype)
     M = torch.empty(S, T, T, dtype=dtype, device=device)
-    check_keys(method.keys, M)
-    method = method._replace(keys=method.keys.contiguous())
+    if isinstance(method, kernel.PCGrad):
+        check_partner(method.keys, method.partner)
+    if method.keys is not None:
+        method = method._replace(keys=keys_of(method.keys, M))
     moving = method.moving if isinstance(method, kernel.GradVac) else None
     for name, given in (("present", present), ("plain", plain), ("moving", moving)):
         if given is not None and given.shape != (T,):

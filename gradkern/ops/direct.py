@@ -22,7 +22,7 @@ from gradkern.ops.registration import server
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 """Types of arguments, and of what is in lists of them, of which nobody has to be told."""
 
 

@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradkern.cosines import cosines
+from gradkern.ops.partners import check_partner
 from gradkern.ops.registration import operator
 
 Floats = NDArray[np.float64]
@@ -27,23 +29,40 @@ T = 12 and for eight segments of T = 3 both take the same."""
 
 
 @operator("pcgrad")
-def pcgrad(M: Tensor, keys: Tensor, visits: int) -> Tensor:
-    """PCGrad's coefficients (Yu et al. 2020, Algorithm 1), from the first ``visits`` partners of each task."""
+def pcgrad(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
+    """PCGrad's coefficients, of M's dtype."""
+    return _like(pcgrad_coefficients(M, keys, partner), M)
+
+
+def pcgrad_coefficients(M: Tensor, keys: Tensor | None, partner: str) -> Floats:
+    """(S, T, T), of Yu et al. 2020, Algorithm 1, and with other partners Rhapsody on a Theme of Gradient Surgery."""
+    check_partner(keys, partner)
+    if partner == "average":
+        return _average(M)
+    if keys is None:
+        phi = cosines(M.double())
+        keys = (phi if partner == "most_different" else -phi).nan_to_num(torch.inf)
     S, T, _ = M.shape
-    if S * T <= FEW:
-        of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), strict=True)
-        return _like(np.array([_few(m, k, visits) for m, k in of_segments]), M)
-    return _like(_many(M, keys, visits), M)
+    visits = T - 1 if partner == "all" else 1
+    if S * T > FEW:
+        return _many(M, keys, visits)
+    of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), strict=True)
+    return np.array([_few(m, k, visits) for m, k in of_segments])
 
 
-def pcgrad_weights(M: Tensor, keys: Tensor, visits: int) -> list[float]:
-    """Of one Gramian (T, T), the sum of its coefficients over tasks."""
-    C = _few(M.tolist(), keys.tolist()[0], visits) if len(M) <= FEW else _many(M.unsqueeze(0), keys, visits).tolist()
-    return [sum(column) for column in zip(*C, strict=True)]
+def _average(M: Tensor) -> Floats:
+    """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
+    rows = _host(M)
+    i = np.arange(M.shape[-1])
+    squares = rows[:, None, i, i]
+    with np.errstate(all="ignore"):  # as in _many
+        C = np.where((rows < 0) & (squares > 0), -rows / squares, 0) / max(1, len(i) - 1)
+    C[:, i, i] = 1
+    return C
 
 
 def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
-    """:func:`pcgrad` of all tasks of all segments at once: (S T, T)."""
+    """The coefficients of all tasks of all segments at once."""
     S, T, _ = M.shape
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
@@ -57,11 +76,11 @@ def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
             step = -s[conflict] / squares[j]
             C[conflict, partner[conflict]] = step
             D[conflict] += step[:, None] * rows[j]
-    return C
+    return C.reshape(S, T, T)
 
 
 def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[list[float]]:
-    """:func:`pcgrad` of one segment."""
+    """The coefficients of one segment."""
     T = len(M)
     C = []
     for i in range(T):

@@ -21,8 +21,11 @@ tensors one after another, ``numels[k]`` elements each. ``gather`` gives (T, d) 
 ``values`` (d,) and leaves all others as they are, also all of a tensor in ``out`` that has no elements.
 
 ``pcgrad`` and ``gradvac`` are T x T programs. Task i visits the others in ascending order of ``keys[..., i, :]``,
-floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike. ``pcgrad.matrix`` is the whole
-surgery of J with ``keys`` (1, T, T): the sum of its modified rows, or their mean.
+floating, equal keys by number; ``keys`` is (S, T, T), or (1, T, T) for all alike. ``partner``, one of
+``partners.PARTNERS``, says whom PCGrad visits: "all", or the first one, "random". The others take no keys, and follow
+from M: the one of largest or smallest cosine, "most_similar" or "most_different", of equals the first, or the
+"average" of all, each from the original gradient. ``pcgrad.matrix`` is the whole surgery of J with ``keys`` (1, T, T)
+or none: the sum of its modified rows, or their mean.
 
 Their overloads ``tensors`` and ``masked`` are the whole surgery of gradients left in place: Gramians M (S, T, T), the
 weights w (S, T) that the method finds for them, and their combination, which goes to ``out``. Returned are M and w,
@@ -66,15 +69,15 @@ torch.library.define(
 torch.library.define("gradkern::gather", "(Tensor?[] grads, int[] numels, Tensor index) -> Tensor")
 torch.library.define("gradkern::scatter", "(Tensor values, int[] numels, Tensor index, Tensor(a!)[] out) -> ()")
 
-torch.library.define("gradkern::pcgrad", "(Tensor M, Tensor keys, int visits) -> Tensor")
-torch.library.define("gradkern::pcgrad.matrix", "(Tensor J, Tensor keys, int visits, bool mean) -> Tensor")
+torch.library.define("gradkern::pcgrad", "(Tensor M, Tensor? keys, str partner) -> Tensor")
+torch.library.define("gradkern::pcgrad.matrix", "(Tensor J, Tensor? keys, str partner, bool mean) -> Tensor")
 torch.library.define(
     "gradkern::gradvac",
     "(Tensor M, Tensor keys, Tensor(a!) targets, Tensor moving, float beta) -> Tensor",
 )
 
 _OF = "Tensor?[] grads, int[] segments, int n_segments"
-_PCGRAD = "Tensor keys, int visits, bool mean, Tensor? present, Tensor? plain"
+_PCGRAD = "Tensor? keys, str partner, bool mean, Tensor? present, Tensor? plain"
 _GRADVAC = "Tensor keys, Tensor(b!) targets, Tensor moving, float beta, bool mean, Tensor? present, Tensor? plain"
 _MASK = "int[] units, int block, Tensor mask, bool products"
 for _name, _method in (("pcgrad", _PCGRAD), ("gradvac", _GRADVAC)):
@@ -197,20 +200,18 @@ def _(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> 
 
 
 @torch.library.register_fake("gradkern::pcgrad")
-def _(M: Tensor, keys: Tensor, visits: int) -> Tensor:
+def _(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
     return torch.empty_like(M, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("gradkern::pcgrad.matrix")
-def _(J: Tensor, keys: Tensor, visits: int, mean: bool) -> Tensor:
+def _(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     return J.new_empty(J.shape[1])
 
 
 @torch.library.register_fake("gradkern::pcgrad.tensors")
 @torch.library.register_fake("gradkern::gradvac.tensors")
-def _(
-    grads: list[Tensor | None], segments: list[int], n_segments: int, keys: Tensor, *method: object
-) -> tuple[Tensor, Tensor]:
+def _(grads: list[Tensor | None], segments: list[int], n_segments: int, *method: object) -> tuple[Tensor, Tensor]:
     T = len(grads) // len(segments)
     like = sample(grads)
     M = like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
@@ -220,12 +221,12 @@ def _(
 @torch.library.register_fake("gradkern::pcgrad.masked")
 @torch.library.register_fake("gradkern::gradvac.masked")
 def _(
-    grads: list[Tensor | None], segments: list[int], n_segments: int, keys: Tensor, *method: object
+    grads: list[Tensor | None], segments: list[int], n_segments: int, *method: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     T = len(grads) // len(segments)
     like = sample(grads)
     M = like.new_empty((n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
-    return M, torch.empty_like(M[:, 0]), keys.new_empty((), dtype=torch.int64)
+    return M, torch.empty_like(M[:, 0]), M.new_empty((), dtype=torch.int64)
 
 
 @torch.library.register_fake("gradkern::adamw")
