@@ -1,6 +1,5 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ from gradkern.info import SurgeryInfo
 from gradkern.losses import Loss
 from gradkern.memory import Memory
 from gradkern.optim.adamw import AdamW
+from gradkern.optim.checkpoint import Remembered
 from gradkern.optim.one_pass import OnePass
 from gradkern.optim.outside import Outside
 from gradkern.parameters import Groups, Params, parameters, segments, subset
@@ -328,7 +328,7 @@ class SurgeryOptimizer(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state: dict[str, Any] = dict(self.optimizer.state_dict())
-        state["surgery"] = self._surgery_state()
+        state["surgery"] = self._remembered().state_dict()
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -346,41 +346,15 @@ class SurgeryOptimizer(Optimizer):
             replaced = hook(self, state)
             state = state if replaced is None else replaced
         surgery = state.pop("surgery", None)
-        before = self._surgery_state()
-        before["state"] = copy.deepcopy(before["state"])  # loading writes into what it refers to
-        try:
+        with self._remembered().restored_if_it_raises() as remembered:
             if surgery is not None:
-                self._load_surgery(surgery)
+                remembered.load_state_dict(surgery)
             self.optimizer.load_state_dict(state)
-        except Exception:
-            self._load_surgery(before)
-            raise
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _surgery_state(self) -> dict[str, Any]:
-        return {
-            "method": type(self.aggregator).__name__,
-            "state": dict(self.aggregator.state_dict()),
-            "suppression": None if self.suppression is None else self.suppression.state_dict(),
-            "memory": None if self._memory is None else self._memory.state_dict(self._tensors()),
-        }
-
-    def _load_surgery(self, surgery: Any) -> None:
-        method = type(self.aggregator).__name__
-        if not isinstance(surgery, dict) or not {"method", "state"} <= set(surgery):
-            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {surgery!r:.200}")
-        if surgery["method"] != method:
-            raise ValueError(f"state_dict is of a step with {surgery['method']}, this optimizer's method is {method}")
-        suppression, memory = surgery.get("suppression"), surgery.get("memory")
-        for name, saved, mine in (("suppression", suppression, self.suppression), ("memory", memory, self._memory)):
-            if saved is not None and mine is None:
-                raise ValueError(f"state_dict is of steps with {name}, which this optimizer has none of")
-        self.aggregator.load_state_dict(surgery["state"])
-        if self.suppression is not None and suppression is not None:
-            self.suppression.load_state_dict(suppression)
-        if self._memory is not None and memory is not None:
-            self._memory.load_state_dict(memory, self._tensors())
+    def _remembered(self) -> Remembered:
+        return Remembered(self.aggregator, self.suppression, self._memory, self._tensors())
 
     def __repr__(self) -> str:
         beside = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
