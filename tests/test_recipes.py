@@ -26,6 +26,7 @@ from tests.tolerances import assert_near
 
 ROOT = Path(__file__).parent.parent
 NAMES = (
+    "accumulation",
     "activation_checkpointing",
     "amp",
     "clipping",
@@ -35,6 +36,7 @@ NAMES = (
     "missing_task",
     "resume",
     "schedulers",
+    "shared_features",
 )
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 
@@ -57,6 +59,13 @@ def _quick_to_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with torch._functorch.config.patch(donated_buffer=True), torch.compiler.config.patch(cache_key_tag=""):
         yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def bits(state: Any) -> Any:
@@ -162,6 +171,47 @@ def test_schedulers_on_it_and_on_the_optimizer_inside_are_the_same(kind: str) ->
     if kind == "LambdaLR":
         cosine = [0.01 * math.cos(math.pi * k / 80) ** 2 for k in range(40)]  # (1 + cos a) / 2 is cos² of a / 2
         assert rates == pytest.approx([0.001 * k for k in range(1, 11)] + cosine)
+
+
+def flat_parameters(model: nn.Module) -> Tensor:
+    params = list(model.parameters())
+    return flat(params, params)
+
+
+def test_accumulation_trains_as_one_big_batch(float64: None) -> None:
+    """The twin takes the whole batch, a step by the reference and torch alone."""
+    r = RECIPES["accumulation"]
+    model, opt = r.build()
+    twin = copy.deepcopy(model)
+    adamw = torch.optim.AdamW(twin.parameters(), lr=1e-2)
+    trunk = list(twin.trunk.parameters())
+    for x, y in tasks.batches(10):
+        losses = tasks.task_losses(twin(x), y)
+        found = task_gradients(losses, list(twin.parameters()))
+        for k, p in enumerate(twin.parameters()):
+            p.grad = sum(row[k] for row in found if row[k] is not None)
+        combined = sum(reference.pcgrad([flat(row[: len(trunk)], trunk) for row in found], [[0, 1, 2]] * 3))
+        for p, g in zip(trunk, combined.split([p.numel() for p in trunk]), strict=True):
+            p.grad = g.view_as(p)
+        info = r.train_step(model, opt, x, y)
+        adamw.step()
+        assert_near(info.losses, torch.stack(losses).detach(), 1.0, 1e-8)
+    # 1e-8: float64 sums in another order, which ten steps of Adam divide by small roots.
+    assert_near(flat_parameters(model), flat_parameters(twin), 1.0, 1e-8)
+
+
+def test_shared_features_train_as_a_pass_per_task(float64: None) -> None:
+    r = RECIPES["shared_features"]
+    torch.manual_seed(0)
+    twin = tasks.Model()
+    opt = gk.SurgeryOptimizer(torch.optim.AdamW(twin.named_parameters(), lr=1e-2), gk.PCGrad(order=range(3)))
+    for x, y in tasks.batches(10):
+        opt.zero_grad()
+        opt.backward([lambda t=t, x=x, y=y: tasks.task_losses(twin(x), y)[t] for t in range(3)])
+        opt.step()
+    for batched in (False, True):
+        # 1e-8: as above.
+        assert_near(flat_parameters(r.train(10, batched)[0]), flat_parameters(twin), 1.0, 1e-8)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
