@@ -104,7 +104,7 @@ class LossesOnFeatures(Losses):
             last = n == len(parties) - 1 and not self.retain_graph
             if not outputs:
                 yield from ((i, [None] * len(targets)) for i in tasks)
-            elif self.batched:
+            elif self.batched and len(tasks) > 1:  # what comes of one alone would be views, which hide shared memory
                 together = [torch.stack([_there(tangents[i][k]) for i in tasks]) for k in which]
                 found = torch.autograd.grad(
                     outputs, targets, together, retain_graph=not last, allow_unused=True, is_grads_batched=True

@@ -108,6 +108,20 @@ def test_tasks_that_reach_some_features_only(batched: bool) -> None:
     assert_near(info.gramian[inverse][:, inverse], plain.gramian, plain.gramian.abs().max(), 1e-12)
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_one_task_alone_whose_gradients_share_memory(batched: bool) -> None:
+    """Autograd gives both terms of a sum one gradient, which is not to be written to twice, nor to be two ``.grad``."""
+    a, b = (nn.Parameter(torch.arange(3.0) + k) for k in range(2))
+    opt = gk.SurgeryOptimizer(torch.optim.SGD([a, b]), gk.PCGrad())
+    with opt.accumulate():
+        for _ in range(3):
+            h = a + b
+            opt.backward([h.sum(), None], features=h, batched=batched)
+    assert a.grad.tolist() == b.grad.tolist() == [3.0, 3.0, 3.0]
+    a.grad.zero_()
+    assert b.grad.tolist() == [3.0, 3.0, 3.0]
+
+
 def test_an_absent_task() -> None:
     model, x, y = problem()
     model, x, y = model.double(), x.double(), y.double()
