@@ -109,8 +109,10 @@ class LossesOnFeatures(Losses):
                 found = torch.autograd.grad(
                     outputs, targets, together, retain_graph=not last, allow_unused=True, is_grads_batched=True
                 )
+                # What is no task's own, such as a hook's constant, vmap has expanded: one memory for all.
+                apart = [g if g is None or g.stride(0) else g.contiguous() for g in found]
                 for place, i in enumerate(tasks):
-                    yield i, [None if g is None else g[place] for g in found]
+                    yield i, [None if g is None else g[place] for g in apart]
             else:
                 for i in tasks:
                     by_these = [tangents[i][k] for k in which]

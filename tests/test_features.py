@@ -122,6 +122,18 @@ def test_one_task_alone_whose_gradients_share_memory(batched: bool) -> None:
     assert b.grad.tolist() == [3.0, 3.0, 3.0]
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_hook_that_gives_all_tasks_the_same(batched: bool) -> None:
+    a = nn.Parameter(torch.arange(3.0))
+    a.register_hook(lambda g: torch.ones(3))
+    opt = gk.SurgeryOptimizer(torch.optim.SGD([a]), gk.PCGrad())
+    with opt.accumulate():
+        for _ in range(3):
+            h = 2 * a
+            opt.backward([h.sum(), h.square().sum()], features=h, batched=batched)
+    assert a.grad.tolist() == [6.0, 6.0, 6.0]  # ones of two tasks, which agree, three times
+
+
 def test_an_absent_task() -> None:
     model, x, y = problem()
     model, x, y = model.double(), x.double(), y.double()
