@@ -62,6 +62,8 @@ class LossesOnFeatures(Losses):
         for k, h in enumerate(self.features):
             if graph.meets(h, edges):
                 raise ValueError(f"features[{k}] is computed from another of features: give the last of them alone")
+            if h._backward_hooks or h.retains_grad:
+                raise ValueError(f"features[{k}] has a hook or retain_grad(), which would run twice for each task")
         graph.freeable(self.features)  # raises for a graph that cannot be asked for gradients
         trunk = {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
         if self.features and not trunk:

@@ -266,6 +266,18 @@ def test_features_that_are_not_all_that_the_tasks_share() -> None:
     refused(one, r"losses\[1\] reaches 4 of params", [one.sum(), other.sum(), one.square().sum()])
 
 
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_hook_on_features_is_refused(batched: bool) -> None:
+    """It would run where a head's pass ends and where the trunk's begins, and halve a gradient twice."""
+    model, x, y = problem()
+    for hook in (lambda h: h.register_hook(lambda g: g / 2), torch.Tensor.retain_grad):
+        h = model.trunk(x)
+        hook(h)
+        with pytest.raises(ValueError, match=r"features\[0\] has a hook or retain_grad\(\)"):
+            gk.backward(heads_of(model, h, y), model, aggregator=gk.PCGrad(), features=h, batched=batched)
+        assert all(p.grad is None for p in model.parameters())
+
+
 def test_a_donated_buffer_is_explained() -> None:
     """Autograd's message of a compiled trunk, whose backward pass has overwritten what a second one needs."""
 
