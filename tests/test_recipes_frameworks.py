@@ -265,6 +265,20 @@ def test_what_a_backward_pass_leaves_for_the_step_passes_lightnings_wrapper(call
         assert not torch.equal(p, s)
 
 
+def test_a_step_within_accumulate_raises_under_lightning_too() -> None:
+    r = recipe("lightning_module")
+
+    class Early(r.MultiTask):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            opt = self.optimizers()
+            with opt.accumulate():
+                opt.backward(self.losses(*batch))
+                opt.step()
+
+    with pytest.raises(RuntimeError, match=r"step\(\) within accumulate\(\)"):
+        lightning_fit(Early(), r.data(), 1)
+
+
 # --- Accelerate --------------------------------------------------------------------------------------------------
 
 

@@ -81,10 +81,10 @@ class SurgeryOptimizer(Optimizer):
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
-        self._accumulation: Accumulation | None = None  # within accumulate()
-        # κ of the last backward pass, until a step takes it. In an object of its own: Lightning's wrapper runs these
-        # methods with itself as self, and what they bind to that does not reach a step.
-        self._pending = SimpleNamespace(step_scale=None)
+        # κ of the last backward pass, until a step takes it; and what adds up gradients, within accumulate(). In an
+        # object of its own: Lightning's wrapper runs these methods with itself as self, and what they bind to that does
+        # not reach a step.
+        self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._stand_in = SimpleNamespace(_step_supports_amp_scaling=True)  # for a GradScaler: see one_pass.py
         self._outside: Outside | None = None  # what the first step is looked through for
         self._first = True
@@ -140,7 +140,7 @@ class SurgeryOptimizer(Optimizer):
         """
         losses = self._watched(losses)
         source = from_losses(losses, features, batched, retain_graph)
-        total = self._accumulation
+        total: Accumulation | None = self._pending.accumulation
         if total is not None and not self._needs_no_rows():
             info = add_up(total, source, self._params())
         else:
@@ -165,13 +165,13 @@ class SurgeryOptimizer(Optimizer):
         Raises:
             RuntimeError: within such a block already; or a backward pass in it has raised and the block went on.
         """
-        if self._accumulation is not None:
+        if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
-        total = self._accumulation = Accumulation()
+        total = self._pending.accumulation = Accumulation()
         try:
             yield total
         finally:
-            self._accumulation = None
+            self._pending.accumulation = None
         total.check()
         if any(total.present) and total.info is None:
             total.info = self._surgery(lambda device: total)
@@ -289,7 +289,7 @@ class SurgeryOptimizer(Optimizer):
         )
 
     def _refuse_within_accumulate(self, what: str) -> None:
-        if self._accumulation is not None:
+        if self._pending.accumulation is not None:
             raise RuntimeError(f"{what}() within accumulate(): the gradients are not combined before its block is left")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
