@@ -195,8 +195,8 @@ class PCGradAMP(_Accumulating):
 class GradVacAMP(_Accumulating):
     """``opt = GradVacAMP(3, optimizer, device, scaler)``; by :class:`gradkern.GradVac`, else as :class:`PCGradAMP`.
 
-    As the paper has it, each visit moves the target of its pair, up or down; a step with anything that is not finite
-    moves none.
+    As the paper has it, each visit moves the target of its pair, up or down; a step with a dot product that is not
+    finite moves none. (What overflows in a head alone, and has the scaler skip the step, is in no dot product.)
 
     Args:
         num_tasks: T.
