@@ -40,12 +40,12 @@ class Accumulation:
         """
         self.check()
         n_tasks = len(losses.present)
-        self._expect(n_tasks)
+        self.expect(n_tasks)
         self._rows = self._rows or [{} for _ in range(n_tasks)]
         values: list[Tensor | None] = [None] * n_tasks
-        self._broken = True  # if a pass raises, some tasks' gradients have been added and others' not
         for i, value, found in losses.passes(targets):
             values[i] = value
+            self._broken = True  # if a later pass raises, some tasks' gradients have been added and others' not
             with torch.no_grad():
                 _add(self._rows[i], targets, rows.readable(found, targets))
             del found  # not alive beside the next task's
@@ -55,14 +55,16 @@ class Accumulation:
 
     def took(self, present: Sequence[bool], info: SurgeryInfo) -> None:
         """Note a micro-batch whose gradients were not to be added up here, and are in ``.grad`` already."""
-        self._expect(len(present))
         self._add_losses([loss if here else None for loss, here in zip(info.losses, present, strict=True)])
         self.info = replace(info, losses=stacked(self._losses, info.losses))
 
     def check(self) -> None:
         """Raise RuntimeError if a micro-batch has been added in part."""
         if self._broken:
-            raise RuntimeError("a backward pass within accumulate() has raised: the gradients of its block are lost")
+            raise RuntimeError(
+                "a backward pass has raised while task gradients were added up, and they are lost: begin anew, with "
+                "another accumulate() block or zero_grad()"
+            )
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Each present task's number, the sum of its losses, and the sums of its gradients, which are given away."""
@@ -70,7 +72,8 @@ class Accumulation:
             if loss is not None:
                 yield i, loss, [self._rows[i].pop(p, None) for p in targets]
 
-    def _expect(self, n_tasks: int) -> None:
+    def expect(self, n_tasks: int) -> None:
+        """Raise ValueError if the micro-batches before were of another number of tasks."""
         self._losses = self._losses or [None] * n_tasks
         if n_tasks != len(self._losses):
             raise ValueError(f"losses has {n_tasks} entries; those before in this block had {len(self._losses)}")

@@ -78,7 +78,7 @@ def backward(
         shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
             losses reach. All others get the plain sum.
         suppression: drops entries of the result at random, under any ``aggregator``; the shared parameters' alone.
-        features: a tensor, or several, through which alone all losses reach the parameters below: the output of a trunk
+        features: a tensor, or several, through which alone losses reach the parameters below: the output of a trunk
             that the tasks share in one forward pass. The heads then go back to it first, each one's graph freed before
             the next, callables' too, and the trunk once per task. They can have no tensor hooks, nor retain_grad().
         batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster where a

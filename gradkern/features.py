@@ -35,6 +35,8 @@ class LossesOnFeatures(Losses):
         self, losses: Sequence[Loss], features: Features, batched: bool, retain_graph: bool, device: torch.device
     ) -> None:
         super().__init__(losses, retain_graph, device)
+        if not isinstance(batched, bool):
+            raise TypeError(f"batched must be True or False, got {batched!r}")
         self.features = [h for h in _checked(features) if h.requires_grad]
         self.batched = batched
 
@@ -64,11 +66,8 @@ class LossesOnFeatures(Losses):
                 raise ValueError(f"features[{k}] is computed from another of features: give the last of them alone")
             if h._backward_hooks or h.retains_grad:
                 raise ValueError(f"features[{k}] has a hook or retain_grad(), which would run twice for each task")
-        graph.freeable(self.features)  # raises for a graph that cannot be asked for gradients
-        trunk = {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
-        if self.features and not trunk:
-            raise ValueError("features reaches no parameter: none of params is below it")
-        return trunk
+        graph.freeable(self.features, argument="features")  # raises for a graph that cannot be asked for gradients
+        return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
 
     def _head_passes(
         self, heads: Sequence[Tensor], trunk: set[Tensor], weights: Sequence[float] | None
@@ -80,8 +79,9 @@ class LossesOnFeatures(Losses):
             past = [p for p in graph.leaves(value, edges) if p in trunk]
             if past:
                 raise ValueError(
-                    f"losses[{i}] reaches {len(past)} of params both through features and past them, by a skip "
-                    f"connection or tied weights, such as one of shape {tuple(past[0].shape)}: leave features out"
+                    f"losses[{i}] reaches {len(past)} of the params below features past them, by a skip connection, "
+                    f"tied weights or a term of their own, such as one of shape {tuple(past[0].shape)}: leave features "
+                    "out"
                 )
             seed = None if weights is None else [torch.full_like(value, weights[i])]
             retain_graph = self.retain_graph or not free[i]

@@ -9,11 +9,11 @@ from torch.autograd.graph import Node, get_gradient_edge
 Edge = tuple[Node, int]
 
 
-def freeable(losses: Sequence[object], cut: Collection[Edge] = ()) -> list[bool]:
+def freeable(losses: Sequence[object], cut: Collection[Edge] = (), argument: str = "losses") -> list[bool]:
     """Whether the graph of each loss may be freed when its own backward pass is done; entries that are no tensors may.
 
     Losses that share nodes form a cluster (parameters do not count: they hold no activations), and the last of a
-    cluster frees what it shares. Graphs end at the edges ``cut``.
+    cluster frees what it shares. Graphs end at the edges ``cut``; ``argument`` is what the user calls ``losses``.
 
     Raises:
         ValueError: a graph holds reentrant activation checkpointing, which cannot be asked for gradients.
@@ -35,7 +35,7 @@ def freeable(losses: Sequence[object], cut: Collection[Edge] = ()) -> list[bool]
             if node in owner:
                 cluster[latest(owner[node])] = i
             else:
-                _refuse_reentrant(i, node)
+                _refuse_reentrant(f"{argument}[{i}]", node)
             owner[node] = i
     return [latest(i) == i for i in range(len(losses))]
 
@@ -46,7 +46,7 @@ def refuse_reentrant(i: int, loss: Tensor) -> None:
     It hides the parameters it uses: asked for their gradients, autograd would say that no loss reaches them.
     """
     for node in _nodes(loss, ()):
-        _refuse_reentrant(i, node)
+        _refuse_reentrant(f"losses[{i}]", node)
 
 
 def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
@@ -79,10 +79,10 @@ def _nodes(loss: Tensor, known: Collection[Node], cut: Collection[Edge] = ()) ->
             stack.extend(below)
 
 
-def _refuse_reentrant(i: int, node: Node) -> None:
+def _refuse_reentrant(name: str, node: Node) -> None:
     if node.name() == "CheckpointFunctionBackward":
         raise ValueError(
-            f"losses[{i}] runs through reentrant activation checkpointing, which cannot give the gradients of one "
+            f"{name} runs through reentrant activation checkpointing, which cannot give the gradients of one "
             "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
 

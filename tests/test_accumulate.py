@@ -171,7 +171,7 @@ def test_a_micro_batch_that_fails_spoils_its_block() -> None:
                 opt.backward(model.losses(x, y))
 
     for more in (0, 1):
-        with pytest.raises(RuntimeError, match="gradients of its block are lost"):
+        with pytest.raises(RuntimeError, match="added up, and they are lost"):
             go_on(more)
     assert all(p.grad is None for p in model.parameters())
 
@@ -187,12 +187,33 @@ def test_what_comes_after_the_block_is_refused_within() -> None:
             opt.step()
         with pytest.raises(RuntimeError, match=r"update\(\) within accumulate\(\)"):
             opt.update(model.losses(x, y))
+        with pytest.raises(RuntimeError, match=r"zero_grad\(\) within accumulate\(\)"):
+            opt.zero_grad()
+        with pytest.raises(RuntimeError, match=r"state_dict\(\) within accumulate\(\)"):
+            opt.state_dict()
     assert total.info is None  # nothing has been added up
     with opt.accumulate():
         opt.backward(model.losses(x, y))
         with pytest.raises(ValueError, match="losses has 2 entries; those before in this block had 3"):
             opt.backward(model.losses(x, y)[:2])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(), gk.Sum()])
+def test_a_micro_batch_that_is_refused_leaves_the_others_alone(method: gk.Aggregator) -> None:
+    """Nothing of it has been added, whether it was refused for its losses or for its features."""
+    model, x, y = problem()
+    opt = optimizer(model, method)
+    with opt.accumulate():
+        opt.backward(model.losses(x, y))
+        before = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+        with pytest.raises(ValueError, match="losses has 2 entries"):
+            opt.backward(model.losses(x, y)[:2])
+        with pytest.raises(TypeError, match="features must be"):
+            opt.backward(model.losses(x, y), features=3)
+        for p, g in zip(model.parameters(), before, strict=True):
+            assert (p.grad is None) if g is None else torch.equal(p.grad, g)
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_conflict_lr_goes_by_the_sums() -> None:

@@ -35,16 +35,6 @@ def recipe(name: str) -> Any:
     return importlib.import_module(f"recipes.{name}")
 
 
-@pytest.fixture(autouse=True)
-def _accelerate_starts_anew() -> Iterator[None]:
-    """Its settings are the process's."""
-    yield
-    state = sys.modules.get("accelerate.state")
-    if state is not None:
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
-
-
 @pytest.fixture
 def float64() -> Iterator[None]:
     """So that a step by hand differs by roundings alone, which Adam makes nothing of."""

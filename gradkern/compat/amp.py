@@ -4,7 +4,7 @@
 of the rows, lets the scaler unscale the one result and step, and drops them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -68,6 +68,8 @@ class _Accumulating:
             TypeError, ValueError: as :func:`gradkern.backward`.
             RuntimeError: an earlier call has raised halfway, and there was no ``zero_grad`` since.
         """
+        if isinstance(mt_losses, Tensor) or not isinstance(mt_losses, Iterable):
+            raise TypeError(f"mt_losses must be a sequence with one entry per task, got {type(mt_losses).__name__}")
         losses = list(mt_losses)
         if len(losses) != self.num_tasks:
             raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
@@ -159,7 +161,9 @@ class _Accumulating:
         scaler = self._scaler
         if scaler is None or loss is None:
             return loss
-        return (lambda: scaler.scale(loss())) if callable(loss) else scaler.scale(loss)
+        if callable(loss):
+            return lambda: scaler.scale(loss())
+        return scaler.scale(loss) if isinstance(loss, Tensor) else loss  # what is none is to be refused
 
 
 class PCGradAMP(_Accumulating):
@@ -175,7 +179,7 @@ class PCGradAMP(_Accumulating):
         scaler: scales the losses. A step that is not finite is skipped, and the scale backs off.
         reduction: of the modified task gradients, "sum" or "mean".
         cpu_offload: keep the rows in host memory and do the surgery there. The device then holds the gradients of one
-            task at a time, and in the end their combination.
+            task at a time, and in the end their combination. Post-accumulate hooks do not run then.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.

@@ -35,7 +35,8 @@ class PCGrad(SurgeryOptimizer):
 
     The other modes repeat old runs to rounding, given equal seeds of Python's ``random``: one Gramian over all
     parameters, which the host waits for; a task's own gradient among those that it is projected onto; and the
-    ``reduction`` only for parameters that all tasks reach, the sum for all others.
+    ``reduction`` only for parameters that all tasks reach, the sum for all others. In them post-accumulate hooks do not
+    run.
 
     Args:
         optimizer: as for :class:`gradkern.SurgeryOptimizer`, whose attribute it is.
@@ -50,7 +51,7 @@ class PCGrad(SurgeryOptimizer):
     def __init__(self, optimizer: Optimizer, reduction: str = "mean", *, compat: str | None = None) -> None:
         if compat not in MODES:
             raise ValueError(f"compat must be one of {', '.join(map(repr, MODES))}; got {compat!r}")
-        method = (aggregators.PCGrad if compat is None else _Published)(reduction=reduction)
+        method = (aggregators.PCGrad if compat is None else _AsPublished)(reduction=reduction)
         super().__init__(optimizer, method)
         self.reduction = method.reduction = "mean" if compat == "original" else reduction
         self.compat = compat
@@ -93,7 +94,7 @@ class PCGrad(SurgeryOptimizer):
         return f"PCGrad({self.optimizer!r}, reduction={self.reduction!r}, compat={self.compat!r})"
 
 
-class _Published(aggregators.PCGrad):
+class _AsPublished(aggregators.PCGrad):
     """PCGrad as both have it: one list of all tasks, shuffled anew for each task, which visits all of it."""
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """Optimizers that do gradient surgery."""
 
+from gradkern.accumulation import Accumulation
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.surgery import SurgeryOptimizer
 
-__all__ = ["AdamW", "SurgeryOptimizer"]
+__all__ = ["Accumulation", "AdamW", "SurgeryOptimizer"]

@@ -144,6 +144,8 @@ class SurgeryOptimizer(Optimizer):
         if total is not None and not self._needs_no_rows():
             info = add_up(total, source, self._params())
         else:
+            if total is not None and isinstance(losses, list):
+                total.expect(len(losses))
             info = self._surgery(source)
             self._pending.step_scale = info.step_scale
             if total is not None:
@@ -157,7 +159,8 @@ class SurgeryOptimizer(Optimizer):
 
         So surgery sees what it would of one big batch, if losses are divided by the number of micro-batches. A gradient
         per task is kept; ``.grad`` is written when the block is left, and is not if an exception leaves it. (``Sum``,
-        ``Mean`` and ``Constant``, torch's own backward pass, add into ``.grad`` at once.) ``step`` comes after it.
+        ``Mean`` and ``Constant``, torch's own backward pass, add into ``.grad`` at once.) What is frozen by then gets
+        none. ``zero_grad`` comes before the block, ``step`` and ``state_dict`` after it.
 
         Yields:
             What holds the step's ``info``, once the block is left.
@@ -290,7 +293,9 @@ class SurgeryOptimizer(Optimizer):
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
-            raise RuntimeError(f"{what}() within accumulate(): the gradients are not combined before its block is left")
+            raise RuntimeError(
+                f"{what}() within accumulate(): gradients are added up, and combined as its block is left"
+            )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the wrapped optimizer, scaled by ``conflict_lr``; ``closure`` is passed on to it."""
@@ -313,6 +318,7 @@ class SurgeryOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""
+        self._refuse_within_accumulate("zero_grad")
         self._pending.step_scale = None
         self.optimizer.zero_grad(set_to_none)
 
@@ -325,6 +331,7 @@ class SurgeryOptimizer(Optimizer):
 
         That is the method's name and state, the suppression's seed and step, and the tasks' gradients of ``memory``.
         """
+        self._refuse_within_accumulate("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state: dict[str, Any] = dict(self.optimizer.state_dict())
