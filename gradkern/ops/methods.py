@@ -50,6 +50,15 @@ def pcgrad_coefficients(M: Tensor, keys: Tensor | None, partner: str) -> Floats:
     return np.array([_few(m, k, visits) for m, k in of_segments])
 
 
+def pcgrad_weights(M: Tensor, keys: Tensor | None, partner: str) -> list[float]:
+    """The sum of one Gramian's (T, T) coefficients over tasks; of few tasks with no array in between."""
+    if partner == "all" and keys is not None and len(M) <= FEW:
+        C = _few(M.tolist(), keys.tolist()[0], len(M) - 1)
+    else:
+        C = pcgrad_coefficients(M.unsqueeze(0), keys, partner)[0].tolist()
+    return [sum(column) for column in zip(*C, strict=True)]
+
+
 def _average(M: Tensor) -> Floats:
     """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
     rows = _host(M)
