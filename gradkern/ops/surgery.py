@@ -13,8 +13,6 @@ from gradkern.ops.products import matrix_gramian
 from gradkern.ops.pytorch import combine_matrix
 from gradkern.ops.registration import operator
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-
 
 @operator("pcgrad.matrix")
 def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
@@ -24,6 +22,5 @@ def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> T
     weights = pcgrad_weights(M, keys, partner)
     if mean:
         weights = [w / len(weights) for w in weights]
-    with np.errstate(over="ignore"):  # gradients that have overflowed are for the gradient scaler to find
-        w = torch.from_numpy(np.array(weights, _NUMPY[M.dtype])).to(J.device)
+    w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # NumPy would warn where it overflows
     return combine_matrix(X, w).to(J.dtype)
