@@ -1,0 +1,202 @@
+"""BERT's encoder (Devlin et al. 2019), with weights from a file or random ones."""
+
+import json
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of an encoder: of BERT-base where nothing is said.
+
+    Attributes:
+        layers: how many.
+        hidden: H, numbers per token.
+        heads: of attention in each layer.
+        inner: width of each layer's feed-forward network.
+        vocabulary: how many tokens there are.
+        positions: the most tokens that a sentence may have.
+        kinds: of segments that the weights know. Here all are of the first.
+        epsilon: of the layer normalisations.
+    """
+
+    layers: int = 12
+    hidden: int = 768
+    heads: int = 12
+    inner: int = 3072
+    vocabulary: int = 30522
+    positions: int = 512
+    kinds: int = 2
+    epsilon: float = 1e-12
+
+    @classmethod
+    def read(cls, file: Path) -> "Config":
+        """From a ``config.json`` of Hugging Face's.
+
+        Raises:
+            ValueError: it is not of the one kind of model that is here.
+        """
+        found = json.loads(file.read_text())
+        told = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+        for name, only in told.items():
+            if found.get(name, only) != only:
+                raise ValueError(f"{file}: {name} must be {only!r}, got {found[name]!r}")
+        return cls(
+            layers=found["num_hidden_layers"],
+            hidden=found["hidden_size"],
+            heads=found["num_attention_heads"],
+            inner=found["intermediate_size"],
+            vocabulary=found["vocab_size"],
+            positions=found["max_position_embeddings"],
+            kinds=found["type_vocab_size"],
+            epsilon=found["layer_norm_eps"],
+        )
+
+
+class Encoded(NamedTuple):
+    """What the encoder makes of B sentences of L tokens: a vector for each token, and one for each sentence.
+
+    Attributes:
+        hidden: (B, L, H). Where there is padding the numbers mean nothing.
+        pooled: (B, H), read off the first token.
+    """
+
+    hidden: Tensor
+    pooled: Tensor
+
+
+class Layer(nn.Module):
+    """Attention, then a network for each token by itself."""
+
+    def __init__(self, config: Config, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.p = config.heads, dropout
+        self.query, self.key, self.value, self.output = (nn.Linear(config.hidden, config.hidden) for _ in range(4))
+        self.after_attention = nn.LayerNorm(config.hidden, config.epsilon)
+        self.up, self.down = nn.Linear(config.hidden, config.inner), nn.Linear(config.inner, config.hidden)
+        self.after_all = nn.LayerNorm(config.hidden, config.epsilon)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
+        """(B, L, H) of the same; ``seen``, (B, 1, 1, L) bool, the tokens to attend to."""
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        found = F.scaled_dot_product_attention(q, k, v, seen, self.p if self.training else 0.0)
+        x = self.after_attention(x + self.dropout(self.output(found.transpose(1, 2).flatten(-2))))
+        return self.after_all(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class Bert(nn.Module):
+    """The encoder with random weights, as torch's layers draw them. Its parameters are listed in BERT's order.
+
+    Args:
+        config: its sizes.
+        dropout: the share of numbers that training drops: of embeddings, of attention and of what each layer adds.
+    """
+
+    def __init__(self, config: Config, dropout: float) -> None:
+        super().__init__()
+        self.config = config
+        self.words = nn.Embedding(config.vocabulary, config.hidden)
+        self.positions = nn.Embedding(config.positions, config.hidden)
+        self.kinds = nn.Embedding(config.kinds, config.hidden)
+        self.norm = nn.LayerNorm(config.hidden, config.epsilon)
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.layers))
+        self.pooler = nn.Linear(config.hidden, config.hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Encoded:
+        """Encode sentences by themselves.
+
+        Args:
+            ids: (B, L) int64, each sentence from the first column on.
+            mask: (B, L) bool, False where there is padding; None where there is none.
+
+        Raises:
+            ValueError: L is more than the model has positions.
+        """
+        length = ids.shape[1]
+        if length > self.config.positions:
+            raise ValueError(
+                f"ids must have at most {self.config.positions} columns, the positions of the model, got {length}"
+            )
+        x = self.words(ids) + self.positions.weight[:length] + self.kinds.weight[0]
+        x = self.dropout(self.norm(x))
+        seen = None if mask is None else mask[:, None, None]
+        for layer in self.layers:
+            x = layer(x, seen)
+        return Encoded(x, torch.tanh(self.pooler(x[:, 0])))
+
+
+RENAMED = (  # in this order: "attention.output.dense" ends as "output.dense" does
+    ("embeddings.word_embeddings", "words"),
+    ("embeddings.position_embeddings", "positions"),
+    ("embeddings.token_type_embeddings", "kinds"),
+    ("embeddings.LayerNorm", "norm"),
+    ("encoder.layer", "layers"),
+    ("attention.self.", ""),
+    ("attention.output.dense", "output"),
+    ("attention.output.LayerNorm", "after_attention"),
+    ("intermediate.dense", "up"),
+    ("output.dense", "down"),
+    ("output.LayerNorm", "after_all"),
+    ("pooler.dense", "pooler"),
+    (".gamma", ".weight"),  # of layer normalisations in the first released weights
+    (".beta", ".bias"),
+)
+PARTS = ("embeddings.", "encoder.", "pooler.")
+IGNORED = "embeddings.position_ids"
+
+
+def load(directory: Path, dropout: float) -> Bert:
+    """The encoder of a directory in Hugging Face's BERT layout: ``config.json`` and ``model.safetensors``.
+
+    Names may begin with "bert."; heads of pretraining beside the encoder are left out. If there is no pooler, one is
+    drawn, and a warning says so.
+
+    Args:
+        directory: where they are.
+        dropout: as of :class:`Bert`. What the file says of it is not read.
+
+    Raises:
+        ValueError: ``config.json`` is of another kind of model, or the weights are not of its names and shapes.
+    """
+    file = directory / WEIGHTS
+    model = Bert(Config.read(directory / "config.json"), dropout)
+    own = model.state_dict()
+    stored = {name.removeprefix("bert."): weight for name, weight in load_file(file).items()}
+    found = {_renamed(n): (n, weight) for n, weight in stored.items() if n.startswith(PARTS) and n != IGNORED}
+    unknown = [n for name, (n, _) in found.items() if name not in own]
+    if unknown:
+        raise ValueError(f"{file} has tensors that the model of config.json has not: {', '.join(unknown)}")
+    missing = [name for name in own if name not in found]
+    if missing == ["pooler.weight", "pooler.bias"]:
+        warnings.warn(f"{file} has no pooler: its weights are random", stacklevel=2)
+    elif missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)} (as named here)")
+    _check_shapes(file, ((name, weight, own[ours]) for ours, (name, weight) in found.items()))
+    for name, (_, weight) in found.items():
+        own[name].copy_(weight)
+    return model
+
+
+def _renamed(name: str) -> str:
+    for theirs, ours in RENAMED:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _check_shapes(file: Path, tensors: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    """All before the first is copied."""
+    for name, found, needed in tensors:
+        if found.shape != needed.shape:
+            raise ValueError(f"{file}: {name} must have shape {tuple(needed.shape)}, got {tuple(found.shape)}")
