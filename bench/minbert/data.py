@@ -79,7 +79,8 @@ def read(directory: Path, split: str, on_malformed: Callable[[str], object] | No
         found[task], wrong = _read(path, LAYOUTS[task])
         malformed += wrong
     if malformed:
-        told = "\n  ".join([f"{len(malformed)} malformed row(s):", *malformed[:SHOWN]])
+        told = f"{len(malformed)} malformed row{'s' * (len(malformed) > 1)}:"
+        told = "\n  ".join([told, *malformed[:SHOWN]])
         told += f"\n  and {len(malformed) - SHOWN} more" if len(malformed) > SHOWN else ""
         if on_malformed is None:
             raise ValueError(told)

@@ -1,34 +1,18 @@
 """How good the predictions are: each task's measures, and the two overall scores of the reports."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bench.minbert.data import CLASSES, TASKS, Batch
+from bench.minbert.heads import MultiTask
 
 Measured = dict[str, dict[str, float]]
 """By task: accuracy, precision and recall of those that classify, pearson of the other; and loss."""
-
-
-class Model(Protocol):
-    """What can be evaluated; a task is known by its position in ``TASKS``."""
-
-    def modules(self) -> Iterator[nn.Module]:
-        """It and all in it."""
-
-    def eval(self) -> object:
-        """Turn dropout off."""
-
-    def loss(self, task: int, batch: Batch) -> Tensor:
-        """The batch's, ()."""
-
-    def predict(self, task: int, batch: Batch) -> Tensor:
-        """(B,): classes, or numbers."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +74,7 @@ def pearson(predicted: Tensor, labels: Tensor) -> float:
     return min(1.0, max(-1.0, r)) if math.isfinite(r) else 0.0
 
 
-def evaluate(model: Model, loaders: Sequence[DataLoader[Batch]]) -> Measured:
+def evaluate(model: MultiTask, loaders: Sequence[DataLoader[Batch]]) -> Measured:
     """Every task's measures and mean loss over all its examples, with dropout off; each module's mode is restored.
 
     A loss that is no mean over examples, 1 - Pearson, is that of the batches, by their sizes.
@@ -109,12 +93,13 @@ def evaluate(model: Model, loaders: Sequence[DataLoader[Batch]]) -> Measured:
             module.training = mode
 
 
-def _of_task(model: Model, task: int, loader: DataLoader[Batch]) -> dict[str, float]:
+def _of_task(model: MultiTask, task: int, loader: DataLoader[Batch]) -> dict[str, float]:
     predicted, labels, losses = [], [], []
     for batch in loader:
-        predicted.append(model.predict(task, batch))
+        found = model(task, batch)
+        predicted.append(model.predicted(task, found))
         labels.append(batch.labels)
-        losses.append(model.loss(task, batch) * len(batch.labels))
+        losses.append(model.loss_of(task, found, batch.labels) * len(batch.labels))
     p, y = torch.cat(predicted).cpu(), torch.cat(labels).cpu()
     classes = CLASSES.get(TASKS[task])
     measures = {"pearson": pearson(p, y)} if classes is None else classified(p, y, classes)
