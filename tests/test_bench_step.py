@@ -12,18 +12,19 @@ import torch
 from torch import Tensor
 
 from bench import device as machine
+from bench.minbert.bert import Bert, Config
 from bench.peers import PYTORCH_OPTIMIZER, TORCHJD, Peers, installed
 from bench.shapes import BERT_BASE, bert, numbers
 from bench.step.__main__ import main
 from bench.step.captured import Captured
 from bench.step.contestants import BASELINE, LR, contestants
-from bench.step.model import OUTPUTS, SIZES, Encoder, MultiTask, Size
+from bench.step.model import OUTPUTS, SIZES, MultiTask, Size
 from bench.step.parts import PARTS, parts
 from bench.step.table import table
 from gradkern import reference
 from tests.models import flat, task_gradients
 
-TINY = Size("tiny", layers=2, hidden=32, heads=4, inner=64, vocabulary=50, positions=64)
+TINY = Config(layers=2, hidden=32, heads=4, inner=64, vocabulary=50, positions=64)
 CPU = torch.device("cpu")
 T = len(OUTPUTS)
 INSTALLED = installed()
@@ -138,7 +139,7 @@ def test_all_contestants_step_the_same_parameters(model: MultiTask) -> None:
 def test_encoders_are_those_of_the_papers() -> None:
     def shapes(size: Size) -> list[tuple[int, ...]]:
         with torch.device("meta"):
-            return [tuple(p.shape) for p in Encoder(size).parameters()]
+            return [tuple(p.shape) for p in Bert(size.config, dropout=0.0).parameters()]
 
     assert shapes(SIZES["bert-base"]) == BERT_BASE
     assert shapes(SIZES["minilm"]) == bert(30522, 512, 384, 6, 1536)
@@ -166,7 +167,7 @@ def test_parts_are_told_by_whose_code_runs(name: str, monkeypatch: pytest.Monkey
 def test_a_run_prints_and_keeps_what_it_measured(
     peers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(SIZES, "tiny", TINY)
+    monkeypatch.setitem(SIZES, "tiny", Size("tiny", TINY))
     main(["--size", "tiny", "--seconds", "0.01", "--out", str(tmp_path / "new"), *(["--peers"] if peers else [])])
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "new" / "step.json").read_text())

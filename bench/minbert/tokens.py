@@ -11,6 +11,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LEARNED = 2000
 """The most tokens of a vocabulary that is learned."""
 
@@ -34,7 +35,7 @@ class Tokenizer:
         vocabulary: how many tokens it knows.
     """
 
-    def __init__(self, wordpiece: tokenizers.Tokenizer) -> None:
+    def __init__(self, wordpiece: tokenizers.Tokenizer | BertWordPieceTokenizer) -> None:
         self.wordpiece = wordpiece
         self.vocabulary = wordpiece.get_vocab_size()
 
@@ -45,14 +46,18 @@ class Tokenizer:
             return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
         told = directory / "tokenizer_config.json"
         lowercase = json.loads(told.read_text()).get("do_lower_case", True) if told.is_file() else True
-        return cls(BertWordPieceTokenizer(str(directory / "vocab.txt"), lowercase=lowercase)._tokenizer)
+        return cls(BertWordPieceTokenizer(str(directory / "vocab.txt"), lowercase=lowercase))
 
     @classmethod
     def learned(cls, sentences: Iterable[str]) -> "Tokenizer":
         """One of at most ``LEARNED`` tokens that says these sentences in few; the same for the same sentences."""
-        wordpiece = BertWordPieceTokenizer()
-        wordpiece.train_from_iterator(sentences, LEARNED, show_progress=False)
-        return cls(wordpiece._tokenizer)
+        sentences, wordpiece = list(sentences), BertWordPieceTokenizer()
+        letters = sorted({c for s in sentences for c in wordpiece.normalize(s) if not c.isspace()})
+        # Left to itself the trainer numbers the ##letters as a hash map lists them, and pieces that are as frequent as
+        # each other by those numbers.
+        first = [*SPECIAL, *letters, *(f"##{c}" for c in letters)]
+        wordpiece.train_from_iterator(sentences, LEARNED, special_tokens=first, show_progress=False)
+        return cls(BertWordPieceTokenizer(wordpiece.get_vocab()))
 
     def encode(self, sentences: Sequence[str], max_length: int = 128) -> Tokens:
         """B sentences, padded to the longest of them; what is beyond ``max_length`` tokens of one is cut off.

@@ -32,7 +32,7 @@ def run(
         tell: is told what comes next.
     """
     with device:
-        model = MultiTask(size)
+        model = MultiTask(size.config)
     steps = contestants(model, peers)
     whole = measured(steps, BASELINE, seconds, device, lambda text: tell(f"whole step: {text}"))
     split = _split({name: steps[name] for name in whole.seconds}, whole, device, tell)
