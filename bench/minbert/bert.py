@@ -1,18 +1,13 @@
-"""BERT's encoder (Devlin et al. 2019), with weights from a file or random ones."""
+"""BERT's encoder (Devlin et al. 2019)."""
 
 import json
-import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -135,68 +130,3 @@ class Bert(nn.Module):
         for layer in self.layers:
             x = layer(x, seen)
         return Encoded(x, torch.tanh(self.pooler(x[:, 0])))
-
-
-RENAMED = (  # in this order: "attention.output.dense" ends as "output.dense" does
-    ("embeddings.word_embeddings", "words"),
-    ("embeddings.position_embeddings", "positions"),
-    ("embeddings.token_type_embeddings", "kinds"),
-    ("embeddings.LayerNorm", "norm"),
-    ("encoder.layer", "layers"),
-    ("attention.self.", ""),
-    ("attention.output.dense", "output"),
-    ("attention.output.LayerNorm", "after_attention"),
-    ("intermediate.dense", "up"),
-    ("output.dense", "down"),
-    ("output.LayerNorm", "after_all"),
-    ("pooler.dense", "pooler"),
-    (".gamma", ".weight"),  # of layer normalisations in the first released weights
-    (".beta", ".bias"),
-)
-PARTS = ("embeddings.", "encoder.", "pooler.")
-IGNORED = "embeddings.position_ids"
-
-
-def load(directory: Path, dropout: float) -> Bert:
-    """The encoder of a directory in Hugging Face's BERT layout: ``config.json`` and ``model.safetensors``.
-
-    Names may begin with "bert."; heads of pretraining beside the encoder are left out. If there is no pooler, one is
-    drawn, and a warning says so.
-
-    Args:
-        directory: where they are.
-        dropout: as of :class:`Bert`. What the file says of it is not read.
-
-    Raises:
-        ValueError: ``config.json`` is of another kind of model, or the weights are not of its names and shapes.
-    """
-    file = directory / WEIGHTS
-    model = Bert(Config.read(directory / "config.json"), dropout)
-    own = model.state_dict()
-    stored = {name.removeprefix("bert."): weight for name, weight in load_file(file).items()}
-    found = {_renamed(n): (n, weight) for n, weight in stored.items() if n.startswith(PARTS) and n != IGNORED}
-    unknown = [n for name, (n, _) in found.items() if name not in own]
-    if unknown:
-        raise ValueError(f"{file} has tensors that the model of config.json has not: {', '.join(unknown)}")
-    missing = [name for name in own if name not in found]
-    if missing == ["pooler.weight", "pooler.bias"]:
-        warnings.warn(f"{file} has no pooler: its weights are random", stacklevel=2)
-    elif missing:
-        raise ValueError(f"{file} lacks {', '.join(missing)} (as named here)")
-    _check_shapes(file, ((name, weight, own[ours]) for ours, (name, weight) in found.items()))
-    for name, (_, weight) in found.items():
-        own[name].copy_(weight)
-    return model
-
-
-def _renamed(name: str) -> str:
-    for theirs, ours in RENAMED:
-        name = name.replace(theirs, ours)
-    return name
-
-
-def _check_shapes(file: Path, tensors: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """All before the first is copied."""
-    for name, found, needed in tensors:
-        if found.shape != needed.shape:
-            raise ValueError(f"{file}: {name} must have shape {tuple(needed.shape)}, got {tuple(found.shape)}")
