@@ -9,6 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+ONLY = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+"""What a ``config.json`` may say of the kind of model."""
+KEYS = {
+    "layers": "num_hidden_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "inner": "intermediate_size",
+    "vocabulary": "vocab_size",
+    "positions": "max_position_embeddings",
+    "kinds": "type_vocab_size",
+    "epsilon": "layer_norm_eps",
+}
+"""What it calls the sizes."""
+
 
 @dataclass(frozen=True)
 class Config:
@@ -39,23 +53,16 @@ class Config:
         """From a ``config.json`` of Hugging Face's.
 
         Raises:
-            ValueError: it is not of the one kind of model that is here.
+            ValueError: it is not of the one kind of model that is here, or leaves out a size.
         """
         found = json.loads(file.read_text())
-        told = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-        for name, only in told.items():
+        for name, only in ONLY.items():
             if found.get(name, only) != only:
                 raise ValueError(f"{file}: {name} must be {only!r}, got {found[name]!r}")
-        return cls(
-            layers=found["num_hidden_layers"],
-            hidden=found["hidden_size"],
-            heads=found["num_attention_heads"],
-            inner=found["intermediate_size"],
-            vocabulary=found["vocab_size"],
-            positions=found["max_position_embeddings"],
-            kinds=found["type_vocab_size"],
-            epsilon=found["layer_norm_eps"],
-        )
+        missing = [key for key in KEYS.values() if key not in found]
+        if missing:
+            raise ValueError(f"{file} has no {', no '.join(missing)}")
+        return cls(**{name: found[key] for name, key in KEYS.items()})
 
 
 class Encoded(NamedTuple):

@@ -52,11 +52,12 @@ class TwoLayers(Linear):
 
 
 class Concatenated(Head):
-    """A linear layer of [v1, v2]."""
+    """A linear layer of [v1, v2], whose bias begins as ``bias``."""
 
-    def __init__(self, hidden: int, dropout: float) -> None:
+    def __init__(self, hidden: int, dropout: float, bias: float = 0.0) -> None:
         super().__init__(hidden, dropout)
         self.linear = nn.Linear(2 * hidden, 1)
+        nn.init.constant_(self.linear.bias, bias)
 
     def forward(self, v1: Tensor, v2: Tensor) -> Tensor:
         """(B,)."""
@@ -78,14 +79,14 @@ class Joint(Concatenated):
 
 
 class Multiplicative(Head):
-    """v1 (A + Aᵀ + I) v2ᵀ + b, to which it is one which sentence comes first."""
+    """v1 (A + Aᵀ + I) v2ᵀ + b, to which it is one which sentence comes first; b begins as ``bias``."""
 
-    def __init__(self, hidden: int, dropout: float) -> None:
+    def __init__(self, hidden: int, dropout: float, bias: float = 0.0) -> None:
         super().__init__(hidden, dropout)
-        # The reports do not say how A begins. So the form begins as attention's scaled product, v1 v2ᵀ / √H, and what
-        # comes of it is of the size of logits and of similarities; with A = 0 it would be some tens or hundreds.
+        # The reports do not say how A begins. Here so that the form is attention's scaled product, v1 v2ᵀ / √H, at
+        # first: of the size of logits and similarities, whatever H.
         self.A = nn.Parameter(torch.eye(hidden) * (hidden**-0.5 - 1) / 2)
-        self.b = nn.Parameter(torch.zeros(()))
+        self.b = nn.Parameter(torch.tensor(bias))
 
     def forward(self, v1: Tensor, v2: Tensor) -> Tensor:
         """(B,)."""
@@ -126,7 +127,13 @@ HEADS: dict[str, dict[str, Callable[[int, float], Head]]] = {
         "joint": Joint,
         "multiplicative": Multiplicative,
     },
-    "sts": {"cosine": Cosine, "sigmoid": Sigmoid, "joint": Joint, "multiplicative": Multiplicative},
+    "sts": {
+        "cosine": Cosine,
+        "sigmoid": Sigmoid,
+        # From 0, which no pair is like, it takes dozens of steps to get among the labels.
+        "joint": partial(Joint, bias=MOST / 2),
+        "multiplicative": partial(Multiplicative, bias=MOST / 2),
+    },
 }
 LOSSES: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "sst": {"cross-entropy": F.cross_entropy},
@@ -161,7 +168,7 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(make(hidden, p) for make in makers)
 
     def forward(self, task: int, batch: Batch) -> Tensor:
-        """What the head says: logits of classes, (B, 5), or of a yes, (B,), or similarities, (B,); at least float32.
+        """What the head says: logits of classes, (B, 5), or of a yes, (B,), or similarities, (B,).
 
         Args:
             task: its position in ``TASKS``.
@@ -171,8 +178,9 @@ class MultiTask(nn.Module):
         tokens = together(batch.tokens)
         encoded = self.encoder(*tokens)
         v = self.layer(_mean(encoded, tokens.mask) if head.mean_pooled else encoded.pooled)
-        found = head(*v.chunk(len(batch.tokens)))
-        return found.to(torch.promote_types(found.dtype, torch.float32))  # where autocast leaves it in half precision
+        # A head takes no time, and half precision has three digits, in which similarities are soon all the same.
+        with torch.autocast(v.device.type, enabled=False):
+            return head(*v.to(torch.promote_types(v.dtype, torch.float32)).chunk(len(batch.tokens)))
 
     def loss_of(self, task: int, found: Tensor, labels: Tensor) -> Tensor:
         """The task's loss, a scalar, of what :meth:`forward` returned."""
