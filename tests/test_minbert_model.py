@@ -73,6 +73,11 @@ def randomized(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def apart(a: Tensor, b: Tensor) -> float:
+    """At the most."""
+    return float((a - b).detach().abs().max())
+
+
 def padded(*lengths: int, vocabulary: int = TINY.vocabulary) -> Tokens:
     """Sentences of random tokens, and where there is padding too; not 0, whose gradient transformers takes for none."""
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
@@ -105,8 +110,8 @@ def test_the_encoder_and_its_gradients_are_those_of_transformers(config: dict[st
     ours = weights.load(tmp_path, dropout=0.0)
     ids, mask = padded(20, 7, 1, 13)
     a, b = ours(ids, mask), theirs(ids, attention_mask=mask.long())
-    assert float((a.hidden - b.last_hidden_state).detach().abs().max()) <= NEAR
-    assert float((a.pooled - b.pooler_output).detach().abs().max()) <= NEAR
+    assert apart(a.hidden, b.last_hidden_state) <= NEAR
+    assert apart(a.pooled, b.pooler_output) <= NEAR
     v, w = torch.randn_like(a.hidden) * mask.unsqueeze(-1), torch.randn_like(a.pooled)
     ours_g = torch.autograd.grad((a.hidden * v).sum() + (a.pooled * w).sum(), list(ours.parameters()))
     theirs_g = torch.autograd.grad(
@@ -115,7 +120,7 @@ def test_the_encoder_and_its_gradients_are_those_of_transformers(config: dict[st
     names = [name for name, _ in ours.named_parameters()]
     for name, g, h in zip(names, ours_g, theirs_g, strict=True):
         assert name.endswith("key.bias") or float(h.abs().max()) > 1e-3  # it adds the same to all that softmax compares
-        assert float((g - h).abs().max()) <= 1e2 * NEAR  # sums over all tokens, of size 10 to 100
+        assert apart(g, h) <= 1e2 * NEAR  # sums over all tokens, of size 10 to 100
 
 
 @needs_transformers
@@ -131,8 +136,8 @@ def test_minilm_is_that_of_transformers() -> None:
     with torch.no_grad():
         a, b = ours(ids, mask), theirs(ids, attention_mask=mask.long())
     assert float(b.last_hidden_state.abs().max()) > 1
-    assert float((a.hidden - b.last_hidden_state).abs().max()) <= MINILM
-    assert float((a.pooled - b.pooler_output).abs().max()) <= MINILM
+    assert apart(a.hidden, b.last_hidden_state) <= MINILM
+    assert apart(a.pooled, b.pooler_output) <= MINILM
 
 
 @torch.no_grad()
@@ -142,8 +147,8 @@ def test_padding_changes_nothing() -> None:
     whole = bert(ids, mask)
     for row, length in enumerate((20, 7, 1)):
         alone = bert(ids[row : row + 1, :length])
-        assert float((whole.hidden[row, :length] - alone.hidden[0]).abs().max()) <= NEAR
-        assert float((whole.pooled[row] - alone.pooled[0]).abs().max()) <= NEAR
+        assert apart(whole.hidden[row, :length], alone.hidden[0]) <= NEAR
+        assert apart(whole.pooled[row], alone.pooled[0]) <= NEAR
 
 
 @pytest.mark.parametrize("only", ["attention", "elsewhere"])
@@ -417,7 +422,7 @@ def test_heads_are_what_their_names_say(task: str, name: str) -> None:
     expected = formula(task, name, model.heads[t], vectors[0], vectors[-1])
     found = model(t, Batch(tokens, LABELS[task]))
     assert found.shape == ((3, 5) if task == "sst" else (3,))
-    assert float((found - expected).abs().max()) <= 1e2 * NEAR  # sums of 64 products of size 10
+    assert apart(found, expected) <= 1e2 * NEAR  # sums of 64 products of size 10
 
 
 @pytest.mark.parametrize(("task", "name"), PAIRS)
@@ -433,7 +438,7 @@ def test_a_product_begins_as_attentions_and_a_similarity_amid_its_scale() -> Non
     v, w = torch.randn(2, 3, 8)
     for task, middle in (("para", 0.0), ("sts", 2.5)):
         expected = (v * w).sum(1) / 8**0.5 + middle
-        assert float((HEADS[task]["multiplicative"](8, 0.0)(v, w) - expected).abs().max()) <= NEAR
+        assert apart(HEADS[task]["multiplicative"](8, 0.0)(v, w), expected) <= NEAR
     nothing = torch.zeros(1, 8)
     assert HEADS["sts"]["joint"](8, 0.0)(nothing, nothing).item() == 2.5
     assert HEADS["para"]["joint"](8, 0.0)(nothing, nothing).item() == 0
@@ -449,6 +454,7 @@ def by_hand(loss: str, found: np.ndarray, labels: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("task", "loss"), [(task, loss) for task in LOSSES for loss in LOSSES[task]])
+@torch.no_grad()
 def test_losses_are_what_their_names_say(task: str, loss: str) -> None:
     model = MultiTask(randomized(Bert(TINY, dropout=0.0)), HEAD_NAMES, LOSS_NAMES | {task: loss})
     t, batch = TASKS.index(task), batch_of(task)
@@ -469,7 +475,7 @@ def test_where_there_is_no_correlation_nothing_moves(labels: list[float]) -> Non
     found = torch.randn(len(labels), requires_grad=True)
     loss = LOSSES["sts"]["pearson"](found, torch.tensor(labels))
     loss.backward()
-    assert float(loss) == 1
+    assert loss.item() == 1
     assert not found.grad.any()
 
 
@@ -509,7 +515,7 @@ def test_the_shared_layer_comes_before_the_heads() -> None:
     batch = batch_of("sst")
     u = model.encoder(*batch.tokens[0]).pooled @ model.layer[0].weight.T + model.layer[0].bias
     expected = formula("sst", "linear", model.heads[0], u * (u > 0), u)
-    assert float((model(0, batch) - expected).abs().max()) <= NEAR
+    assert apart(model(0, batch), expected) <= NEAR
 
 
 @pytest.mark.parametrize(
