@@ -151,20 +151,32 @@ def test_padding_changes_nothing() -> None:
         assert apart(whole.pooled[row], alone.pooled[0]) <= NEAR
 
 
-@pytest.mark.parametrize("only", ["attention", "elsewhere"])
-def test_dropout_is_in_attention_and_elsewhere_and_in_training_alone(only: str) -> None:
-    bert, without = Bert(TINY, dropout=0.5), Bert(TINY, dropout=0.0)
-    without.load_state_dict(bert.state_dict())
-    if only == "attention":
-        for module in bert.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-    else:
-        for layer in bert.layers:
-            layer.p = 0.0
-    tokens = padded(9, 5)
+@needs_transformers
+@pytest.mark.parametrize(("attention", "hidden"), [(1.0, 0.0), (0.0, 1.0)])
+def test_dropout_is_where_transformers_has_it(attention: float, hidden: float, tmp_path: Path) -> None:
+    """All is dropped, so that nothing is left to chance."""
+    from transformers import BertModel
+
+    stored(tmp_path)
+    dropout = {"attention_probs_dropout_prob": attention, "hidden_dropout_prob": hidden}
+    theirs = BertModel.from_pretrained(tmp_path, dtype=torch.float64, **dropout).train()
+    ours = weights.load(tmp_path, dropout=1.0)
+    for layer in ours.layers:
+        layer.p = attention
+    for module in ours.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = hidden
+    ids, mask = padded(9, 5)
+    a, b = ours(ids, mask), theirs(ids, attention_mask=mask.long())
+    assert apart(a.hidden, b.last_hidden_state) <= NEAR
+    without = weights.load(tmp_path, dropout=0.0)(ids, mask)
+    assert apart(a.hidden, without.hidden) > 0.01
+    assert torch.equal(ours.eval()(ids, mask).hidden, without.hidden)
+
+
+def test_dropout_draws_anew() -> None:
+    bert, tokens = Bert(TINY, dropout=0.5), padded(9, 5)
     assert (bert(*tokens).pooled != bert(*tokens).pooled).any()
-    assert torch.equal(bert.eval()(*tokens).hidden, without(*tokens).hidden)
 
 
 def test_sentences_longer_than_the_model_knows_are_refused() -> None:
