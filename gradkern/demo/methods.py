@@ -1,6 +1,6 @@
 """The methods that the demo compares: one line each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,12 +27,19 @@ class Recipe:
     conflict_lr: gk.ConflictLR | None = None
     memory: bool = False
 
-    def around(self, inner: torch.optim.Optimizer, seed: int, device: torch.device) -> gk.SurgeryOptimizer:
+    def around(
+        self,
+        inner: torch.optim.Optimizer,
+        seed: int,
+        device: torch.device,
+        shared: Sequence[torch.Tensor] | None = None,
+    ) -> gk.SurgeryOptimizer:
         """``inner`` with this method, all its random decisions from ``seed``; the parameters are on ``device``."""
         return gk.SurgeryOptimizer(
             inner,
             self.aggregator(generator=torch.Generator(device).manual_seed(seed)),
             groups=self.groups,
+            shared=shared,
             suppression=None if self.suppression is None else self.suppression(seed=seed),
             conflict_lr=self.conflict_lr,
             memory=self.memory,
