@@ -25,7 +25,6 @@ from bench.step.model import MultiTask
 
 WATCHED = (
     ("surgery", gk.GradAttention, "weights"),
-    ("forward", MultiTask, "forward"),
     ("backward", torch.autograd, "grad"),
     ("backward", torch.autograd, "backward"),
     ("update", torch.optim.AdamW, "step"),
@@ -34,8 +33,16 @@ WATCHED = (
 PARTS = ("forward", "backward", "surgery", "update")
 
 
-def parts(step: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Seconds of each of ``PARTS`` in one call, which takes some microseconds longer for being watched."""
+def parts(
+    step: Callable[[], object], device: torch.device, forward: tuple[type, str] = (MultiTask, "forward")
+) -> dict[str, float]:
+    """Seconds of each of ``PARTS`` in one call, which takes some microseconds longer for being watched.
+
+    Args:
+        step: what is called.
+        device: where it runs.
+        forward: the class, and its method, that are the model.
+    """
     spent: list[tuple[str, Moment, Moment]] = []
     inside = False
 
@@ -54,7 +61,7 @@ def parts(step: Callable[[], object], device: torch.device) -> dict[str, float]:
         return run
 
     with ExitStack() as stack:
-        for part, owner, name in WATCHED:
+        for part, owner, name in (("forward", *forward), *WATCHED):
             stack.enter_context(patch.object(owner, name, watched(part, getattr(owner, name))))
         whole = machine.timed(step, 1, device)
     found = dict.fromkeys(PARTS, 0.0)
