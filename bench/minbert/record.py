@@ -1,0 +1,183 @@
+"""What is kept of a run: a line for each step in ``steps.jsonl``, and all that follows in ``run.json``."""
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+import gradkern
+from bench.minbert.data import TASKS
+from bench.minbert.measures import Measured, Scores, scores
+from bench.minbert.schemes import Phase, Scheme
+from bench.minbert.settings import Settings
+from bench.minbert.training import PARTS, WARM_UP
+
+Line = dict[str, Any]
+
+
+class Record:
+    """A run's, as it grows.
+
+    Args:
+        out: the folder.
+        settings: of the run.
+        scheme: what they come to.
+        parameters: how many the model has.
+
+    Attributes:
+        lines: of all steps.
+        log: of all epochs.
+    """
+
+    def __init__(self, out: Path, settings: Settings, scheme: Scheme, parameters: int) -> None:
+        self.out, self.settings, self.scheme, self.parameters = out, settings, scheme, parameters
+        self.lines: list[Line] = []
+        self.log: list[dict[str, Any]] = []
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Within the block the file of steps is open, with those that were taken up to where the run goes on."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "steps.jsonl").open("w", buffering=1) as self._file:
+            self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
+            yield
+
+    def go_on(self, steps: int, log: list[dict[str, Any]]) -> None:
+        """After so many steps, and the epochs of ``log``."""
+        with (self.out / "steps.jsonl").open() as file:
+            self.lines = [json.loads(next(file)) for _ in range(steps)]
+        self.log = log
+
+    def step(self, phase: Phase, told: dict[str, float]) -> Line:
+        """A step has been taken."""
+        line = {"step": len(self.lines) + 1, "phase": phase.name, "epoch": len(self.log) + 1, **told}
+        self.lines.append(line)
+        self._file.write(json.dumps(line) + "\n")
+        return line
+
+    def epoch(self, phase: Phase, dev: Measured, train: Measured) -> dict[str, Any]:
+        """An epoch has ended, and been evaluated."""
+        epoch = len(self.log) + 1
+        lines = [line for line in self.lines if line["epoch"] == epoch]
+        found = scores(dev)
+        pairs = {f"{a}-{b}": _mean(lines, f"cosine/{a}-{b}") for a, b in combinations(TASKS, 2)}
+        entry = {
+            "phase": phase.name,
+            "epoch": epoch,
+            "step": len(self.lines),
+            "train_loss": [_mean(lines, f"loss/{task}") for task in TASKS],
+            "dev": dev,
+            "train": train,
+            "average": found.average,
+            "overall": found.overall,
+            "cosines": {pair: cosine for pair, cosine in pairs.items() if cosine is not None},
+            "conflict": _mean(lines, "conflict"),
+        }
+        self.log.append(entry)
+        return entry
+
+    def of_phase(self, phase: Phase) -> list[dict[str, Any]]:
+        """The epochs of that phase."""
+        return [entry for entry in self.log if entry["phase"] == phase.name]
+
+    def write(self, complete: bool) -> None:
+        """``run.json``, as far as the run has come."""
+        s, scheme = self.settings, self.scheme
+        main = [line for line in self.lines if line["phase"] == scheme.phases[scheme.main].name]
+        timed = [line for line in main[WARM_UP:] if "seconds/total" in line]
+        spent = {part: _median(timed, part) for part in PARTS}
+        weighed = [line["peak_bytes"] for line in main if "peak_bytes" in line]
+        told = {
+            "name": self.out.name,
+            "scheme": s.scheme,
+            "method": s.method,
+            "sampling": scheme.sampling,
+            "suppression": s.suppression,
+            "dropout": s.dropout,
+            "optimizer": s.optimizer,
+            "weights": s.weights,
+            "data": s.data or "synthetic",
+            "seed": s.seed,
+            "epochs": s.epochs,
+            "batch_sizes": list(scheme.batch_sizes),
+            "lr": scheme.lr,
+            "device": s.device,
+            "amp": s.amp,
+            "versions": {
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "gradkern": gradkern.__version__,
+            },
+            "parameters": self.parameters,
+            "phases": [phase.name for phase in scheme.phases],
+            "epochs_log": self.log,
+            "best": self._best(),
+            "seconds_per_step": spent,
+            "peak_bytes": max(weighed, default=None),
+            "settings": as_json(s),
+            "complete": complete,
+        }
+        (self.out / "run.json").write_text(json.dumps(told, indent=1) + "\n")
+
+    def _best(self) -> dict[str, Any] | None:
+        """Of the epochs that train all tasks the one with the best average; else each task's best of its own."""
+        phases = [phase for phase in self.scheme.phases if phase.tasks == TASKS]
+        entries = [entry for phase in phases for entry in self.of_phase(phase)]
+        if entries:
+            best = max(entries, key=lambda entry: entry["average"])
+            return {"epoch": best["epoch"], **_told(scores(best["dev"]))}
+        found = {
+            task: max(asdict(scores(entry["dev"]))[task] for entry in self.of_phase(phase))
+            for phase in self.scheme.phases
+            for task in phase.tasks
+            if self.of_phase(phase)
+        }
+        return {"epoch": None, **_told(Scores(**found))} if len(found) == len(TASKS) else None
+
+
+def is_complete(out: Path, settings: Settings) -> bool:
+    """Whether the folder has that run, at its end.
+
+    Raises:
+        ValueError: it has a run of other settings.
+    """
+    file = out / "run.json"
+    told = json.loads(file.read_text()) if file.exists() else {"complete": False}
+    if told["complete"]:
+        refuse_other(file, told["settings"], settings)
+    return told["complete"]
+
+
+def refuse_other(file: Path, told: dict[str, Any], settings: Settings) -> None:
+    """Raise ValueError unless ``file`` is of a run with these settings, which it tells as JSON has them."""
+    ours = as_json(settings)
+    differ = [f"{name} = {told.get(name)!r}, not {ours[name]!r}" for name in ours if told.get(name) != ours[name]]
+    if differ:
+        raise ValueError(f"{file} is of a run with {', '.join(differ)}")
+
+
+def as_json(settings: Settings) -> dict[str, Any]:
+    """The settings, as they come back from a file."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return found
+
+
+def _told(found: Scores) -> dict[str, float]:
+    return {"average": found.average, "overall": found.overall, **asdict(found)}
+
+
+def _mean(lines: Sequence[Line], tag: str) -> float | None:
+    """Over the lines that have it."""
+    values = [line[tag] for line in lines if tag in line]
+    return fmean(values) if values else None
+
+
+def _median(lines: Sequence[Line], part: str) -> float | None:
+    return median(line[f"seconds/{part}"] for line in lines) if lines else None

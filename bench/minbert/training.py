@@ -1,0 +1,131 @@
+"""The loop of a phase: batches from the sampler, losses, surgery and step, and what there is to tell of each step."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import gradkern as gk
+from bench.memory import peak
+from bench.minbert.data import TASKS, Batch
+from bench.minbert.heads import MultiTask
+from bench.minbert.methods import PLAIN
+from bench.minbert.schemes import Phase
+from bench.step.parts import parts
+from gradkern.aggregators import Scalarization
+from gradkern.demo.methods import Recipe
+from gradkern.sampling import TaskSampler
+
+WARM_UP = 5
+"""Steps of a phase before its times count."""
+WEIGHED = range(WARM_UP, WARM_UP + len(TASKS))
+"""The steps of a phase whose peak memory is measured, which takes time: so theirs does not count."""
+PARTS = ("forward_backward", "surgery", "update", "total")
+"""Of a step's time."""
+OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "gradkern": gk.optim.AdamW}
+"""The fused step of either; gradkern's combines the task gradients in it."""
+
+
+class Training:
+    """A phase's optimizer and sampler, around the model.
+
+    Args:
+        model: is trained.
+        phase: which tasks train, and whether BERT does.
+        method: for phases in which two tasks share something.
+        optimizer: in ``OPTIMIZERS``.
+        lr: its learning rate.
+        sampling: of ``TaskSampler``, for phases of several tasks.
+        loaders: one for each of ``TASKS``.
+        epochs: how many there will be.
+        steps: of an epoch; None for as many as the sampler has it.
+        amp: forward passes under autocast to bfloat16.
+        seed: of all random choices but dropout's.
+    """
+
+    def __init__(
+        self,
+        model: MultiTask,
+        phase: Phase,
+        method: Recipe,
+        optimizer: str,
+        lr: float,
+        sampling: str,
+        loaders: Sequence[DataLoader[Batch]],
+        *,
+        epochs: int,
+        steps: int | None,
+        amp: bool,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.tasks = [TASKS.index(task) for task in phase.tasks]
+        self.amp = amp
+        self.device = next(model.parameters()).device
+        model.freeze_encoder(phase.frozen)
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        shared = [p for name, p in trained if not name.startswith("heads.")]
+        alone = len(self.tasks) == 1
+        method = method if shared and not alone else PLAIN
+        self.opt = method.around(OPTIMIZERS[optimizer](trained, lr), seed, self.device, shared)
+        self.sampler = TaskSampler(
+            [loaders[task] for task in self.tasks],
+            "joint" if alone else sampling,
+            epochs=epochs,
+            steps=steps,
+            seed=seed,
+        )
+        self.taken = 0
+
+    def epoch(self) -> Iterator[dict[str, float]]:
+        """The steps of an epoch, or of the rest of it: what each had to tell, by the tags of ``SurgeryInfo.scalars``.
+
+        And "total_loss", left out if it is not finite; "peak_bytes", or "seconds/part" for each part and "total".
+        """
+        for batches in self.sampler:
+            told = self._step(batches)
+            self.taken += 1  # before the state can be taken
+            yield told
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the model's weights."""
+        return {"optimizer": self.opt.state_dict(), "sampler": self.sampler.state_dict(), "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken."""
+        self.opt.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.taken = state["taken"]
+
+    def _step(self, batches: Sequence[Batch | None]) -> dict[str, float]:
+        losses: list[Any] = [None] * len(TASKS)
+        for task, batch in zip(self.tasks, batches, strict=True):
+            losses[task] = None if batch is None else partial(self._loss, task, batch)
+        infos: list[gk.SurgeryInfo] = []
+
+        def update() -> None:
+            # Callables, so that a task's activations are freed before the next one's are made; but for a weighted sum
+            # tensors, as without any library: one backward pass of all, in which autograd adds up.
+            at_once = isinstance(self.opt.aggregator, Scalarization) and self.opt.suppression is None
+            given = [loss and loss() for loss in losses] if at_once else losses
+            infos.append(self.opt.update(given))
+
+        if self.taken in WEIGHED:
+            measured: dict[str, float] = {"peak_bytes": peak(update, self.device)}
+        else:
+            found = parts(update, self.device, (MultiTask, "loss"))
+            both = found["forward"] + found["backward"]  # which take turns, task by task
+            seconds = (both, found["surgery"], found["update"], sum(found.values()))
+            measured = {f"seconds/{part}": spent for part, spent in zip(PARTS, seconds, strict=True)}
+        told = infos[0].scalars(TASKS)
+        of_tasks = [value for tag, value in told.items() if tag.startswith("loss/")]
+        present = sum(loss is not None for loss in losses)
+        total = {"total_loss": sum(of_tasks)} if len(of_tasks) == present else {}
+        return total | told | measured
+
+    def _loss(self, task: int, batch: Batch) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.model.loss(task, batch)
