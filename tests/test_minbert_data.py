@@ -156,28 +156,26 @@ def test_made_up_similarity_is_what_two_sentences_share() -> None:
         assert len(a & b) == example.label
 
 
-def test_made_up_sentiment_can_be_learned_from_the_words() -> None:
-    """A linear model on the words of each sentence gets all of the other part right: nothing but words is needed."""
-    made = synthetic(0, 400)
-    words = sorted({word for e in made["train"]["sst"] for word in e.sentences[0].split()})
+@pytest.mark.parametrize(("task", "least"), [("sst", 0.99), ("para", 0.65), ("sts", 0.4)])
+def test_made_up_labels_can_be_learned_from_the_words(task: str, least: float) -> None:
+    """A linear model of the words finds the sentiment, and half of what there is to know of pairs.
+
+    Of pairs 80 % are where their label has them, and words tell where; by chance it were 50 %, and a Pearson of 0.
+    """
+    made = synthetic(0, 1000)
+    vocabulary = sorted({word for e in made["train"][task] for s in e.sentences for word in s.split()})
 
     def seen(examples: list[Example]) -> tuple[Tensor, Tensor]:
-        x = torch.tensor([[float(word in e.sentences[0].split()) for word in words] for e in examples])
-        return x, torch.tensor([int(e.label) for e in examples])
+        each = [[float(word in s.split()) for s in e.sentences for word in vocabulary] for e in examples]
+        return torch.tensor(each), torch.tensor([int(e.label) for e in examples])
 
-    x, y = seen(made["train"]["sst"])
-    x_dev, y_dev = seen(made["dev"]["sst"])
-    weights = torch.zeros(len(words), 5, requires_grad=True)
-    opt = torch.optim.LBFGS([weights], max_iter=100)
-
-    def closure() -> Tensor:
-        opt.zero_grad()
-        loss = nn.functional.cross_entropy(x @ weights, y)
-        loss.backward()
-        return loss
-
-    opt.step(closure)
-    assert bool(((x_dev @ weights).argmax(1) == y_dev).all())
+    x, y = seen(made["train"][task])
+    x_dev, y_dev = seen(made["dev"][task])
+    wanted = nn.functional.one_hot(y).double() if task != "sts" else y.double()[:, None]
+    ridge = x.double().T @ x.double() + torch.eye(x.shape[1])
+    found = x_dev.double() @ torch.linalg.solve(ridge, x.double().T @ wanted)
+    score = pearson(found[:, 0], y_dev) if task == "sts" else float((found.argmax(1) == y_dev).double().mean())
+    assert score >= least
 
 
 def texts(examples: Examples, task: str, sentence: int) -> list[str]:

@@ -137,10 +137,30 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def out(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def written_report(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Figure]]:
+    """Its folder, and all figures by name."""
     folder = tmp_path_factory.mktemp("out") / "new"
-    assert report([suite], folder) == (folder / "report.md").read_text(encoding="utf-8")
-    return folder
+    figures: dict[str, Figure] = {}
+    save = Figure.savefig
+
+    def keep(figure: Figure, path: Path, **arguments: float) -> None:
+        figures[path.stem] = figure
+        save(figure, path, **arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep)
+        assert report([suite], folder) == (folder / "report.md").read_text(encoding="utf-8")
+    return folder, figures
+
+
+@pytest.fixture
+def out(written_report: tuple[Path, dict[str, Figure]]) -> Path:
+    return written_report[0]
+
+
+@pytest.fixture
+def figures(written_report: tuple[Path, dict[str, Figure]]) -> dict[str, Figure]:
+    return written_report[1]
 
 
 def lines(out: Path, heading: str, experiment: str) -> dict[str, dict[str, str]]:
@@ -278,15 +298,6 @@ def test_every_figure_is_a_png_that_the_report_shows(out: Path) -> None:
         assert f"]({name})" in text
 
 
-@pytest.fixture
-def figures(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    """All figures by name, as they are written."""
-    drawn: dict[str, Figure] = {}
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.setdefault(path.stem, figure))
-    report([suite], tmp_path)
-    return drawn
-
-
 def panel(figure: Figure, title: str) -> dict[str, tuple[list[float], list[float]]]:
     (axes,) = (axes for axes in figure.axes if axes.get_title() == title)
     return {str(line.get_label()): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
@@ -324,6 +335,18 @@ def test_runs_are_found_once_each_and_errors_name_the_path(suite: Path, tmp_path
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"cut.run\.json does not tell name, seed"):
         found([tmp_path])
+
+
+def test_a_report_needs_an_epoch(suite: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no run in .*begun has finished an epoch"):
+        report([suite / "other" / "begun"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_best_epoch_may_not_have_trained_all_tasks(tmp_path: Path) -> None:
+    written(tmp_path, told("few-steps", [epoch(1, (0.5, 0.6, 0.7), ("sst", "para"))], 1, 100, 1))
+    (row,) = rows(found([tmp_path]))
+    assert row["sts pearson"] == 0.7
 
 
 def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:

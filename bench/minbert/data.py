@@ -136,6 +136,9 @@ def synthetic(seed: int, n: int = 256) -> dict[str, Examples]:
     - para: two questions on one topic, or on two.
     - sts: how many of the five things in one sentence the other has too.
 
+    Pairs that belong together are the more often on the first half of the topics, so that something can be learned by
+    heads too that add up what they find in either sentence and cannot compare them.
+
     Args:
         seed: another one, other sentences.
         n: from 4 to 4,000; of pairs on one topic there are not many more.
@@ -170,7 +173,8 @@ TOPICS = (
     ("ball", "coach", "goal", "match", "referee", "team"),
     ("cloud", "rain", "snow", "storm", "thunder", "wind"),
 )
-THINGS = tuple(word for topic in TOPICS for word in topic)
+FAMILIAR, OTHER = TOPICS[:4], TOPICS[4:]
+THINGS, FAMILIAR_THINGS, OTHER_THINGS = ([word for topic in of for word in topic] for of in (TOPICS, FAMILIAR, OTHER))
 
 
 def _sentiment(k: int, rng: random.Random) -> tuple[tuple[str, ...], int]:
@@ -191,24 +195,23 @@ def _sentiment(k: int, rng: random.Random) -> tuple[tuple[str, ...], int]:
 
 
 def _paraphrase(k: int, rng: random.Random) -> tuple[tuple[str, ...], int]:
-    topic, other = rng.sample(TOPICS, 2)
     same = k % 2
+    topic = rng.choice(FAMILIAR if rng.random() < 0.2 + 0.6 * same else OTHER)
+    other = rng.choice([t for t in TOPICS if t != topic])
     a, b, c = rng.sample(topic, 3)
     d, e = rng.sample([word for word in topic if word not in (a, b, c)] if same else other, 2)
-    return (
-        f"what does the {a} have to do with the {b} and the {c}",
-        f"how do i choose between the {d} and the {e}",
-    ), same
+    return (f"what does the {a} have to do with the {b} and the {c}", f"how do i choose the {d} and the {e}"), same
 
 
 def _similarity(k: int, rng: random.Random) -> tuple[tuple[str, ...], int]:
     common = k % 6
-    words = rng.sample(THINGS, 10 - common)
+    n = 10 - common
+    familiar = sum(rng.random() < 0.2 + 0.6 * common / 5 for _ in range(n))
+    words = [*rng.sample(FAMILIAR_THINGS, familiar), *rng.sample(OTHER_THINGS, n - familiar)]
+    rng.shuffle(words)
     first, second = words[:5], words[:common] + words[5:]
     rng.shuffle(second)
-    return tuple(
-        f"there is the {a} , the {b} , the {c} , the {d} and the {e}" for a, b, c, d, e in (first, second)
-    ), common
+    return tuple("there is the {} , the {} , the {} , the {} and the {}".format(*of) for of in (first, second)), common
 
 
 MAKERS: dict[str, Maker] = {"sst": _sentiment, "para": _paraphrase, "sts": _similarity}

@@ -75,7 +75,7 @@ def found(paths: Iterable[Path]) -> list[Run]:
         if not under:
             raise FileNotFoundError(f"no run.json in {path} or in a folder in it")
         files |= dict.fromkeys(file.resolve() for file in under)
-    return [Run(file.parent, _told(file)) for file in files]
+    return [Run(file.parent, _read(file)) for file in files]
 
 
 def rows(runs: Sequence[Run]) -> list[Row]:
@@ -92,12 +92,10 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     baselines = grouped(plain, alike)
     for row in made:
         base = baselines.get(tuple(row[name] for name in alike), [])
-        (step, base_step), (peak, base_peak) = (
-            (row[column], mean(values(base, column))) for column in ("total ms", "peak bytes")
-        )
-        row[RELATIVE] = None if step is None or base_step is None else step / base_step
+        step, peak = (mean(values(base, column)) for column in ("total ms", "peak bytes"))
         gradient = 4 * row["parameters"]  # bytes, in float32
-        row[OVER] = None if peak is None or base_peak is None else (peak - base_peak) / gradient
+        row[RELATIVE] = None if None in (step, row["total ms"]) else row["total ms"] / step
+        row[OVER] = None if None in (peak, row["peak bytes"]) else (row["peak bytes"] - peak) / gradient
     return made
 
 
@@ -119,7 +117,7 @@ def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     common, labels = usual(rows), {}
     for of_trial in grouped(rows, CHOICES).values():
         first = of_trial[0]
-        other = [f"{name} {told(first[name])}" for name in common if first[name] != common[name]]
+        other = [f"{name} {shown(first[name])}" for name in common if first[name] != common[name]]
         labels[", ".join([first["method"], *other])] = of_trial
     return labels
 
@@ -130,7 +128,7 @@ def experiments(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for (scheme,), of_scheme in grouped(rows, KINDS[:1]).items():
         differ = [name for name in KINDS[1:] if len({row[name] for row in of_scheme}) > 1]
         for of in grouped(of_scheme, KINDS).values():
-            made[", ".join([scheme, *(f"{name} {told(of[0][name])}" for name in differ)])] = of
+            made[", ".join([scheme, *(f"{name} {shown(of[0][name])}" for name in differ)])] = of
     return made
 
 
@@ -163,7 +161,7 @@ def grids(rows: Sequence[Row], down: str, across: str) -> list[Grid]:
                 for name in (down, across)
             )
             if len(lines) > 1:
-                title = ", ".join([experiment, *(f"{name} {told(alike[0][name])}" for name in differ)])
+                title = ", ".join([experiment, *(f"{name} {shown(alike[0][name])}" for name in differ)])
                 made.append(Grid(title, (down, lines), (across, columns), grouped(alike, (down, across))))
     return made
 
@@ -173,7 +171,7 @@ def values(rows: Iterable[Row], column: str) -> list[float]:
     return [row[column] for row in rows if row[column] is not None]
 
 
-def told(value: Any) -> str:
+def shown(value: Any) -> str:
     """A setting's value by itself."""
     return "none" if value is None else str(value)
 
@@ -183,7 +181,7 @@ def mean(numbers: Sequence[float]) -> float | None:
     return fmean(numbers) if numbers else None
 
 
-def _told(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except json.JSONDecodeError as error:
@@ -223,7 +221,7 @@ def _judged(run: Run, task: str) -> dict[str, float]:
     if run.told["best"] is None:
         return {}
     number = run.told["best"]["epoch"]
-    entries = [entry for entry in run.trained(task) if number in (None, entry["epoch"])]
+    entries = run.trained(task) if number is None else [e for e in run.told["epochs_log"] if e["epoch"] == number]
     return max((entry["dev"][task] for entry in entries), key=lambda found: found[MEASURES[task][0]])
 
 

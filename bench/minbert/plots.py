@@ -27,7 +27,7 @@ from bench.minbert.outcomes import (
     grids,
     labelled,
     mean,
-    told,
+    shown,
     values,
 )
 from bench.minbert.training import PARTS
@@ -98,12 +98,12 @@ def _heat_maps(found: Sequence[Grid]) -> Figure:
         axes.imshow(np.ma.masked_invalid(averages), "Blues", aspect="auto", vmin=middle - half, vmax=middle + half)
         axes.set_facecolor("0.95")
         for (i, j), average in np.ndenumerate(averages):
-            shown = "–" if np.isnan(average) else f"{average:.3f}"
+            digits = "–" if np.isnan(average) else f"{average:.3f}"
             color = "w" if average > middle + half / 3 else "k"
-            axes.text(j, i, shown, ha="center", va="center", color=color, fontsize="small")
+            axes.text(j, i, digits, ha="center", va="center", color=color, fontsize="small")
         rotation = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if across == "method" else {}
-        axes.set_xticks(range(len(columns)), [told(value) for value in columns], fontsize="small", **rotation)
-        axes.set_yticks(range(len(lines)), [told(value) for value in lines], fontsize="small")
+        axes.set_xticks(range(len(columns)), [shown(value) for value in columns], fontsize="small", **rotation)
+        axes.set_yticks(range(len(lines)), [shown(value) for value in lines], fontsize="small")
         axes.set_xlabel(across)
         axes.set_ylabel(down)
         axes.tick_params(length=0)

@@ -21,7 +21,7 @@ from bench.minbert.outcomes import (
     labelled,
     mean,
     rows,
-    told,
+    shown,
     usual,
     values,
 )
@@ -61,8 +61,11 @@ def report(paths: Sequence[Path], out: Path) -> str:
 
     Raises:
         FileNotFoundError: there is no run in one of ``paths``.
+        ValueError: no run has finished an epoch, or what is in a folder is no run.
     """
     runs = found(paths)
+    if not any(run.told["epochs_log"] for run in runs):
+        raise ValueError(f"no run in {', '.join(map(str, paths))} has finished an epoch")
     table = rows(runs)
     out.mkdir(parents=True, exist_ok=True)
     figures = write_plots(out, runs, table)
@@ -77,7 +80,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """All tables: scores, sampling by method, suppression by dropout, and times."""
     parts = ["# Three tasks on one BERT", "## Scores"]
     for name, of in experiments(rows).items():
-        common = ", ".join(f"{choice} {told(value)}" for choice, value in usual(of).items())
+        common = ", ".join(f"{choice} {shown(value)}" for choice, value in usual(of).items())
         parts += [f"### {name}", f"Where a line says nothing else: {common}.", _scores(of)]
     parts += [LEGEND, "What the reports have, with BERT-base on SST, Quora and STS-B:"]
     parts.append(_table(["report", "method", "sst", "para", "sts"], REPORTED_SCORES))
@@ -137,8 +140,8 @@ def _grid(grid: Grid) -> str:
         of = grid.cells.get((line, column))
         return NONE if of is None else " / ".join(_number(values(of, score), 3) for score in ("average", "overall"))
 
-    cells = [[told(line), *(cell(line, column) for column in columns)] for line in lines]
-    return _table([f"{down} by {across}", *map(told, columns)], cells)
+    cells = [[shown(line), *(cell(line, column) for column in columns)] for line in lines]
+    return _table([f"{down} by {across}", *map(shown, columns)], cells)
 
 
 def _times(rows: Sequence[Row]) -> str:
