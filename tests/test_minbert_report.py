@@ -289,8 +289,9 @@ def test_epochs_are_a_table_of_numbers(out: Path) -> None:
 
 
 def test_every_figure_is_a_png_that_the_report_shows(out: Path) -> None:
-    of_schemes = [f"{what}-{scheme}" for what in ("curves", "cosines") for scheme in ("gradattention", "rhapsody")]
-    names = {f"{name}.png" for name in ("scores", "sampling", "suppression", "time", *of_schemes)}
+    families = ("gradattention", "gradattention-pcgrad", "rhapsody", "rhapsody-pcgrad")
+    by_epoch = [f"{what}-{family}" for what in ("curves", "cosines") for family in families]
+    names = {f"{name}.png" for name in ("scores", "sampling", "suppression", "time", *by_epoch)}
     assert {path.name for path in out.glob("*.png")} == names
     text = (out / "report.md").read_text(encoding="utf-8")
     for name in names:
@@ -315,6 +316,24 @@ def test_curves_are_means_over_seeds_by_epoch(figures: dict[str, Figure]) -> Non
     wanted[6] = wanted[7] = math.nan  # with step 8, whose loss was not finite
     assert steps == list(range(2, 41))
     assert total == pytest.approx(wanted, nan_ok=True)
+
+
+def test_each_method_has_a_line_and_its_variants_have_a_figure(figures: dict[str, Figure]) -> None:
+    of = panel(figures["curves-gradattention"], "sts pearson, dev")
+    assert list(of) == ["single-task", "unitary", "pcgrad", "attention"]
+    of = panel(figures["curves-gradattention-pcgrad"], "sts pearson, dev")
+    assert list(of) == [
+        *("pcgrad", "pcgrad, dropout 0.3", "pcgrad, suppression 0.3, dropout 0.3"),
+        *("pcgrad, suppression 0.45, dropout 0.45", "pcgrad, optimizer gradkern"),
+    ]
+
+
+def test_no_line_leaves_its_panel(figures: dict[str, Figure]) -> None:
+    for name in ("curves-gradattention", "cosines-gradattention"):
+        for axes in figures[name].axes:
+            least, most = axes.get_ylim()
+            drawn = [y for line in axes.lines for y in line.get_ydata() if not math.isnan(y)]
+            assert all(least <= y <= most for y in drawn)
 
 
 def test_cosines_are_drawn_where_there_are_any(figures: dict[str, Figure]) -> None:

@@ -25,6 +25,7 @@ from bench.minbert.outcomes import (
     Run,
     experiments,
     grids,
+    grouped,
     labelled,
     mean,
     shown,
@@ -47,17 +48,32 @@ def write_plots(folder: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[
     ):
         if found:
             figures[name] = _heat_maps(found)
-    for title, of in experiments(rows).items():
-        trials = {label: [of_folder[row["folder"]] for row in trial] for label, trial in labelled(of).items()}
+    for title, of in _families(rows).items():
+        trials = {label: [of_folder[row["folder"]] for row in trial] for label, trial in of.items()}
         name = re.sub(r"[^\w.]+", "-", title)
         figures[f"curves-{name}"] = _curves(title, trials)
-        if values(of, "mean cosine"):
+        if any(_with_cosines(run) for runs in trials.values() for run in runs):
             figures[f"cosines-{name}"] = _cosines(title, trials)
     if values(rows, RELATIVE):
         figures["time"] = _times([row for row in rows if row[RELATIVE] is not None])
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
     return [folder / f"{name}.png" for name in figures]
+
+
+def _families(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
+    """What has a figure of its own, so that lines can be told apart: all methods, and each method's other choices."""
+    families = {}
+    for title, of in experiments(rows).items():
+        of_methods = {method: {} for (method,) in grouped(of, ("method",))}
+        for label, trial in labelled(of).items():
+            of_methods[trial[0]["method"]][label] = trial
+        families[title] = {}
+        for method, trials in of_methods.items():
+            first = method if method in trials else next(iter(trials))
+            families[title][first] = trials[first]
+        families |= {f"{title}, {method}": trials for method, trials in of_methods.items() if len(trials) > 1}
+    return families
 
 
 def _scores(rows: Sequence[Row]) -> Figure:
@@ -115,8 +131,10 @@ def _heat_maps(found: Sequence[Grid]) -> Figure:
 
 def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
     """Total loss by step; the score of each task by epoch, on dev above and on a part of the training set below."""
-    figure = Figure(figsize=(14, max(6.0, 0.22 * len(trials) + 1.5)), layout="constrained")
+    figure = Figure(figsize=(14, max(6.0, 0.44 * len(trials) + 1.0)), layout="constrained")
     grid = figure.subplots(2, 1 + len(TASKS))
+    for above, below in grid[:, 1:].T:
+        below.sharey(above)
     window = max(1, max(len(run.totals) for of in trials.values() for run in of) // 20)
     _lines(grid[0, 0], trials, lambda run: run.totals, window)
     grid[0, 0].set_title(f"total loss of a batch, mean of {window}", fontsize="medium")
@@ -126,8 +144,6 @@ def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
             _lines(axes, trials, lambda run, p=part, t=task: [e[p][t][MEASURES[t][0]] for e in run.trained(t)])
             axes.set_title(f"{task} {MEASURES[task][0]}, {where}", fontsize="medium")
             count_along(axes, "epoch that trains the task")
-    for above, below in grid[:, 1:].T:
-        below.sharey(above)
     grid[1, 0].set_axis_off()
     grid[1, 0].legend(*grid[0, 0].get_legend_handles_labels(), loc="upper left", frameon=False, fontsize="small")
     figure.suptitle(title + _over_seeds(trials), fontsize="medium")
@@ -146,13 +162,13 @@ def _cosines(title: str, trials: dict[str, list[Run]]) -> Figure:
     }
     figure = Figure(figsize=(16, max(3.4, 0.22 * len(trials) + 1)), layout="constrained")
     grid = figure.subplots(1, len(panels))
+    for axes in grid[1:-1]:
+        axes.sharey(grid[0])
     for axes, (name, series) in zip(grid, panels.items(), strict=True):
         _lines(axes, trials, series)
         axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
         axes.set_title(name, fontsize="medium")
         count_along(axes, "epoch with task gradients")
-    for axes in grid[1:-1]:
-        axes.sharey(grid[0])
     grid[-1].set_ylim(-0.02, 1.02)
     figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize="small")
     figure.suptitle(f"{title}{_over_seeds(trials)}: cosines of the task gradients, below 0 conflict", fontsize="medium")
