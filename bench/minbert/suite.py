@@ -1,0 +1,102 @@
+"""Each report's experiment, one after another: which runs it is made of, and how large they are."""
+
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.minbert.record import is_complete
+from bench.minbert.report import report
+from bench.minbert.run import Run
+from bench.minbert.settings import Settings
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of all runs.
+
+    Attributes:
+        epochs: of each phase.
+        steps: of an epoch; twice as many where tasks take turns. None for one pass over the data.
+        judged: as in ``Settings``.
+        lr: learning rate; ten times this where BERT is frozen. None for the schemes', which are for BERT-base.
+    """
+
+    epochs: int = 10
+    steps: int | None = None
+    judged: int | None = None
+    lr: float | None = None
+
+
+SMALL = Size(epochs=2, steps=30, judged=160, lr=1e-4)
+"""Of ``--small``: a MiniLM learns in so few steps, at so high a rate. The reports trained ten epochs."""
+
+
+def methods(*names: str) -> list[dict[str, Any]]:
+    """Runs that differ in the method."""
+    return [{"method": name} for name in names]
+
+
+EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
+    "unitary-scalarization": [
+        *methods("single-task", "unitary", "unitary-weighted", "pcgrad", "gradvac"),
+        {"method": "pcgrad", "optimizer": "gradkern"},
+    ],
+    "rhapsody": [
+        *(
+            {"method": m, "sampling": s}
+            for m, s in product(("unitary", "pcgrad"), ("round_robin", "random", "annealed"))
+        ),
+        *methods("pcgrad-random", "pcgrad-average", "pcgrad-most-similar", "pcgrad-most-different"),
+        *methods("conflict-lr-attenuate", "conflict-lr-amplify"),
+        *({"method": "pcgrad", "suppression": p, "dropout": p} for p in (0.30, 0.45, 0.60)),
+        {"method": "pcgrad", "suppression": 0.45},
+    ],
+    "gradattention": methods("unitary", "pcgrad", "attention"),
+    "gradient-descent": methods("single-task", "unitary", "pcgrad"),
+    "single-task-pretraining": methods("pcgrad"),
+}
+"""By scheme."""
+
+
+def runs(size: Size, **common: Any) -> dict[str, Settings]:
+    """All of ``EXPERIMENTS`` at that size, by name."""
+    made = {}
+    for scheme, several in EXPERIMENTS.items():
+        for own in several:
+            settings = Settings(scheme=scheme, epochs=size.epochs, judged=size.judged, **common, **own)
+            resolved = settings.resolved()
+            frozen, turns = resolved.phases[resolved.main].frozen, resolved.sampling != "joint"
+            lr = None if size.lr is None else size.lr * (10 if frozen else 1)
+            steps = None if size.steps is None else size.steps * (2 if turns else 1)
+            beside = (f"{name}-{value}" for name, value in own.items() if name != "method")
+            made["-".join([scheme, own["method"], *beside])] = replace(settings, lr=lr, steps=steps)
+    return made
+
+
+def suite(small: bool, data: str | None, weights: str, device: str, out: Path, console: Console) -> None:
+    """Run what is not complete in ``out``, from its checkpoint if it has one; then report on all.
+
+    Args:
+        small: at the size of ``SMALL``.
+        data: as in ``Settings``, and so the next two.
+        weights: of all runs.
+        device: of all runs.
+        out: a folder for each run's folder, and for the report.
+        console: is told of progress.
+
+    Raises:
+        ValueError: a run that ``out`` has is of other settings.
+    """
+    several = runs(SMALL if small else Size(), data=data, weights=weights, device=device)
+    for k, (name, settings) in enumerate(several.items()):
+        console.print(f"run {k + 1} of {len(several)}: {name}")
+        if is_complete(out / name, settings):
+            continue
+        run = Run(settings, out / name, console)
+        if run.checkpoint.exists():
+            run.go_on()
+        run.train()
+    console.print(report([out / name for name in several], out), markup=False, soft_wrap=True)

@@ -1,0 +1,374 @@
+"""``python -m bench.minbert``: runs go on from where they were interrupted to the same bits, and end as they should."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+pytest.importorskip("tokenizers", reason="sentences become tokens by it")
+pytest.importorskip("safetensors", reason="weights are read by it")
+
+import gradkern as gk
+from bench.minbert import run as runs
+from bench.minbert.__main__ import main
+from bench.minbert.data import TASKS
+from bench.minbert.heads import MultiTask
+from bench.minbert.methods import METHODS, REPORT_WEIGHTS
+from bench.minbert.run import Run
+from bench.minbert.schemes import SCHEMES
+from bench.minbert.settings import Settings
+from bench.minbert.suite import EXPERIMENTS, SMALL, Size
+from bench.minbert.suite import runs as suite_runs
+from bench.minbert.training import WARM_UP, WEIGHED
+
+SILENT = Console(quiet=True)
+
+
+def settings(scheme: str = "unitary-scalarization", method: str = "pcgrad", **told: Any) -> Settings:
+    """Of the smallest run: synthetic sentences, a random encoder, few steps."""
+    return Settings(scheme, method, **{"epochs": 1, "steps": 2, "judged": 16, "lr": 1e-3, **told})
+
+
+def trained(of: Settings, out: Path) -> Run:
+    run = Run(of, out, SILENT)
+    run.train()
+    return run
+
+
+def told(out: Path) -> dict[str, Any]:
+    return json.loads((out / "run.json").read_text())
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "steps.jsonl").read_text().splitlines()]
+
+
+def unmeasured(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of a step without what the machine decides."""
+    return {tag: value for tag, value in line.items() if not tag.startswith(("seconds/", "peak_bytes"))}
+
+
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes in the forward pass of the step after so many."""
+    loss, count = MultiTask.loss, iter(range(10**6))
+
+    def interrupted(self: MultiTask, task: int, batch: Any) -> Tensor:
+        if task == 0 and self.training and next(count) == steps:
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, task, batch)
+
+    monkeypatch.setattr(MultiTask, "loss", interrupted)
+
+
+RESUMED = {
+    "PCGrad": settings(epochs=2, steps=4),
+    "ours, suppressed": settings(epochs=2, steps=4, optimizer="gradkern", suppression=0.3),
+    "GradVac, tasks in turn": settings("rhapsody", "gradvac", epochs=2, steps=9, sampling="round_robin"),
+    "attention": settings("gradattention", "attention", epochs=2, steps=4),
+    "three steps": settings("single-task-pretraining", epochs=1, steps=3),
+}
+
+
+@pytest.mark.parametrize("of", RESUMED.values(), ids=RESUMED)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
+    of: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(of, tmp_path / "whole")
+    half = tmp_path / "half"
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)  # in the third of the first tasks' steps
+        with pytest.raises(KeyboardInterrupt):
+            Run(of, half, SILENT).train()
+    taken = lines(half)
+    assert 0 < len(taken) < len(lines(tmp_path / "whole"))
+    assert not told(half)["complete"]
+    with (half / "steps.jsonl").open("a") as file:
+        file.write('{"step": 10000}\n')  # a step after the checkpoint, which never was
+
+    torch.manual_seed(99)  # another process has drawn other numbers
+    run = Run(of, half, SILENT)
+    run.go_on()
+    run.train()
+
+    for (name, p), q in zip(whole.model.named_parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert list(map(unmeasured, lines(half))) == list(map(unmeasured, lines(tmp_path / "whole")))
+    assert told(half)["epochs_log"] == told(tmp_path / "whole")["epochs_log"]
+    assert told(half)["best"] == told(tmp_path / "whole")["best"]
+    assert told(half)["complete"]
+    assert not (half / "checkpoint.pt").exists()
+
+
+def test_a_second_interrupt_comes_at_once_and_leaves_the_last_epochs_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = settings(epochs=2, steps=3)
+    whole = trained(of, tmp_path / "whole")
+    loss, count = MultiTask.loss, iter(range(10**6))
+
+    def interrupted(self: MultiTask, task: int, batch: Any) -> Tensor:
+        if task == 0 and self.training and next(count) == 4:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+        return loss(self, task, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MultiTask, "loss", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Run(of, tmp_path / "half", SILENT).train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    run = Run(of, tmp_path / "half", SILENT)
+    run.go_on()
+    assert len(run.record.lines) == 3
+    run.train()
+    for p, q in zip(whole.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(0, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        Run(settings(), tmp_path, SILENT).train()
+    with pytest.raises(ValueError, match=r"checkpoint.pt is of a run with lr = 0.001, not 0.01"):
+        Run(settings(lr=0.01), tmp_path, SILENT).go_on()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_runs_and_tells_its_phases(scheme: str, tmp_path: Path) -> None:
+    run = trained(settings(scheme, batch_sizes=(4, 6, 4)), tmp_path)
+    found = told(tmp_path)
+    assert [entry["phase"] for entry in found["epochs_log"]] == found["phases"]
+    assert found["phases"] == [phase.name for phase in SCHEMES[scheme].phases]
+    assert found["sampling"] == SCHEMES[scheme].sampling
+    assert found["batch_sizes"] == [4, 6, 4]
+    assert found["parameters"] == sum(p.numel() for p in run.model.parameters())
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 2 * len(found["phases"]) + 1))
+    for entry in found["epochs_log"]:
+        trains = SCHEMES[scheme].phases[found["phases"].index(entry["phase"])].tasks
+        seen = {task for task, loss in zip(TASKS, entry["train_loss"], strict=True) if loss is not None}
+        assert seen <= set(trains)
+        assert len(seen) == len(trains) or scheme == "rhapsody"  # whose two steps train a task each
+
+
+SUPPRESSED = 0.3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_what_its_name_says(method: str, tmp_path: Path) -> None:
+    run = trained(settings(method=method, suppression=SUPPRESSED if method == "pcgrad" else None), tmp_path)
+    if method == "single-task":
+        assert told(tmp_path)["phases"] == [f"{task} alone" for task in TASKS]
+        assert all(
+            set(line) & {f"loss/{task}" for task in TASKS} == {f"loss/{line['phase'][:-6]}"} for line in lines(tmp_path)
+        )
+        return
+    kind = method.split("-")[0]
+    opt, step = run.training.opt, lines(tmp_path)[-1]
+    kinds = {"unitary": gk.Sum, "gradvac": gk.GradVac, "attention": gk.GradAttention}
+    assert type(opt.aggregator) is kinds.get(kind, gk.PCGrad)
+    assert opt.groups == ("parameter" if kind == "gradvac" else "model")
+    of_tasks = {tag: [step.get(f"{tag}/{task}") for task in TASKS] for tag in ("loss", "weight", "attention", "norm")}
+    assert step["total_loss"] == pytest.approx(sum(of_tasks["loss"]))
+    cosines = [value for tag, value in step.items() if tag.startswith("cosine/")]
+    assert len(cosines) == (0 if kind == "unitary" else 3)
+    if kind == "unitary":
+        weights = REPORT_WEIGHTS if method == "unitary-weighted" else (1, 1, 1)
+        assert of_tasks["weight"] == pytest.approx(weights)  # in float32
+    if kind == "attention":
+        assert sum(of_tasks["attention"]) == pytest.approx(1)
+    if kind == "pcgrad":
+        assert opt.aggregator.partner == (method.partition("-")[2].replace("-", "_") or "all")
+    if kind == "conflict":
+        sign = 1 if method.endswith("attenuate") else -1
+        assert step["step_scale"] == pytest.approx(1 + sign * sum(cosines) / 3, abs=1e-6)  # cosines in float32
+    if method == "pcgrad":
+        shared = sum(p.numel() for p in run.model.encoder.parameters())
+        deviation = (SUPPRESSED * (1 - SUPPRESSED) / shared) ** 0.5
+        assert step["kept"] == pytest.approx(1 - SUPPRESSED, abs=5 * deviation)
+
+
+def test_the_reports_weights_make_all_losses_alike_at_chance() -> None:
+    at_chance = torch.tensor([5.0, 2.0]).log().tolist()  # of cross-entropy over five classes, and over two
+    a, b = (w * loss for w, loss in zip(REPORT_WEIGHTS, at_chance, strict=False))
+    assert a == pytest.approx(b)
+    assert REPORT_WEIGHTS[2] * 1 == pytest.approx(a)  # 1 - r, where there is no correlation
+
+
+def test_tasks_that_take_turns_meet_the_last_gradients_of_the_others(tmp_path: Path) -> None:
+    trained(settings("rhapsody", sampling="round_robin", steps=4), tmp_path)
+    seen = [[task for task in TASKS if f"norm/{task}" in line and line[f"norm/{task}"] > 0] for line in lines(tmp_path)]
+    assert seen == [["sst"], ["sst", "para"], ["sst", "para", "sts"], ["sst", "para", "sts"]]
+    norms = [[line.get(f"norm/{task}") for task in TASKS] for line in lines(tmp_path)]
+    assert norms[3][1:] == pytest.approx(norms[2][1:])  # of rows that are the same
+    assert norms[3][0] != norms[2][0]
+
+
+def weights_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[Any], list[Any]]]:
+    """Where the model was at the beginning and the end of each phase of one epoch."""
+    begins, ends = [], []
+    begun, evaluate = Run._training, runs.evaluate
+
+    def now() -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+    def training(self: Run) -> Any:
+        begins.append(now())
+        return begun(self)
+
+    def evaluated(model: MultiTask, loaders: Any) -> Any:
+        if loaders is run.dev:
+            ends.append(now())
+        return evaluate(model, loaders)
+
+    begins.append(now())
+    monkeypatch.setattr(Run, "_training", training)
+    monkeypatch.setattr(runs, "evaluate", evaluated)
+    run.train()
+    return begins, ends
+
+
+def test_copies_are_averaged_then_trained_together_then_their_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(settings("single-task-pretraining"), tmp_path, SILENT)
+    begins, ends = weights_at(run, monkeypatch)
+    assert len(begins) == len(ends) == 5
+    for name in begins[0]:
+        in_encoder = name.startswith("encoder.")
+        assert torch.equal(begins[1][name], begins[0][name])
+        assert torch.equal(begins[2][name], begins[0][name])
+        if in_encoder:
+            mean = (ends[0][name] + ends[1][name] + ends[2][name]) / 3
+            torch.testing.assert_close(begins[3][name], mean, rtol=1e-6, atol=1e-7)  # thirds round once more
+            assert torch.equal(ends[4][name], ends[3][name])
+        else:
+            task = int(name.split(".")[1])
+            assert torch.equal(begins[3][name], ends[task][name])
+            assert torch.equal(begins[4][name], ends[3][name])
+            assert not torch.equal(ends[4][name], begins[4][name])
+    assert not torch.equal(begins[3]["encoder.pooler.weight"], begins[0]["encoder.pooler.weight"])
+
+
+def test_under_a_frozen_encoder_surgery_is_on_the_layer_that_tasks_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(settings("gradient-descent"), tmp_path, SILENT)
+    [begin], [end] = weights_at(run, monkeypatch)
+    for name in begin:
+        assert torch.equal(begin[name], end[name]) == name.startswith("encoder.")
+    assert all("cosine/sst-para" in line for line in lines(tmp_path))
+
+
+def scored(*accuracies: float) -> Callable[..., Any]:
+    """In place of ``evaluate``: such accuracies of sentiment, epoch by epoch, and nothing else of any worth."""
+    found = iter([a for a in accuracies for _ in ("dev", "train")])
+
+    def evaluated(model: MultiTask, loaders: Any) -> Any:
+        bad = {"accuracy": 0.0, "precision": 0.0, "recall": 0.0, "loss": 1.0}
+        return {"sst": {**bad, "accuracy": next(found)}, "para": bad, "sts": {"pearson": 0.0, "loss": 1.0}}
+
+    return evaluated
+
+
+def test_a_phase_ends_when_patience_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "evaluate", scored(0.3, 0.6, 0.5, 0.6, 0.9))
+    trained(settings(epochs=5, patience=2), tmp_path)
+    found = told(tmp_path)
+    assert [entry["average"] for entry in found["epochs_log"]] == pytest.approx([0.1, 0.2, 0.5 / 3, 0.2])
+    assert found["best"]["epoch"] == 2
+    assert found["best"]["sst"] == 0.6
+    assert found["best"]["overall"] == pytest.approx((0.6 + 0.5) / 3)
+
+
+def test_a_model_for_each_task_is_judged_by_its_own_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "evaluate", scored(0.3, 0.4, 0.9, 0.9, 0.9, 0.9))
+    trained(settings(method="single-task", epochs=2), tmp_path)
+    assert told(tmp_path)["best"]["sst"] == 0.4
+    assert told(tmp_path)["best"]["epoch"] is None
+
+
+def test_times_and_memory_are_those_of_steps_after_the_warm_up(tmp_path: Path) -> None:
+    run = trained(settings(steps=WEIGHED.stop + 2), tmp_path)
+    found, steps = told(tmp_path), lines(tmp_path)
+    assert [line["step"] - 1 for line in steps if "peak_bytes" in line] == list(WEIGHED)
+    assert found["peak_bytes"] == max(line["peak_bytes"] for line in steps if "peak_bytes" in line)
+    assert found["peak_bytes"] > 4 * len(TASKS) * sum(p.numel() for p in run.model.encoder.parameters())  # the rows
+    timed = [line for line in steps[WARM_UP:] if "seconds/total" in line]
+    for part, seconds in found["seconds_per_step"].items():
+        assert seconds == pytest.approx(sum(line[f"seconds/{part}"] for line in timed) / 2)  # the median of two
+    split = [found["seconds_per_step"][part] for part in ("forward_backward", "surgery", "update")]
+    assert all(seconds > 0 for seconds in split)
+
+
+def test_under_amp_the_encoder_runs_in_bfloat16_on_parameters_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "evaluate", scored(0.5))
+    run, seen = Run(settings(amp=True), tmp_path, SILENT), set()
+    run.model.encoder.layers[0].up.register_forward_hook(lambda module, given, found: seen.add(found.dtype))
+    run.train()
+    assert seen == {torch.bfloat16}
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    assert all(line["total_loss"] < 10 for line in lines(tmp_path))
+
+
+TINY = ["--steps", "2", "--epochs", "1", "--judged", "16"]
+
+
+def test_the_command_line_trains_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    command = ["train", "--method", "gradvac", "--optimizer", "gradkern", *TINY, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        assert main(command) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert main(command) == 1
+    assert "checkpoint.pt" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0
+    assert told(tmp_path)["complete"]
+    assert told(tmp_path)["method"] == "gradvac"
+    assert main([*command, "--resume"]) == 1  # there is nothing to go on with
+    assert main(["train", "--heads", "linear", "joint", "linear"]) == 1
+    assert "heads['sts']" in capsys.readouterr().err
+    assert main(["train", "--data", str(tmp_path)]) == 1
+    assert "ids-sst-train.csv" in capsys.readouterr().err
+    for wrong in (["--lr", "0"], ["--suppression", "1"], ["--steps", "-1"], ["--method", "sum"], ["--dropout", "nan"]):
+        with pytest.raises(SystemExit):
+            main(["train", *wrong])
+
+
+def test_the_suite_has_every_scheme_method_sampler_and_optimizer_of_the_reports() -> None:
+    found = suite_runs(SMALL, data=None, weights="random", device="cpu").values()
+    assert {of.scheme for of in found} == set(SCHEMES)
+    assert {of.method for of in found} == set(METHODS)
+    assert {of.resolved().sampling for of in found} == {"joint", "round_robin", "random", "annealed"}
+    assert {of.suppression for of in found} == {None, 0.30, 0.45, 0.60}  # those that the report tries
+    full = suite_runs(Size(), data=None, weights="random", device="cpu")
+    assert {of.lr for of in full.values()} == {None}
+    assert len(full) == sum(map(len, EXPERIMENTS.values()))
+
+
+def test_the_suite_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("bench.minbert.suite.SMALL", Size(epochs=1, steps=2, judged=16, lr=1e-3))
+    few = {"unitary-scalarization": [{"method": "unitary"}, {"method": "pcgrad"}]}
+    monkeypatch.setattr("bench.minbert.suite.EXPERIMENTS", few)
+    command = ["suite", "--small", "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        interrupt_after(3, patch)
+        assert main(command) == 130
+    first, second = (tmp_path / f"unitary-scalarization-{method}" for method in ("unitary", "pcgrad"))
+    assert told(first)["complete"]
+    assert not told(second)["complete"]
+    written = (first / "run.json").stat().st_mtime_ns
+    assert main(command) == 0
+    assert (first / "run.json").stat().st_mtime_ns == written
+    assert told(second)["complete"]
+    assert len(lines(second)) == 2
+    assert "pcgrad" in (tmp_path / "report.md").read_text()
