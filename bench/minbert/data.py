@@ -93,7 +93,8 @@ def read(directory: Path, split: str, on_malformed: Callable[[str], object] | No
 
 def _read(path: Path, layout: Layout) -> tuple[list[Example], list[str]]:
     """The examples of a file, and what is wrong with its other rows."""
-    examples, malformed = [], []
+    examples: list[Example] = []
+    malformed: list[str] = []
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # so that a bad byte has its line
         rows = csv.reader(file, delimiter="\t", strict=True)
         header = next(rows, [])

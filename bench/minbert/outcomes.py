@@ -101,7 +101,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
 def grouped(rows: Iterable[Row], names: Iterable[str]) -> dict[tuple[Any, ...], list[Row]]:
     """The rows by their values in the columns of those names, in the order of their first."""
-    names, groups = tuple(names), {}
+    names = tuple(names)
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return groups
@@ -114,7 +115,8 @@ def usual(rows: Sequence[Row]) -> dict[str, Any]:
 
 def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of an experiment by what is compared: the method, and whatever is other than usual."""
-    common, labels = usual(rows), {}
+    common = usual(rows)
+    labels: dict[str, list[Row]] = {}
     for of_trial in grouped(rows, CHOICES).values():
         first = of_trial[0]
         other = [f"{name} {shown(first[name])}" for name in common if first[name] != common[name]]

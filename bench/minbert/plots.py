@@ -63,9 +63,9 @@ def write_plots(folder: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[
 
 def _families(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
     """What has a figure of its own, so that lines can be told apart: all methods, and each method's other choices."""
-    families = {}
+    families: dict[str, dict[str, list[Row]]] = {}
     for title, of in experiments(rows).items():
-        of_methods = {method: {} for (method,) in grouped(of, ("method",))}
+        of_methods: dict[str, dict[str, list[Row]]] = {method: {} for (method,) in grouped(of, ("method",))}
         for label, trial in labelled(of).items():
             of_methods[trial[0]["method"]][label] = trial
         families[title] = {}
