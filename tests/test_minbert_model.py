@@ -545,3 +545,21 @@ def test_the_shared_layer_comes_before_the_heads() -> None:
 def test_names_of_nothing_are_refused(heads: dict[str, str], losses: dict[str, str], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         MultiTask(Bert(TINY, dropout=0.0), heads, losses)
+
+
+def test_sentences_are_means_of_tokens_where_the_weights_say_so() -> None:
+    """What a linear head then sees is the mean over the tokens that are there, worked out here by hand."""
+    torch.manual_seed(0)
+    model = MultiTask(Bert(TINY, dropout=0.0), HEAD_NAMES, LOSS_NAMES, mean_pooled=True)
+    ids = torch.randint(1, TINY.vocabulary, (2, 4))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    hidden = model.encoder(ids, mask).hidden
+    expected = model.heads[0](torch.stack([hidden[0].mean(0), hidden[1, :2].mean(0)]))
+    found = model(0, Batch((Tokens(ids, mask),), torch.zeros(2, dtype=torch.long)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)  # float32, sums of at most four numbers
+    assert not weights.mean_pooled("random")
+
+
+@needs_minilm
+def test_minilms_sentences_are_means_of_tokens() -> None:
+    assert weights.mean_pooled("minilm")

@@ -153,17 +153,26 @@ class MultiTask(nn.Module):
         heads: by task the name of a head, of ``HEADS``.
         losses: by task the name of a loss, of ``LOSSES``.
         layer: whether there is a shared layer between the encoder and the heads.
+        mean_pooled: whether a sentence's vector is the mean of its tokens' for all heads, as for some weights.
 
     Raises:
         ValueError: a task has no such head or loss.
     """
 
-    def __init__(self, encoder: Bert, heads: Mapping[str, str], losses: Mapping[str, str], layer: bool = False) -> None:
+    def __init__(
+        self,
+        encoder: Bert,
+        heads: Mapping[str, str],
+        losses: Mapping[str, str],
+        layer: bool = False,
+        mean_pooled: bool = False,
+    ) -> None:
         super().__init__()
         hidden, p = encoder.config.hidden, encoder.dropout.p
         makers = [_named("heads", heads, HEADS, task) for task in TASKS]
         self.losses = [_named("losses", losses, LOSSES, task) for task in TASKS]
         self.encoder = encoder
+        self.mean_pooled = mean_pooled
         self.layer = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU()) if layer else nn.Identity()
         self.heads = nn.ModuleList(make(hidden, p) for make in makers)
 
@@ -177,7 +186,7 @@ class MultiTask(nn.Module):
         head = self.heads[task]
         tokens = together(batch.tokens)
         encoded = self.encoder(*tokens)
-        v = self.layer(_mean(encoded, tokens.mask) if head.mean_pooled else encoded.pooled)
+        v = self.layer(_mean(encoded, tokens.mask) if self.mean_pooled or head.mean_pooled else encoded.pooled)
         # A head takes no time, and half precision has three digits, in which similarities are soon all the same.
         with torch.autocast(v.device.type, enabled=False):
             return head(*v.to(torch.promote_types(v.dtype, torch.float32)).chunk(len(batch.tokens)))

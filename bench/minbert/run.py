@@ -44,7 +44,8 @@ class Run:
         examples = self._examples()
         sentences = chain.from_iterable(e.sentences for task in TASKS for e in examples["train"][task])
         encoder, tokenizer = weights.start(settings.weights, settings.dropout, sentences)
-        self.model = MultiTask(encoder, self.scheme.heads_by_task, self.scheme.losses, self.scheme.layer)
+        means = weights.mean_pooled(settings.weights)
+        self.model = MultiTask(encoder, self.scheme.heads_by_task, self.scheme.losses, self.scheme.layer, means)
         self.model.to(self.device)
         sizes = self.scheme.batch_sizes
         self.loaders = data.loaders(examples["train"], tokenizer.encode, sizes, settings.seed, self.device)

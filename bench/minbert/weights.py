@@ -1,5 +1,6 @@
 """Where a model comes from: an installed package, a directory, or chance."""
 
+import json
 import warnings
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -67,6 +68,19 @@ def start(name: str, dropout: float, sentences: Iterable[str]) -> tuple[Bert, To
         told = f"{tokenizer.vocabulary} tokens, its weights {bert.config.vocabulary}"
         raise ValueError(f"weights {name!r}: the tokenizer in {directory} knows {told}")
     return bert, tokenizer
+
+
+def mean_pooled(name: str) -> bool:
+    """Whether the weights' sentences are the means of their tokens, as ``1_Pooling/config.json`` beside them says.
+
+    So of MiniLM's: its pooler is what was left of pretraining, and hardly tells sentences apart.
+
+    Args:
+        name: as :func:`find` takes it.
+    """
+    directory = find(name)
+    told = None if directory is None else directory / "1_Pooling" / "config.json"
+    return told is not None and told.is_file() and bool(json.loads(told.read_text()).get("pooling_mode_mean_tokens"))
 
 
 THEIRS = {
