@@ -236,7 +236,7 @@ def _scalarize(losses: Losses, targets: list[Tensor], method: Scalarization) -> 
     one_graph_each = any(map(callable, losses.entries)) and not isinstance(losses, LossesOnFeatures)
     if one_graph_each:
         totals: list[Tensor | None] = [None] * len(targets)
-        for i, value, grads in losses.passes(targets, weights):
+        for i, value, grads in losses.weighted_passes(targets, weights):
             values[i] = value
             for k, g in enumerate(grads):
                 if g is not None:

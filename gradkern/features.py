@@ -40,7 +40,7 @@ class LossesOnFeatures(Losses):
         self.features = [h for h in _checked(features) if h.requires_grad]
         self.batched = batched
 
-    def passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None = None) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """See :meth:`Losses.passes`; all heads run before the first task's gradients are there."""
         trunk = self._trunk(targets)
         below = [k for k, p in enumerate(targets) if p in trunk]
@@ -48,7 +48,7 @@ class LossesOnFeatures(Losses):
         values: dict[int, Tensor] = {}
         rows: dict[int, list[Tensor | None]] = {}
         tangents: dict[int, Sequence[Tensor | None]] = {}
-        for i, value, found in self._head_passes([targets[k] for k in above], trunk, weights):
+        for i, value, found in self._head_passes([targets[k] for k in above], trunk):
             values[i], tangents[i] = value, found[: len(self.features)]
             rows[i] = [None] * len(targets)
             for k, g in zip(above, found[len(self.features) :], strict=True):
@@ -69,9 +69,7 @@ class LossesOnFeatures(Losses):
         graph.freeable(self.features, argument="features")  # raises for a graph that cannot be asked for gradients
         return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
 
-    def _head_passes(
-        self, heads: Sequence[Tensor], trunk: set[Tensor], weights: Sequence[float] | None
-    ) -> Iterator[Pass]:
+    def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
         """Each task's number, its loss, and its gradients by the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
         free = graph.freeable(self.entries, edges)
@@ -83,9 +81,7 @@ class LossesOnFeatures(Losses):
                     f"tied weights or a term of their own, such as one of shape {tuple(past[0].shape)}: leave features "
                     "out"
                 )
-            seed = None if weights is None else [torch.full_like(value, weights[i])]
-            retain_graph = self.retain_graph or not free[i]
-            found = differentiated(i, [value], [*self.features, *heads], retain_graph, seed)
+            found = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
             if all(g is None for g in found):
                 raise unreached(i)
             yield i, value.detach(), found

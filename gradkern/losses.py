@@ -44,13 +44,16 @@ class Losses:
         """Which tasks have a loss in this step."""
         return [loss is not None for loss in self.entries]
 
-    def passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None = None) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Run each present task's backward pass in turn, its graph freed before the next as far as nobody needs it.
 
         Args:
             targets: the tensors to differentiate by.
-            weights: what each loss's pass starts from; None for 1.
         """
+        return self.weighted_passes(targets, None)
+
+    def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None) -> Iterator[Pass]:
+        """:meth:`passes`, each of which starts from the task's weight; None for 1."""
         free = graph.freeable(self.entries)
         for i, value in self.values():
             seed = None if weights is None else [torch.full_like(value, weights[i])]

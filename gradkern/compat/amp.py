@@ -258,9 +258,9 @@ class _ToHost(Losses):
         super().__init__(losses, False, on_device[0].device)
         self.on_device = on_device
 
-    def passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None = None) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """As :meth:`Losses.passes`."""
-        for i, value, grads in super().passes(self.on_device, weights):
+        for i, value, grads in super().passes(self.on_device):
             row = [None if g is None else g.cpu() for g in grads]
             del grads  # not alive beside the next task's
             yield i, value.cpu(), row
