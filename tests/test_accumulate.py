@@ -35,6 +35,14 @@ def micro_batches(model: MultiHead, x: Tensor, y: Tensor, n: int = 4) -> list[li
     return [[loss / n for loss in model.losses(xs, ys)] for xs, ys in parts]
 
 
+def in_parts(opt: gk.SurgeryOptimizer, model: MultiHead, x: Tensor, y: Tensor) -> gk.SurgeryInfo:
+    with opt.accumulate() as total:
+        for losses in micro_batches(model, x, y):
+            opt.backward(losses)
+    assert total.info is not None
+    return total.info
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("options", [{}, {"groups": "module", "memory": True}, {"suppression": (0.4, 2)}])
 def test_it_trains_as_one_big_batch(name: str, options: dict[str, object]) -> None:
@@ -46,15 +54,8 @@ def test_it_trains_as_one_big_batch(name: str, options: dict[str, object]) -> No
         for step in range(5):
             shifted = x + 0.3 * step
             opt.zero_grad()
-            if accumulated:
-                with opt.accumulate() as total:
-                    for losses in micro_batches(model, shifted, y):
-                        opt.backward(losses)
-                info = total.info
-            else:
-                info = opt.backward(model.losses(shifted, y))
+            info = in_parts(opt, model, shifted, y) if accumulated else opt.backward(model.losses(shifted, y))
             opt.step()
-        assert info is not None
         results.append((flat(list(model.parameters()), list(model.parameters())), info))
     (whole, info), (parts, info_of_parts) = results
     # 1e-9: sums of 16 terms in another order, in float64, through five steps of Adam.
@@ -221,13 +222,7 @@ def test_conflict_lr_goes_by_the_sums() -> None:
     for accumulated in (False, True):
         model, x, y = double_problem()
         opt = optimizer(model, gk.Sum(), conflict_lr=gk.ConflictLR("attenuate"))
-        if accumulated:
-            with opt.accumulate() as total:
-                for losses in micro_batches(model, x, y):
-                    opt.backward(losses)
-            info = total.info
-        else:
-            info = opt.backward(model.losses(x, y))
+        info = in_parts(opt, model, x, y) if accumulated else opt.backward(model.losses(x, y))
         opt.step()
         scales.append(torch.cat([info.step_scale.reshape(1), flat(list(model.parameters()), list(model.parameters()))]))
     assert_near(scales[1], scales[0], 1.0, 1e-10)  # float64
