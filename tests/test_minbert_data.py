@@ -12,17 +12,11 @@ from torch import Tensor, nn
 pytest.importorskip("tokenizers", reason="sentences become tokens by it")
 pytest.importorskip("safetensors", reason="weights are read by it")
 
-from bench.minbert.data import (
-    SHOWN,
-    TASKS,
-    Batch,
-    Example,
-    Examples,
-    loaders,
-    read,
-    synthetic,
-)
+from bench.minbert.batches import Batch, loaders
+from bench.minbert.examples import TASKS, Example, Examples
+from bench.minbert.files import SHOWN, read
 from bench.minbert.measures import Scores, classified, evaluate, pearson, scores
+from bench.minbert.synthetic import synthetic
 from bench.minbert.tokens import Tokens
 from gradkern.sampling import TaskSampler
 

@@ -17,8 +17,9 @@ pytest.importorskip("tokenizers", reason="sentences are tokenized by it")
 from safetensors.torch import load_file, save_file
 
 from bench.minbert import weights
+from bench.minbert.batches import Batch
 from bench.minbert.bert import Bert, Config
-from bench.minbert.data import TASKS, Batch
+from bench.minbert.examples import TASKS
 from bench.minbert.heads import HEADS, LOSSES, Head, MultiTask
 from bench.minbert.tokens import LEARNED, Tokenizer, Tokens, together
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 pytest.importorskip("tokenizers", reason="sentences become tokens by it")
 pytest.importorskip("safetensors", reason="weights are read by it")
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.outcomes import experiments, found, grids, labelled, rows
 from bench.minbert.report import report
 

@@ -17,7 +17,7 @@ pytest.importorskip("safetensors", reason="weights are read by it")
 import gradkern as gk
 from bench.minbert import run as runs
 from bench.minbert.__main__ import main
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.heads import MultiTask
 from bench.minbert.methods import METHODS, REPORT_WEIGHTS
 from bench.minbert.run import Run

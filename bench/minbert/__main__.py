@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.device import chosen
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.heads import LOSSES
 from bench.minbert.methods import METHODS
 from bench.minbert.report import report

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.minbert.batches import Batch
 from bench.minbert.bert import Bert, Encoded
-from bench.minbert.data import CLASSES, TASKS, Batch
+from bench.minbert.examples import CLASSES, TASKS
 from bench.minbert.tokens import together
 
 MOST = 5

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bench.minbert.data import CLASSES, TASKS, Batch
+from bench.minbert.batches import Batch
+from bench.minbert.examples import CLASSES, TASKS
 from bench.minbert.heads import MultiTask
 
 Measured = dict[str, dict[str, float]]

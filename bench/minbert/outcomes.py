@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean, mode
 from typing import Any
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.methods import METHODS
 from bench.minbert.schemes import SCHEMES
 from bench.minbert.training import OPTIMIZERS, PARTS

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.outcomes import (
     MEASURES,
     OVER,

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 
 
 class Shown:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import gradkern
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.measures import Measured, Scores, scores
 from bench.minbert.schemes import Phase, Scheme
 from bench.minbert.settings import Settings

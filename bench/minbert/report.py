@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 from bench.minbert.outcomes import (
     MEASURES,
     OVER,

@@ -9,8 +9,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from bench.minbert import checkpoint, data, weights
-from bench.minbert.data import TASKS
+from bench.minbert import checkpoint, weights
+from bench.minbert.batches import loaders
+from bench.minbert.examples import TASKS, Examples
+from bench.minbert.files import read
 from bench.minbert.heads import MultiTask
 from bench.minbert.measures import evaluate, scores
 from bench.minbert.methods import chosen
@@ -18,6 +20,7 @@ from bench.minbert.progress import Shown
 from bench.minbert.record import Record, as_json, refuse_other
 from bench.minbert.schemes import Phase
 from bench.minbert.settings import Settings
+from bench.minbert.synthetic import synthetic
 from bench.minbert.training import Training
 
 JUDGED = 256
@@ -48,9 +51,9 @@ class Run:
         self.model = MultiTask(encoder, self.scheme.heads_by_task, self.scheme.losses, self.scheme.layer, means)
         self.model.to(self.device)
         sizes = self.scheme.batch_sizes
-        self.loaders = data.loaders(examples["train"], tokenizer.encode, sizes, settings.seed, self.device)
+        self.loaders = loaders(examples["train"], tokenizer.encode, sizes, settings.seed, self.device)
         self.dev, self.part = (
-            data.loaders(_first(examples[split], n), tokenizer.encode, AT_ONCE, None, self.device)
+            loaders(_first(examples[split], n), tokenizer.encode, AT_ONCE, None, self.device)
             for split, n in (("dev", settings.judged), ("train", settings.judged // 4 if settings.judged else JUDGED))
         )
         self.record = Record(out, settings, self.scheme, sum(p.numel() for p in self.model.parameters()))
@@ -123,12 +126,12 @@ class Run:
         checkpoint.save(self.checkpoint, state)
         self.record.write(complete=False)
 
-    def _examples(self) -> dict[str, data.Examples]:
+    def _examples(self) -> dict[str, Examples]:
         s = self.settings
         if s.data is None:
-            return data.synthetic(0)  # the same for all seeds, so that these are of one experiment
+            return synthetic(0)  # the same for all seeds, so that these are of one experiment
         on_malformed = self.console.print if s.skip_malformed else None
-        return {split: data.read(Path(s.data), split, on_malformed) for split in ("train", "dev")}
+        return {split: read(Path(s.data), split, on_malformed) for split in ("train", "dev")}
 
     def _training(self) -> Training:
         """The present phase's, from the model as it is."""
@@ -180,6 +183,6 @@ class Run:
         return len(reached) > self.settings.patience and max(reached[: -self.settings.patience]) >= max(reached)
 
 
-def _first(examples: data.Examples, n: int | None) -> data.Examples:
+def _first(examples: Examples, n: int | None) -> Examples:
     """The first n of each task, None for all, ordered by length: batches of the equally long have no padding."""
     return {task: sorted(few[:n], key=lambda e: sum(map(len, e.sentences))) for task, few in examples.items()}

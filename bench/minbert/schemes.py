@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from bench.minbert.data import TASKS
+from bench.minbert.examples import TASKS
 
 
 @dataclass(frozen=True)

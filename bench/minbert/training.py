@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 
 import gradkern as gk
 from bench.memory import peak
-from bench.minbert.data import TASKS, Batch
+from bench.minbert.batches import Batch
+from bench.minbert.examples import TASKS
 from bench.minbert.heads import MultiTask
 from bench.minbert.methods import PLAIN
 from bench.minbert.schemes import Phase
