@@ -59,6 +59,7 @@ def told(
         "scheme": "gradattention",
         "method": "unitary",
         "sampling": "joint",
+        "task_weights": None,
         "suppression": None,
         "dropout": 0.1,
         "optimizer": "adamw",
@@ -113,6 +114,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("suite")
     for run in (unitary(0, 100), unitary(1, 140)):
         written(folder, run)
+    weighted = unitary(0, 170) | {"name": "weighted", "task_weights": [1.0, 2.3219, 1.6094]}
+    written(folder, weighted)
     written(folder, surgery("pcgrad", 150, method="pcgrad"))
     written(folder, surgery("ours", 130, method="pcgrad", optimizer="gradkern"))
     written(folder, surgery("attention", 180, method="attention", complete=False))
@@ -211,12 +214,12 @@ def test_what_is_not_complete_is_marked(out: Path) -> None:
 
 def test_labels_tell_what_is_other_than_usual(out: Path) -> None:
     assert list(lines(out, "Scores", "gradattention")) == [
-        *("single-task", "unitary", "pcgrad", "pcgrad, dropout 0.3"),
+        *("single-task", "unitary", "unitary, task weights 1/2.32/1.61", "pcgrad", "pcgrad, dropout 0.3"),
         *("pcgrad, suppression 0.3, dropout 0.3", "pcgrad, suppression 0.45, dropout 0.45"),
         *("pcgrad, optimizer gradkern", "attention*"),
     ]
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert "nothing else: optimizer adamw, sampling joint, suppression none, dropout 0.1." in text
+    assert "nothing else: task weights none, optimizer adamw, sampling joint, suppression none, dropout 0.1." in text
 
 
 def test_experiments_are_told_apart_by_what_differs(tmp_path: Path) -> None:
@@ -234,7 +237,11 @@ def test_combinations_that_were_not_run_are_dashes(out: Path) -> None:
         "joint": {"sampling by method": "joint", "unitary": ran, "pcgrad": ran},
         "annealed": {"sampling by method": "annealed", "unitary": "–", "pcgrad": ran},
     }
-    grid = lines(out, "Suppression by dropout, average / overall", "gradattention, method pcgrad, optimizer adamw")
+    grid = lines(
+        out,
+        "Suppression by dropout, average / overall",
+        "gradattention, method pcgrad, task weights none, optimizer adamw",
+    )
     averages = {p: [of[d].split(" / ")[0] for d in ("0.1", "0.3", "0.45")] for p, of in grid.items()}
     assert averages == {
         "none": [f"{1.4 / 3:.3f}", f"{1.35 / 3:.3f}", "–"],
@@ -246,7 +253,7 @@ def test_combinations_that_were_not_run_are_dashes(out: Path) -> None:
 def test_a_grid_needs_two_values_down(suite: Path) -> None:
     made = rows(found([suite]))
     assert [grid.title for grid in grids(made, "sampling", "method")] == ["rhapsody"]
-    of_surgery = ["gradattention, method pcgrad, optimizer adamw"]
+    of_surgery = ["gradattention, method pcgrad, task weights none, optimizer adamw"]
     assert [grid.title for grid in grids(made, "suppression", "dropout")] == of_surgery
 
 
@@ -254,6 +261,7 @@ def test_time_and_memory_are_told_over_unitary_scalarization(out: Path) -> None:
     of = lines(out, "Time and memory", "gradattention")
     assert of["unitary"]["× unitary"] == f"1.00 ±{(140 - 100) / 120 / math.sqrt(2):.2f}"
     assert of["pcgrad"]["× unitary"] == f"{150 / 120:.2f}"
+    assert of["unitary, task weights 1/2.32/1.61"]["× unitary"] == f"{170 / 120:.2f}"  # no baseline itself
     assert of["attention"]["× unitary"] == f"{180 / 120:.2f}"
     assert (of["pcgrad"]["the report's ×"], of["attention"]["the report's ×"]) == ("2.4", "5.41")
     parts = [of["pcgrad"][f"{part}, ms"] for part in ("forward, backward", "surgery", "update", "total")]
@@ -272,7 +280,7 @@ def test_there_is_no_ratio_without_a_run_that_is_alike(out: Path) -> None:
 
 def test_runs_are_a_table_of_numbers(out: Path) -> None:
     of = {row["name"]: row for row in table(out, "runs.csv")}
-    assert len(of) == 13
+    assert len(of) == 14
     assert float(of["pcgrad"]["step relative to unitary"]) == pytest.approx(1.25, rel=1e-6)  # written in 6 digits
     assert float(of["pcgrad"]["rows over unitary"]) == 3
     assert float(of["unitary-1"]["sst accuracy"]) == pytest.approx(0.52, rel=1e-6)
@@ -294,6 +302,7 @@ def test_epochs_are_a_table_of_numbers(out: Path) -> None:
 def test_every_figure_is_a_png_that_the_report_shows(out: Path) -> None:
     families = ("gradattention", "gradattention-pcgrad", "rhapsody", "rhapsody-pcgrad")
     by_epoch = [f"{what}-{family}" for what in ("curves", "cosines") for family in families]
+    by_epoch.append("curves-gradattention-unitary")  # which has no task gradients
     names = {f"{name}.png" for name in ("scores", "sampling", "suppression", "time", *by_epoch)}
     assert {path.name for path in out.glob("*.png")} == names
     text = (out / "report.md").read_text(encoding="utf-8")
@@ -347,7 +356,7 @@ def test_cosines_are_drawn_where_there_are_any(figures: dict[str, Figure]) -> No
 
 
 def test_runs_are_found_once_each_and_errors_name_the_path(suite: Path, tmp_path: Path) -> None:
-    assert len(found([suite])) == len(found([suite, suite / "pcgrad", suite / "other"])) == 13
+    assert len(found([suite])) == len(found([suite, suite / "pcgrad", suite / "other"])) == 14
     with pytest.raises(FileNotFoundError, match=r"no run\.json in .*empty"):
         found([suite, tmp_path / "empty"])
     file = written(tmp_path, surgery("cut", 1)) / "run.json"

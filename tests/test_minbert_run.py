@@ -19,11 +19,11 @@ from bench.minbert import run as runs
 from bench.minbert.__main__ import main
 from bench.minbert.examples import TASKS
 from bench.minbert.heads import MultiTask
-from bench.minbert.methods import METHODS, REPORT_WEIGHTS
+from bench.minbert.methods import METHODS
 from bench.minbert.run import Run
 from bench.minbert.schemes import SCHEMES
 from bench.minbert.settings import Settings
-from bench.minbert.suite import EXPERIMENTS, SMALL, Size
+from bench.minbert.suite import EXPERIMENTS, REPORT_WEIGHTS, SMALL, Size
 from bench.minbert.suite import runs as suite_runs
 from bench.minbert.training import WARM_UP, WEIGHED
 
@@ -178,8 +178,7 @@ def test_every_method_is_what_its_name_says(method: str, tmp_path: Path) -> None
     cosines = [value for tag, value in step.items() if tag.startswith("cosine/")]
     assert len(cosines) == (0 if kind == "unitary" else 3)
     if kind == "unitary":
-        weights = REPORT_WEIGHTS if method == "unitary-weighted" else (1, 1, 1)
-        assert of_tasks["weight"] == pytest.approx(weights)  # in float32
+        assert of_tasks["weight"] == [1, 1, 1]
     if kind == "attention":
         assert sum(of_tasks["attention"]) == pytest.approx(1)
     if kind == "pcgrad":
@@ -191,6 +190,13 @@ def test_every_method_is_what_its_name_says(method: str, tmp_path: Path) -> None
         shared = sum(p.numel() for p in run.model.encoder.parameters())
         deviation = (SUPPRESSED * (1 - SUPPRESSED) / shared) ** 0.5
         assert step["kept"] == pytest.approx(1 - SUPPRESSED, abs=5 * deviation)
+
+
+def test_given_task_weights_are_those_of_the_sum_and_of_no_surgery(tmp_path: Path) -> None:
+    trained(settings(method="unitary", task_weights=(0.5, 2.0, 0.25)), tmp_path)
+    assert [lines(tmp_path)[-1][f"weight/{task}"] for task in TASKS] == [0.5, 2.0, 0.25]
+    with pytest.raises(ValueError, match=r"task_weights are of the method 'unitary', not of 'pcgrad'"):
+        Run(settings(task_weights=(0.5, 2.0, 0.25)), tmp_path / "other", SILENT)
 
 
 def test_the_reports_weights_make_all_losses_alike_at_chance() -> None:
@@ -347,6 +353,7 @@ def test_the_suite_has_every_scheme_method_and_sampler_of_the_reports() -> None:
     assert {of.scheme for of in found} == set(SCHEMES)
     assert {of.method for of in found} == set(METHODS)
     assert {of.resolved().sampling for of in found} == {"joint", "round_robin", "random", "annealed"}
+    assert {of.task_weights for of in found} == {None, REPORT_WEIGHTS}
     assert {of.suppression for of in found} == {None, 0.30, 0.60}  # the least and the most that the report tries
     full = suite_runs(Size(), data=None, weights="random", device="cpu")
     assert {of.lr for of in full.values()} == {None}

@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="torch's, or ours (%(default)s)")
     train.add_argument("--sampling", choices=SAMPLINGS, help="which tasks a step trains (default: scheme's)")
     train.add_argument(
+        "--task-weights", type=_rate, nargs=len(TASKS), metavar="W", help="of the losses in unitary's sum (default: 1)"
+    )
+    train.add_argument(
         "--suppression", type=_share, metavar="P", help="drop this share of the shared gradient's entries"
     )
     train.add_argument("--dropout", type=_share, default=0.1, metavar="P", help="in BERT and heads (%(default)s)")

@@ -1,14 +1,11 @@
 """What surrounds the inner optimizer, by name: one line each."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
 import gradkern as gk
 from gradkern.demo.methods import Recipe
-
-REPORT_WEIGHTS = (1.0, math.log(1 / 5) / math.log(1 / 2), -math.log(1 / 5))
-"""Of "Unitary Scalarization or Gradient Surgery?"."""
 
 PLAIN = Recipe(lambda generator: gk.Sum())
 """Where nothing is shared: in a phase of one task, or of heads alone."""
@@ -16,7 +13,6 @@ PLAIN = Recipe(lambda generator: gk.Sum())
 METHODS: dict[str, Recipe] = {
     "single-task": PLAIN,
     "unitary": PLAIN,
-    "unitary-weighted": Recipe(lambda generator: gk.Sum(REPORT_WEIGHTS)),
     "pcgrad": Recipe(gk.PCGrad),
     "pcgrad-random": Recipe(partial(gk.PCGrad, "random")),
     "pcgrad-average": Recipe(partial(gk.PCGrad, "average")),
@@ -31,13 +27,22 @@ METHODS: dict[str, Recipe] = {
 report's."""
 
 
-def chosen(name: str, suppression: float | None, sampling: str) -> Recipe:
-    """The method of that name, for a training that suppresses and samples so.
+def chosen(name: str, task_weights: Sequence[float] | None, suppression: float | None, sampling: str) -> Recipe:
+    """The method of that name, for a training that weights, suppresses and samples so.
 
     Args:
         name: in ``METHODS``.
+        task_weights: of the losses in their sum; None for ones. Of "unitary" alone: surgery weighs the tasks itself.
         suppression: the probability to drop an entry of a shared parameter's gradient; None for none.
         sampling: of ``TaskSampler``. Where a step trains one task, it is modified against the others' last gradients.
+
+    Raises:
+        ValueError: ``task_weights`` for another method.
     """
+    recipe = METHODS[name]
+    if task_weights is not None:
+        if name != "unitary":
+            raise ValueError(f"task_weights are of the method 'unitary', not of {name!r}; got {tuple(task_weights)}")
+        recipe = replace(recipe, aggregator=lambda generator: gk.Sum(task_weights))
     masks = None if suppression is None else partial(gk.Suppression, suppression)
-    return replace(METHODS[name], suppression=masks, memory=sampling != "joint")
+    return replace(recipe, suppression=masks, memory=sampling != "joint")

@@ -17,7 +17,7 @@ from gradkern.sampling import SCHEMES as SAMPLINGS
 
 KINDS = ("scheme", "weights", "data", "epochs", "batch_sizes", "lr", "device", "amp")
 """Settings that runs of one experiment have in common."""
-CHOICES = ("method", "optimizer", "sampling", "suppression", "dropout")
+CHOICES = ("method", "task_weights", "optimizer", "sampling", "suppression", "dropout")
 """Settings that an experiment compares. Runs that have these in common too differ in their seed."""
 LISTED = {
     "scheme": list(SCHEMES),
@@ -88,7 +88,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     sorted_by = ("scheme", *CHOICES)
     made = sorted((_row(run) for run in runs), key=lambda row: [_place(name, row[name]) for name in sorted_by])
     alike = (*KINDS, "sampling", "dropout", "phases", "parameters")
-    plain = [row for row in made if (row["method"], row["optimizer"], row["suppression"]) == ("unitary", "adamw", None)]
+    plainly = {"method": "unitary", "task_weights": None, "optimizer": "adamw", "suppression": None}
+    plain = [row for row in made if all(row[name] == value for name, value in plainly.items())]
     baselines = grouped(plain, alike)
     for row in made:
         base = baselines.get(tuple(row[name] for name in alike), [])
@@ -119,7 +120,7 @@ def labelled(rows: Sequence[Row]) -> dict[str, list[Row]]:
     labels: dict[str, list[Row]] = {}
     for of_trial in grouped(rows, CHOICES).values():
         first = of_trial[0]
-        other = [f"{name} {shown(first[name])}" for name in common if first[name] != common[name]]
+        other = [worded(name, first[name]) for name in common if first[name] != common[name]]
         labels[", ".join([first["method"], *other])] = of_trial
     return labels
 
@@ -130,7 +131,7 @@ def experiments(rows: Sequence[Row]) -> dict[str, list[Row]]:
     for (scheme,), of_scheme in grouped(rows, KINDS[:1]).items():
         differ = [name for name in KINDS[1:] if len({row[name] for row in of_scheme}) > 1]
         for of in grouped(of_scheme, KINDS).values():
-            made[", ".join([scheme, *(f"{name} {shown(of[0][name])}" for name in differ)])] = of
+            made[", ".join([scheme, *(worded(name, of[0][name]) for name in differ)])] = of
     return made
 
 
@@ -163,7 +164,7 @@ def grids(rows: Sequence[Row], down: str, across: str) -> list[Grid]:
                 for name in (down, across)
             )
             if len(lines) > 1:
-                title = ", ".join([experiment, *(f"{name} {shown(alike[0][name])}" for name in differ)])
+                title = ", ".join([experiment, *(worded(name, alike[0][name]) for name in differ)])
                 made.append(Grid(title, (down, lines), (across, columns), grouped(alike, (down, across))))
     return made
 
@@ -176,6 +177,11 @@ def values(rows: Iterable[Row], column: str) -> list[float]:
 def shown(value: Any) -> str:
     """A setting's value by itself."""
     return "none" if value is None else str(value)
+
+
+def worded(name: str, value: Any) -> str:
+    """A setting with its name."""
+    return f"{name.replace('_', ' ')} {shown(value)}"
 
 
 def mean(numbers: Sequence[float]) -> float | None:
@@ -196,13 +202,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _row(run: Run) -> Row:
     told, log = run.told, run.told["epochs_log"]
-    best, seconds = told["best"] or {}, told["seconds_per_step"]
+    best, seconds, weights = told["best"] or {}, told["seconds_per_step"], told["task_weights"]
     judged = {task: _judged(run, task) for task in TASKS}
     return {
         "name": told["name"],
         "folder": str(run.folder),
         **{name: told[name] for name in (*KINDS, *CHOICES)},
         "batch_sizes": "/".join(map(str, told["batch_sizes"])),
+        "task_weights": weights and "/".join(f"{weight:.3g}" for weight in weights),
         "phases": ", ".join(told["phases"]),
         "seed": told["seed"],
         "complete": told["complete"],
@@ -228,7 +235,8 @@ def _judged(run: Run, task: str) -> dict[str, float]:
 
 
 def _place(name: str, value: Any) -> float:
-    """Of a choice among others: as they are listed where they have names, and none before any probability."""
-    if name in LISTED:
-        return LISTED[name].index(value) if value in LISTED[name] else len(LISTED[name])
+    """Of a choice among others: none comes first, and names are in the order in which they are listed."""
+    if isinstance(value, str):
+        listed = LISTED.get(name, [])
+        return listed.index(value) if value in listed else len(listed)
     return -1.0 if value is None else value

@@ -99,6 +99,7 @@ class Record:
             "scheme": s.scheme,
             "method": s.method,
             "sampling": scheme.sampling,
+            "task_weights": s.task_weights,
             "suppression": s.suppression,
             "dropout": s.dropout,
             "optimizer": s.optimizer,

@@ -24,6 +24,7 @@ from bench.minbert.outcomes import (
     shown,
     usual,
     values,
+    worded,
 )
 from bench.minbert.plots import write_plots
 from bench.minbert.training import PARTS
@@ -80,7 +81,7 @@ def markdown(rows: Sequence[Row]) -> str:
     """All tables: scores, sampling by method, suppression by dropout, and times."""
     parts = ["# Three tasks on one BERT", "## Scores"]
     for name, of in experiments(rows).items():
-        common = ", ".join(f"{choice} {shown(value)}" for choice, value in usual(of).items())
+        common = ", ".join(worded(choice, value) for choice, value in usual(of).items())
         parts += [f"### {name}", f"Where a line says nothing else: {common}.", _scores(of)]
     parts += [LEGEND, "What the reports have, with BERT-base on SST, Quora and STS-B:"]
     parts.append(_table(["report", "method", "sst", "para", "sts"], REPORTED_SCORES))

@@ -139,7 +139,7 @@ class Run:
         return Training(
             self.model,
             self.phase,
-            chosen(s.method, s.suppression, self.scheme.sampling),
+            chosen(s.method, s.task_weights, s.suppression, self.scheme.sampling),
             s.optimizer,
             self.scheme.lr,
             self.scheme.sampling,

@@ -23,6 +23,7 @@ class Settings:
         batch_sizes: of each task.
         lr: learning rate.
         optimizer: in ``OPTIMIZERS``.
+        task_weights: of the losses in the sum of unitary scalarization.
         sampling: of ``TaskSampler``.
         suppression: the probability to drop an entry of a shared parameter's gradient.
         dropout: of BERT and of the heads.
@@ -46,6 +47,7 @@ class Settings:
     batch_sizes: tuple[int, ...] | None = None
     lr: float | None = None
     optimizer: str = "adamw"
+    task_weights: tuple[float, ...] | None = None
     sampling: str | None = None
     suppression: float | None = None
     dropout: float = 0.1

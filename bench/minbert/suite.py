@@ -1,5 +1,6 @@
 """Each report's experiment, one after another: which runs it is made of, and how large they are."""
 
+import math
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -42,8 +43,15 @@ def methods(*names: str) -> list[dict[str, Any]]:
     return [{"method": name} for name in names]
 
 
+REPORT_WEIGHTS = (1.0, math.log(1 / 5) / math.log(1 / 2), -math.log(1 / 5))
+"""Of the losses in "Unitary Scalarization or Gradient Surgery?"."""
+
 EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
-    "unitary-scalarization": methods("single-task", "unitary", "unitary-weighted", "pcgrad", "gradvac"),
+    "unitary-scalarization": [
+        *methods("single-task", "unitary"),
+        {"method": "unitary", "task_weights": REPORT_WEIGHTS},
+        *methods("pcgrad", "gradvac"),
+    ],
     "rhapsody": [
         *(
             {"method": m, "sampling": s}
@@ -72,9 +80,14 @@ def runs(size: Size, **common: Any) -> dict[str, Settings]:
             frozen, turns = resolved.phases[resolved.main].frozen, resolved.sampling != "joint"
             lr = None if size.lr is None else size.lr * (10 if frozen else 1)
             steps = None if size.steps is None else size.steps * (2 if turns else 1)
-            beside = (f"{name}-{value}" for name, value in own.items() if name != "method")
+            beside = (f"{name}-{_shown(value)}" for name, value in own.items() if name != "method")
             made["-".join([scheme, own["method"], *beside])] = replace(settings, lr=lr, steps=steps)
     return made
+
+
+def _shown(value: Any) -> str:
+    """A setting's value in the name of a folder."""
+    return "-".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def suite(small: bool, data: str | None, weights: str, device: str, out: Path, console: Console) -> None:
