@@ -83,16 +83,22 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
     Sorted by scheme and method, as ``schemes.py`` and ``methods.py`` list them. None stands for what there is not. Time
     and memory are also told relative to unitary scalarization by torch's AdamW, the mean over its seeds, in runs that
-    are alike in all else.
+    are alike in all else but in how likely dropout is.
     """
     sorted_by = ("scheme", *CHOICES)
     made = sorted((_row(run) for run in runs), key=lambda row: [_place(name, row[name]) for name in sorted_by])
-    alike = (*KINDS, "sampling", "dropout", "phases", "parameters")
+
+    def kind(row: Row) -> tuple[Any, ...]:
+        with_dropout = row["dropout"] > 0  # takes time, whatever the probability
+        return *(row[name] for name in (*KINDS, "sampling", "phases", "parameters")), with_dropout
+
     plainly = {"method": "unitary", "task_weights": None, "optimizer": "adamw", "suppression": None}
     plain = [row for row in made if all(row[name] == value for name, value in plainly.items())]
-    baselines = grouped(plain, alike)
+    baselines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in plain:
+        baselines.setdefault(kind(row), []).append(row)
     for row in made:
-        base = baselines.get(tuple(row[name] for name in alike), [])
+        base = baselines.get(kind(row), [])
         step, peak = (mean(values(base, column)) for column in ("total ms", "peak bytes"))
         gradient = 4 * row["parameters"]  # bytes, in float32
         row[RELATIVE] = None if None in (step, row["total ms"]) else row["total ms"] / step
