@@ -268,13 +268,16 @@ def test_a_batch_size_for_each_task() -> None:
 @given(st.integers(2, 5), st.data())
 def test_classification_is_measured_as_scikit_learn_does(classes: int, data: st.DataObject) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
+    sklearn_dummy = pytest.importorskip("sklearn.dummy")
     each = st.lists(st.tuples(*[st.integers(0, classes - 1)] * 2), min_size=1, max_size=12)
     labels, predicted = zip(*data.draw(each), strict=True)
+    always = sklearn_dummy.DummyClassifier(strategy="most_frequent").fit(labels, labels)
     found = classified(torch.tensor(predicted), torch.tensor(labels), classes)
     wanted = {
         "accuracy": sklearn.accuracy_score(labels, predicted),
         "precision": sklearn.precision_score(labels, predicted, average="macro", zero_division=0),
         "recall": sklearn.recall_score(labels, predicted, average="macro", zero_division=0),
+        "majority": always.score(labels, labels),
     }
     assert found == pytest.approx(wanted, rel=1e-12)  # a few roundings of float64
 
@@ -345,8 +348,10 @@ def test_evaluation_goes_over_all_examples_and_restores_modes() -> None:
     assert not model.frozen.training
     # sst: right, wrong, right; 1 is predicted and never right. para: 1 is predicted for all. Means over 3 examples, not
     # over the batches of 2 and 1.
-    assert found["sst"] == pytest.approx({"accuracy": 2 / 3, "precision": 2 / 3, "recall": 1.5 / 3, "loss": 10 / 3})
-    assert found["para"] == pytest.approx({"accuracy": 2 / 3, "precision": 1 / 3, "recall": 1 / 2, "loss": 2 / 3})
+    of_sst = {"accuracy": 2 / 3, "precision": 2 / 3, "recall": 1.5 / 3, "majority": 2 / 3, "loss": 10 / 3}
+    assert found["sst"] == pytest.approx(of_sst)
+    of_para = {"accuracy": 2 / 3, "precision": 1 / 3, "recall": 1 / 2, "majority": 2 / 3, "loss": 2 / 3}
+    assert found["para"] == pytest.approx(of_para)
     assert found["sts"] == pytest.approx({"pearson": -1.0, "loss": 4.0})
     assert scores(found) == Scores(found["sst"]["accuracy"], found["para"]["accuracy"], found["sts"]["pearson"])
 

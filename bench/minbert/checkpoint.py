@@ -37,7 +37,7 @@ def set_random(state: Mapping[str, Any]) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[SimpleNamespace]:
-    """Within the block the first Ctrl-C is only noted, in ``came``; a second one interrupts at once.
+    """Within the block the first Ctrl-C is only noted, in ``came``, and answered; a second one interrupts at once.
 
     An optimizer that is interrupted has stepped some parameters and not others, which nobody could go on from.
     """
@@ -47,6 +47,7 @@ def interruptible() -> Iterator[SimpleNamespace]:
         if noted.came:
             raise KeyboardInterrupt
         noted.came = True
+        os.write(2, b"\nending after this step; once more to end now\n")  # print may be what was interrupted
 
     before = signal.signal(signal.SIGINT, note)
     try:

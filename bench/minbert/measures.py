@@ -13,7 +13,7 @@ from bench.minbert.examples import CLASSES, TASKS
 from bench.minbert.heads import MultiTask
 
 Measured = dict[str, dict[str, float]]
-"""By task: accuracy, precision and recall of those that classify, pearson of the other; and loss."""
+"""By task: accuracy, precision, recall and majority of those that classify, pearson of the other; and loss."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,10 @@ def scores(measured: Measured) -> Scores:
 
 
 def classified(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
-    """Accuracy, and precision and recall as means over the classes that occur in either.
+    """Accuracy, precision and recall as means over the classes that occur in either, and majority.
 
-    A class that is never predicted has precision 0, one that is only predicted has recall 0, as scikit-learn has it.
+    The last is the accuracy of whoever always says the most frequent class of ``labels``: what has to be beaten. A
+    class that is never predicted has precision 0, one that is only predicted has recall 0, as scikit-learn has it.
 
     Args:
         predicted: (N,) of 0 … ``classes`` - 1, whatever dtype.
@@ -58,6 +59,7 @@ def classified(predicted: Tensor, labels: Tensor, classes: int) -> dict[str, flo
         "accuracy": float(hits.sum() / confusion.sum()),
         "precision": float((hits / named.clamp(min=1))[occurring].mean()),
         "recall": float((hits / labelled.clamp(min=1))[occurring].mean()),
+        "majority": float(labelled.max() / labelled.sum()),
     }
 
 

@@ -8,7 +8,7 @@ import gradkern as gk
 from gradkern.demo.methods import Recipe
 
 PLAIN = Recipe(lambda generator: gk.Sum())
-"""Where nothing is shared: in a phase of one task, or of heads alone."""
+"""The sum of the losses, and all that is left of any method where nothing is shared: one task alone, or heads alone."""
 
 METHODS: dict[str, Recipe] = {
     "single-task": PLAIN,
@@ -32,17 +32,12 @@ def chosen(name: str, task_weights: Sequence[float] | None, suppression: float |
 
     Args:
         name: in ``METHODS``.
-        task_weights: of the losses in their sum; None for ones. Of "unitary" alone: surgery weighs the tasks itself.
+        task_weights: of the losses in the sum of "unitary"; None for ones.
         suppression: the probability to drop an entry of a shared parameter's gradient; None for none.
         sampling: of ``TaskSampler``. Where a step trains one task, it is modified against the others' last gradients.
-
-    Raises:
-        ValueError: ``task_weights`` for another method.
     """
     recipe = METHODS[name]
     if task_weights is not None:
-        if name != "unitary":
-            raise ValueError(f"task_weights are of the method 'unitary', not of {name!r}; got {tuple(task_weights)}")
         recipe = replace(recipe, aggregator=lambda generator: gk.Sum(task_weights))
     masks = None if suppression is None else partial(gk.Suppression, suppression)
     return replace(recipe, suppression=masks, memory=sampling != "joint")

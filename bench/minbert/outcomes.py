@@ -9,14 +9,17 @@ from pathlib import Path
 from statistics import fmean, mode
 from typing import Any
 
-from bench.minbert.examples import TASKS
+from bench.minbert.examples import CLASSES, TASKS
 from bench.minbert.methods import METHODS
 from bench.minbert.schemes import SCHEMES
 from bench.minbert.training import OPTIMIZERS, PARTS
 from gradkern.sampling import SCHEMES as SAMPLINGS
 
-KINDS = ("scheme", "weights", "data", "epochs", "batch_sizes", "lr", "device", "amp")
-"""Settings that runs of one experiment have in common."""
+KINDS = (
+    *("scheme", "heads", "similarity", "weights", "data", "epochs", "steps", "batch_sizes", "max_length", "lr"),
+    *("judged", "patience", "amp", "device", "machine", "threads"),
+)
+"""What runs of one experiment have in common."""
 CHOICES = ("method", "task_weights", "optimizer", "sampling", "suppression", "dropout")
 """Settings that an experiment compares. Runs that have these in common too differ in their seed."""
 LISTED = {
@@ -34,10 +37,11 @@ PAIRS = tuple(combinations(TASKS, 2))
 RELATIVE, OVER = "step relative to unitary", "rows over unitary"
 """Columns of rows: ratios to the step time of unitary scalarization, and peak memory over its in gradients."""
 REPORTED = {"pcgrad": 2.4, "attention": 5.41}
-"""How many times as long as AdamW's a step took in "GradAttention": its 5.41, and 2.26 times less for PCGrad."""
+"""How many times as long as AdamW's a step of all tasks took in "GradAttention": its 5.41, and 2.26 times less for
+PCGrad."""
 NEEDED = (
     *("name", "seed", "complete", *KINDS, *CHOICES, "phases"),
-    *("parameters", "epochs_log", "best", "seconds_per_step", "peak_bytes"),
+    *("parameters", "trained", "epochs_log", "best", "seconds_per_step", "peak_bytes"),
 )
 """Of ``run.json``."""
 Row = dict[str, Any]
@@ -84,9 +88,16 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     Sorted by scheme and method, as ``schemes.py`` and ``methods.py`` list them. None stands for what there is not. Time
     and memory are also told relative to unitary scalarization by torch's AdamW, the mean over its seeds, in runs that
     are alike in all else but in how likely dropout is.
+
+    Raises:
+        ValueError: two runs are of the same settings and the same seed, of which nothing could be told but noise.
     """
     sorted_by = ("scheme", *CHOICES)
     made = sorted((_row(run) for run in runs), key=lambda row: [_place(name, row[name]) for name in sorted_by])
+
+    for same in grouped(made, (*KINDS, *CHOICES, "seed")).values():
+        if len(same) > 1:
+            raise ValueError(f"{same[0]['folder']} and {same[1]['folder']} are runs of the same settings and seed")
 
     def kind(row: Row) -> tuple[Any, ...]:
         with_dropout = row["dropout"] > 0  # takes time, whatever the probability
@@ -100,7 +111,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     for row in made:
         base = baselines.get(kind(row), [])
         step, peak = (mean(values(base, column)) for column in ("total ms", "peak bytes"))
-        gradient = 4 * row["parameters"]  # bytes, in float32
+        gradient = 4 * row["trained"]  # bytes, in float32
         row[RELATIVE] = None if None in (step, row["total ms"]) else row["total ms"] / step
         row[OVER] = None if None in (peak, row["peak bytes"]) else (row["peak bytes"] - peak) / gradient
     return made
@@ -175,6 +186,13 @@ def grids(rows: Sequence[Row], down: str, across: str) -> list[Grid]:
     return made
 
 
+def reported(row: Row) -> float | None:
+    """What a report measured of such a run's time, relative to AdamW."""
+    as_theirs = {"sampling": "joint", "suppression": None, "optimizer": "adamw"}
+    alike = all(row[name] == value for name, value in as_theirs.items()) and row["trained"] == row["parameters"]
+    return REPORTED.get(row["method"]) if alike else None
+
+
 def values(rows: Iterable[Row], column: str) -> list[float]:
     """The numbers there are in that column."""
     return [row[column] for row in rows if row[column] is not None]
@@ -214,17 +232,19 @@ def _row(run: Run) -> Row:
         "name": told["name"],
         "folder": str(run.folder),
         **{name: told[name] for name in (*KINDS, *CHOICES)},
-        "batch_sizes": "/".join(map(str, told["batch_sizes"])),
+        **{name: "/".join(map(str, told[name])) for name in ("heads", "batch_sizes")},
         "task_weights": weights and "/".join(f"{weight:.3g}" for weight in weights),
         "phases": ", ".join(told["phases"]),
         "seed": told["seed"],
         "complete": told["complete"],
         "parameters": told["parameters"],
+        "trained": told["trained"],
         "best epoch": best.get("epoch"),
         **{f"{task} {name}": judged[task].get(name) for task, names in MEASURES.items() for name in names},
+        **{f"{task} majority": judged[task].get("majority") for task in CLASSES},
         "average": best.get("average"),
         "overall": best.get("overall"),
-        "mean cosine": mean([fmean(entry["cosines"].values()) for entry in log if entry["cosines"]]),
+        "mean cosine": mean([entry["cosine"] for entry in log if entry["cosine"] is not None]),
         "conflicting pairs": mean([entry["conflict"] for entry in log if entry["conflict"] is not None]),
         **{f"{part} ms": None if seconds[part] is None else 1e3 * seconds[part] for part in PARTS},
         "peak bytes": told["peak_bytes"],

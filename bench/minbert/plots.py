@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,6 @@ from bench.minbert.outcomes import (
     OVER,
     PAIRS,
     RELATIVE,
-    REPORTED,
     SCORES,
     Grid,
     Row,
@@ -28,6 +26,7 @@ from bench.minbert.outcomes import (
     grouped,
     labelled,
     mean,
+    reported,
     shown,
     values,
 )
@@ -153,7 +152,7 @@ def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
 def _cosines(title: str, trials: dict[str, list[Run]]) -> Figure:
     """The mean cosine over all pairs, that of each pair, and the share in conflict, by epoch."""
     panels: dict[str, Series] = {
-        "mean cosine, all pairs": lambda run: [fmean(e["cosines"].values()) for e in _with_cosines(run)],
+        "mean cosine, all pairs": lambda run: [e["cosine"] for e in _with_cosines(run)],
         **{
             f"mean cosine, {a}-{b}": lambda run, pair=f"{a}-{b}": [e["cosines"].get(pair) for e in _with_cosines(run)]
             for a, b in PAIRS
@@ -189,8 +188,8 @@ def _times(rows: Sequence[Row]) -> Figure:
                     panels[0].barh(place, width, left=left, color=color, label=label, height=0.7)
                     left += width
             panels[0].text(left, place, f" {mean(values(trial, RELATIVE)):.2f}", va="center", fontsize="small")
-            if trial[0]["method"] in REPORTED and trial[0]["suppression"] is None:
-                panels[0].plot(REPORTED[trial[0]["method"]], place, "kx", label="the report's")
+            if reported(trial[0]) is not None:
+                panels[0].plot(reported(trial[0]), place, "kx", label="the report's")
             over = mean(values(trial, OVER))
             if over is not None:
                 panels[1].barh(place, over, color="0.5", height=0.7)

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.minbert.examples import TASKS
+from bench.minbert.schemes import Phase
 
 
 class Shown:
@@ -37,12 +37,11 @@ class Shown:
         conflict = f", {line['conflict']:.0%} in conflict" if "conflict" in line else ""
         self.bars.update(self.bar, advance=1, told=loss + conflict + self.scores, refresh=True)
 
-    def epoch(self, entry: dict[str, Any]) -> None:
-        """An epoch has been evaluated."""
+    def epoch(self, phase: Phase, entry: dict[str, Any]) -> None:
+        """An epoch has been evaluated: the tasks it trained and, where these are all, the overall scores."""
         dev = entry["dev"]
-        each = ", ".join(f"{task} {dev[task].get('accuracy', dev[task].get('pearson')):.3f}" for task in TASKS)
-        self.scores = f", average {entry['average']:.3f}"
-        self.bars.console.print(
-            f"epoch {entry['epoch']}, {entry['phase']}: {each}; average {entry['average']:.3f}, "
-            f"overall {entry['overall']:.3f}"
-        )
+        each = ", ".join(f"{task} {dev[task].get('accuracy', dev[task].get('pearson')):.3f}" for task in phase.tasks)
+        overall = [f"{name} {entry[name]:.3f}" for name in ("average", "overall") if entry[name] is not None]
+        self.scores = f", {overall[0] if overall else each}"
+        told = "; ".join([each, *([", ".join(overall)] if overall else [])])
+        self.bars.console.print(f"epoch {entry['epoch']}, {entry['phase']}: {told}", soft_wrap=True)

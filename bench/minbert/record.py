@@ -1,6 +1,7 @@
 """What is kept of a run: a line for each step in ``steps.jsonl``, and all that follows in ``run.json``."""
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 import gradkern
+from bench import device
 from bench.minbert.examples import TASKS
 from bench.minbert.measures import Measured, Scores, scores
 from bench.minbert.schemes import Phase, Scheme
@@ -29,15 +31,17 @@ class Record:
         out: the folder.
         settings: of the run.
         scheme: what they come to.
-        parameters: how many the model has.
+        parameters: how many numbers the model has.
+        trained: how many of them those phases train that times and memory are of.
 
     Attributes:
         lines: of all steps.
         log: of all epochs.
     """
 
-    def __init__(self, out: Path, settings: Settings, scheme: Scheme, parameters: int) -> None:
-        self.out, self.settings, self.scheme, self.parameters = out, settings, scheme, parameters
+    def __init__(self, out: Path, settings: Settings, scheme: Scheme, parameters: int, trained: int) -> None:
+        self.out, self.settings, self.scheme = out, settings, scheme
+        self.parameters, self.trained = parameters, trained
         self.lines: list[Line] = []
         self.log: list[dict[str, Any]] = []
 
@@ -45,6 +49,7 @@ class Record:
     def writing(self) -> Iterator[None]:
         """Within the block the file of steps is open, with those that were taken up to where the run goes on."""
         self.out.mkdir(parents=True, exist_ok=True)
+        self.write(complete=False)  # before the steps of a complete run that was here are lost
         with (self.out / "steps.jsonl").open("w", buffering=1) as self._file:
             self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
             yield
@@ -67,6 +72,8 @@ class Record:
         epoch = len(self.log) + 1
         lines = [line for line in self.lines if line["epoch"] == epoch]
         found = scores(dev)
+        together = phase.tasks == TASKS  # else there are heads that nobody has trained
+        cosines = [value for line in lines for tag, value in line.items() if tag.startswith("cosine/")]
         pairs = {f"{a}-{b}": _mean(lines, f"cosine/{a}-{b}") for a, b in combinations(TASKS, 2)}
         entry = {
             "phase": phase.name,
@@ -75,8 +82,9 @@ class Record:
             "train_loss": [_mean(lines, f"loss/{task}") for task in TASKS],
             "dev": dev,
             "train": train,
-            "average": found.average,
-            "overall": found.overall,
+            "average": found.average if together else None,
+            "overall": found.overall if together else None,
+            "cosine": fmean(cosines) if cosines else None,
             "cosines": {pair: cosine for pair, cosine in pairs.items() if cosine is not None},
             "conflict": _mean(lines, "conflict"),
         }
@@ -90,10 +98,9 @@ class Record:
     def write(self, complete: bool) -> None:
         """``run.json``, as far as the run has come."""
         s, scheme = self.settings, self.scheme
-        main = [line for line in self.lines if line["phase"] == scheme.phases[scheme.main].name]
-        timed = [line for line in main[WARM_UP:] if "seconds/total" in line]
-        spent = {part: _median(timed, part) for part in PARTS}
-        weighed = [line["peak_bytes"] for line in main if "peak_bytes" in line]
+        main = [[line for line in self.lines if line["phase"] == phase.name] for phase in scheme.main]
+        spent = {part: _together([_median(lines[WARM_UP:], f"seconds/{part}") for lines in main]) for part in PARTS}
+        weighed = [line["peak_bytes"] for lines in main for line in lines if "peak_bytes" in line]
         told = {
             "name": self.out.name,
             "scheme": s.scheme,
@@ -105,11 +112,19 @@ class Record:
             "optimizer": s.optimizer,
             "weights": s.weights,
             "data": s.data or "synthetic",
+            "heads": list(scheme.heads),
+            "similarity": scheme.similarity,
             "seed": s.seed,
             "epochs": s.epochs,
+            "steps": s.steps,
+            "judged": s.judged,
+            "patience": s.patience,
             "batch_sizes": list(scheme.batch_sizes),
+            "max_length": s.max_length,
             "lr": scheme.lr,
             "device": s.device,
+            "machine": device.name(torch.device(s.device)),
+            "threads": torch.get_num_threads(),
             "amp": s.amp,
             "versions": {
                 "torch": torch.__version__,
@@ -117,6 +132,7 @@ class Record:
                 "gradkern": gradkern.__version__,
             },
             "parameters": self.parameters,
+            "trained": self.trained,
             "phases": [phase.name for phase in scheme.phases],
             "epochs_log": self.log,
             "best": self._best(),
@@ -125,7 +141,9 @@ class Record:
             "settings": as_json(s),
             "complete": complete,
         }
-        (self.out / "run.json").write_text(json.dumps(told, indent=1) + "\n")
+        written = self.out / "run.json.new"
+        written.write_text(json.dumps(told, indent=1) + "\n")
+        os.replace(written, self.out / "run.json")
 
     def _best(self) -> dict[str, Any] | None:
         """Of the epochs that train all tasks the one with the best average; else each task's best of its own."""
@@ -180,5 +198,12 @@ def _mean(lines: Sequence[Line], tag: str) -> float | None:
     return fmean(values) if values else None
 
 
-def _median(lines: Sequence[Line], part: str) -> float | None:
-    return median(line[f"seconds/{part}"] for line in lines) if lines else None
+def _median(lines: Sequence[Line], tag: str) -> float | None:
+    values = [line[tag] for line in lines if tag in line]
+    return median(values) if values else None
+
+
+def _together(seconds: Sequence[float | None]) -> float | None:
+    """A step of each phase."""
+    known = [each for each in seconds if each is not None]
+    return sum(known) if len(known) == len(seconds) else None

@@ -11,7 +11,6 @@ from bench.minbert.outcomes import (
     OVER,
     PAIRS,
     RELATIVE,
-    REPORTED,
     Grid,
     Row,
     Run,
@@ -20,6 +19,7 @@ from bench.minbert.outcomes import (
     grids,
     labelled,
     mean,
+    reported,
     rows,
     shown,
     usual,
@@ -45,14 +45,15 @@ NONE = "–"
 LEGEND = """\
 Scores are those on dev in the epoch with the best average; of a model for each task, in the best of each. Precision and
 recall are means over classes. average: the plain mean of the three. overall: the mean with (r + 1) / 2 for Pearson's r.
-conflict: the share of pairs of task gradients that point against each other. cosine: their mean cosine. ±: standard
-deviation over seeds. *: a run is not complete."""
+conflict: the share of pairs of task gradients, of the whole model, that point against each other. cosine: their mean
+cosine, over pairs and steps. ±: standard deviation over seeds. *: a run is not complete."""
 TIME_LEGEND = """\
-Medians over the steps of a run. × unitary: relative to unitary scalarization by torch's AdamW in a run that is alike in
-all else but in how likely dropout is. the report's: relative to AdamW, as "GradAttention" measured it; of PCGrad
-"Unitary Scalarization or Gradient Surgery?" says more than twice as long, with batches halved for memory, and "Single
-Task Pretraining" 30 minutes an epoch in place of 20. rows: peak memory over that of unitary scalarization, in gradients
-of all parameters in float32."""
+Medians over the steps of a run, of each part by itself; of a model for each task, of a step of each, one after another.
+× unitary: relative to unitary scalarization by torch's AdamW in a run that is alike in all else but in how likely
+dropout is. the report's: relative to AdamW, as "GradAttention" measured it; of PCGrad "Unitary Scalarization or
+Gradient Surgery?" says more than twice as long, with batches halved for memory, and "Single Task Pretraining" 30
+minutes an epoch in place of 20. peak: what a step allocates at the worst moment, and the gradients that are kept for
+the next one. rows: how much that is over unitary scalarization's, in gradients of what is trained, in float32."""
 
 
 def report(paths: Sequence[Path], out: Path) -> str:
@@ -105,9 +106,10 @@ def side_by_side(rows: Sequence[Row]) -> str:
     columns = {"sst accuracy": 3, "para accuracy": 3, "sts pearson": 3, "average": 3, "overall": 3}
     columns |= {"conflicting pairs": 2, RELATIVE: 2, OVER: 2}
     headings = ["experiment", "method", "sst", "para", "sts", "average", "overall", "conflict", "× unitary", "rows"]
-    lines = [
-        [name, *_trial(*trial, columns)] for name, of in experiments(rows).items() for trial in labelled(of).items()
-    ]
+    lines = []
+    for name, of in experiments(rows).items():
+        trials = (_majority(of, columns), *(_trial(*trial, columns) for trial in labelled(of).items()))
+        lines += [[name, *trial] for trial in trials]
     return _table(headings, lines)
 
 
@@ -117,7 +119,7 @@ def epochs(runs: Iterable[Run]) -> list[Row]:
         {
             "name": run.told["name"],
             "folder": str(run.folder),
-            **{name: entry[name] for name in ("phase", "epoch", "step", "average", "overall", "conflict")},
+            **{name: entry[name] for name in ("phase", "epoch", "step", "average", "overall", "cosine", "conflict")},
             **{f"training loss {task}": loss for task, loss in zip(TASKS, entry["train_loss"], strict=True)},
             **{
                 f"{part} {task} {name}": entry[part][task][name]
@@ -137,10 +139,10 @@ def _scores(rows: Sequence[Row]) -> str:
     several = len({row["seed"] for row in rows}) > 1
     columns = {name: 3 for task, names in MEASURES.items() for name in (f"{task} {name}" for name in names)}
     columns |= {"average": 3, "overall": 3, "best epoch": 0, "conflicting pairs": 2, "mean cosine": 2}
-    lines = []
-    for label, of in labelled(rows).items():
-        name, *cells = _trial(label, of, columns)
-        lines.append([name, *([str(len(of))] if several else []), *cells])
+    lines = [_majority(rows, columns), *(_trial(*trial, columns) for trial in labelled(rows).items())]
+    if several:
+        seeds = (NONE, *(str(len(of)) for of in labelled(rows).values()))
+        lines = [[name, n, *cells] for (name, *cells), n in zip(lines, seeds, strict=True)]
     headings = [column.replace("conflicting pairs", "conflict").replace("mean cosine", "cosine") for column in columns]
     return _table(["method", *(["seeds"] if several else []), *headings], lines)
 
@@ -149,6 +151,15 @@ def _trial(label: str, of: Sequence[Row], columns: Mapping[str, int]) -> list[st
     """Its name and, to so many places, its numbers."""
     incomplete = "" if all(row["complete"] for row in of) else "*"
     return [label + incomplete, *(_number(values(of, column), places) for column, places in columns.items())]
+
+
+def _majority(rows: Sequence[Row], columns: Mapping[str, int]) -> list[str]:
+    """What has to be beaten: the accuracy of whoever says the same class every time."""
+    cells = []
+    for column, places in columns.items():
+        known = values(rows, column.replace("accuracy", "majority")) if column.endswith("accuracy") else []
+        cells.append(_number(known[:1], places))
+    return ["most frequent class", *cells]
 
 
 def _grid(grid: Grid) -> str:
@@ -168,10 +179,10 @@ def _times(rows: Sequence[Row]) -> str:
     columns = ["× unitary", "the report's ×", *(f"{part.replace('_', ', ')}, ms" for part in PARTS), "peak", "rows"]
     lines = []
     for label, of in labelled(rows).items():
-        reported = REPORTED.get(of[0]["method"]) if of[0]["suppression"] is None else None
+        theirs = reported(of[0])
         ms = [mean(values(of, f"{part} ms")) for part in PARTS]
         peak = mean(values(of, "peak bytes"))
-        cells = [_number(values(of, RELATIVE), 2), NONE if reported is None else f"{reported:g}"]
+        cells = [_number(values(of, RELATIVE), 2), NONE if theirs is None else f"{theirs:g}"]
         cells += [NONE if value is None else digits(value) for value in ms]
         cells += [NONE if peak is None else scaled(peak), _number(values(of, OVER), 2)]
         lines.append([label, *cells])

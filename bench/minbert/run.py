@@ -1,6 +1,7 @@
 """A whole run: the model, the phases of its scheme, and an evaluation after each epoch."""
 
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,8 @@ from bench.minbert.settings import Settings
 from bench.minbert.synthetic import synthetic
 from bench.minbert.training import Training
 
+CHECKPOINT = "checkpoint.pt"
+"""In a run's folder, until the run is complete."""
 JUDGED = 256
 """Examples of each task's training set that are judged after an epoch, beside all of dev."""
 AT_ONCE = (32, 32, 32)
@@ -42,7 +45,7 @@ class Run:
         self.settings, self.console = settings, console
         self.scheme = settings.resolved()
         self.device = torch.device(settings.device)
-        self.checkpoint = out / "checkpoint.pt"
+        self.checkpoint = out / CHECKPOINT
         torch.manual_seed(settings.seed)
         examples = self._examples()
         sentences = chain.from_iterable(e.sentences for task in TASKS for e in examples["train"][task])
@@ -50,13 +53,18 @@ class Run:
         means = weights.mean_pooled(settings.weights)
         self.model = MultiTask(encoder, self.scheme.heads_by_task, self.scheme.losses, self.scheme.layer, means)
         self.model.to(self.device)
-        sizes = self.scheme.batch_sizes
-        self.loaders = loaders(examples["train"], tokenizer.encode, sizes, settings.seed, self.device)
+        sizes, encode = self.scheme.batch_sizes, partial(tokenizer.encode, max_length=settings.max_length)
+        self.loaders = loaders(examples["train"], encode, sizes, settings.seed, self.device)
         self.dev, self.part = (
-            loaders(_first(examples[split], n), tokenizer.encode, AT_ONCE, None, self.device)
-            for split, n in (("dev", settings.judged), ("train", settings.judged // 4 if settings.judged else JUDGED))
+            loaders(_first(examples[split], n), encode, AT_ONCE, None, self.device)
+            for split, n in (
+                ("dev", settings.judged),
+                ("train", max(1, settings.judged // 4) if settings.judged else JUDGED),
+            )
         )
-        self.record = Record(out, settings, self.scheme, sum(p.numel() for p in self.model.parameters()))
+        parameters, encoder = (sum(p.numel() for p in module.parameters()) for module in (self.model, encoder))
+        trained = parameters - encoder * self.scheme.main[0].frozen
+        self.record = Record(out, settings, self.scheme, parameters, trained)
         # The weights of the beginning, and the means of what copies that began with them have become.
         self.first = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.aside: dict[str, Tensor] = {}
@@ -72,8 +80,8 @@ class Run:
         """Train to the end.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C has come; the checkpoint is of the step that was running then, or of the last
-                epoch if a second one has come before that step's end.
+            KeyboardInterrupt: Ctrl-C has come; the checkpoint is of the step that was running then, or of the epoch if
+                that was being judged. If a second one has come before, it is of the epoch before.
         """
         shown = Shown(self.console)
         with self.record.writing(), shown.bars, checkpoint.interruptible() as interrupt:
@@ -87,8 +95,10 @@ class Run:
                             self._save()
                             raise KeyboardInterrupt
                     dev, train = evaluate(self.model, self.dev), evaluate(self.model, self.part)
-                    shown.epoch(self.record.epoch(self.phase, dev, train))
+                    shown.epoch(self.phase, self.record.epoch(self.phase, dev, train))
                     self._save()
+                    if interrupt.came:
+                        raise KeyboardInterrupt
                 if self.number + 1 == len(self.scheme.phases):
                     break
                 self._begin_next_phase()
@@ -107,6 +117,8 @@ class Run:
         self.number = state["number"]
         self.aside = {name: p.to(self.device) for name, p in state["aside"].items()}
         self.training = self._training()
+        for loader, random in zip(self.loaders, state["loaders"], strict=True):
+            loader.generator.set_state(random)
         self.training.load_state_dict(state["training"])
         self.model.load_state_dict(state["model"])
         self.record.go_on(state["steps"], state["log"])
@@ -117,6 +129,7 @@ class Run:
             "settings": as_json(self.settings),
             "number": self.number,
             "aside": self.aside,
+            "loaders": [loader.generator.get_state() for loader in self.loaders],  # also of tasks whose phase is over
             "training": self.training.state_dict(),
             "model": self.model.state_dict(),
             "steps": len(self.record.lines),
@@ -130,7 +143,7 @@ class Run:
         s = self.settings
         if s.data is None:
             return synthetic(0)  # the same for all seeds, so that these are of one experiment
-        on_malformed = self.console.print if s.skip_malformed else None
+        on_malformed = partial(self.console.print, markup=False, soft_wrap=True) if s.skip_malformed else None
         return {split: read(Path(s.data), split, on_malformed) for split in ("train", "dev")}
 
     def _training(self) -> Training:

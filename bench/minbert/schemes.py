@@ -56,13 +56,13 @@ class Scheme:
         return dict(zip(TASKS, ("cross-entropy", "binary-cross-entropy", self.similarity), strict=True))
 
     @property
-    def main(self) -> int:
-        """The first of the phases that train the most tasks: what a run's scores, times and memory are of."""
-        return max(range(len(self.phases)), key=lambda k: len(self.phases[k].tasks))
+    def main(self) -> tuple[Phase, ...]:
+        """What a run's times and memory are of: the first phase that trains all tasks, or where none does, all."""
+        return next(((phase,) for phase in self.phases if phase.tasks == TASKS), self.phases)
 
     def alone(self) -> "Scheme":
         """The same with a model for each task, which sees no other."""
-        frozen = self.phases[self.main].frozen
+        frozen = self.main[0].frozen
         return replace(self, phases=tuple(replace(phase, frozen=frozen) for phase in ALONE), sampling="joint")
 
 

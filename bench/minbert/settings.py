@@ -1,13 +1,25 @@
 """What decides a run."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from bench.minbert.examples import TASKS
+from bench.minbert.heads import LOSSES
+from bench.minbert.methods import METHODS
 from bench.minbert.schemes import SCHEMES, Scheme
+from bench.minbert.training import OPTIMIZERS
+from gradkern.sampling import SCHEMES as SAMPLINGS
+
+MAX_SEED = 2**63 - 1
+"""What fits into every random number generator."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides the outcome of a run, but for the machine. None is for what the scheme says.
+
+    Raises:
+        ValueError: one of them is not what it can be, or has no meaning beside another.
 
     Attributes:
         scheme: in ``SCHEMES``.
@@ -21,11 +33,12 @@ class Settings:
         heads: of each task.
         similarity: the loss of that task, "mse" or "pearson".
         batch_sizes: of each task.
+        max_length: tokens of a sentence, [CLS] and [SEP] among them; those beyond are cut off.
         lr: learning rate.
         optimizer: in ``OPTIMIZERS``.
         task_weights: of the losses in the sum of unitary scalarization.
         sampling: of ``TaskSampler``.
-        suppression: the probability to drop an entry of a shared parameter's gradient.
+        suppression: the probability to drop an entry of a shared parameter's gradient; None for no masks.
         dropout: of BERT and of the heads.
         amp: forward passes under autocast to bfloat16.
         seed: of all random choices.
@@ -45,6 +58,7 @@ class Settings:
     heads: tuple[str, ...] | None = None
     similarity: str | None = None
     batch_sizes: tuple[int, ...] | None = None
+    max_length: int = 128
     lr: float | None = None
     optimizer: str = "adamw"
     task_weights: tuple[float, ...] | None = None
@@ -55,6 +69,58 @@ class Settings:
     seed: int = 0
     judged: int | None = None
     patience: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_names("scheme", SCHEMES)
+        self._check_names("method", METHODS)
+        self._check_names("optimizer", OPTIMIZERS)
+        self._check_names("sampling", SAMPLINGS)
+        self._check_names("similarity", LOSSES["sts"])
+        for name, least in (
+            ("epochs", 1),
+            ("steps", 1),
+            ("judged", 1),
+            ("patience", 1),
+            ("max_length", 3),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and not least <= value <= MAX_SEED:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+        for name in ("suppression", "dropout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} must be from 0 to below 1, got {value!r}")
+        for name in ("batch_sizes", "task_weights", "lr"):
+            value = getattr(self, name)
+            for number in value if isinstance(value, Sequence) else (value,):
+                if number is not None and not 0 < number < float("inf"):
+                    raise ValueError(f"{name} must be positive, got {value!r}")
+        for name in ("heads", "batch_sizes", "task_weights"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(TASKS):
+                raise ValueError(f"{name} must be {len(TASKS)}, one for each of {TASKS}; got {value!r}")
+        self._check_meaning()
+
+    def _check_names(self, name: str, known: Collection[str]) -> None:
+        value = getattr(self, name)
+        if value is not None and value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+
+    def _check_meaning(self) -> None:
+        """What would be left without any effect is refused, lest a report tell of it."""
+        if self.task_weights is not None and self.method != "unitary":
+            raise ValueError(
+                f"task_weights are of the method 'unitary', not of {self.method!r}; surgery weighs by itself"
+            )
+        for name in ("suppression", "sampling"):
+            if self.method == "single-task" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} is of tasks that train together, not of 'single-task'; got {getattr(self, name)!r}"
+                )
+        scheme = self.resolved()
+        if scheme.similarity == "pearson" and scheme.batch_sizes[TASKS.index("sts")] == 1:
+            raise ValueError(f"batch_sizes of 1 have no correlation to learn similarity by, got {scheme.batch_sizes!r}")
 
     def resolved(self) -> Scheme:
         """The scheme with what is set here in place of its own."""

@@ -23,6 +23,7 @@ class Size:
         steps: of an epoch; twice as many where tasks take turns. None for one pass over the data.
         judged: as in ``Settings``.
         batch_sizes: of each task; None for the schemes'.
+        max_length: tokens of a sentence.
         lr: learning rate; ten times this where BERT is frozen. None for the schemes', which are for BERT-base.
     """
 
@@ -30,10 +31,11 @@ class Size:
     steps: int | None = None
     judged: int | None = None
     batch_sizes: tuple[int, ...] | None = None
+    max_length: int = 128
     lr: float | None = None
 
 
-SMALL = Size(epochs=2, steps=30, judged=200, batch_sizes=(16, 4, 16), lr=1e-4)
+SMALL = Size(epochs=2, steps=30, judged=200, batch_sizes=(16, 4, 16), max_length=40, lr=1e-4)
 """Of ``--small``. At the rate of 1e-4 MiniLM learns sentiment and similarity in sixty such steps. What decides it is
 similarity's batch: of four pairs its gradient is ten times as long as sentiment's, most of it noise, and in the sum
 nothing else is heard."""
@@ -60,7 +62,7 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
         ),
         *methods("pcgrad-random", "pcgrad-average", "pcgrad-most-similar", "pcgrad-most-different"),
         *methods("conflict-lr-attenuate", "conflict-lr-amplify"),
-        *({"method": "pcgrad", "suppression": p, "dropout": p} for p in (0.30, 0.60)),
+        *({"method": "pcgrad", **masks, "dropout": p} for p in (0.30, 0.60) for masks in ({}, {"suppression": p})),
     ],
     "gradattention": methods("unitary", "pcgrad", "attention"),
     "gradient-descent": methods("single-task", "unitary", "pcgrad"),
@@ -75,10 +77,16 @@ def runs(size: Size, **common: Any) -> dict[str, Settings]:
     for scheme, several in EXPERIMENTS.items():
         for own in several:
             settings = Settings(
-                scheme=scheme, epochs=size.epochs, judged=size.judged, batch_sizes=size.batch_sizes, **common, **own
+                scheme=scheme,
+                epochs=size.epochs,
+                judged=size.judged,
+                batch_sizes=size.batch_sizes,
+                max_length=size.max_length,
+                **common,
+                **own,
             )
             resolved = settings.resolved()
-            frozen, turns = resolved.phases[resolved.main].frozen, resolved.sampling != "joint"
+            frozen, turns = resolved.main[0].frozen, resolved.sampling != "joint"
             lr = None if size.lr is None else size.lr * (10 if frozen else 1)
             steps = None if size.steps is None else size.steps * (2 if turns else 1)
             beside = (f"{name}-{_shown(value)}" for name, value in own.items() if name != "method")
@@ -91,21 +99,19 @@ def _shown(value: Any) -> str:
     return "-".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
-def suite(small: bool, data: str | None, weights: str, device: str, out: Path, console: Console) -> None:
+def suite(small: bool, out: Path, console: Console, **common: Any) -> None:
     """Run what is not complete in ``out``, from its checkpoint if it has one; then report on all.
 
     Args:
         small: at the size of ``SMALL``.
-        data: as in ``Settings``, and so the next two.
-        weights: of all runs.
-        device: of all runs.
         out: a folder for each run's folder, and for the report.
         console: is told of progress.
+        common: of all runs, as ``Settings`` takes them: where the data and the weights are, and the device.
 
     Raises:
         ValueError: a run that ``out`` has is of other settings.
     """
-    several = runs(SMALL if small else Size(), data=data, weights=weights, device=device)
+    several = runs(SMALL if small else Size(), **common)
     for k, (name, settings) in enumerate(several.items()):
         console.print(f"run {k + 1} of {len(several)}: {name}")
         if is_complete(out / name, settings):

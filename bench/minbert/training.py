@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -84,7 +85,8 @@ class Training:
     def epoch(self) -> Iterator[dict[str, float]]:
         """The steps of an epoch, or of the rest of it: what each had to tell, by the tags of ``SurgeryInfo.scalars``.
 
-        And "total_loss", left out if it is not finite; "peak_bytes", or "seconds/part" for each part and "total".
+        And "total_loss", their plain sum, left out if it is not finite; "peak_bytes", of the step and of the gradients
+        that are kept for it, or "seconds/part" for each part and "total".
         """
         for batches in self.sampler:
             told = self._step(batches)
@@ -92,7 +94,7 @@ class Training:
             yield told
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model's weights."""
+        """All but the model's weights, and the order of the examples whose tasks do not train."""
         return {"optimizer": self.opt.state_dict(), "sampler": self.sampler.state_dict(), "taken": self.taken}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,7 +117,7 @@ class Training:
             infos.append(self.opt.update(given))
 
         if self.taken in WEIGHED:
-            measured: dict[str, float] = {"peak_bytes": peak(update, self.device)}
+            measured: dict[str, float] = {"peak_bytes": peak(update, self.device) + self._kept()}
         else:
             found = parts(update, self.device, (MultiTask, "loss"))
             both = found["forward"] + found["backward"]  # which take turns, task by task
@@ -125,7 +127,15 @@ class Training:
         of_tasks = [value for tag, value in told.items() if tag.startswith("loss/")]
         present = sum(loss is not None for loss in losses)
         total = {"total_loss": sum(of_tasks)} if len(of_tasks) == present else {}
-        return total | told | measured
+        # Of the whole model's gradients, so that methods with groups can be compared with those without.
+        cosines = [value for tag, value in told.items() if tag.startswith("cosine/")]
+        conflict = {"conflict": fmean(cosine < 0 for cosine in cosines)} if cosines else {}
+        return total | told | conflict | measured
+
+    def _kept(self) -> int:
+        """Bytes of the tasks' last gradients, where they are kept from step to step: no step allocates those."""
+        rows = self.opt.state_dict()["surgery"]["memory"] or []
+        return sum(g.nbytes for row in rows for g in row if g is not None)
 
     def _loss(self, task: int, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
