@@ -90,6 +90,7 @@ def told(
         "parameters": 1000,
         "trained": 1000,
         "phases": ["fine-tuning"],
+        "total_loss": [None if k == 8 else 3 / k for k in range(1, 41)],  # once it was not finite
         "epochs_log": log,
         "best": of_best,
         "seconds_per_step": {
@@ -107,9 +108,6 @@ def written(folder: Path, run: Told) -> Path:
     of_run = folder / run["name"]
     of_run.mkdir(parents=True)
     (of_run / "run.json").write_text(json.dumps(run))
-    lines = [{"step": k, "phase": "fine-tuning", "epoch": 1, "total_loss": 3 / k} for k in range(1, 41)]
-    del lines[7]["total_loss"]  # it was not finite
-    (of_run / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return of_run
 
 
@@ -409,6 +407,14 @@ def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
         rows(found([tmp_path]))
 
 
+def test_a_task_that_never_had_a_finite_loss_has_no_score(tmp_path: Path) -> None:
+    log = [epoch(1, (0.5, 0.5, 0.5), ("sst",), **NONE), epoch(2, (0.5, 0.5, 0.5), ("para",), **NONE)]
+    best = {"epoch": None, "average": 0.5, "overall": 0.5, "sst": 0.5, "para": 0.5, "sts": 0.5}
+    written(tmp_path, told("alone", log, None, 50, 1, method="single-task") | {"best": best})
+    (row,) = rows(found([tmp_path]))
+    assert (row["para accuracy"], row["sts pearson"]) == (0.5, None)
+
+
 def test_rows_of_memory_are_of_what_is_trained(tmp_path: Path) -> None:
     written(tmp_path, unitary(0, 100) | {"trained": 250})
     written(tmp_path, surgery("frozen", 100, method="pcgrad", trained=250))
@@ -425,11 +431,3 @@ def test_a_best_epoch_may_not_have_trained_all_tasks(tmp_path: Path) -> None:
     written(tmp_path, told("few-steps", [epoch(1, (0.5, 0.6, 0.7), ("sst", "para"))], 1, 100, 1))
     (row,) = rows(found([tmp_path]))
     assert row["sts pearson"] == 0.7
-
-
-def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
-    file = written(tmp_path, surgery("running", 1)) / "steps.jsonl"
-    with file.open("a") as steps:
-        steps.write('{"step": 41, "to')
-    (run,) = found([tmp_path])
-    assert len(run.totals) == 40

@@ -35,6 +35,13 @@ def test_a_table_is_that_of_the_raw_results(command: str, module: str, function:
     assert report(json.loads((ROOT / line.split()[-2]).read_text())) in README
 
 
+def test_the_table_of_three_tasks_is_that_of_the_raw_results() -> None:
+    outcomes = pytest.importorskip("bench.minbert.outcomes", reason="bench/ is in the checkout only")
+    line = next(line for line in README.splitlines() if line.startswith("<!-- python -m bench.minbert report "))
+    rows = outcomes.rows(outcomes.found([ROOT / line.split()[-2]]))
+    assert pytest.importorskip("bench.minbert.report", reason="its plots need matplotlib").side_by_side(rows) in README
+
+
 def test_its_links_lead_somewhere() -> None:
     headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
     anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean, mode
@@ -41,7 +40,7 @@ REPORTED = {"pcgrad": 2.4, "attention": 5.41}
 PCGrad."""
 NEEDED = (
     *("name", "seed", "complete", *KINDS, *CHOICES, "phases"),
-    *("parameters", "trained", "epochs_log", "best", "seconds_per_step", "peak_bytes"),
+    *("parameters", "trained", "total_loss", "epochs_log", "best", "seconds_per_step", "peak_bytes"),
 )
 """Of ``run.json``."""
 Row = dict[str, Any]
@@ -54,12 +53,6 @@ class Run:
 
     folder: Path
     told: dict[str, Any]
-
-    @cached_property
-    def totals(self) -> list[float | None]:
-        """The total loss of each step; None where it was not finite."""
-        lines = (self.folder / "steps.jsonl").read_text().split("\n")[:-1]  # a run that goes on may have cut its last
-        return [json.loads(line).get("total_loss") for line in lines]
 
     def trained(self, task: str) -> list[dict[str, Any]]:
         """The epochs that trained ``task``."""
@@ -257,7 +250,8 @@ def _judged(run: Run, task: str) -> dict[str, float]:
         return {}
     number = run.told["best"]["epoch"]
     entries = run.trained(task) if number is None else [e for e in run.told["epochs_log"] if e["epoch"] == number]
-    return max((entry["dev"][task] for entry in entries), key=lambda found: found[MEASURES[task][0]])
+    judged = (entry["dev"][task] for entry in entries)
+    return max(judged, key=lambda found: found[MEASURES[task][0]], default={})  # its losses may all be infinite
 
 
 def _place(name: str, value: Any) -> float:

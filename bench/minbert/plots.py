@@ -134,8 +134,8 @@ def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
     grid = figure.subplots(2, 1 + len(TASKS))
     for above, below in grid[:, 1:].T:
         below.sharey(above)
-    window = max(1, max(len(run.totals) for of in trials.values() for run in of) // 20)
-    _lines(grid[0, 0], trials, lambda run: run.totals, window)
+    window = max(1, max(len(run.told["total_loss"]) for of in trials.values() for run in of) // 20)
+    _lines(grid[0, 0], trials, lambda run: run.told["total_loss"], window)
     grid[0, 0].set_title(f"total loss of a batch, mean of {window}", fontsize="medium")
     count_along(grid[0, 0], "step")
     for panels, part, where in zip(grid[:, 1:], ("dev", "train"), ("dev", "part of the training set"), strict=True):

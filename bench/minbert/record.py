@@ -134,6 +134,7 @@ class Record:
             "parameters": self.parameters,
             "trained": self.trained,
             "phases": [phase.name for phase in scheme.phases],
+            "total_loss": [line.get("total_loss") for line in self.lines],
             "epochs_log": self.log,
             "best": self._best(),
             "seconds_per_step": spent,

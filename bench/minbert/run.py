@@ -62,8 +62,8 @@ class Run:
                 ("train", max(1, settings.judged // 4) if settings.judged else JUDGED),
             )
         )
-        parameters, encoder = (sum(p.numel() for p in module.parameters()) for module in (self.model, encoder))
-        trained = parameters - encoder * self.scheme.main[0].frozen
+        parameters, of_encoder = (sum(p.numel() for p in module.parameters()) for module in (self.model, encoder))
+        trained = parameters - of_encoder * self.scheme.main[0].frozen
         self.record = Record(out, settings, self.scheme, parameters, trained)
         # The weights of the beginning, and the means of what copies that began with them have become.
         self.first = {name: p.detach().clone() for name, p in self.model.named_parameters()}

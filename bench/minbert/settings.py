@@ -10,8 +10,10 @@ from bench.minbert.schemes import SCHEMES, Scheme
 from bench.minbert.training import OPTIMIZERS
 from gradkern.sampling import SCHEMES as SAMPLINGS
 
-MAX_SEED = 2**63 - 1
-"""What fits into every random number generator."""
+LEAST = {"epochs": 1, "steps": 1, "judged": 1, "patience": 1, "max_length": 3, "seed": 0}
+"""Of whole numbers."""
+MOST = 2**63 - 1
+"""Of the same, and what fits into every random number generator."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,10 @@ class Settings:
         self._check_names("optimizer", OPTIMIZERS)
         self._check_names("sampling", SAMPLINGS)
         self._check_names("similarity", LOSSES["sts"])
-        for name, least in (
-            ("epochs", 1),
-            ("steps", 1),
-            ("judged", 1),
-            ("patience", 1),
-            ("max_length", 3),
-            ("seed", 0),
-        ):
+        for name, least in LEAST.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= MAX_SEED:
-                raise ValueError(f"{name} must be at least {least}, got {value!r}")
+            if value is not None and not least <= value <= MOST:
+                raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {value!r}")
         for name in ("suppression", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
