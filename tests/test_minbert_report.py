@@ -303,11 +303,11 @@ def test_time_and_memory_are_told_over_unitary_scalarization(out: Path) -> None:
 
 def test_there_is_no_ratio_without_a_run_that_is_alike(out: Path) -> None:
     of = lines(out, "Time and memory", "gradattention")
-    assert (of["single-task"]["× unitary"], of["single-task"]["rows"]) == ("–", "–")  # its phases are others
+    for label in ("pcgrad, dropout 0.3", "single-task"):  # another dropout; other phases
+        assert (of[label]["× unitary"], of[label]["rows"]) == ("–", "–")
     assert lines(out, "Time and memory", "rhapsody")["pcgrad, sampling annealed"]["× unitary"] == "–"
     others = ("pcgrad, suppression 0.3, dropout 0.3", "pcgrad, optimizer gradkern")
     assert [of[label]["the report's ×"] for label in others] == ["–", "–"]  # it measured PCGrad without
-    assert of[others[0]]["× unitary"] == f"{200 / 120:.2f}"  # how likely dropout is takes no time
 
 
 def test_runs_are_a_table_of_numbers(out: Path) -> None:

@@ -80,29 +80,23 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
     Sorted by scheme and method, as ``schemes.py`` and ``methods.py`` list them. None stands for what there is not. Time
     and memory are also told relative to unitary scalarization by torch's AdamW, the mean over its seeds, in runs that
-    are alike in all else but in how likely dropout is.
+    are alike in all else; in dropout too, which takes the longer on a CPU the likelier it is.
 
     Raises:
         ValueError: two runs are of the same settings and the same seed, of which nothing could be told but noise.
     """
     sorted_by = ("scheme", *CHOICES)
     made = sorted((_row(run) for run in runs), key=lambda row: [_place(name, row[name]) for name in sorted_by])
-
     for same in grouped(made, (*KINDS, *CHOICES, "seed")).values():
         if len(same) > 1:
             raise ValueError(f"{same[0]['folder']} and {same[1]['folder']} are runs of the same settings and seed")
 
-    def kind(row: Row) -> tuple[Any, ...]:
-        with_dropout = row["dropout"] > 0  # takes time, whatever the probability
-        return *(row[name] for name in (*KINDS, "sampling", "phases", "parameters")), with_dropout
-
+    alike = (*KINDS, "sampling", "dropout", "phases", "parameters")
     plainly = {"method": "unitary", "task_weights": None, "optimizer": "adamw", "suppression": None}
     plain = [row for row in made if all(row[name] == value for name, value in plainly.items())]
-    baselines: dict[tuple[Any, ...], list[Row]] = {}
-    for row in plain:
-        baselines.setdefault(kind(row), []).append(row)
+    baselines = grouped(plain, alike)
     for row in made:
-        base = baselines.get(kind(row), [])
+        base = baselines.get(tuple(row[name] for name in alike), [])
         step, peak = (mean(values(base, column)) for column in ("total ms", "peak bytes"))
         gradient = 4 * row["trained"]  # bytes, in float32
         row[RELATIVE] = None if None in (step, row["total ms"]) else row["total ms"] / step
@@ -226,6 +220,7 @@ def _row(run: Run) -> Row:
         "folder": str(run.folder),
         **{name: told[name] for name in (*KINDS, *CHOICES)},
         **{name: "/".join(map(str, told[name])) for name in ("heads", "batch_sizes")},
+        **{name: told[name] or "all" for name in ("steps", "judged")},
         "task_weights": weights and "/".join(f"{weight:.3g}" for weight in weights),
         "phases": ", ".join(told["phases"]),
         "seed": told["seed"],

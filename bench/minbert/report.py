@@ -49,11 +49,11 @@ conflict: the share of pairs of task gradients, of the whole model, that point a
 cosine, over pairs and steps. ±: standard deviation over seeds. *: a run is not complete."""
 TIME_LEGEND = """\
 Medians over the steps of a run, of each part by itself; of a model for each task, of a step of each, one after another.
-× unitary: relative to unitary scalarization by torch's AdamW in a run that is alike in all else but in how likely
-dropout is. the report's: relative to AdamW, as "GradAttention" measured it; of PCGrad "Unitary Scalarization or
-Gradient Surgery?" says more than twice as long, with batches halved for memory, and "Single Task Pretraining" 30
-minutes an epoch in place of 20. peak: what a step allocates at the worst moment, and the gradients that are kept for
-the next one. rows: how much that is over unitary scalarization's, in gradients of what is trained, in float32."""
+× unitary: relative to unitary scalarization by torch's AdamW in a run that is alike in all else. the report's: relative
+to AdamW, as "GradAttention" measured it; of PCGrad "Unitary Scalarization or Gradient Surgery?" says more than twice as
+long, with batches halved for memory, and "Single Task Pretraining" 30 minutes an epoch in place of 20. peak: what a
+step allocates at the worst moment, and the gradients that are kept for the next one. rows: how much that is over
+unitary scalarization's, in gradients of what is trained, in float32."""
 
 
 def report(paths: Sequence[Path], out: Path) -> str:
