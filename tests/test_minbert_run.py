@@ -25,7 +25,7 @@ from bench.minbert.schemes import SCHEMES
 from bench.minbert.settings import Settings
 from bench.minbert.suite import EXPERIMENTS, REPORT_WEIGHTS, SMALL, Size
 from bench.minbert.suite import runs as suite_runs
-from bench.minbert.training import WARM_UP, WEIGHED
+from bench.minbert.training import WARM_UP
 
 SILENT = Console(quiet=True)
 
@@ -116,6 +116,7 @@ def test_a_second_interrupt_comes_at_once_and_leaves_the_last_epochs_checkpoint(
 ) -> None:
     of = settings(epochs=2, steps=3)
     whole = trained(of, tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
     loss, count = MultiTask.loss, iter(range(10**6))
 
     def interrupted(self: MultiTask, task: int, batch: Any) -> Tensor:
@@ -128,7 +129,7 @@ def test_a_second_interrupt_comes_at_once_and_leaves_the_last_epochs_checkpoint(
         patch.setattr(MultiTask, "loss", interrupted)
         with pytest.raises(KeyboardInterrupt):
             Run(of, tmp_path / "half", SILENT).train()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     run = Run(of, tmp_path / "half", SILENT)
     run.go_on()
     assert len(run.record.lines) == 3
@@ -169,6 +170,9 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path, monkeypatch: pytest.
         Run(settings(), tmp_path, SILENT).train()
     with pytest.raises(ValueError, match=r"checkpoint.pt is of a run with lr = 0.001, not 0.01"):
         Run(settings(lr=0.01), tmp_path, SILENT).go_on()
+    (tmp_path / "steps.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"steps.jsonl has 0 steps, the checkpoint is of 1"):
+        Run(settings(), tmp_path, SILENT).go_on()
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -227,7 +231,7 @@ def test_every_method_is_what_its_name_says(method: str, tmp_path: Path) -> None
         assert step["kept"] == pytest.approx(1 - SUPPRESSED, abs=5 * deviation)
 
 
-def test_given_task_weights_are_those_of_the_sum_and_of_no_surgery(tmp_path: Path) -> None:
+def test_given_task_weights_are_those_of_the_sum(tmp_path: Path) -> None:
     trained(settings(method="unitary", task_weights=(0.5, 2.0, 0.25)), tmp_path)
     assert [lines(tmp_path)[-1][f"weight/{task}"] for task in TASKS] == [0.5, 2.0, 0.25]
 
@@ -247,6 +251,7 @@ def test_given_task_weights_are_those_of_the_sum_and_of_no_surgery(tmp_path: Pat
         ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
         ({"suppression": float("nan")}, "suppression must be from 0 to below 1, got nan"),
         ({"lr": float("inf")}, "lr must be positive, got inf"),
+        ({"heads": ("linear", "joint", "linear")}, r"heads\['sts'\] must be one of 'cosine', .*; got 'linear'"),
         ({"batch_sizes": (8, 0, 8)}, r"batch_sizes must be positive, got \(8, 0, 8\)"),
         ({"batch_sizes": (8, 8)}, r"batch_sizes must be 3, .* got \(8, 8\)"),
         ({"task_weights": (1.0, 1.0, 1.0)}, "task_weights are of the method 'unitary', not of 'pcgrad'"),
@@ -277,14 +282,21 @@ def test_tasks_that_take_turns_meet_the_last_gradients_of_the_others(tmp_path: P
 
 
 def test_gradients_that_are_kept_for_the_next_step_count_as_memory(tmp_path: Path) -> None:
-    at = dict.fromkeys(("turns", "joint"), 0)
-    for sampling in ("round_robin", "joint"):
-        of = settings("rhapsody", sampling=sampling, steps=WEIGHED.stop, batch_sizes=(2, 2, 2))
+    at = {}
+    for sampling in ("round_robin", "annealed", "joint"):
+        of = settings("rhapsody", sampling=sampling, steps=40, batch_sizes=(2, 2, 2))
         run = trained(of, tmp_path / sampling)
         at[sampling] = told(tmp_path / sampling)["peak_bytes"]
     row = 4 * sum(p.numel() for p in run.model.encoder.parameters())
-    assert at["round_robin"] > (len(TASKS) + 1) * row  # all tasks' last, and the present one's new one
-    assert at["round_robin"] < at["joint"] + 2 * row  # which has all tasks' too
+    late = [line["step"] for line in lines(tmp_path / "annealed") if "peak_bytes" in line]
+    assert len(late) == len(TASKS)  # each in turn
+    first = {
+        task: next(line["step"] for line in lines(tmp_path / "annealed") if f"loss/{task}" in line) for task in TASKS
+    }
+    assert min(late) >= max(*first.values(), WARM_UP + 1)
+    for sampling in ("round_robin", "annealed"):
+        assert at[sampling] > (len(TASKS) + 1) * row  # all tasks' last, and the present one's new one
+        assert at[sampling] < at["joint"] + 2 * row  # which has all tasks' too
 
 
 def test_conflicts_are_counted_between_whole_gradients_whatever_the_groups(tmp_path: Path) -> None:
@@ -308,10 +320,10 @@ def test_the_epochs_cosine_is_the_mean_over_pairs_and_steps(tmp_path: Path) -> N
 
 
 def test_tasks_alone_have_no_overall_scores_and_a_step_of_each_is_timed(tmp_path: Path) -> None:
-    run = trained(settings(method="single-task", steps=WEIGHED.stop + 1), tmp_path)
+    run = trained(settings(method="single-task", steps=WARM_UP + 2), tmp_path)
     found = told(tmp_path)
     assert {(entry["average"], entry["overall"]) for entry in found["epochs_log"]} == {(None, None)}
-    last = [line for line in lines(tmp_path) if line["step"] % (WEIGHED.stop + 1) == 0]  # the timed one of each phase
+    last = [line for line in lines(tmp_path) if line["step"] % (WARM_UP + 2) == 0]  # the timed one of each phase
     assert [line["phase"] for line in last] == [phase.name for phase in run.scheme.phases]
     assert found["seconds_per_step"]["total"] == pytest.approx(sum(line["seconds/total"] for line in last))
 
@@ -401,12 +413,13 @@ def test_a_model_for_each_task_is_judged_by_its_own_epochs(tmp_path: Path, monke
 
 
 def test_times_and_memory_are_those_of_steps_after_the_warm_up(tmp_path: Path) -> None:
-    run = trained(settings(steps=WEIGHED.stop + 2), tmp_path)
+    run = trained(settings(steps=WARM_UP + 3), tmp_path)
     found, steps = told(tmp_path), lines(tmp_path)
-    assert [line["step"] - 1 for line in steps if "peak_bytes" in line] == list(WEIGHED)
+    assert [line["step"] - 1 for line in steps if "peak_bytes" in line] == [WARM_UP]
     assert found["peak_bytes"] == max(line["peak_bytes"] for line in steps if "peak_bytes" in line)
     assert found["peak_bytes"] > 4 * len(TASKS) * sum(p.numel() for p in run.model.encoder.parameters())  # the rows
     timed = [line for line in steps[WARM_UP:] if "seconds/total" in line]
+    assert len(timed) == 2
     for part, seconds in found["seconds_per_step"].items():
         assert seconds == pytest.approx(sum(line[f"seconds/{part}"] for line in timed) / 2)  # the median of two
     split = [found["seconds_per_step"][part] for part in ("forward_backward", "surgery", "update")]
@@ -462,6 +475,17 @@ def test_minilm_trains(tmp_path: Path) -> None:
     assert run.record.parameters > 22e6
     assert all(bool(p.isfinite().all()) for p in run.model.parameters())
     assert 0 < lines(tmp_path)[0]["total_loss"] < 10  # of three losses that at chance are 1.6, 0.7 and 1
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_left_no_checkpoint_may_begin_anew(kept: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["train", *TINY, "--out", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        interrupt_after(0, patch)
+        assert main(command) == 130
+    if not kept:
+        (tmp_path / "checkpoint.pt").unlink()  # as if it had been killed
+    assert main(command) == (1 if kept else 0)
 
 
 TINY = ["--steps", "2", "--epochs", "1", "--judged", "16"]

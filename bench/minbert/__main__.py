@@ -11,6 +11,7 @@ from bench.device import chosen
 from bench.minbert.examples import TASKS
 from bench.minbert.heads import LOSSES
 from bench.minbert.methods import METHODS
+from bench.minbert.record import has_complete
 from bench.minbert.report import report
 from bench.minbert.run import CHECKPOINT, Run
 from bench.minbert.schemes import SCHEMES
@@ -41,8 +42,10 @@ def _train(out: Path, resume: bool, **settings: object) -> None:
     decided = Settings(**settings)  # type: ignore[arg-type]  # the parser has their types
     if resume and not (out / CHECKPOINT).exists():
         raise FileNotFoundError(f"{out} has no {CHECKPOINT}: there is nothing to go on with")
-    if not resume and (out / "run.json").exists():
-        raise FileExistsError(f"{out} has a run: choose another --out, or if it was interrupted go on with --resume")
+    if not resume and (out / CHECKPOINT).exists():
+        raise FileExistsError(f"{out} has a run that was interrupted: go on with --resume, or choose another --out")
+    if not resume and has_complete(out):
+        raise FileExistsError(f"{out} has a run: choose another --out")
     run = Run(decided, out, Console())
     if resume:
         run.go_on()

@@ -47,7 +47,7 @@ def interruptible() -> Iterator[SimpleNamespace]:
         if noted.came:
             raise KeyboardInterrupt
         noted.came = True
-        os.write(2, b"\nending after this step; once more to end now\n")  # print may be what was interrupted
+        os.write(2, b"\nending soon; once more to end now\n")  # print may be what was interrupted
 
     before = signal.signal(signal.SIGINT, note)
     try:

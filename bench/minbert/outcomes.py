@@ -80,7 +80,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 
     Sorted by scheme and method, as ``schemes.py`` and ``methods.py`` list them. None stands for what there is not. Time
     and memory are also told relative to unitary scalarization by torch's AdamW, the mean over its seeds, in runs that
-    are alike in all else; in dropout too, which takes the longer on a CPU the likelier it is.
+    are alike in all else; in dropout too, whose time on a CPU is not the same at all probabilities.
 
     Raises:
         ValueError: two runs are of the same settings and the same seed, of which nothing could be told but noise.
@@ -221,7 +221,7 @@ def _row(run: Run) -> Row:
         **{name: told[name] for name in (*KINDS, *CHOICES)},
         **{name: "/".join(map(str, told[name])) for name in ("heads", "batch_sizes")},
         **{name: told[name] or "all" for name in ("steps", "judged")},
-        "task_weights": weights and "/".join(f"{weight:.3g}" for weight in weights),
+        "task_weights": weights and "/".join(f"{weight:g}" for weight in weights),
         "phases": ", ".join(told["phases"]),
         "seed": told["seed"],
         "complete": told["complete"],

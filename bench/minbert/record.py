@@ -6,7 +6,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -21,6 +21,7 @@ from bench.minbert.schemes import Phase, Scheme
 from bench.minbert.settings import Settings
 from bench.minbert.training import PARTS, WARM_UP
 
+STEPS, RUN = "steps.jsonl", "run.json"
 Line = dict[str, Any]
 
 
@@ -50,14 +51,20 @@ class Record:
         """Within the block the file of steps is open, with those that were taken up to where the run goes on."""
         self.out.mkdir(parents=True, exist_ok=True)
         self.write(complete=False)  # before the steps of a complete run that was here are lost
-        with (self.out / "steps.jsonl").open("w", buffering=1) as self._file:
-            self._file.writelines(json.dumps(line) + "\n" for line in self.lines)
+        _replace(self.out / STEPS, "".join(json.dumps(line) + "\n" for line in self.lines))
+        with (self.out / STEPS).open("a", buffering=1) as self._file:
             yield
 
     def go_on(self, steps: int, log: list[dict[str, Any]]) -> None:
-        """After so many steps, and the epochs of ``log``."""
-        with (self.out / "steps.jsonl").open() as file:
-            self.lines = [json.loads(next(file)) for _ in range(steps)]
+        """After so many steps, and the epochs of ``log``.
+
+        Raises:
+            ValueError: the file has fewer steps.
+        """
+        with (self.out / STEPS).open() as file:
+            self.lines = [json.loads(line) for line in islice(file, steps)]
+        if len(self.lines) < steps:
+            raise ValueError(f"{self.out / STEPS} has {len(self.lines)} steps, the checkpoint is of {steps}")
         self.log = log
 
     def step(self, phase: Phase, told: dict[str, float]) -> Line:
@@ -142,9 +149,7 @@ class Record:
             "settings": as_json(s),
             "complete": complete,
         }
-        written = self.out / "run.json.new"
-        written.write_text(json.dumps(told, indent=1) + "\n")
-        os.replace(written, self.out / "run.json")
+        _replace(self.out / RUN, json.dumps(told, indent=1) + "\n")
 
     def _best(self) -> dict[str, Any] | None:
         """Of the epochs that train all tasks the one with the best average; else each task's best of its own."""
@@ -168,11 +173,15 @@ def is_complete(out: Path, settings: Settings) -> bool:
     Raises:
         ValueError: it has a run of other settings.
     """
-    file = out / "run.json"
-    told = json.loads(file.read_text()) if file.exists() else {"complete": False}
-    if told["complete"]:
-        refuse_other(file, told["settings"], settings)
-    return told["complete"]
+    if not has_complete(out):
+        return False
+    refuse_other(out / RUN, json.loads((out / RUN).read_text())["settings"], settings)
+    return True
+
+
+def has_complete(out: Path) -> bool:
+    """Whether the folder has a run, at its end."""
+    return (out / RUN).exists() and bool(json.loads((out / RUN).read_text())["complete"])
 
 
 def refuse_other(file: Path, told: dict[str, Any], settings: Settings) -> None:
@@ -187,6 +196,13 @@ def as_json(settings: Settings) -> dict[str, Any]:
     """The settings, as they come back from a file."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return found
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write all of it or nothing."""
+    written = file.with_name(f"{file.name}.new")
+    written.write_text(text)
+    os.replace(written, file)
 
 
 def _told(found: Scores) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from bench.minbert.examples import TASKS
-from bench.minbert.heads import LOSSES
+from bench.minbert.heads import HEADS, LOSSES
 from bench.minbert.methods import METHODS
 from bench.minbert.schemes import SCHEMES, Scheme
 from bench.minbert.training import OPTIMIZERS
@@ -95,6 +95,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and len(value) != len(TASKS):
                 raise ValueError(f"{name} must be {len(TASKS)}, one for each of {TASKS}; got {value!r}")
+        for task, name in zip(TASKS, self.heads or (), strict=False):
+            if name not in HEADS[task]:
+                raise ValueError(f"heads[{task!r}] must be one of {', '.join(map(repr, HEADS[task]))}; got {name!r}")
         self._check_meaning()
 
     def _check_names(self, name: str, known: Collection[str]) -> None:

@@ -23,8 +23,6 @@ from gradkern.sampling import TaskSampler
 
 WARM_UP = 5
 """Steps of a phase before its times count."""
-WEIGHED = range(WARM_UP, WARM_UP + len(TASKS))
-"""The steps of a phase whose peak memory is measured, which takes time: so theirs does not count."""
 PARTS = ("forward_backward", "surgery", "update", "total")
 """Of a step's time."""
 OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "gradkern": gk.optim.AdamW}
@@ -81,12 +79,14 @@ class Training:
             seed=seed,
         )
         self.taken = 0
+        self.seen: set[int] = set()
+        self.weighed: set[int] = set()
 
     def epoch(self) -> Iterator[dict[str, float]]:
         """The steps of an epoch, or of the rest of it: what each had to tell, by the tags of ``SurgeryInfo.scalars``.
 
-        And "total_loss", their plain sum, left out if it is not finite; "peak_bytes", of the step and of the gradients
-        that are kept for it, or "seconds/part" for each part and "total".
+        And "total_loss", the plain sum of the losses whatever their weights, left out if it is not finite. And of most
+        steps "seconds/part" for each part and "total"; of few "peak_bytes" instead, with the gradients that are kept.
         """
         for batches in self.sampler:
             told = self._step(batches)
@@ -95,13 +95,20 @@ class Training:
 
     def state_dict(self) -> dict[str, Any]:
         """All but the model's weights, and the order of the examples whose tasks do not train."""
-        return {"optimizer": self.opt.state_dict(), "sampler": self.sampler.state_dict(), "taken": self.taken}
+        return {
+            "optimizer": self.opt.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "taken": self.taken,
+            "seen": sorted(self.seen),
+            "weighed": sorted(self.weighed),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.opt.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
         self.taken = state["taken"]
+        self.seen, self.weighed = set(state["seen"]), set(state["weighed"])
 
     def _step(self, batches: Sequence[Batch | None]) -> dict[str, float]:
         losses: list[Any] = [None] * len(TASKS)
@@ -116,7 +123,7 @@ class Training:
             given = [loss and loss() for loss in losses] if at_once else losses
             infos.append(self.opt.update(given))
 
-        if self.taken in WEIGHED:
+        if self._is_weighed({task for task, loss in enumerate(losses) if loss is not None}):
             measured: dict[str, float] = {"peak_bytes": peak(update, self.device) + self._kept()}
         else:
             found = parts(update, self.device, (MultiTask, "loss"))
@@ -131,6 +138,17 @@ class Training:
         cosines = [value for tag, value in told.items() if tag.startswith("cosine/")]
         conflict = {"conflict": fmean(cosine < 0 for cosine in cosines)} if cosines else {}
         return total | told | conflict | measured
+
+    def _is_weighed(self, present: set[int]) -> bool:
+        """Whether this step's peak memory is measured, which takes time: so theirs does not count.
+
+        It is once for each task, when all have come: where they take turns, all their last gradients are kept by then.
+        """
+        self.seen |= present
+        if self.taken < WARM_UP or self.seen != set(self.tasks) or present <= self.weighed:
+            return False
+        self.weighed |= present
+        return True
 
     def _kept(self) -> int:
         """Bytes of the tasks' last gradients, where they are kept from step to step: no step allocates those."""
