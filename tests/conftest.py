@@ -31,6 +31,14 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 @pytest.fixture
+def float64_by_default() -> Iterator[None]:
+    """New tensors, and so new modules' parameters, are float64 during the test."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def triton_serves_the_cpu() -> Iterator[list[str]]:
     """The kernels serve CPU tensors during the test; the list of operators they have served so far."""
     with interpreter.serving_the_cpu() as calls:

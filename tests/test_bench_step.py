@@ -1,7 +1,6 @@
 """``python -m bench.step``: every contestant takes the step that it should, and what is told of it was measured."""
 
 import json
-from collections.abc import Iterator
 from functools import partial
 from itertools import count, permutations, product
 from pathlib import Path
@@ -37,14 +36,7 @@ NEAR = 1e-6
 
 
 @pytest.fixture
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.fixture
-def model(_float64: None) -> MultiTask:
+def model(float64_by_default: None) -> MultiTask:
     """With numbers drawn so that each two of the tasks conflict."""
     torch.manual_seed(53)
     return MultiTask(TINY)
@@ -229,7 +221,7 @@ def test_the_table_by_hand() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
-@pytest.mark.usefixtures("_float64")
+@pytest.mark.usefixtures("float64_by_default")
 @pytest.mark.parametrize("name", contestants(MultiTask(TINY), Peers()))
 def test_a_captured_step_is_a_step(name: str) -> None:
     """Each replay moves the parameters as far as a step does; and to the same place, where no step draws numbers."""

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -55,10 +55,8 @@ PAIRS = [(task, name) for task in HEADS for name in HEADS[task]]
 
 
 @pytest.fixture(autouse=True)
-def _float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def _float64(float64_by_default: None) -> None:
+    """Of all tests here, but for those that ask for float32."""
 
 
 @pytest.fixture
