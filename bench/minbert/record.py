@@ -1,4 +1,4 @@
-"""What is kept of a run: a line for each step in ``steps.jsonl``, and all that follows in ``run.json``."""
+"""What is kept of a run: steps in ``steps.jsonl``, epochs in ``epochs.csv``, and all that follows in ``run.json``."""
 
 import json
 import os
@@ -15,11 +15,13 @@ import torch
 
 import gradkern
 from bench import device
+from bench.minbert import outcomes
 from bench.minbert.examples import TASKS
 from bench.minbert.measures import Measured, Scores, scores
 from bench.minbert.schemes import Phase, Scheme
 from bench.minbert.settings import Settings
 from bench.minbert.training import PARTS, WARM_UP
+from gradkern.demo.results import write_csv
 
 STEPS, RUN = "steps.jsonl", "run.json"
 Line = dict[str, Any]
@@ -103,7 +105,7 @@ class Record:
         return [entry for entry in self.log if entry["phase"] == phase.name]
 
     def write(self, complete: bool) -> None:
-        """``run.json``, as far as the run has come."""
+        """``run.json`` and ``epochs.csv``, as far as the run has come."""
         s, scheme = self.settings, self.scheme
         main = [[line for line in self.lines if line["phase"] == phase.name] for phase in scheme.main]
         spent = {part: _together([_median(lines[WARM_UP:], f"seconds/{part}") for lines in main]) for part in PARTS}
@@ -150,6 +152,8 @@ class Record:
             "complete": complete,
         }
         _replace(self.out / RUN, json.dumps(told, indent=1) + "\n")
+        if self.log:
+            write_csv(self.out / "epochs.csv", outcomes.Run(self.out, told).epochs())
 
     def _best(self) -> dict[str, Any] | None:
         """Of the epochs that train all tasks the one with the best average; else each task's best of its own."""

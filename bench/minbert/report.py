@@ -5,15 +5,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from bench.minbert.examples import TASKS
 from bench.minbert.outcomes import (
     MEASURES,
     OVER,
-    PAIRS,
     RELATIVE,
     Grid,
     Row,
-    Run,
     experiments,
     found,
     grids,
@@ -76,7 +73,7 @@ def report(paths: Sequence[Path], out: Path) -> str:
     text = markdown(table) + "".join(f"\n![{path.stem}]({path.name})\n" for path in figures)
     (out / "report.md").write_text(text, encoding="utf-8")
     write_csv(out / "runs.csv", table)
-    write_csv(out / "epochs.csv", epochs(runs))
+    write_csv(out / "epochs.csv", [row for run in runs for row in run.epochs()])
     return text
 
 
@@ -111,27 +108,6 @@ def side_by_side(rows: Sequence[Row]) -> str:
         trials = (_majority(of, columns), *(_trial(*trial, columns) for trial in labelled(of).items()))
         lines += [[name, *trial] for trial in trials]
     return _table(headings, lines)
-
-
-def epochs(runs: Iterable[Run]) -> list[Row]:
-    """A row for each epoch of each run: losses, measures on dev and on a part of the training set, cosines."""
-    return [
-        {
-            "name": run.told["name"],
-            "folder": str(run.folder),
-            **{name: entry[name] for name in ("phase", "epoch", "step", "average", "overall", "cosine", "conflict")},
-            **{f"training loss {task}": loss for task, loss in zip(TASKS, entry["train_loss"], strict=True)},
-            **{
-                f"{part} {task} {name}": entry[part][task][name]
-                for part in ("dev", "train")
-                for task, names in MEASURES.items()
-                for name in (*names, "loss")
-            },
-            **{f"cosine {a}-{b}": entry["cosines"].get(f"{a}-{b}") for a, b in PAIRS},
-        }
-        for run in runs
-        for entry in run.told["epochs_log"]
-    ]
 
 
 def _scores(rows: Sequence[Row]) -> str:

@@ -37,7 +37,7 @@ class Run:
 
     Args:
         settings: what it is.
-        out: folder for ``run.json``, ``steps.jsonl`` and, until the run is complete, ``checkpoint.pt``.
+        out: folder for ``run.json``, ``epochs.csv``, ``steps.jsonl`` and, until the run is complete, ``checkpoint.pt``.
         console: is told of progress.
     """
 
