@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkern.ops.blocks import flat
-from gradkern.ops.pytorch import combine_flat
+from gradkern.ops.combination import combine_flat
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype, numels
 from gradkern.ops.suppressed import Drops, erase

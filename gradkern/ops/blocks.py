@@ -1,6 +1,6 @@
-"""The rows of J a block of columns at a time, converted or gathered into memory that each block overwrites.
+"""Gradients of several tensors as the rows of J, gathered a block of columns at a time into memory that stays in cache.
 
-A block stays in cache until it has been worked on, so that the conversion and the gathering cost no memory traffic.
+Each block overwrites the last one, so that gathering and conversion cost no memory traffic.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,12 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-from gradkern.ops.schema import arithmetic_dtype
-
-BLOCK = 1 << 19
-"""Numbers of a block, all rows together: 2 MB of float32, what a core's second cache holds. Half or twice as many took
-a tenth longer."""
 
 Erase = Callable[[int, int, Tensor], None]
 """Given a tensor's number, and from which entry on a matrix holds its rows: put 0 for those that do not count."""
@@ -24,21 +18,6 @@ Columns = Mapping[int, Sequence[Tensor | None]]
 def flat(g: Tensor) -> Tensor:
     """A dense tensor as the memory it is."""
     return g.flatten() if g.is_contiguous() else g.as_strided((g.numel(),), (1,))
-
-
-def widened(J: Tensor) -> Tensor:
-    """J in arithmetic dtype, where all of it then fits into a block; else J."""
-    wanted = arithmetic_dtype(J.dtype)
-    return J if J.dtype == wanted or J.numel() > BLOCK else J.to(wanted)
-
-
-def converted(J: Tensor, dtype: torch.dtype, step: int) -> Iterator[Tensor]:
-    """Blocks of ``step`` columns of J, the last one narrower, in ``dtype``."""
-    T, P = J.shape
-    scratch = J.new_empty((T, min(step, P)), dtype=dtype)
-    for a in range(0, max(P, 1), step):
-        columns = J[:, a : a + step]
-        yield scratch[:, : columns.shape[1]].copy_(columns)
 
 
 class Scratch:
@@ -74,37 +53,47 @@ class _Piece(NamedTuple):
         return g if self.whole else g[self.start : self.start + self.length]
 
 
-def gathered(columns: Columns, scratch: Scratch, step: int, erase: Erase | None) -> Iterator[Tensor]:
-    """Blocks of ``step`` columns, the last one narrower, of the rows that tensors form one after another."""
+def gathered(
+    columns: Columns, scratch: Scratch, blocks: Sequence[tuple[int, int]], erase: Erase | None
+) -> Iterator[tuple[Tensor, int]]:
+    """Blocks of the rows that tensors form one after another, (T, stride), and how many columns each one holds.
+
+    Args:
+        columns: the tensors' gradients.
+        scratch: where each block is put, in the place of the last one.
+        blocks: their columns and strides; what lies between a row's columns and the next row is not initialized.
+        erase: puts 0 for entries that do not count.
+    """
+    longest = max(n for n, _ in blocks)
     zeros = next(g for column in columns.values() for g in column if g is not None).new_empty(0)
     pieces: list[_Piece] = []
-    room = step
+    left = iter(blocks)
+    room, stride = next(left)
     for k, column in columns.items():
         done, numel = 0, next(len(g) for g in column if g is not None)
-        if len(zeros) < min(step, numel) and any(g is None for g in column):
-            zeros = zeros.new_zeros(min(step, numel))
+        if len(zeros) < min(longest, numel) and any(g is None for g in column):
+            zeros = zeros.new_zeros(min(longest, numel))
         while done < numel:
             length = min(numel - done, room)
             pieces.append(_Piece(k, column, done, length, whole=length == numel))
             done += length
             room -= length
             if room == 0:
-                yield _block(pieces, scratch, zeros, erase)
-                pieces, room = [], step
-    if pieces:
-        yield _block(pieces, scratch, zeros, erase)
+                yield _block(pieces, scratch, zeros, stride, erase), sum(piece.length for piece in pieces)
+                pieces = []
+                room, stride = next(left, (0, 0))
 
 
-def _block(pieces: list[_Piece], scratch: Scratch, zeros: Tensor, erase: Erase | None) -> Tensor:
+def _block(pieces: list[_Piece], scratch: Scratch, zeros: Tensor, stride: int, erase: Erase | None) -> Tensor:
     lengths = [piece.length for piece in pieces]
-    parts = [
-        piece.of(g) if g is not None else zeros[: piece.length]
-        for row in zip(*(piece.column for piece in pieces), strict=True)
-        for piece, g in zip(pieces, row, strict=True)
-    ]
-    n = sum(lengths)
-    X = scratch.joined(parts, len(pieces[0].column) * n).view(-1, n)
+    gap = [zeros.new_empty(stride - sum(lengths))] if sum(lengths) < stride else []
+    parts: list[Tensor] = []
+    for row in zip(*(piece.column for piece in pieces), strict=True):
+        parts += [piece.of(g) if g is not None else zeros[: piece.length] for piece, g in zip(pieces, row, strict=True)]
+        parts += gap
+    T = len(pieces[0].column)
+    X = scratch.joined(parts, T * stride).view(T, stride)
     if erase is not None:
-        for piece, entries in zip(pieces, X.split(lengths, 1), strict=True):
+        for piece, entries in zip(pieces, X.split([*lengths, *map(len, gap)], 1), strict=False):
             erase(piece.k, piece.start, entries)
     return X

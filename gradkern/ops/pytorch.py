@@ -6,15 +6,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from gradkern.ops.blocks import BLOCK, converted, flat, widened
+from gradkern.ops.blocks import flat
+from gradkern.ops.chunks import BLOCK, batches_of, cut
+from gradkern.ops.combination import combine_flat, combine_matrix
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.products import matrix_gramian, segment_gramians, work_dtype
+from gradkern.ops.products import copied, matrix_gramian, segment_gramians, work_dtype
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype
-
-COLUMNS = 1 << 21
-"""Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
-that, which stays in the second, took a third longer: each operation, that much shorter, waits more for its threads."""
 
 
 @operator("gramian")
@@ -56,15 +54,10 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     return out
 
 
-def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """wᵀ J, in ``out`` if that is given. A row whose weight is 0 is not read."""
-    weights = w.tolist()
-    if w.dtype == J.dtype == work_dtype(J) and 0.0 not in weights:
-        return torch.mv(J.t(), w, out=out)
-    if out is None:
-        out = J.new_empty(J.shape[1])
-    combine_flat(list(J), weights, out)
-    return out
+def widened(J: Tensor) -> Tensor:
+    """J in arithmetic dtype, where all of it then fits into a block; else J."""
+    wanted = arithmetic_dtype(J.dtype)
+    return J if J.dtype == wanted or J.numel() > BLOCK else J.to(wanted)
 
 
 @operator("combine.tensors")
@@ -75,34 +68,6 @@ def combine_tensors(grads: Sequence[Tensor | None], w: Tensor, segments: Sequenc
     for k in range(n):
         rows = [None if g is None else flat(g) for g in grads[k::n]]
         combine_flat(rows, weights[segments[k]], flat(out[k]))
-
-
-def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
-    """out = Σ_t weights[t] rows[t], all of one dimension; a row of weight 0 is not read."""
-    terms = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
-    if not terms:
-        out.zero_()
-        return
-    # A row that ``out`` stands in is read before it is written if it is the first, and otherwise not.
-    apart = arithmetic_dtype(out.dtype) != out.dtype or any(row.data_ptr() == out.data_ptr() for row, _ in terms[1:])
-    if len(out) <= COLUMNS:
-        _weighted_sum(terms, out, apart)
-        return
-    for a in range(0, len(out), COLUMNS):
-        b = a + COLUMNS
-        _weighted_sum([(row[a:b], w) for row, w in terms], out[a:b], apart)
-
-
-def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -> None:
-    """``out`` of some terms that stay in cache; ``apart`` sums up in other memory, in arithmetic dtype."""
-    work = arithmetic_dtype(out.dtype)
-    total = torch.empty_like(out, dtype=work) if apart else out
-    (first, weight), *others = terms
-    torch.mul(first.to(work), weight, out=total)
-    for row, weight in others:
-        total.add_(row.to(work), alpha=weight)
-    if apart:
-        out.copy_(total)
 
 
 @operator("project")
@@ -130,11 +95,16 @@ def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequenc
 
 
 def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
-    work = work_dtype(J)
-    W = W.to(work)
-    if work == J.dtype:
-        torch.mm(W, J, out=out)
+    """W J in chunks of scratch memory, which a BLAS sums up alike wherever J lies (``chunks.py``)."""
+    T, P = J.shape
+    if P == 0:
         return
-    step = BLOCK // len(J)
-    for a, X in zip(range(0, out.shape[1], step), converted(J, work, step), strict=False):
-        out[:, a : a + step] = W @ X
+    work = work_dtype(J)
+    of_all = cut(T, P, work.itemsize)
+    done = 0
+    for rows, columns in copied(J, of_all, work):
+        for X, count in batches_of(rows, columns, of_all):
+            n = count * X.shape[2]
+            product = torch.bmm(W.to(work).repeat(len(X), 1, 1), X)[:count]  # (count, R, width)
+            out[:, done : done + n] = product.transpose(0, 1).reshape(len(W), n)
+            done += n

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from gradkern.ops.blocks import flat
+from gradkern.ops.combination import combine_flat
 from gradkern.ops.philox import dropped
 from gradkern.ops.products import segment_gramians
-from gradkern.ops.pytorch import combine_flat
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import numels
 

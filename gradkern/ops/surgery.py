@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradkern.ops.blocks import widened
+from gradkern.ops.combination import combine_matrix
 from gradkern.ops.methods import pcgrad_weights
 from gradkern.ops.products import matrix_gramian
-from gradkern.ops.pytorch import combine_matrix
+from gradkern.ops.pytorch import widened
 from gradkern.ops.registration import operator
 
 
