@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 import gradkern
+from gradkern import processor
+from gradkern.bits import differences
 from gradkern.comparisons import CHECKS
 from gradkern.ops import backend
 from gradkern.ops.schema import DTYPES
@@ -25,8 +27,8 @@ bfloat16 and float16: the arithmetic is float32 and only the store rounds, by ha
 
 
 def info() -> int:
-    """Print versions, devices, back ends and the self-check. Returns the exit status, 1 if any operator is wrong."""
-    for name, version in versions().items():
+    """Print versions, devices, back ends and the self-check. Returns the exit status, 1 if anything is wrong."""
+    for name, version in (versions() | on_the_cpu()).items():
         print(f"{name:10}{version}")
     print("\ndevices and the back ends that serve them")
     for device in devices():
@@ -43,9 +45,14 @@ def info() -> int:
             failed += outcome.problem is not None
             errors = [f"{outcome.errors[d]:.1e}" if d in outcome.errors else "-" for d in DTYPES]
             print(f"{_line(operator, str(device), errors)}  {outcome.verdict}", flush=True)
+    found = {device: other_bits(device) for device in devices()}
+    for device, difference in found.items():
+        told = "the same" if difference is None else f"DIFFERENT, {difference}"
+        print(f"{'bits':17}{device!s:8}at other addresses, in other layouts, by other numbers of threads: {told}")
+    moved = any(difference is not None for difference in found.values())
     n = len(CHECKS) * len(devices())
-    print(f"{failed} of {n} checks FAILED" if failed else f"all {n} checks OK")
-    return 1 if failed else 0
+    print(f"{failed} of {n} checks FAILED" if failed else f"all {n} checks OK" + (", but bits differ" if moved else ""))
+    return 1 if failed or moved else 0
 
 
 def versions() -> dict[str, str]:
@@ -65,6 +72,15 @@ def versions() -> dict[str, str]:
     }
 
 
+def on_the_cpu() -> dict[str, str]:
+    """What decides how CPU tensors are computed with, by name."""
+    return {
+        "processor": processor.processor(),
+        "BLAS": f"{processor.blas()}, running its code for: {processor.dispatch()}",
+        "threads": processor.threads(),
+    }
+
+
 def devices() -> list[torch.device]:
     """The CPU and every CUDA (or ROCm) device."""
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
@@ -73,7 +89,7 @@ def devices() -> list[torch.device]:
 def describe(device: torch.device) -> str:
     """What kind of device this is."""
     if device.type == "cpu":
-        return f"{platform.machine()}, {torch.get_num_threads()} threads"
+        return platform.machine()
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return f"{properties.name}, {properties.gcnArchName}"
@@ -107,6 +123,16 @@ def check(operator: str, device: torch.device) -> Outcome:
             return Outcome(errors, next(_wrong(operator, device, errors), None))
         except Exception as error:  # such as a kernel that does not compile: the other operators are still checked
             return Outcome(errors, f"{type(error).__name__}: {error}")
+
+
+def other_bits(device: torch.device) -> str | None:
+    """The first thing that changes the bits of a result though it changes no number, in words; None if nothing does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return next(differences(device), None)
+        except Exception as error:  # of an operator whose own check tells more
+            return f"{type(error).__name__}: {error}"
 
 
 def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:

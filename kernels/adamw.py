@@ -162,4 +162,4 @@ def adamw(
         **row_arguments(rows),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(adamw_kernel, (len(tiles),), arguments, setting.threads)
+    return Launch(adamw_kernel, (len(tiles),), arguments, setting.threads, fp_fusion=True)

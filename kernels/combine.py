@@ -124,4 +124,4 @@ def combine(
         **row_arguments(rows),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(combine_kernel, (len(tiles),), arguments, setting.threads)
+    return Launch(combine_kernel, (len(tiles),), arguments, setting.threads, fp_fusion=True)

@@ -85,12 +85,14 @@ def scatter_kernel(
 
 def gather(rows: Rows, bounds: Tensor, index: Tensor, values: Tensor) -> Launch:
     """Fill ``values`` (T, d), in the arithmetic dtype of the rows; ``bounds`` (n + 1,), ``index`` (d,), contiguous."""
-    return Launch(gather_kernel, (_blocks(index), rows.count), _arguments(rows, bounds, index, values), ENTRIES)
+    return Launch(
+        gather_kernel, (_blocks(index), rows.count), _arguments(rows, bounds, index, values), ENTRIES, fp_fusion=False
+    )
 
 
 def scatter(values: Tensor, bounds: Tensor, index: Tensor, out: Rows) -> Launch:
     """Write ``values`` (d,), in the arithmetic dtype of ``out``, to its one row, but nothing to address 0."""
-    return Launch(scatter_kernel, (_blocks(index),), _arguments(out, bounds, index, values), ENTRIES)
+    return Launch(scatter_kernel, (_blocks(index),), _arguments(out, bounds, index, values), ENTRIES, fp_fusion=False)
 
 
 def _blocks(index: Tensor) -> int:

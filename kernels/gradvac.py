@@ -111,4 +111,4 @@ def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: floa
         "EPS": torch.finfo(M.dtype).eps,
         "BLOCK": triton.next_power_of_2(T),
     }
-    return Launch(gradvac_kernel, (S, T), arguments, 32 if T <= 32 else 64)
+    return Launch(gradvac_kernel, (S, T), arguments, 32 if T <= 32 else 64, fp_fusion=False)

@@ -146,4 +146,4 @@ def gramian(
         **row_arguments(rows),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(gramian_kernel, (len(pieces),), arguments, setting.threads)
+    return Launch(gramian_kernel, (len(pieces),), arguments, setting.threads, fp_fusion=True)

@@ -156,4 +156,4 @@ def gramian_dot(
         **row_arguments(rows),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(gramian_dot_kernel, (len(pieces),), arguments, setting.threads)
+    return Launch(gramian_dot_kernel, (len(pieces),), arguments, setting.threads, fp_fusion=True)

@@ -5,8 +5,8 @@ the very same values for machines that are not there, so what it checks cannot d
 
 Triton's own way from arguments to a compiled kernel costs the host more than the launch itself. So what a first call
 compiled is kept, and launched from then on. Its key is all that such a kernel is compiled for: its constants, the types
-of its arguments, the number of threads and the device. The values of arguments are not in it, for :func:`kernel` has
-Triton compile for none, neither for where a tensor starts nor for what a number divides by.
+of its arguments, the options of the launch and the device. The values of arguments are not in it, for :func:`kernel`
+has Triton compile for none, neither for where a tensor starts nor for what a number divides by.
 """
 
 from collections.abc import Callable
@@ -36,6 +36,10 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     threads: int
+    fp_fusion: bool
+    """Whether a multiplication and an addition may be rounded together. Spelled out, for Triton's default changes with
+    its versions. Streaming kernels gain from it; programs on T x T numbers do without, for where rows coincide their
+    comparisons hang on the last bit."""
 
     def run(self, device: torch.device) -> None:
         """Launch on the current stream of ``device``; an empty grid is nothing to do."""
@@ -49,22 +53,28 @@ class Launch(NamedTuple):
     def compile(self) -> Any:
         """Compile for Triton's active target, launch nothing."""
         warp = triton.runtime.driver.active.get_current_target().warp_size
-        return self.kernel.warmup(**self.arguments, num_warps=self._warps(warp), grid=self.grid)
+        return self.kernel.warmup(**self.arguments, **self._options(warp), grid=self.grid)
 
     def _run_compiled(self, device: torch.device) -> None:
         values = [self.arguments[name] for name in self.kernel.arg_names]
         kinds = [getattr(value, "dtype", type(value)) for value in values]
         for i in self.kernel.constexprs:
             kinds[i] = values[i]
-        key = (self.kernel.fn, self.threads, device, *kinds)  # a JITFunction's own hash is that of its source text
+        key = (
+            self.kernel.fn,
+            self.threads,
+            self.fp_fusion,
+            device,
+            *kinds,
+        )  # a JITFunction's own hash is that of its source text
         compiled = _compiled.get(key)
         if compiled is None:
-            _compiled[key] = self.kernel[self.grid](*values, num_warps=self._warps(warp_size(device)))
+            _compiled[key] = self.kernel[self.grid](*values, **self._options(warp_size(device)))
         else:
             compiled[(*self.grid, 1, 1)[:3]](*values)
 
-    def _warps(self, warp: int) -> int:
-        return max(1, self.threads // warp)
+    def _options(self, warp: int) -> dict[str, Any]:
+        return {"num_warps": max(1, self.threads // warp), "enable_fp_fusion": self.fp_fusion}
 
 
 @cache

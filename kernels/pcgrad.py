@@ -83,4 +83,4 @@ def pcgrad(M: Tensor, keys: Tensor | None, partner: str, C: Tensor) -> Launch:
         "T": T,
         "BLOCK": triton.next_power_of_2(T),
     }
-    return Launch(pcgrad_kernel, (S, T), arguments, 32 if T <= 32 else 64)
+    return Launch(pcgrad_kernel, (S, T), arguments, 32 if T <= 32 else 64, fp_fusion=False)

@@ -96,4 +96,6 @@ def project(rows: Rows, tiles: Tensor, tile: int, W: Tensor, out: Rows) -> Launc
         "ROWS": n_rows,
         **row_arguments(rows),
     }
-    return Launch(project_kernel, (len(tiles), triton.cdiv(out.count, n_rows)), arguments, setting.threads)
+    return Launch(
+        project_kernel, (len(tiles), triton.cdiv(out.count, n_rows)), arguments, setting.threads, fp_fusion=True
+    )

@@ -54,4 +54,4 @@ def reduce(partials: Tensor, bounds: Tensor, M: Tensor) -> Launch:
         "PIECES": PIECES,
         "PAIRS": PAIRS,
     }
-    return Launch(reduce_kernel, (S, T, triton.cdiv(T, PAIRS)), arguments, 256)
+    return Launch(reduce_kernel, (S, T, triton.cdiv(T, PAIRS)), arguments, 256, fp_fusion=False)

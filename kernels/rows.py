@@ -29,6 +29,10 @@ TRITON_DTYPE = {
 }
 
 
+NO_HINT = tl.constexpr("")
+"""What the cache is told of loads and stores by default. Triton 3.6 compiles no default that is a plain string."""
+
+
 class Rows(NamedTuple):
     """Rows in device memory, behind a table of addresses or as a matrix of unit column stride."""
 
@@ -80,7 +84,7 @@ def row_address(p_rows, s_row, i_row, i_tensor, o_first, m_row, TABLE: tl.conste
 
 
 @triton.jit
-def load_full(a, o, m_read, D: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_full(a, o, m_read, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """Elements ``o`` from the 16-byte-aligned address ``a``, in 128-bit loads.
 
     Zeros from address 0, and without ``m_read``, where nothing is read. The compiler believes the hint only where it
@@ -91,14 +95,14 @@ def load_full(a, o, m_read, D: tl.constexpr, EVICT: tl.constexpr = ""):
 
 
 @triton.jit
-def load_part(a, o, n, m_read, D: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_part(a, o, n, m_read, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """Elements ``o`` below ``n`` from any address ``a``, zeros beyond, from address 0 and without ``m_read``."""
     m = (o < n) & (a != 0) & m_read
     return tl.load(a.to(tl.pointer_type(D)) + o, mask=m, other=0.0, eviction_policy=EVICT)
 
 
 @triton.jit
-def store_row(a, o, n, x, m_full, D: tl.constexpr, EVICT: tl.constexpr = ""):
+def store_row(a, o, n, x, m_full, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """Write ``x`` to the elements ``o`` below ``n`` from address ``a``, in ``D``; ``m_full`` picks the road."""
     if m_full:
         tl.store(tl.multiple_of(a.to(tl.pointer_type(D)), 16) + o, x.to(D), eviction_policy=EVICT)

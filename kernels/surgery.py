@@ -505,4 +505,4 @@ def surgery(
         **mask_arguments(mask, rows.dtype),
     }
     arguments["PRODUCTS_GROUP"] = arguments["GROUP"] if products_masked else DENSE.value
-    return Launch(surgery_kernel, (programs,), arguments, setting.threads)
+    return Launch(surgery_kernel, (programs,), arguments, setting.threads, fp_fusion=False)

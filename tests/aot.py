@@ -37,6 +37,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BRIEF = ("fp32", "bf16")
+"""Of the dtypes those of a brief gate."""
 GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
 """The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 else), and the largest of each
 setting of the other."""
@@ -336,9 +338,16 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def build_all() -> list[dict[str, Any]]:
-    """Every case for every target, on two processes."""
-    jobs = [(arch, index) for arch, target in TARGETS.items() for index in range(len(list(cases(target))))]
+def build_all(brief: bool) -> list[dict[str, Any]]:
+    """Every case for every target, on two processes; with ``brief`` one of each kernel in each dtype of ``BRIEF``."""
+    jobs = []
+    for arch, target in TARGETS.items():
+        seen = set()
+        for index, case in enumerate(cases(target)):
+            key = (case.kernel, case.dtype)
+            if not brief or (case.dtype in BRIEF and key not in seen):
+                jobs.append((arch, index))
+            seen.add(key)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(build, *zip(*jobs, strict=True), chunksize=4))
 
@@ -359,8 +368,10 @@ def table(reports: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
-    reports = build_all()
-    print(json.dumps(reports) if parser.parse_args().json else table(reports))
+    parser.add_argument("--brief", action="store_true", help="each kernel once in float32 and in bfloat16")
+    arguments = parser.parse_args()
+    reports = build_all(arguments.brief)
+    print(json.dumps(reports) if arguments.json else table(reports))
 
 
 if __name__ == "__main__":

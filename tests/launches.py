@@ -72,7 +72,7 @@ def handed_by_us(given: Launch, device: torch.device = CPU) -> Handed:
 
 def handed_by_triton(given: Launch) -> Handed:
     DRIVER.handed.clear()
-    given.kernel[given.grid](**given.arguments, num_warps=given.threads // 32)
+    given.kernel[given.grid](**given.arguments, num_warps=given.threads // 32, enable_fp_fusion=given.fp_fusion)
     (handed,) = DRIVER.handed
     return handed
 

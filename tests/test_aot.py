@@ -1,4 +1,7 @@
-"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``."""
+"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``.
+
+With ``GRADKERN_AOT=brief`` in the environment each kernel is built once for each target, in float32 and in bfloat16.
+"""
 
 import json
 import os
@@ -16,8 +19,10 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
     """Built in a process of its own: this one may have told Triton to interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    brief = ["--brief"] if os.environ.get("GRADKERN_AOT") == "brief" else []
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json", *brief]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)

@@ -4,22 +4,23 @@ In which order a BLAS sums up a product depends on its shape and strides, on whe
 and on how many threads share the product. So a Gramian is put together from small products that are always alike:
 
 - The columns are cut into chunks of equal width, and a rest, by T and P alone.
-- Rows lie in memory that starts at a multiple of 64 bytes, as PyTorch's allocator gives it, and at a fixed distance.
-- Products are computed in batches of two at least. A BLAS gives each product of a batch to one thread. (It shares a
-  product that comes alone, so none does.)
-- The T x T products are added up in a binary tree of element-wise additions, each of them rounded as IEEE 754 says.
+- Rows lie in memory that starts at a multiple of 64 bytes, as PyTorch's allocator gives it, and at a fixed distance;
+  or where ``observed.py`` has found that this changes nothing.
+- Products are computed in batches of two at least: a BLAS shares a product that comes alone among its threads. It may
+  share those of a batch too, where they are fewer than the threads; ``observed.py`` finds out whether that changes
+  anything, and if so, copies of each product make up the number.
+- The T x T products are added up in a binary tree of element-wise additions, each of them rounded as IEEE 754 says
+  (``products.py``).
 
 What remains is a function of the numbers, T and P: it depends neither on addresses, nor on gaps between rows, nor on
 whether rows come as a matrix or as a list of tensors, nor on the number of threads, nor on the load of the machine.
 Another processor, instruction set or BLAS may give other bits, within the bound of :func:`error_bound`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,9 @@ PARTIALS = 1 << 21
 BLOCK = 1 << 19
 """Numbers of a block of scratch memory, all rows together: 2 MB of float32, what a core's second cache holds. Half or
 twice as many took a tenth longer."""
+
+MOST = 64
+"""Rows of a product at most."""
 
 Batch = tuple[Tensor, int]
 """Chunks, (k, T, width) with k >= 2, and how many of them count."""
@@ -115,69 +119,17 @@ def batches_of(rows: Tensor, columns: int, cut: Cut) -> Iterator[Batch]:
         yield batch(rows[:, whole * cut.width :], rest, 1)
 
 
-def row_blocks(T: int) -> list[slice]:
-    """Rows that are multiplied with themselves and those after them: half of M is known from the other half.
+@lru_cache(maxsize=256)
+def tiles(T: int) -> tuple[tuple[slice, slice], ...]:
+    """The parts of M that are products of their own: some rows by some columns, from the diagonal down.
 
-    Of more rows at a time more is computed twice, while fewer leave a BLAS less to do for each number it packs. In
-    blocks 20 rows of a million take 0.6 times as long as in one, 40 rows 0.75 times, 48 to 64 rows as long.
+    Half of M is known from the other half. Of more columns at a time more is computed twice, while fewer leave a BLAS
+    less to do for each number it packs: by tiles 20 rows of a million take 0.6 times as long as in one product, 40 rows
+    0.75 times, 48 to 64 rows as long. Of more than ``MOST`` rows a BLAS would give each of many threads a part.
     """
     step = 16 if T <= 32 else 32
-    return [slice(a, min(a + step, T)) for a in range(0, T, step)]
-
-
-def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
-    """Σ X Xᵀ over all chunks X, (T, T), on the CPU."""
-    lefts = row_blocks(T)
-    first, counted = next(batches)
-    if counted == cut.terms and len(lefts) == 1:
-        products = torch.bmm(first, first.mT)
-        return _tree(products if counted > 1 else products[:1])
-    totals: list[list[Tensor]] = [[] for _ in lefts]
-    for group in _groups(chain([(first, counted)], batches), lefts, T, cut):
-        for of_left, product in zip(totals, group, strict=True):
-            of_left.append(_tree(product))
-    return _symmetric(lefts, [t[0] if len(t) == 1 else _tree(torch.stack(t)) for t in totals])
-
-
-def _groups(batches: Iterable[Batch], lefts: list[slice], T: int, cut: Cut) -> Iterator[list[Tensor]]:
-    """For each block of rows the products of a group of chunks, in memory that the next group overwrites."""
-    group = min(cut.group, cut.terms)
-    room: list[Tensor] = []
-    filled = 0
-    for X, counted in batches:
-        room = room or [X.new_empty((group + 1, T - left.start, left.stop - left.start)) for left in lefts]
-        for products, left in zip(room, lefts, strict=True):
-            torch.bmm(X[:, left.start :], X[:, left].mT, out=products[filled : filled + len(X)])
-        filled += counted
-        if filled == group:
-            yield [products[:filled] for products in room]
-            filled = 0
-    if filled:
-        yield [products[:filled] for products in room]
-
-
-def _tree(terms: Tensor) -> Tensor:
-    """The sum of ``terms``, which it overwrites, on the CPU: the second half is added to the first until one is left.
-
-    In NumPy, whose calls take a third of the time of PyTorch's.
-    """
-    left = terms.cpu().numpy()
-    with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
-        while (n := len(left)) > 1:
-            half = (n + 1) // 2
-            first = left[: n - half]
-            np.add(first, left[half:], out=first)
-            left = left[:half]
-    return torch.from_numpy(left[0].copy())
-
-
-def _symmetric(lefts: list[slice], products: list[Tensor]) -> Tensor:
-    """M, of which ``products`` holds the columns ``lefts`` from the diagonal down."""
-    if len(lefts) == 1:
-        return products[0]
-    T = len(products[0])
-    M = products[0].new_empty((T, T))
-    for left, product in zip(lefts, products, strict=True):
-        M[left, left.start :] = product.mT
-        M[left.start :, left] = product
-    return M
+    return tuple(
+        (slice(top, min(top + MOST, T)), slice(left, min(left + step, T)))
+        for left in range(0, T, step)
+        for top in range(left, T, MOST)
+    )

@@ -8,10 +8,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gradkern.ops.chunks import LINE, Cut, batch, row_blocks
+from gradkern.ops.chunks import LINE, Cut, batch, tiles
 
 PAGE = 4096
 """Bytes after which addresses repeat themselves to a cache."""
+ENOUGH = 64
+"""Sums of random numbers that would not all have the same last bit by chance if they were summed in other orders."""
 
 
 def lies_as_scratch(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
@@ -40,24 +42,51 @@ def _same_order(T: int, width: int, dtype: torch.dtype, offset: int, apart: int,
 
     ``threads`` is a key of the cache alone: the answer is the one for the present number of threads.
     """
-    least = (T - row_blocks(T)[-1].start) ** 2
-    count = 2 + 64 // least  # of so many sums all would not agree by chance
-    generator = torch.Generator().manual_seed(0)  # the user's own must not move
-    rows = torch.randn((T, count * width), generator=generator, dtype=dtype, device="cpu")
+    count = 2 + ENOUGH // min((rows.stop - rows.start) * (left.stop - left.start) for rows, left in tiles(T))
+    rows = _random_rows(T, count * width, dtype)
     page, line = PAGE // dtype.itemsize, LINE // dtype.itemsize
     stride = -(-rows.shape[1] // page) * page + apart
     memory = rows.new_empty(T * stride + line)
     start = (offset - memory.data_ptr()) % LINE // dtype.itemsize
     there = memory[start:].as_strided(rows.shape, (stride, 1)).copy_(rows)
     here = rows.new_empty((T, rows.shape[1] + line))[:, : rows.shape[1]].copy_(rows)
+    X, Y = batch(there, width, count)[0], batch(here, width, count)[0]
     return all(
-        torch.equal(_products(there, width, count, left), _products(here, width, count, left)) for left in row_blocks(T)
+        torch.equal(products_of(X[:, some], X[:, others]), products_of(Y[:, some], Y[:, others]))
+        for some, others in tiles(T)
     )
 
 
-def _products(rows: Tensor, width: int, count: int, left: slice) -> Tensor:
-    X, _ = batch(rows, width, count)
-    return torch.bmm(X[:, left.start :], X[:, left].mT)
+def products_of(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+    """A Bᵀ of each chunk, (k, m, n), as it comes out among many; A is (k, m, width), B (k, n, width)."""
+    k, m, width = A.shape
+    threads = torch.get_num_threads()
+    if k >= threads or not A.is_cpu or _not_shared(k, m, B.shape[1], width, A.dtype, threads):
+        return torch.bmm(A, B.mT, out=out)
+    products = torch.stack([_among_many(a, b, threads) for a, b in zip(A, B, strict=True)])
+    return products if out is None else out.copy_(products)
+
+
+@lru_cache(maxsize=4096)
+def _not_shared(k: int, m: int, n: int, width: int, dtype: torch.dtype, threads: int) -> bool:
+    """Whether a product has the bits in a batch of k that it has among as many as there are threads.
+
+    Where products are fewer than threads, a BLAS may give several threads a part of the same one, and sum up what lies
+    at the edges in another order.
+    """
+    trials = 1 + ENOUGH // (k * m * n)
+    A, _ = batch(_random_rows(m + n, trials * k * width, dtype), width, trials * k)
+    for X in A.split(k):
+        among_few = torch.bmm(X[:, :m], X[:, m:].mT)
+        if not all(torch.equal(p, _among_many(x[:m], x[m:], threads)) for p, x in zip(among_few, X, strict=True)):
+            return False
+    return True
+
+
+def _among_many(a: Tensor, b: Tensor, threads: int) -> Tensor:
+    """The product of a chunk's rows with others, in a batch of as many as there are threads, all alike."""
+    copies = (threads, -1, -1)
+    return torch.bmm(a.expand(copies), b.mT.expand(copies))[0]
 
 
 @lru_cache(maxsize=2)
@@ -68,7 +97,7 @@ def additions_agree(dtype: torch.dtype) -> bool:
     compiler rounds a multiplication and an addition together for vectors and not for single elements, the result would
     depend on the number of threads.
     """
-    x, y = _two_rows(dtype)
+    x, y = _random_rows(2, 133, dtype)  # some vectors and an end
     whole = x.add(y, alpha=0.7)
     return all(torch.equal(x[a : a + 1].add(y[a : a + 1], alpha=0.7)[0], whole[a]) for a in range(len(x)))
 
@@ -76,7 +105,7 @@ def additions_agree(dtype: torch.dtype) -> bool:
 @lru_cache(maxsize=2)
 def bags_agree(dtype: torch.dtype) -> bool:
     """Whether ``torch.embedding_bag`` adds up weighted rows as ``x.mul(a).add_(y, alpha=b)`` does."""
-    rows = torch.stack(_two_rows(dtype))
+    rows = _random_rows(2, 133, dtype)
     first, second = torch.tensor([0.3, 0.7], dtype=dtype, device="cpu").tolist()
     weights = torch.tensor([first, second], dtype=dtype, device="cpu")
     one_by_one = rows[0].mul(first).add_(rows[1], alpha=second)
@@ -85,8 +114,6 @@ def bags_agree(dtype: torch.dtype) -> bool:
     return additions_agree(dtype) and torch.equal(bag[0], one_by_one)
 
 
-def _two_rows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random numbers enough for some vectors and an end."""
+def _random_rows(T: int, P: int, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator().manual_seed(0)  # the user's own must not move
-    x, y = torch.randn((2, 133), generator=generator, dtype=dtype, device="cpu")
-    return x, y
+    return torch.randn((T, P), generator=generator, dtype=dtype, device="cpu")

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from gradkern.ops.blocks import flat
-from gradkern.ops.chunks import BLOCK, batches_of, cut
+from gradkern.ops.chunks import BLOCK
 from gradkern.ops.combination import combine_flat, combine_matrix
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.products import copied, matrix_gramian, segment_gramians, work_dtype
+from gradkern.ops.products import matrix_gramian, segment_gramians
 from gradkern.ops.registration import operator
 from gradkern.ops.schema import arithmetic_dtype
 
@@ -72,39 +72,23 @@ def combine_tensors(grads: Sequence[Tensor | None], w: Tensor, segments: Sequenc
 
 @operator("project")
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """W J, per segment."""
-    out = J.new_empty((W.shape[-2], J.shape[1]))
+    """W J, per segment: each row of it is a combination."""
+    X = widened(J)
     bounds = column_bounds(offsets, J.shape[1])
     weights = W.reshape(-1, *W.shape[-2:])
-    for (a, b), Ws in zip(pairwise(bounds), weights, strict=True):
-        _project(J[:, a:b], Ws, out[:, a:b])
-    return out
+    of_segments = [
+        torch.stack([combine_matrix(X[:, a:b], w) for w in Ws])
+        for (a, b), Ws in zip(pairwise(bounds), weights, strict=True)
+    ]
+    return torch.cat(of_segments, 1).to(J.dtype)
 
 
 @operator("project.tensors")
 def project_tensors(grads: Sequence[Tensor | None], W: Tensor, segments: Sequence[int], out: Sequence[Tensor]) -> None:
     """out[r, k] = Σ_t W[segments[k], r, t] grads[t, k]; ``out`` is row-major, R x n."""
     n = len(segments)
-    for k in range(n):
-        outs = [flat(o) for o in out[k::n]]
-        rows = [torch.zeros_like(outs[0]) if g is None else flat(g) for g in grads[k::n]]
-        product = outs[0].new_empty((len(outs), len(outs[0])))
-        _project(torch.stack(rows), W[segments[k]], product)
-        for o, row in zip(outs, product, strict=True):
-            o.copy_(row)
-
-
-def _project(J: Tensor, W: Tensor, out: Tensor) -> None:
-    """W J in chunks of scratch memory, which a BLAS sums up alike wherever J lies (``chunks.py``)."""
-    T, P = J.shape
-    if P == 0:
-        return
-    work = work_dtype(J)
-    of_all = cut(T, P, work.itemsize)
-    done = 0
-    for rows, columns in copied(J, of_all, work):
-        for X, count in batches_of(rows, columns, of_all):
-            n = count * X.shape[2]
-            product = torch.bmm(W.to(work).repeat(len(X), 1, 1), X)[:count]  # (count, R, width)
-            out[:, done : done + n] = product.transpose(0, 1).reshape(len(W), n)
-            done += n
+    weights = W.tolist()
+    for k, s in enumerate(segments):
+        rows = [None if g is None else flat(g) for g in grads[k::n]]
+        for of_row, target in zip(weights[s], out[k::n], strict=True):
+            combine_flat(rows, of_row, flat(target))

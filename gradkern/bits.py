@@ -1,0 +1,68 @@
+"""A case of the self-check: the same numbers give the same bits, wherever they lie, by however many threads."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from gradkern.ops import combine, gramian, project
+
+SHAPES = [(1, 1000), (2, 300_001), (5, 70_000), (17, 40_000), (40, 9_000)]
+"""T x P: in one block of memory and in several, whole chunks and a rest."""
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+OFFSETS = (1, 3, 8)
+"""Elements by which a copy of the numbers lies further on."""
+THREADS = (1, 2, 3)
+
+Results = tuple[Tensor, ...]
+
+
+def differences(device: torch.device) -> Iterator[str]:
+    """Whatever changes the bits of a Gramian, a combination or a projection, in words."""
+    for T, P in SHAPES:
+        for dtype in DTYPES:
+            J = torch.randn((T, P), dtype=torch.float64).to(device, dtype)
+            w = torch.randn((1, T), dtype=torch.float64).to(device)
+            case = f"{str(dtype).removeprefix('torch.')}, T = {T}, P = {P:,}"
+            expected = _of_matrix(J, w)
+            for offset in OFFSETS:
+                if not _equal(_of_matrix(_moved(J, offset), w), expected):
+                    yield f"{case}: other bits {offset} elements further on"
+            if not _equal(_of_tensors(J, w), expected):
+                yield f"{case}: other bits as a list of tensors"
+            if device.type == "cpu" and any(not _equal(of_some, expected) for of_some in _by_threads(J, w)):
+                yield f"{case}: other bits by another number of threads"
+
+
+def _of_matrix(J: Tensor, w: Tensor) -> Results:
+    return gramian(J), combine(J, w[0]), project(J, w)[0]
+
+
+def _of_tensors(J: Tensor, w: Tensor) -> Results:
+    ops = torch.ops.gradkern
+    rows, out, projected = [row.clone() for row in J], torch.empty_like(J[0]), torch.empty_like(J[0])
+    arithmetic = w.to(torch.float64 if J.dtype == torch.float64 else torch.float32)
+    ops.combine(rows, arithmetic, [0], [out])
+    ops.project(rows, arithmetic.unsqueeze(0), [0], [projected])
+    return ops.gramian(rows, [0], 1)[0], out, projected
+
+
+def _moved(J: Tensor, offset: int) -> Tensor:
+    """The same numbers, ``offset`` elements behind an aligned address and with as many between the rows."""
+    T, P = J.shape
+    memory = J.new_empty(T * (P + offset) + offset)
+    return memory[offset:].as_strided((T, P), (P + offset, 1)).copy_(J)
+
+
+def _by_threads(J: Tensor, w: Tensor) -> Iterator[Results]:
+    before = torch.get_num_threads()
+    try:
+        for threads in THREADS:
+            torch.set_num_threads(threads)
+            yield _of_matrix(J, w)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _equal(results: Results, expected: Results) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -1,0 +1,51 @@
+"""The processor that serves CPU tensors, its BLAS, and which of its instructions that chooses."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def processor() -> str:
+    """Its name, its architecture, and the widest vectors that PyTorch uses on it."""
+    return f"{_name()}, {platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _name() -> str:
+    """As the system has it; Linux alone tells it in a file."""
+    described = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.exists() else []
+    return names[0] if names else platform.processor() or "an unknown processor"
+
+
+def blas() -> str:
+    """The BLAS that PyTorch was built with."""
+    built = torch.__config__.show()
+    mkl = re.search(r"Math Kernel Library Version (\S+)-Product", built)
+    named = re.search(r"BLAS_INFO=(\w+)", built)
+    if mkl:
+        return f"MKL {mkl[1]}"
+    return named[1] if named else "not told by PyTorch"
+
+
+def dispatch() -> str:
+    """For which processors MKL runs its code here, as it says itself: it tells makers apart, and sums differently."""
+    if not torch.backends.mkl.is_available():
+        return "not told by this BLAS"
+    # It speaks of that once in a process, to the standard output of C.
+    command = [sys.executable, "-c", "import torch; torch.ones(64, 64) @ torch.ones(64, 64)"]
+    told = subprocess.run(
+        command, env=os.environ | {"MKL_VERBOSE": "1"}, capture_output=True, text=True, check=False
+    ).stdout
+    found = re.search(r"MKL_VERBOSE .* architecture (.+?), \w+ [\d.]+GHz", told)
+    return found[1] if found else "not told by MKL"
+
+
+def threads() -> str:
+    """How many threads PyTorch and MKL use."""
+    mkl = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
+    return f"{torch.get_num_threads()}" + (f", {mkl[1]} in MKL" if mkl else "")
