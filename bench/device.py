@@ -2,12 +2,13 @@
 
 import argparse
 import os
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from gradkern import processor
 
 
 def chosen(text: str) -> torch.device:
@@ -70,7 +71,4 @@ def name(device: torch.device) -> str:
     """The GPU's, or the processor's model."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    table = Path("/proc/cpuinfo")  # Linux only; elsewhere Python knows as much as it can
-    lines = table.read_text().splitlines() if table.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+    return processor.name()

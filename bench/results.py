@@ -15,6 +15,7 @@ import torch
 import gradkern
 from bench import device as machine
 from bench.peers import Peers
+from gradkern import processor
 
 
 def begun(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[str, Any]:
@@ -30,6 +31,8 @@ def begun(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[s
             "system": platform.platform(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "BLAS": processor.blas(),
+            "BLAS runs its code for": processor.dispatch(),
         },
         "versions": {
             "python": platform.python_version(),

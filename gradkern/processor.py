@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 
 
-def processor() -> str:
-    """Its name, its architecture, and the widest vectors that PyTorch uses on it."""
-    return f"{_name()}, {platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+def described() -> str:
+    """The processor's model, its architecture, and the widest vectors that PyTorch uses on it."""
+    return f"{name()}, {platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
 
 
-def _name() -> str:
-    """As the system has it; Linux alone tells it in a file."""
-    described = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.exists() else []
-    return names[0] if names else platform.processor() or "an unknown processor"
+def name() -> str:
+    """The processor's model. Linux tells it in a file; elsewhere Python knows as much as it can."""
+    table = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", table.read_text(), re.MULTILINE) if table.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def blas() -> str:

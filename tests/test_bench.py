@@ -27,7 +27,7 @@ from bench.memory import peak
 from bench.peers import PACKAGES, Peers
 from bench.report import summary
 from bench.shapes import BERT_BASE, numbers
-from gradkern import reference
+from gradkern import processor, reference
 from gradkern.kernels import settings
 
 CPU = torch.device("cpu")
@@ -370,6 +370,7 @@ def test_a_run_prints_and_keeps_what_it_measured(
     assert f"skipped: {SMALL[-1]}" in printed
     assert results["options"] == {"quick": True, "peers": False, "seconds": 0.01}
     assert results["machine"]["threads"] == torch.get_num_threads()
+    assert results["machine"]["BLAS runs its code for"] == processor.dispatch()
     assert results["versions"]["torch"] == torch.__version__
 
     with (out / "results.csv").open() as file:

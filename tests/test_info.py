@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import gradkern
-from gradkern import cli, selfcheck
+from gradkern import cli, processor, selfcheck
 
 DEVICES = [str(device) for device in selfcheck.devices()]
 
@@ -35,6 +35,10 @@ def test_info_tells_versions_devices_and_back_ends(capsys: pytest.CaptureFixture
         assert version in printed
     for device in selfcheck.devices():
         assert all(words in printed for words in (str(device), *gradkern.ops.backend(device.type)))
+    for words in (processor.name(), processor.blas(), processor.dispatch(), f"threads   {torch.get_num_threads()}"):
+        assert words in printed
+    (bits,) = [line for line in printed.splitlines() if line.split()[:2] == ["bits", "cpu"]]
+    assert bits.endswith(": the same")
     assert "FAILED" not in printed
     for operator in selfcheck.CHECKS:
         lines = [line for line in printed.splitlines() if line.split()[:1] == [operator]]
@@ -85,6 +89,55 @@ def test_a_broken_operator_fails_the_check(  # type: ignore[no-untyped-def]
     assert [line.split()[0] for line in failed] == [operator] * len(DEVICES)
     assert all(why in line for line in failed)
     assert lines[-1] == f"{len(DEVICES)} of {len(DEVICES) * len(selfcheck.CHECKS)} checks FAILED"
+
+
+def depends_on_addresses(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    M = J.double() @ J.double().T * (1.0 if J.data_ptr() % 64 == 0 else 1 + 1e-7)
+    M = M.to(torch.float64 if J.dtype == torch.float64 else torch.float32)
+    return M if offsets is None else M.expand(len(offsets) - 1, *M.shape).clone()
+
+
+def test_bits_that_depend_on_addresses_are_found() -> None:
+    with broken("gramian", depends_on_addresses):
+        found = selfcheck.other_bits(torch.device("cpu"))
+    assert found is not None
+    assert "further on" in found
+    assert selfcheck.other_bits(torch.device("cpu")) is None
+
+
+def test_bits_that_differ_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(selfcheck, "CHECKS", {})
+    monkeypatch.setattr(selfcheck, "differences", lambda device: iter(["float32: other bits"]))
+    assert cli.main(["info"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith(": DIFFERENT, float32: other bits")
+    assert lines[-1] == "all 0 checks OK, but bits differ"
+
+
+def test_a_check_of_bits_that_raises_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(device: torch.device) -> Iterator[str]:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(selfcheck, "differences", fails)
+    assert selfcheck.other_bits(torch.device("cpu")) == "RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    ("built", "named"),
+    [
+        ("  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605", "MKL 2024.2"),
+        ("  - Build settings: BLAS_INFO=open, BUILD_TYPE=Release", "open"),
+        ("  - C++ Version: 202002", "not told by PyTorch"),
+    ],
+)
+def test_the_blas_is_named_as_pytorch_does(built: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__config__, "show", lambda: f"PyTorch built with:\n{built}\n")
+    assert processor.blas() == named
+
+
+def test_another_blas_tells_nothing_of_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert processor.dispatch() == "not told by this BLAS"
 
 
 def test_results_of_the_wrong_shape_or_not_a_number_are_errors() -> None:

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 # Relative to the size of the terms that were summed, not of the sum, which may cancel.
-# float64: a few hundred roundings of 1e-16. float32: the same of 6e-8, products and partial sums in float32.
+# float64: a few hundred roundings of 1e-16. float32: sums of up to 2048 terms at a time, in whatever order. Roundings
+# of random terms cancel, so that such a sum is off by some sqrt(2048) of them, 2.7e-6 (Higham and Mary 2019). Tests
+# with terms that are not random take the bound that holds for all, ``ops.chunks.error_bound``.
 # bfloat16, float16: arithmetic is float32, so only the store rounds: half a unit in the last place of 8 and 11 bits,
 # and a whole one where the interpreter truncates instead.
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 3e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -36,7 +36,7 @@ BLOCK = 1 << 19
 twice as many took a tenth longer."""
 
 MOST = 64
-"""Rows of a product at most."""
+"""Rows of a product at most: of more a BLAS would give each of many threads a part."""
 
 Batch = tuple[Tensor, int]
 """Chunks, (k, T, width) with k >= 2, and how many of them count."""
@@ -92,12 +92,12 @@ def error_bound(T: int, P: int, dtype: torch.dtype) -> float:
     (w + d + 1) u with u half a unit in the last place of the arithmetic: 2^-24 for float32, 2^-53 for float64. There
     are w - 1 additions in a chunk of w columns, in whatever order, and d = ceil(log2 n) in the tree over n products;
     each product is rounded, and so is the result. (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1;
-    the square of w u is left out.)
+    the square of w u is left out.) It holds where nothing overflows or falls below the smallest normal number.
 
     Args:
         T: number of rows.
         P: number of columns.
-        dtype: what the products are computed in, float32 or float64.
+        dtype: float32, or float64 for float64 rows.
     """
     of_all = cut(T, P, dtype.itemsize)
     depth = max(0, of_all.terms - 1).bit_length()
@@ -125,7 +125,7 @@ def tiles(T: int) -> tuple[tuple[slice, slice], ...]:
 
     Half of M is known from the other half. Of more columns at a time more is computed twice, while fewer leave a BLAS
     less to do for each number it packs: by tiles 20 rows of a million take 0.6 times as long as in one product, 40 rows
-    0.75 times, 48 to 64 rows as long. Of more than ``MOST`` rows a BLAS would give each of many threads a part.
+    0.75 times, 48 to 64 rows as long.
     """
     step = 16 if T <= 32 else 32
     return tuple(

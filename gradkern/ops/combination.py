@@ -6,7 +6,7 @@ is not read.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ COLUMNS = 1 << 21
 """Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
 that, which stays in the second, took a third longer: each operation, that much shorter, waits more for its threads."""
 BAG = 1 << 12
-"""Columns of a bag at most, and a quarter of that at least: a running sum that stays in the first or second cache."""
+"""Columns of a bag: a running sum that stays in the first cache. Up to four times as many are one thread's work where P
+has no divisor that suits better, and where there are no more."""
 
 
 def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
@@ -26,7 +27,8 @@ def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     P = J.shape[1]
     weights = w.tolist()
     width = _bag_width(P)
-    if out is None and any(weights) and width and J.is_contiguous() and J.is_cpu and bags_agree(J.dtype):
+    as_table = width > 0 and J.is_contiguous() and J.is_cpu and J.dtype == w.dtype
+    if out is None and as_table and any(weights) and bags_agree(J.dtype):
         return _in_bags(J, w, weights, width)
     if out is None:
         out = J.new_empty(P)
@@ -40,22 +42,26 @@ def _in_bags(J: Tensor, w: Tensor, weights: Sequence[float], width: int) -> Tens
     n = P // width
     counting = tuple(t for t, weight in enumerate(weights) if weight != 0.0)
     parts, starts = _bags(T, n, counting)
-    of_parts = (w if len(counting) == T else w[list(counting)]).repeat(n)
+    of_rows = w if len(counting) == T else w[list(counting)]
+    of_parts = of_rows if n == 1 else of_rows.repeat(n)
     table = J.view(-1, width)
     return torch.embedding_bag(table, parts, starts, False, 0, False, of_parts)[0].view(-1)
 
 
 @lru_cache(maxsize=1024)
 def _bag_width(P: int) -> int:
-    """Columns that the bags divide P into: a bag is one thread's work. 0 if there is no such number."""
-    return P if P <= BAG else next((w for w in range(BAG, BAG // 4, -1) if P % w == 0), 0)
+    """Columns of the bags that P is divided into; 0 if there is no such number."""
+    if P <= 4 * BAG:
+        return P
+    return next((w for w in (*range(BAG, BAG // 8, -1), *range(BAG + 1, 4 * BAG + 1)) if P % w == 0), 0)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _bags(T: int, n: int, counting: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Of T rows in n parts each: the parts that bag after bag holds, those of the rows ``counting``, and its start."""
-    parts = torch.arange(n, device="cpu").unsqueeze(1) + n * torch.tensor(counting, device="cpu")
-    return parts.view(-1), torch.arange(0, parts.numel(), len(counting), device="cpu")
+    with torch.inference_mode(False):  # they are kept for calls outside of it
+        parts = torch.arange(n, device="cpu").unsqueeze(1) + n * torch.tensor(counting, device="cpu")
+        return parts.view(-1), torch.arange(0, parts.numel(), len(counting), device="cpu")
 
 
 def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
@@ -78,12 +84,20 @@ def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -
     """``out`` of some terms that stay in cache; ``apart`` sums up in other memory, in arithmetic dtype."""
     work = arithmetic_dtype(out.dtype)
     total = torch.empty_like(out, dtype=work) if apart else out
+    at_once = additions_agree(work)
     (first, weight), *others = terms
-    torch.mul(first.to(work), weight, out=total)
+    # Sums begin with a zero, and so have its sign where all terms are zeros: as they do in a bag.
+    torch.add(_zero(work, out.device), first.to(work), alpha=weight, out=total)
     for row, weight in others:
-        if additions_agree(work):
+        if at_once:
             total.add_(row.to(work), alpha=weight)
         else:
             total.add_(row.to(work) * weight)
     if apart:
         out.copy_(total)
+
+
+@cache
+def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is kept for calls outside of it
+        return torch.zeros((), dtype=dtype, device=device)

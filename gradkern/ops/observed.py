@@ -3,7 +3,7 @@
 Where the answer is no, the same bits come out of more memory traffic or more calls.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from gradkern.ops.chunks import LINE, Cut, batch, tiles
 
 PAGE = 4096
 """Bytes after which addresses repeat themselves to a cache."""
+LONGEST_STRIDE = 2**31 - 1
+"""From one row to the next, in elements: what every BLAS counts."""
 ENOUGH = 64
-"""Sums of random numbers that would not all have the same last bit by chance if they were summed in other orders."""
+"""Random sums to compare: so many have the same last bits only if they were summed up in the same order."""
 
 
 def lies_as_scratch(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
@@ -25,12 +27,13 @@ def lies_as_scratch(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
 def in_place(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
     """Whether products of J where it lies have the bits of products of a copy in scratch memory.
 
-    Which numbers a BLAS adds in what order depends on no number that it adds. So random rows, as far apart and as far
-    from a line's start as those of J, show whether the order is the same: if it is not, some sum has another last bit.
+    In which order a BLAS adds numbers depends on none of them. So random rows, as far from a line's start as those of J
+    and as far apart but for some pages, show whether the order is the same: if it is not, some sum has another last
+    bit. Distances of more than a BLAS counts in 32 bits may send it another way, and are not asked about.
     """
     T, P = J.shape
     stride, column = J.stride()
-    if cut.step == P or J.dtype != work or column != 1 or stride < P or not J.is_cpu:
+    if cut.step == P or J.dtype != work or column != 1 or not P <= stride <= LONGEST_STRIDE or not J.is_cpu:
         return False
     apart = stride % (PAGE // J.element_size())
     return _same_order(T, cut.width, J.dtype, J.data_ptr() % LINE, apart, torch.get_num_threads())
@@ -89,26 +92,28 @@ def _among_many(a: Tensor, b: Tensor, threads: int) -> Tensor:
     return torch.bmm(a.expand(copies), b.mT.expand(copies))[0]
 
 
-@lru_cache(maxsize=2)
+@cache
 def additions_agree(dtype: torch.dtype) -> bool:
-    """Whether ``x.add_(y, alpha=a)`` gives an element the same bits wherever it lies in x.
+    """Whether ``x.add_(y, alpha=a)`` gives an element the same bits wherever it lies in x, a number or a tensor.
 
     PyTorch works on whole vectors and ends with single elements, and each thread has an end of its own. Where the
     compiler rounds a multiplication and an addition together for vectors and not for single elements, the result would
     depend on the number of threads.
     """
     x, y = _random_rows(2, 133, dtype)  # some vectors and an end
-    whole = x.add(y, alpha=0.7)
-    return all(torch.equal(x[a : a + 1].add(y[a : a + 1], alpha=0.7)[0], whole[a]) for a in range(len(x)))
+    return all(
+        torch.equal(torch.cat([first[a : a + 1].add(y[a : a + 1], alpha=0.7) for a in range(len(y))]), whole)
+        for first, whole in ((x, x.add(y, alpha=0.7)), (torch.zeros_like(x), x.new_zeros(()).add(y, alpha=0.7)))
+    )
 
 
-@lru_cache(maxsize=2)
+@cache
 def bags_agree(dtype: torch.dtype) -> bool:
-    """Whether ``torch.embedding_bag`` adds up weighted rows as ``x.mul(a).add_(y, alpha=b)`` does."""
+    """Whether ``torch.embedding_bag`` adds up weighted rows as ``zero.add(x, alpha=a).add_(y, alpha=b)`` does."""
     rows = _random_rows(2, 133, dtype)
     first, second = torch.tensor([0.3, 0.7], dtype=dtype, device="cpu").tolist()
     weights = torch.tensor([first, second], dtype=dtype, device="cpu")
-    one_by_one = rows[0].mul(first).add_(rows[1], alpha=second)
+    one_by_one = rows.new_zeros(()).add(rows[0], alpha=first).add_(rows[1], alpha=second)
     zeros = torch.zeros(1, dtype=torch.int64, device="cpu")
     bag = torch.embedding_bag(rows, torch.arange(2, device="cpu"), zeros, False, 0, False, weights)[0]
     return additions_agree(dtype) and torch.equal(bag[0], one_by_one)

@@ -8,10 +8,12 @@ tensors. Blocks stay in cache until they have been worked on.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from gradkern.ops.blocks import Columns, Erase, Scratch, flat, gathered
@@ -40,7 +42,8 @@ def _matrix_batches(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[Batch]:
         for a in range(0, cut.chunks, cut.group):
             yield batch(J[:, a * cut.width :], cut.width, min(cut.group, cut.chunks - a))
         if cut.rest:
-            yield batch(J[:, -cut.rest :].contiguous(), cut.rest, 1)
+            rest = J[:, -cut.rest :].clone(memory_format=torch.contiguous_format)
+            yield batch(rest, cut.rest, 1)
     else:
         for rows, columns in copied(J, cut, work):
             yield from batches_of(rows, columns, cut)
@@ -91,7 +94,7 @@ def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
     first, counted = next(batches)
     if counted == cut.terms and len(of_M) == 1:
         products = products_of(first, first)
-        return _tree(products if counted > 1 else products[:1])
+        return _symmetric(_tree(products if counted > 1 else products[:1]))
     totals: list[list[Tensor]] = [[] for _ in of_M]
     for group in _groups(chain([(first, counted)], batches), of_M, cut):
         for of_tile, products in zip(totals, group, strict=True):
@@ -101,7 +104,23 @@ def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
         total = of_tile[0] if len(of_tile) == 1 else _tree(torch.stack(of_tile))
         M[columns, rows] = total.mT
         M[rows, columns] = total
+        if rows.start == columns.start:
+            M[columns, columns] = _symmetric(total[: _length(columns)])
     return M
+
+
+def _symmetric(M: Tensor) -> Tensor:
+    """M with what is below its diagonal above it too: a BLAS may sum up the two in other orders."""
+    below = M.numpy()
+    above = _above(len(M))
+    below[above] = below.T[above]
+    return M
+
+
+@lru_cache(maxsize=64)
+def _above(n: int) -> tuple[NDArray[np.intp], ...]:
+    """The places above the diagonal of n rows."""
+    return np.triu_indices(n, 1)
 
 
 def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: Cut) -> Iterator[list[Tensor]]:
@@ -126,7 +145,7 @@ def _tree(terms: Tensor) -> Tensor:
 
     In NumPy, whose calls take a third of the time of PyTorch's.
     """
-    left = terms.cpu().numpy()
+    left = terms.numpy(force=True)
     with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
         while (n := len(left)) > 1:
             half = (n + 1) // 2

@@ -27,19 +27,25 @@ def server(name: str, device_type: str) -> Callable[..., Any]:
 
 
 def operator(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Serve by default, on every device without kernels of its own, with autocast off: it would round the products."""
+    """Serve by default, on every device without kernels of its own.
+
+    Autocast is off in there, for it would round the products; and so is the recording of derivatives, which
+    ``autograd.py`` has around the operators.
+    """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
-        def without_autocast(*args: P.args, **kwargs: P.kwargs) -> R:
-            device_type = _device_type(args[0])
-            if not torch.is_autocast_enabled(device_type):
+        def numbers_alone(*args: P.args, **kwargs: P.kwargs) -> R:
+            first: Any = args[0]
+            device_type = _device_type(first)
+            recording = isinstance(first, torch.Tensor) and first.requires_grad and torch.is_grad_enabled()
+            if not recording and not torch.is_autocast_enabled(device_type):
                 return function(*args, **kwargs)
-            with torch.autocast(device_type, enabled=False):
+            with torch.no_grad(), torch.autocast(device_type, enabled=False):
                 return function(*args, **kwargs)
 
-        serve(name, "default", without_autocast)
-        return without_autocast
+        serve(name, "default", numbers_alone)
+        return numbers_alone
 
     return register
 
