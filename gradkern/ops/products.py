@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ from gradkern.ops.blocks import Columns, Erase, Scratch, flat, gathered
 from gradkern.ops.chunks import Batch, Cut, batch, batches_of, cut, tiles
 from gradkern.ops.observed import in_place, lies_as_scratch, products_of
 from gradkern.ops.schema import arithmetic_dtype, sample
+
+Floats = NDArray[np.floating[Any]]
 
 
 def matrix_gramian(J: Tensor) -> Tensor:
@@ -93,34 +96,19 @@ def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
     of_M = tiles(T)
     first, counted = next(batches)
     if counted == cut.terms and len(of_M) == 1:
-        products = products_of(first, first)
-        return _symmetric(_tree(products if counted > 1 else products[:1]))
-    totals: list[list[Tensor]] = [[] for _ in of_M]
+        return torch.from_numpy(_symmetric(_tree(products_of(first, first).numpy(force=True)[:counted])))
+    totals: list[list[Floats]] = [[] for _ in of_M]
     for group in _groups(chain([(first, counted)], batches), of_M, cut):
         for of_tile, products in zip(totals, group, strict=True):
-            of_tile.append(_tree(products))
-    M = torch.empty((T, T), dtype=first.dtype, device="cpu")
+            of_tile.append(_tree(products.numpy(force=True)).copy())
+    M = np.empty((T, T), totals[0][0].dtype)
     for (rows, columns), of_tile in zip(of_M, totals, strict=True):
-        total = of_tile[0] if len(of_tile) == 1 else _tree(torch.stack(of_tile))
-        M[columns, rows] = total.mT
+        total = of_tile[0] if len(of_tile) == 1 else _tree(np.stack(of_tile))
+        M[columns, rows] = total.T
         M[rows, columns] = total
         if rows.start == columns.start:
             M[columns, columns] = _symmetric(total[: _length(columns)])
-    return M
-
-
-def _symmetric(M: Tensor) -> Tensor:
-    """M with what is below its diagonal above it too: a BLAS may sum up the two in other orders."""
-    below = M.numpy()
-    above = _above(len(M))
-    below[above] = below.T[above]
-    return M
-
-
-@lru_cache(maxsize=64)
-def _above(n: int) -> tuple[NDArray[np.intp], ...]:
-    """The places above the diagonal of n rows."""
-    return np.triu_indices(n, 1)
+    return torch.from_numpy(M)
 
 
 def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: Cut) -> Iterator[list[Tensor]]:
@@ -140,19 +128,30 @@ def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: 
         yield [products[:filled] for products in room]
 
 
-def _tree(terms: Tensor) -> Tensor:
-    """The sum of ``terms``, which it overwrites, on the CPU: the second half is added to the first until one is left.
+def _tree(terms: Floats) -> Floats:
+    """The sum of ``terms``, which it overwrites: the second half is added to the first until one is left.
 
     In NumPy, whose calls take a third of the time of PyTorch's.
     """
-    left = terms.numpy(force=True)
     with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
-        while (n := len(left)) > 1:
+        while (n := len(terms)) > 1:
             half = (n + 1) // 2
-            first = left[: n - half]
-            np.add(first, left[half:], out=first)
-            left = left[:half]
-    return torch.from_numpy(left[0].copy())
+            first = terms[: n - half]
+            np.add(first, terms[half:], out=first)
+            terms = terms[:half]
+    return terms[0]
+
+
+def _symmetric(M: Floats) -> Floats:
+    """M with what is below its diagonal above it too: a BLAS may sum up the two in other orders."""
+    return M.take(_places_below(len(M)))
+
+
+@lru_cache(maxsize=64)
+def _places_below(n: int) -> NDArray[np.intp]:
+    """(n, n), for each place of a matrix the one on or below the diagonal that mirrors it, rows one after another."""
+    i = np.arange(n)
+    return np.maximum(i[:, None], i) * n + np.minimum(i[:, None], i)
 
 
 def _length(part: slice) -> int:
