@@ -253,6 +253,7 @@ def build(arch: str, index: int) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
     }
     if target.backend == "cuda":
+        report["fused"] = len(re.findall(r"\bfma\.rn\b", compiled.asm["ptx"]))
         return report | inspect_cubin(compiled.asm["cubin"])
     return report | inspect_amdgcn(compiled.asm["amdgcn"])
 

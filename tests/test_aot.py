@@ -53,6 +53,14 @@ def test_no_streaming_loop_spills(reports: list[dict[str, Any]]) -> None:
     assert not [name(r) for r in reports if any(loop["local"] for loop in r["loops"])]
 
 
+def test_programs_on_gramians_fuse_nothing(reports: list[dict[str, Any]]) -> None:
+    """Where rows coincide their comparisons hang on the last bit; what streams rows gains from fusing."""
+    apart = {"pcgrad", "gradvac", "reduce", "surgery"}
+    of_nvidia = [r for r in reports if "fused" in r]
+    assert not [name(r) for r in of_nvidia if r["kernel"] in apart and r["fused"]]
+    assert {r["kernel"] for r in of_nvidia if r["fused"]} >= {"gramian", "combine", "project", "adamw"}
+
+
 def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
     """64 KB is what a workgroup of gfx942 has; NVIDIA's blocks have more than twice that."""
     assert not [name(r) for r in reports if r["shared"] > 64 * 1024]

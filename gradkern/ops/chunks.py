@@ -34,7 +34,6 @@ PARTIALS = 1 << 21
 BLOCK = 1 << 19
 """Numbers of a block of scratch memory, all rows together: 2 MB of float32, what a core's second cache holds. Half or
 twice as many took a tenth longer."""
-
 MOST = 64
 """Rows of a product at most: of more a BLAS would give each of many threads a part."""
 
@@ -43,7 +42,7 @@ Batch = tuple[Tensor, int]
 
 
 class Cut(NamedTuple):
-    """How the P columns of T rows are cut."""
+    """The chunks into which the columns of some rows are cut, and the blocks in which these come to scratch memory."""
 
     width: int
     """Columns of a chunk."""

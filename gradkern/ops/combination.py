@@ -58,7 +58,7 @@ def _bag_width(P: int) -> int:
 
 @lru_cache(maxsize=16)
 def _bags(T: int, n: int, counting: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Of T rows in n parts each: the parts that bag after bag holds, those of the rows ``counting``, and its start."""
+    """The parts of rows that n bags hold, where T rows have n parts each and ``counting`` count; where a bag begins."""
     with torch.inference_mode(False):  # they are kept for calls outside of it
         parts = torch.arange(n, device="cpu").unsqueeze(1) + n * torch.tensor(counting, device="cpu")
         return parts.view(-1), torch.arange(0, parts.numel(), len(counting), device="cpu")

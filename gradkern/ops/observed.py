@@ -41,8 +41,9 @@ def in_place(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
 
 @lru_cache(maxsize=4096)
 def _same_order(T: int, width: int, dtype: torch.dtype, offset: int, apart: int, threads: int) -> bool:
-    """Of rows whose distance is ``apart`` numbers more than some pages, ``offset`` bytes behind a line's start.
+    """Whether rows of unit stride are summed up in the same order as in scratch memory.
 
+    They start ``offset`` bytes behind a line's start, and their distance is ``apart`` numbers more than some pages.
     ``threads`` is a key of the cache alone: the answer is the one for the present number of threads.
     """
     count = 2 + ENOUGH // min((rows.stop - rows.start) * (left.stop - left.start) for rows, left in tiles(T))
@@ -109,13 +110,14 @@ def additions_agree(dtype: torch.dtype) -> bool:
 
 @cache
 def bags_agree(dtype: torch.dtype) -> bool:
-    """Whether ``torch.embedding_bag`` adds up weighted rows as ``zero.add(x, alpha=a).add_(y, alpha=b)`` does."""
-    rows = _random_rows(2, 133, dtype)
-    first, second = torch.tensor([0.3, 0.7], dtype=dtype, device="cpu").tolist()
-    weights = torch.tensor([first, second], dtype=dtype, device="cpu")
-    one_by_one = rows.new_zeros(()).add(rows[0], alpha=first).add_(rows[1], alpha=second)
-    zeros = torch.zeros(1, dtype=torch.int64, device="cpu")
-    bag = torch.embedding_bag(rows, torch.arange(2, device="cpu"), zeros, False, 0, False, weights)[0]
+    """Whether ``torch.embedding_bag`` adds up weighted rows one by one, as ``add`` with ``alpha=`` does."""
+    rows = _random_rows(5, 133, dtype)
+    weights = _random_rows(1, 5, dtype)[0]
+    one_by_one = rows.new_zeros(())
+    for row, weight in zip(rows, weights.tolist(), strict=True):
+        one_by_one = one_by_one.add(row, alpha=weight)
+    start = torch.zeros(1, dtype=torch.int64, device="cpu")
+    bag = torch.embedding_bag(rows, torch.arange(5, device="cpu"), start, False, 0, False, weights)[0]
     return additions_agree(dtype) and torch.equal(bag[0], one_by_one)
 
 
