@@ -1,4 +1,4 @@
-"""A case of the self-check: the same numbers give the same bits, wherever they lie, by however many threads."""
+"""A case of the self-check: on the CPU neither addresses nor layouts nor the number of threads change a bit."""
 
 from collections.abc import Iterator
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from gradkern.ops import combine, gramian, project
 
-SHAPES = [(1, 1000), (2, 300_001), (5, 70_000), (17, 40_000), (40, 9_000)]
+SHAPES = [(1, 1000), (3, 200_001), (17, 32_000)]
 """T x P: in one block of memory and in several, whole chunks and a rest."""
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-OFFSETS = (1, 3, 8)
+DTYPES = (torch.float32, torch.float64)
+OFFSETS = (1, 8)
 """Elements by which a copy of the numbers lies further on."""
-THREADS = (1, 2, 3)
+THREADS = (1, 3)
 
 Results = tuple[Tensor, ...]
 
 
-def differences(device: torch.device) -> Iterator[str]:
+def differences() -> Iterator[str]:
     """Whatever changes the bits of a Gramian, a combination or a projection, in words."""
     for T, P in SHAPES:
         for dtype in DTYPES:
-            J = torch.randn((T, P), dtype=torch.float64).to(device, dtype)
-            w = torch.randn((1, T), dtype=torch.float64).to(device)
+            J = torch.randn((T, P), dtype=torch.float64, device="cpu").to(dtype)
+            w = torch.randn((1, T), dtype=torch.float64, device="cpu")
             case = f"{str(dtype).removeprefix('torch.')}, T = {T}, P = {P:,}"
             expected = _of_matrix(J, w)
             for offset in OFFSETS:
@@ -30,7 +30,7 @@ def differences(device: torch.device) -> Iterator[str]:
                     yield f"{case}: other bits {offset} elements further on"
             if not _equal(_of_tensors(J, w), expected):
                 yield f"{case}: other bits as a list of tensors"
-            if device.type == "cpu" and any(not _equal(of_some, expected) for of_some in _by_threads(J, w)):
+            if any(not _equal(of_some, expected) for of_some in _by_threads(J, w)):
                 yield f"{case}: other bits by another number of threads"
 
 

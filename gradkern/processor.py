@@ -33,7 +33,7 @@ def blas() -> str:
 
 
 def dispatch() -> str:
-    """For which processors MKL runs its code here, as it says itself: it tells makers apart, and sums differently."""
+    """The code path that MKL has chosen, in its own words. It depends on the processor's maker, and so do its sums."""
     if not torch.backends.mkl.is_available():
         return "not told by this BLAS"
     # It speaks of that once in a process, to the standard output of C.
@@ -46,6 +46,6 @@ def dispatch() -> str:
 
 
 def threads() -> str:
-    """How many threads PyTorch and MKL use."""
+    """The number of threads that PyTorch and MKL use."""
     mkl = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
-    return f"{torch.get_num_threads()}" + (f", {mkl[1]} in MKL" if mkl else "")
+    return f"{torch.get_num_threads()} in PyTorch" + (f", {mkl[1]} in MKL" if mkl else "")

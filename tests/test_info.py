@@ -99,15 +99,15 @@ def depends_on_addresses(J: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 def test_bits_that_depend_on_addresses_are_found() -> None:
     with broken("gramian", depends_on_addresses):
-        found = selfcheck.other_bits(torch.device("cpu"))
+        found = selfcheck.other_bits()
     assert found is not None
     assert "further on" in found
-    assert selfcheck.other_bits(torch.device("cpu")) is None
+    assert selfcheck.other_bits() is None
 
 
 def test_bits_that_differ_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(selfcheck, "CHECKS", {})
-    monkeypatch.setattr(selfcheck, "differences", lambda device: iter(["float32: other bits"]))
+    monkeypatch.setattr(selfcheck, "differences", lambda: iter(["float32: other bits"]))
     assert cli.main(["info"]) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].endswith(": DIFFERENT, float32: other bits")
@@ -115,11 +115,11 @@ def test_bits_that_differ_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys
 
 
 def test_a_check_of_bits_that_raises_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(device: torch.device) -> Iterator[str]:
+    def fails() -> Iterator[str]:
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(selfcheck, "differences", fails)
-    assert selfcheck.other_bits(torch.device("cpu")) == "RuntimeError: no kernel image is available"
+    assert selfcheck.other_bits() == "RuntimeError: no kernel image is available"
 
 
 @pytest.mark.parametrize(

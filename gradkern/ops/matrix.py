@@ -20,11 +20,11 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
         (T, T), or (S, T, T) with ``offsets``; float64 for float64 input, otherwise float32, in which it is computed.
         Differentiable.
 
-        Equal numbers give equal bits: of a matrix on the CPU wherever it lies in memory, with whatever distance between
-        its rows, by however many threads. Other processors may give other bits. There an entry is off by at most
-        (w + d + 1) u sum_e |J_ie J_je|, with w ≤ 2048 columns summed up at a time, d = ceil(log2(P / w)), and
-        u = 2^-24 (float64: 2^-53), where nothing overflows or underflows; about √w u is usual, for roundings cancel
-        (``gradkern/ops/chunks.py``).
+        On one CPU equal matrices give equal bits, wherever they lie in memory, whatever the row stride and the number
+        of threads. Other processors may give other bits. The error of an entry is at most
+        (w + d + 1) u sum_e |J_ie J_je|: w ≤ 2048 columns are summed up at a time, d = ceil(log2(P / w)), and u is 2^-24
+        (float64: 2^-53). About √w u is usual, for roundings cancel. Overflow and underflow come on top. See
+        ``gradkern/ops/chunks.py``.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -43,8 +43,8 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 
     Returns:
         (P,) in J's dtype, computed in float32 (float64 for float64 input). Differentiable in J and w. Each element is
-        summed up by itself, row by row, so that it is off by at most T u sum_t |w_t J_te|, u = 2^-24 (float64: 2^-53),
-        and half a unit in the last place of J's dtype.
+        summed up by itself, row by row. Its error is at most T u sum_t |w_t J_te| with u = 2^-24 (float64: 2^-53), plus
+        half a unit in the last place of J's dtype. On one CPU equal matrices and weights give equal bits.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
