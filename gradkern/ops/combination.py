@@ -17,8 +17,8 @@ from gradkern.ops.schema import arithmetic_dtype
 COLUMNS = 1 << 21
 """Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
 that, which stays in the second, took a third longer: each operation, that much shorter, waits more for its threads."""
-BAG = 1 << 12
-"""Columns of a bag: a running sum that stays in the first cache. Up to four times as many are one thread's work where P
+BAG = 1 << 11
+"""Columns of a bag: a running sum that stays in the first cache. Up to eight times as many are one thread's work where P
 has no divisor that suits better, and where there are no more."""
 
 
@@ -51,9 +51,9 @@ def _in_bags(J: Tensor, w: Tensor, weights: Sequence[float], width: int) -> Tens
 @lru_cache(maxsize=1024)
 def _bag_width(P: int) -> int:
     """Columns of the bags that P is divided into; 0 if there is no such number."""
-    if P <= 4 * BAG:
+    if P <= 8 * BAG:
         return P
-    return next((w for w in (*range(BAG, BAG // 8, -1), *range(BAG + 1, 4 * BAG + 1)) if P % w == 0), 0)
+    return next((w for w in (*range(BAG, BAG // 8, -1), *range(BAG + 1, 8 * BAG + 1)) if P % w == 0), 0)
 
 
 @lru_cache(maxsize=16)
