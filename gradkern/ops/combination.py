@@ -18,8 +18,8 @@ COLUMNS = 1 << 21
 """Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
 that, which stays in the second, took a third longer: each operation, that much shorter, waits more for its threads."""
 BAG = 1 << 11
-"""Columns of a bag: a running sum that stays in the first cache. Up to eight times as many are one thread's work where P
-has no divisor that suits better, and where there are no more."""
+"""Columns of a bag: a running sum that stays in the first cache. A bag is one thread's work. It has up to eight times
+as many columns where P has no divisor that suits better, or no more columns."""
 
 
 def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
