@@ -50,12 +50,16 @@ class Cut(NamedTuple):
     """Number of chunks."""
     rest: int
     """Columns that are left."""
-    step: int
-    """Columns of a block of scratch memory: whole chunks."""
     group: int
     """Products that wait to be added: those of whole blocks."""
     blocks: tuple[tuple[int, int], ...]
     """Blocks of scratch memory, one after another: how many columns they hold, and how far apart rows are."""
+
+    @property
+    def at_once(self) -> bool:
+        """Whether all columns come in one block, as a contiguous matrix."""
+        columns, stride = self.blocks[0]
+        return columns == stride
 
     @property
     def terms(self) -> int:
@@ -71,7 +75,7 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
         chunks = next((n for n in range(least, 2 * least) if P % n == 0), least)
         width = P // chunks
         rest = P - chunks * width
-        return Cut(width, chunks, rest, P, chunks + (rest > 0), ((P, P),))
+        return Cut(width, chunks, rest, chunks + (rest > 0), ((P, P),))
     line = LINE // itemsize
     width = next((w for w in range(LONGEST, LONGEST // 2, -4 * line) if P % w == 0), LONGEST)
     chunks, rest = divmod(P, width)
@@ -82,7 +86,7 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
     blocks = [(min(step, chunks * width - a), step + line) for a in range(0, chunks * width, step)]
     if rest:
         blocks.append((rest, rest))
-    return Cut(width, chunks, rest, step, max(1, PARTIALS // T**2 // per_block) * per_block, tuple(blocks))
+    return Cut(width, chunks, rest, max(1, PARTIALS // T**2 // per_block) * per_block, tuple(blocks))
 
 
 def error_bound(T: int, P: int, dtype: torch.dtype) -> float:

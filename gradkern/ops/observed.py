@@ -21,7 +21,7 @@ ENOUGH = 64
 def lies_as_scratch(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
     """Whether J lies in memory as a block in scratch memory does, so that a copy would change nothing."""
     P = J.shape[1]
-    return J.dtype == work and cut.step == P and J.stride() == (P, 1) and J.data_ptr() % LINE == 0
+    return J.dtype == work and cut.at_once and J.stride() == (P, 1) and J.data_ptr() % LINE == 0
 
 
 def in_place(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
@@ -33,7 +33,7 @@ def in_place(J: Tensor, cut: Cut, work: torch.dtype) -> bool:
     """
     T, P = J.shape
     stride, column = J.stride()
-    if cut.step == P or J.dtype != work or column != 1 or not P <= stride <= LONGEST_STRIDE or not J.is_cpu:
+    if cut.at_once or J.dtype != work or column != 1 or not P <= stride <= LONGEST_STRIDE or not J.is_cpu:
         return False
     apart = stride % (PAGE // J.element_size())
     return _same_order(T, cut.width, J.dtype, J.data_ptr() % LINE, apart, torch.get_num_threads())
