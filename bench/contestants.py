@@ -15,11 +15,11 @@ from bench.cases import NETWORK
 from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
-from gradkern import rows
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
-from gradkern.rows import Column
-from gradkern.solve import solve
+from gradkern.step import rows
+from gradkern.step.rows import Column
+from gradkern.step.surgery import solve
 
 OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH = "gradkern", "one launch", "naive", "matmul", "foreach"
 NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gradkern import processor
+from gradkern.check import processor
 
 
 def chosen(text: str) -> torch.device:

@@ -15,7 +15,7 @@ import torch
 import gradkern
 from bench import device as machine
 from bench.peers import Peers
-from gradkern import processor
+from gradkern.check import processor
 
 
 def begun(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[str, Any]:

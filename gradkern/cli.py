@@ -40,7 +40,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _info() -> int:
-    from gradkern.selfcheck import info
+    from gradkern.check.selfcheck import info
 
     return info()
 

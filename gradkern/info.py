@@ -9,7 +9,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
-from gradkern.cosines import cosines
+from gradkern.ops.cosines import cosines
 
 
 @dataclass(frozen=True, eq=False)

@@ -418,7 +418,7 @@ class Work(NamedTuple):
     """The work list and the memory in which the programs keep its state."""
 
     items: Tensor
-    """(n_items, 4) int64, as ``gradkern/worklist.py`` says."""
+    """(n_items, 4) int64, as ``gradkern/ops/one_launch/work_list.py`` says."""
     segments: Tensor
     """(S, 3) int64, the same."""
     n_pieces: int

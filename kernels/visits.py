@@ -24,7 +24,7 @@ def next_partner(keys, m_left, i_partner, BLOCK: tl.constexpr):
 
 @triton.jit
 def cosine_keys(p_M, M_i, i_partner, i_task, T, sign):
-    """Keys by which the partner of least ``sign`` times its cosine comes first, as ``gradkern/cosines.py`` has it.
+    """Keys by which the partner of least ``sign`` times its cosine comes first, as ``gradkern/ops/cosines.py`` has it.
 
     ``M_i`` is the task's row of M (T, T), in float64. What is no number comes last.
     """

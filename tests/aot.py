@@ -27,8 +27,8 @@ from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, arithmetic
 from gradkern.kernels.settings import DOT_T, ONE_LAUNCH_T, OUTPUT_ROWS
-from gradkern.layout import TILE, column_layout, tensor_layout
-from gradkern.worklist import work_list
+from gradkern.ops.layout import TILE, column_layout, tensor_layout
+from gradkern.ops.one_launch.work_list import work_list
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

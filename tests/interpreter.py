@@ -79,7 +79,8 @@ interpreted = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 def triton_implementations() -> dict[Any, Callable[..., Any]]:
     """The Triton back end's function for each operator, as registered for CUDA."""
-    from gradkern.ops import cuda, cuda_surgery
+    from gradkern.ops.one_launch import surgery as cuda_surgery
+    from gradkern.ops.triton import rows as cuda
 
     ops = torch.ops.gradkern
     return {

@@ -17,7 +17,7 @@ import gradkern as gk
 from gradkern import plots
 from recipes import log_to_tensorboard as recipe
 from tests.models import flat, problem, task_gradients
-from tests.test_no_host_reads import RefusesReads
+from tests.step.test_no_host_reads import RefusesReads
 from tests.test_package import run as printed_by
 
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]

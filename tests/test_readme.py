@@ -36,10 +36,12 @@ def test_a_table_is_that_of_the_raw_results(command: str, module: str, function:
 
 
 def test_the_table_of_three_tasks_is_that_of_the_raw_results() -> None:
-    outcomes = pytest.importorskip("bench.minbert.outcomes", reason="bench/ is in the checkout only")
-    line = next(line for line in README.splitlines() if line.startswith("<!-- python -m bench.minbert report "))
+    outcomes = pytest.importorskip("examples.minbert.outcomes", reason="bench/ is in the checkout only")
+    line = next(line for line in README.splitlines() if line.startswith("<!-- python -m examples.minbert report "))
     rows = outcomes.rows(outcomes.found([ROOT / line.split()[-2]]))
-    assert pytest.importorskip("bench.minbert.report", reason="its plots need matplotlib").side_by_side(rows) in README
+    assert (
+        pytest.importorskip("examples.minbert.report", reason="its plots need matplotlib").side_by_side(rows) in README
+    )
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.minbert.bert import Bert, Config
+from examples.minbert.bert import Bert, Config
 
 BATCH, LENGTH = 8, 64
 OUTPUTS = (2, 5, 1)

@@ -1,6 +1,6 @@
 """Methods: from a Gramian to weights."""
 
-from gradkern.aggregators.attention import GradAttention
+from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.base import Aggregator, Solution
 from gradkern.aggregators.gradvac import GradVac
 from gradkern.aggregators.pcgrad import PCGrad

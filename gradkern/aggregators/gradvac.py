@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.capture import capturing, first_use, keep
-from gradkern.ops import direct
+from gradkern.ops import eager
+from gradkern.ops.capture import capturing, first_use, keep
 
 
 class GradVac(Projection):
@@ -67,7 +67,7 @@ class GradVac(Projection):
                 self.targets = targets
             return self._told(M, w)
 
-        return Program(direct.gradvac_tensors, direct.gradvac_masked, arguments, solution)
+        return Program(eager.gradvac_tensors, eager.gradvac_masked, arguments, solution)
 
     def _told(self, M: Tensor, w: Tensor) -> Solution:
         """Weights, and the targets after the step."""
@@ -80,7 +80,7 @@ class GradVac(Projection):
         moving = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
             moving = moving & present
-        C = direct.gradvac(M, keys, targets, moving, self.beta)
+        C = eager.gradvac(M, keys, targets, moving, self.beta)
         if has_numbers(M):
             self.targets = targets
         return C

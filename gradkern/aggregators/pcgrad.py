@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.ops import direct
+from gradkern.ops import eager
 from gradkern.ops.autograd import recording
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.partners import ORDERED, PARTNERS
@@ -62,10 +62,10 @@ class PCGrad(Projection):
         if type(self) is not PCGrad:  # which may have weights of its own
             return None
         arguments = (*self._arguments(M.shape[0], M.shape[1], M.device), self.reduction == "mean")
-        return Program(direct.pcgrad_tensors, direct.pcgrad_masked, arguments, lambda _, w: Solution(w))
+        return Program(eager.pcgrad_tensors, eager.pcgrad_masked, arguments, lambda _, w: Solution(w))
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        return direct.pcgrad(M, *self._arguments(M.shape[0], M.shape[1], M.device))
+        return eager.pcgrad(M, *self._arguments(M.shape[0], M.shape[1], M.device))
 
     def _arguments(self, S: int, T: int, device: torch.device) -> tuple[Tensor | None, str]:
         """Keys and partner, as the operators take them."""

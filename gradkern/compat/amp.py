@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.accumulation import Accumulation
-from gradkern.backward import add_up
-from gradkern.backward import step as surgery
-from gradkern.losses import Loss, Losses, Pass
-from gradkern.parameters import parameters
+from gradkern.gradients.accumulation import Accumulation
+from gradkern.gradients.losses import Loss, Losses, Pass
+from gradkern.gradients.parameters import parameters
+from gradkern.step.backward import add_up
+from gradkern.step.backward import step as surgery
 
 
 class _Accumulating:

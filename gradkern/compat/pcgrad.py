@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkern import aggregators, rows
-from gradkern.backward import TaskGradients
+from gradkern import aggregators
+from gradkern.gradients.losses import Loss
 from gradkern.info import SurgeryInfo
-from gradkern.losses import Loss
+from gradkern.modifiers.suppression import Mask
 from gradkern.optim import SurgeryOptimizer
-from gradkern.rows import Column
-from gradkern.solve import Outcome
-from gradkern.suppression import Mask
+from gradkern.step import rows
+from gradkern.step.backward import TaskGradients
+from gradkern.step.rows import Column
+from gradkern.step.surgery import Outcome
 
 MODES = (None, "original", "pytorch_optimizer")
 

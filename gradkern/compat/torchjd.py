@@ -37,8 +37,8 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import check_gramian
-from gradkern.capture import capturing
-from gradkern.ops import combine, direct, gramian
+from gradkern.ops import combine, eager, gramian
+from gradkern.ops.capture import capturing
 from gradkern.ops.schema import arithmetic_dtype
 
 try:
@@ -77,7 +77,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
         M = _computable(gramian)
         T = len(M)
         keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
-        return direct.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
+        return eager.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
 
 
 class PCGrad(theirs.PCGrad, GramianWeightedAggregator):
@@ -109,7 +109,7 @@ class GradVacWeighting(theirs.GradVacWeighting):
         else:
             targets = self._phi_t.to(M.device, torch.float64, copy=True)
         moving = M.isfinite().all().expand(T)
-        C = direct.gradvac(M.unsqueeze(0), keys, targets.unsqueeze(0), moving, float(self.beta))
+        C = eager.gradvac(M.unsqueeze(0), keys, targets.unsqueeze(0), moving, float(self.beta))
         self._phi_t = targets
         return C[0].sum(0).to(gramian.dtype)
 

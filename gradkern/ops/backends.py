@@ -3,7 +3,8 @@
 import torch
 
 from gradkern.kernels import settings
-from gradkern.ops import adamw, composed, entries, methods, pytorch, suppressed, surgery  # noqa: F401  (register)
+from gradkern.ops.one_launch import unfused  # noqa: F401  (register)
+from gradkern.ops.pytorch import adamw, entries, host_programs, pcgrad_matrix, rows, suppressed  # noqa: F401  (register)
 from gradkern.ops.registration import serving
 
 _why_no_triton: str | None = None
@@ -11,7 +12,8 @@ if torch.version.cuda is None and torch.version.hip is None:
     _why_no_triton = "this PyTorch is built without CUDA and ROCm"
 else:
     try:
-        from gradkern.ops import cuda, cuda_surgery  # noqa: F401  (register)
+        from gradkern.ops.one_launch import surgery  # noqa: F401  (register)
+        from gradkern.ops.triton import rows as _triton_rows  # noqa: F401  (register)
     except ImportError as error:  # there is no Triton for every platform, and one may be there that does not load
         _why_no_triton = f"Triton cannot be imported ({error})"
 

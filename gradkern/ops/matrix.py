@@ -24,7 +24,7 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
         of threads. Other processors may give other bits. The error of an entry is at most
         (w + d + 1) u sum_e |J_ie J_je|: w ≤ 2048 columns are summed up at a time, d = ceil(log2(P / w)), and u is 2^-24
         (float64: 2^-53). About √w u is usual, for roundings cancel. Overflow and underflow come on top. See
-        ``gradkern/ops/chunks.py``.
+        ``gradkern/ops/pytorch/chunks.py``.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.

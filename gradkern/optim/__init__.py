@@ -1,6 +1,6 @@
 """Optimizers that do gradient surgery."""
 
-from gradkern.accumulation import Accumulation
+from gradkern.gradients.accumulation import Accumulation
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.surgery import SurgeryOptimizer
 

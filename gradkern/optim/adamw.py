@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern import rows
-from gradkern.ops import direct
+from gradkern.modifiers.suppression import Mask
+from gradkern.ops import eager
 from gradkern.ops.schema import DTYPES, arithmetic_dtype
-from gradkern.rows import Column
-from gradkern.suppression import Mask
+from gradkern.step import rows
+from gradkern.step.rows import Column
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -164,11 +164,11 @@ class AdamW(torch.optim.AdamW):
         segments = [len(w) - 1 if c.segment is None else c.segment for c in batch]
         grads, step = rows.row_major(batch), (params, moments, steps, found_inf, lr_scale, numbers)
         if along.mask is None:
-            direct.adamw(grads, w, segments, *step)
+            eager.adamw(grads, w, segments, *step)
             kept = None
         else:
             block, words = along.mask.block, along.mask.words
-            kept = direct.adamw_masked(grads, w, segments, [c.unit for c in batch], block, words, *step)
+            kept = eager.adamw_masked(grads, w, segments, [c.unit for c in batch], block, words, *step)
         torch.autograd.graph.increment_version(params)  # a graph that has saved one must not be run again
         return kept
 

@@ -9,8 +9,8 @@ from typing import Any, Self
 from torch import Tensor
 
 from gradkern.aggregators import Aggregator
-from gradkern.memory import Memory
-from gradkern.suppression import Suppression
+from gradkern.gradients.memory import Memory
+from gradkern.modifiers.suppression import Suppression
 
 
 @dataclass(frozen=True)

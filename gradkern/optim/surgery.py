@@ -10,20 +10,20 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkern.accumulation import Accumulation
 from gradkern.aggregators import Aggregator, GradAttention
-from gradkern.backward import TaskGradients, add_up, from_losses, needs_no_rows, step
-from gradkern.conflict_lr import ConflictLR, rescale
-from gradkern.features import Features
+from gradkern.gradients.accumulation import Accumulation
+from gradkern.gradients.features import Features
+from gradkern.gradients.losses import Loss
+from gradkern.gradients.memory import Memory
+from gradkern.gradients.parameters import Groups, Params, parameters, segments, subset
 from gradkern.info import SurgeryInfo
-from gradkern.losses import Loss
-from gradkern.memory import Memory
+from gradkern.modifiers.conflict_lr import ConflictLR, rescale
+from gradkern.modifiers.suppression import Suppression
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.checkpoint import Remembered
-from gradkern.optim.one_pass import OnePass
-from gradkern.optim.outside import Outside
-from gradkern.parameters import Groups, Params, parameters, segments, subset
-from gradkern.suppression import Suppression
+from gradkern.optim.fused_sink import OnePass
+from gradkern.optim.untracked import Outside
+from gradkern.step.backward import TaskGradients, add_up, from_losses, needs_no_rows, step
 
 
 class SurgeryOptimizer(Optimizer):

@@ -1,0 +1,5 @@
+"""GradAttention: the one method that sees entries of the gradients besides their Gramian."""
+
+from gradkern.aggregators.attention.grad_attention import GradAttention
+
+__all__ = ["GradAttention"]

@@ -1,0 +1,1 @@
+"""The self-check: every operator on every device beside :mod:`gradkern.reference`."""

@@ -1,0 +1,166 @@
+"""``gradkern info``: what is installed, what serves which device and why, and whether every operator is right here.
+
+Each operator runs on every device in every dtype and is compared with :mod:`gradkern.reference`, which computes in
+float64 on the CPU. An error is measured against the size of the terms that were summed, not against their sum, which
+may cancel.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import gradkern
+from gradkern.check import processor
+from gradkern.check.bits import differences
+from gradkern.check.cases import CHECKS
+from gradkern.ops import backend
+from gradkern.ops.schema import DTYPES
+
+ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+"""How far a result may be off, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to 2048
+random terms at a time, whose roundings cancel but for some sqrt(2048) of 6e-8. bfloat16 and float16: the arithmetic is
+float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is allowed."""
+
+
+def info() -> int:
+    """Print versions, devices, back ends and the self-check. Returns the exit status, 1 if anything is wrong."""
+    for name, version in (versions() | on_the_cpu()).items():
+        print(f"{name:10}{version}")
+    print("\ndevices and the back ends that serve them")
+    for device in devices():
+        name, reason = backend(device.type)
+        print(f"{device!s:10}{describe(device)}\n{'':10}{name}: {reason}")
+    print(
+        "\nself-check against gradkern.reference: largest error relative to the terms summed, by the dtype of the rows"
+    )
+    print(_line("", "", [_short(dtype) for dtype in DTYPES]))
+    failed = 0
+    for device in devices():
+        for operator in CHECKS:
+            outcome = check(operator, device)
+            failed += outcome.problem is not None
+            errors = [f"{outcome.errors[d]:.1e}" if d in outcome.errors else "-" for d in DTYPES]
+            print(f"{_line(operator, str(device), errors)}  {outcome.verdict}", flush=True)
+    difference = other_bits()
+    told = "the same" if difference is None else f"DIFFERENT, {difference}"
+    print(f"{'bits':17}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {told}")
+    n = len(CHECKS) * len(devices())
+    print(
+        f"{failed} of {n} checks FAILED"
+        if failed
+        else f"all {n} checks OK" + (", but bits differ" if difference else "")
+    )
+    return 1 if failed or difference else 0
+
+
+def versions() -> dict[str, str]:
+    """What is installed, by name; for Triton, why it is not."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError as error:
+        triton_version = f"none: {error}" + ("" if platform.system() == "Linux" else "; it exists for Linux only")
+    return {
+        "gradkern": gradkern.__version__,
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "numpy": importlib.metadata.version("numpy"),
+    }
+
+
+def on_the_cpu() -> dict[str, str]:
+    """What decides how CPU tensors are computed with, by name."""
+    return {
+        "processor": processor.described(),
+        "BLAS": f"{processor.blas()}, code path: {processor.dispatch()}",
+        "threads": processor.threads(),
+    }
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every CUDA (or ROCm) device."""
+    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+
+
+def describe(device: torch.device) -> str:
+    """What kind of device this is."""
+    if device.type == "cpu":
+        return platform.machine()
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return f"{properties.name}, {properties.gcnArchName}"
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the check of an operator found.
+
+    Attributes:
+        errors: the largest error in each dtype that was reached.
+        problem: what is wrong, or None.
+    """
+
+    errors: dict[torch.dtype, float]
+    problem: str | None
+
+    @property
+    def verdict(self) -> str:
+        """OK, or FAILED and why."""
+        return "OK" if self.problem is None else f"FAILED: {self.problem}"
+
+
+def check(operator: str, device: torch.device) -> Outcome:
+    """Compare an operator, one of ``CHECKS``, with the reference. Whatever it raises is a failure too."""
+    errors: dict[torch.dtype, float] = {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return Outcome(errors, next(_wrong(operator, device, errors), None))
+        except Exception as error:  # such as a kernel that does not compile: the other operators are still checked
+            return Outcome(errors, f"{type(error).__name__}: {error}")
+
+
+def other_bits() -> str | None:
+    """The first thing that changes bits on the CPU though it changes no number, in words; None if nothing does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return next(differences(), None)
+        except Exception as error:  # of an operator whose own check tells more
+            return f"{type(error).__name__}: {error}"
+
+
+def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:
+    """Results that are further off than allowed, in words. ``errors`` takes the largest error of each dtype so far."""
+    for dtype in DTYPES:
+        for result, expected, size in CHECKS[operator](dtype, device):
+            error, allowed = _error(result, expected, size), ALLOWED[result.dtype]
+            right = error <= allowed  # NaN is not
+            errors[dtype] = max(errors.get(dtype, 0.0), error) if right else error
+            if not right:
+                yield f"{_short(dtype)}, {tuple(result.shape)}: error {error:.1e}, at most {allowed:.0e} allowed"
+
+
+def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
+    """The largest |result - expected| / size; NaN if any entry is."""
+    if result.shape != expected.shape:
+        raise ValueError(f"shape {tuple(result.shape)} in place of {tuple(expected.shape)}")
+    error = (result.double().cpu() - expected).abs()
+    # Below its smallest normal number a dtype rounds to a fixed step, not in proportion; float16 gets there.
+    relative = error / size.clamp_min(torch.finfo(result.dtype).smallest_normal)
+    return relative.max().item() if relative.numel() else 0.0
+
+
+def _line(operator: str, device: str, errors: Sequence[str]) -> str:
+    return f"{operator:17}{device:8}" + "".join(f"{error:>10}" for error in errors)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

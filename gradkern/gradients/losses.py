@@ -1,0 +1,127 @@
+"""The losses of a step: checked, and turned into task gradients one backward pass after another."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.gradients import aliasing, graph
+
+Loss = Tensor | Callable[[], Tensor] | None
+Pass = tuple[int, Tensor, Sequence[Tensor | None]]
+"""A task's number, its loss, detached, and its gradients, None for a target it does not reach."""
+
+
+class Losses:
+    """The losses of a step, whose task gradients come from a backward pass each.
+
+    Args:
+        losses: one entry per task.
+        retain_graph: keep all graphs.
+        device: the parameters'.
+
+    Raises:
+        TypeError, ValueError: ``losses`` is no sequence, is empty, has no task present, or an entry that is no loss,
+            as far as can be told before a callable has run.
+    """
+
+    def __init__(self, losses: Sequence[Loss], retain_graph: bool, device: torch.device) -> None:
+        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+            raise TypeError(f"losses must be a sequence with one entry per task, got {type(losses).__name__}")
+        self.entries = list(losses)
+        self.retain_graph = retain_graph
+        self.device = device
+        if not self.entries:
+            raise ValueError("losses is empty")
+        if not any(self.present):
+            raise ValueError(f"losses has no task present: {self.entries}")
+        for i, loss in enumerate(self.entries):
+            if loss is not None and not callable(loss):
+                _check(i, loss, device)
+
+    @property
+    def present(self) -> list[bool]:
+        """Which tasks have a loss in this step."""
+        return [loss is not None for loss in self.entries]
+
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+        """Run each present task's backward pass in turn, its graph freed before the next as far as nobody needs it.
+
+        Args:
+            targets: the tensors to differentiate by.
+        """
+        return self.weighted_passes(targets, None)
+
+    def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None) -> Iterator[Pass]:
+        """:meth:`passes`, each of which starts from the task's weight; None for 1."""
+        free = graph.freeable(self.entries)
+        for i, value in self.values():
+            seed = None if weights is None else [torch.full_like(value, weights[i])]
+            grads = differentiated(i, [value], targets, self.retain_graph or not free[i], seed)
+            if all(g is None for g in grads):
+                raise unreached(i)
+            yield i, value.detach(), grads
+            del value, grads  # a callable's graph ends here, and gradients that are not kept
+
+    def values(self) -> Iterator[tuple[int, Tensor]]:
+        """Each present task's number and loss; callables run as their turn comes."""
+        for i, loss in enumerate(self.entries):
+            if loss is None:
+                continue
+            if isinstance(loss, Tensor):
+                yield i, loss
+                continue
+            with torch.enable_grad():
+                value = _check(i, loss(), self.device)
+            graph.refuse_reentrant(i, value)
+            yield i, value
+            del value
+
+
+def differentiated(
+    i: int,
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    retain_graph: bool,
+    grads: Sequence[Tensor | None] | None = None,
+) -> list[Tensor | None]:
+    """The gradients of task ``i``'s ``outputs``, given those by them, for ``targets``; None for one not reached."""
+    try:
+        found = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise ValueError(
+            f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
+            "activations. Pass losses as callables, each with a forward pass of its own; or, before anything is "
+            "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
+            "name of your own, without which torch's cache on disk gives the same code again, and wrong gradients"
+        ) from error
+    return aliasing.copies(found)
+
+
+def unreached(i: int) -> ValueError:
+    """The error for a loss that was computed from no trainable parameter."""
+    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params")
+
+
+def _check(i: int, loss: object, device: torch.device) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"losses[{i}] must be a tensor, a callable that returns one, or None; got {loss!r}")
+    if loss.numel() != 1:
+        raise ValueError(f"losses[{i}] must have one element, got shape {tuple(loss.shape)}")
+    if not loss.dtype.is_floating_point:
+        raise TypeError(f"losses[{i}] must be floating, got {loss.dtype}")
+    if loss.device != device:
+        raise ValueError(f"losses[{i}] must be on the parameters' device, {device}; got {loss.device}")
+    if not loss.requires_grad:
+        raise ValueError(f"losses[{i}] reaches no parameter: it does not require grad")
+    return loss
+
+
+def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """(T,) on the device of ``like``; float64 if any loss is, else float32; NaN for an absent task."""
+    present = [loss for loss in losses if loss is not None]
+    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in present) else torch.float32
+    absent = torch.full((), float("nan"), dtype=dtype, device=like.device)
+    return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])

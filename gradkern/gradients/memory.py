@@ -1,0 +1,89 @@
+"""The last gradient of each task, for steps that bring some tasks only (Rhapsody on a Theme of Gradient Surgery, §3.2).
+
+An absent task takes part with the gradient of its last step, before its first with zeros: the present tasks' gradients
+are modified against it, and only they are added up. The gradients are kept as autograd gave them, and not copied.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern.step import rows
+
+Row = dict[Tensor, Tensor]
+"""The gradients of one task by parameter."""
+
+
+class Memory:
+    """What the optimizer remembers of its tasks: T rows, from the first step on."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def check(self, n_tasks: int) -> None:
+        """Raise ValueError if the steps so far were of another number of tasks."""
+        if self._rows and len(self._rows) != n_tasks:
+            raise ValueError(f"losses has {n_tasks} entries; the steps remembered had {len(self._rows)}")
+
+    def recall(
+        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
+    ) -> list[Sequence[Tensor | None]]:
+        """``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
+        known = list(grads)
+        for t, row in enumerate(self._rows):
+            if not present[t]:
+                # A parameter may since have got other strides, another dtype or device.
+                old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
+                known[t] = rows.readable(old, params)
+        return known
+
+    def remember(
+        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
+    ) -> None:
+        """Keep the present tasks' rows in place of their last ones."""
+        self._rows = self._rows or [{} for _ in present]
+        for t, here in enumerate(present):
+            if here:
+                self._rows[t] = {p: _alone(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
+
+    def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        """T rows of one gradient, or None, for each of ``params``."""
+        return [[row.get(p) for p in params] for row in self._rows]
+
+    def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave, moved to where the parameters are.
+
+        Raises:
+            ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
+        """
+        if not isinstance(state, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in state):
+            raise ValueError(f"the memory to load must be lists of gradients, one for each task; got {state!r:.200}")
+        loaded: list[Row] = []
+        for t, row in enumerate(state):
+            if len(row) != len(params):
+                raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")
+            for k, (g, p) in enumerate(zip(row, params, strict=True)):
+                if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
+                    got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+                    raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
+            loaded.append({p: g.to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
+        self._rows = loaded
+
+
+def _alone(g: Tensor) -> Tensor:
+    """``g``, or a copy of it if it would keep alive the memory of a larger tensor that it is a view of."""
+    if g.layout != torch.strided or g.untyped_storage().nbytes() <= g.numel() * g.element_size():
+        return g
+    return g.clone()
+
+
+def bools_on(values: Sequence[bool], device: torch.device) -> Tensor:
+    """``values`` as (T,) bool on ``device``, by fills: a copy from the host waits, and a captured graph loses it."""
+    often = sum(values) > len(values) / 2
+    result = torch.full((len(values),), often, dtype=torch.bool, device=device)
+    for i, value in enumerate(values):
+        if value != often:
+            result[i].fill_(value)
+    return result

@@ -1,0 +1,1 @@
+"""The whole surgery of a step in one kernel launch."""

@@ -1,0 +1,172 @@
+"""Gramians in plain PyTorch: how rows get into the chunks of ``chunks.py``, and how their products are added up.
+
+A skinny product J Jᵀ leaves most of the memory bandwidth unused, because a matrix multiply is cut along its output,
+which here is only T x T. So the columns are cut into chunks. A matrix is read where it lies if that changes no bit, and
+else copied a block at a time; gradients of several tensors are gathered in the same blocks, and chunks run on across
+tensors. Blocks stay in cache until they have been worked on.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradkern.ops.pytorch.blocks import Columns, Erase, Scratch, flat, gathered
+from gradkern.ops.pytorch.chunks import Batch, Cut, batch, batches_of, cut, tiles
+from gradkern.ops.pytorch.observed import in_place, lies_as_scratch, products_of
+from gradkern.ops.schema import arithmetic_dtype, sample
+
+Floats = NDArray[np.floating[Any]]
+
+
+def matrix_gramian(J: Tensor) -> Tensor:
+    """J Jᵀ, (T, T)."""
+    T, P = J.shape
+    wanted = arithmetic_dtype(J.dtype)
+    if P == 0:
+        return J.new_zeros((T, T), dtype=wanted)
+    work = work_dtype(J)
+    of_all = cut(T, P, work.itemsize)
+    M = sum_of_products(_matrix_batches(J, of_all, work), T, of_all)
+    return M.to(J.device, wanted)
+
+
+def _matrix_batches(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[Batch]:
+    """Chunks of J where they lie if that changes no bit, and all others by way of scratch memory."""
+    if lies_as_scratch(J, cut, work):
+        yield from batches_of(J, J.shape[1], cut)
+    elif in_place(J, cut, work):
+        for a in range(0, cut.chunks, cut.group):
+            yield batch(J[:, a * cut.width :], cut.width, min(cut.group, cut.chunks - a))
+        if cut.rest:
+            rest = J[:, -cut.rest :].clone(memory_format=torch.contiguous_format)
+            yield batch(rest, cut.rest, 1)
+    else:
+        for rows, columns in copied(J, cut, work):
+            yield from batches_of(rows, columns, cut)
+
+
+def copied(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+    """Blocks of J in scratch memory, each in the place of the last one, and how many columns they hold."""
+    T = len(J)
+    memory = J.new_empty(T * cut.blocks[0][1], dtype=work)
+    done = 0
+    for columns, stride in cut.blocks:
+        rows = memory[: T * stride].view(T, stride)
+        rows[:, :columns].copy_(J[:, done : done + columns])
+        yield rows, columns
+        done += columns
+
+
+def segment_gramians(
+    grads: Sequence[Tensor | None], segments: Sequence[int], n_segments: int, erase: Erase | None = None
+) -> Tensor:
+    """(n_segments, T, T), J Jᵀ of the rows that the tensors of each segment form, of what ``erase`` leaves."""
+    n = len(segments)
+    like = sample(grads)
+    members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
+    for k, s in enumerate(segments):
+        column = grads[k::n]
+        if any(g is not None and g.numel() for g in column):
+            members[s][k] = [None if g is None else flat(g) for g in column]
+    work = work_dtype(like)
+    scratch = Scratch(like, work)
+    M = like.new_zeros((n_segments, len(grads) // n, len(grads) // n), dtype=arithmetic_dtype(like.dtype))
+    for s, columns in members.items():
+        M[s] = _tensors_gramian(columns, scratch, work, erase)
+    return M
+
+
+def _tensors_gramian(columns: Columns, scratch: Scratch, work: torch.dtype, erase: Erase | None) -> Tensor:
+    T = len(next(iter(columns.values())))
+    P = sum(next(len(g) for g in column if g is not None) for column in columns.values())
+    of_all = cut(T, P, work.itemsize)
+    blocks = gathered(columns, scratch, of_all.blocks, erase)
+    return sum_of_products((b for rows, n in blocks for b in batches_of(rows, n, of_all)), T, of_all)
+
+
+def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
+    """Σ X Xᵀ over all chunks X, (T, T), on the CPU."""
+    of_M = tiles(T)
+    first, counted = next(batches)
+    if counted == cut.terms and len(of_M) == 1:
+        return torch.from_numpy(_symmetric(_tree(products_of(first, first).numpy(force=True)[:counted])))
+    totals: list[list[Floats]] = [[] for _ in of_M]
+    for group in _groups(chain([(first, counted)], batches), of_M, cut):
+        for of_tile, products in zip(totals, group, strict=True):
+            of_tile.append(_tree(products.numpy(force=True)).copy())
+    M = np.empty((T, T), totals[0][0].dtype)
+    for (rows, columns), of_tile in zip(of_M, totals, strict=True):
+        total = of_tile[0] if len(of_tile) == 1 else _tree(np.stack(of_tile))
+        M[columns, rows] = total.T
+        M[rows, columns] = total
+        if rows.start == columns.start:
+            M[columns, columns] = _symmetric(total[: _length(columns)])
+    return torch.from_numpy(M)
+
+
+def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: Cut) -> Iterator[list[Tensor]]:
+    """For each tile of M the products of a group of chunks, in memory that the next group overwrites."""
+    group = min(cut.group, cut.terms)
+    room: list[Tensor] = []
+    filled = 0
+    for X, counted in batches:
+        room = room or [X.new_empty((group + 1, _length(rows), _length(columns))) for rows, columns in of_M]
+        for products, (rows, columns) in zip(room, of_M, strict=True):
+            products_of(X[:, rows], X[:, columns], products[filled : filled + len(X)])
+        filled += counted
+        if filled == group:
+            yield [products[:filled] for products in room]
+            filled = 0
+    if filled:
+        yield [products[:filled] for products in room]
+
+
+def _tree(terms: Floats) -> Floats:
+    """The sum of ``terms``, which it overwrites: the second half is added to the first until one is left.
+
+    In NumPy, whose calls take a third of the time of PyTorch's.
+    """
+    with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
+        while (n := len(terms)) > 1:
+            half = (n + 1) // 2
+            first = terms[: n - half]
+            np.add(first, terms[half:], out=first)
+            terms = terms[:half]
+    return terms[0]
+
+
+def _symmetric(M: Floats) -> Floats:
+    """M with what is below its diagonal above it too: a BLAS may sum up the two in other orders."""
+    return M.take(_places_below(len(M)))
+
+
+@lru_cache(maxsize=64)
+def _places_below(n: int) -> NDArray[np.intp]:
+    """(n, n), for each place of a matrix the one on or below the diagonal that mirrors it, rows one after another."""
+    i = np.arange(n)
+    return np.maximum(i[:, None], i) * n + np.minimum(i[:, None], i)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def work_dtype(rows: Tensor) -> torch.dtype:
+    """What the products are computed in. Where the user lets matrix products round to bfloat16 or TF32, float64:
+    that setting is global, so it could not be turned off here without touching other threads' products.
+    """
+    if rows.dtype == torch.float64:
+        return torch.float64
+    setting = _matmul_precision("mkldnn" if rows.device.type == "cpu" else "cuda", "matmul")
+    return torch.float32 if setting in ("none", "ieee") else torch.float64
+
+
+# What ``torch.backends.mkldnn.matmul.fp32_precision`` reads; through all its properties that costs 1 µs a call.
+_matmul_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter

@@ -1,0 +1,211 @@
+"""The methods' T x T programs on the host: all segments and all tasks step through their partners together, in NumPy.
+
+On matrices this small a program costs what its calls cost, and a call of NumPy's costs a third of one of PyTorch's.
+"""
+
+from collections.abc import Iterator
+from math import sqrt
+from operator import mul
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gradkern.ops.cosines import cosines
+from gradkern.ops.partners import check_partner
+from gradkern.ops.registration import operator
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+
+FEW = 32
+"""Tasks, of all segments together, up to which PCGrad's coefficients take less time one by one than in NumPy: 4 µs, not
+43, for T = 3, 75 and 185 for T = 16; for T = 32 and for 17 segments of T = 3 both take the same."""
+FEW_OF_GRADVAC = 12
+"""As ``FEW``, of GradVac, whose visits take longer one by one: 34 µs, not 141, for T = 3, 175 and 319 for T = 8; for
+T = 12 and for eight segments of T = 3 both take the same."""
+
+
+@operator("pcgrad")
+def pcgrad(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
+    """PCGrad's coefficients, of M's dtype."""
+    return _like(pcgrad_coefficients(M, keys, partner), M)
+
+
+def pcgrad_coefficients(M: Tensor, keys: Tensor | None, partner: str) -> Floats:
+    """(S, T, T), of Yu et al. 2020, Algorithm 1, and with other partners Rhapsody on a Theme of Gradient Surgery."""
+    check_partner(keys, partner)
+    if partner == "average":
+        return _average(M)
+    if keys is None:
+        phi = cosines(M.double())
+        keys = (phi if partner == "most_different" else -phi).nan_to_num(torch.inf)
+    S, T, _ = M.shape
+    visits = T - 1 if partner == "all" else 1
+    if S * T > FEW:
+        return _many(M, keys, visits)
+    of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), strict=True)
+    return np.array([_few(m, k, visits) for m, k in of_segments])
+
+
+def pcgrad_weights(M: Tensor, keys: Tensor | None, partner: str) -> list[float]:
+    """The sum of one Gramian's (T, T) coefficients over tasks; of few tasks with no array in between."""
+    if partner == "all" and keys is not None and len(M) <= FEW:
+        C = _few(M.tolist(), keys.tolist()[0], len(M) - 1)
+    else:
+        C = pcgrad_coefficients(M.unsqueeze(0), keys, partner)[0].tolist()
+    return [sum(column) for column in zip(*C, strict=True)]
+
+
+def _average(M: Tensor) -> Floats:
+    """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
+    rows = _host(M)
+    i = np.arange(M.shape[-1])
+    squares = rows[:, None, i, i]
+    with np.errstate(all="ignore"):  # as in _many
+        C = np.where((rows < 0) & (squares > 0), -rows / squares, 0) / max(1, len(i) - 1)
+    C[:, i, i] = 1
+    return C
+
+
+def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
+    """The coefficients of all tasks of all segments at once."""
+    S, T, _ = M.shape
+    rows = _host(M).reshape(S * T, T)
+    C, D = _started(rows)
+    task = np.arange(S * T)
+    squares = rows[task, task % T]
+    with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
+        for partner, row in _partners(keys, M.shape, visits):
+            s = D[task, partner]
+            conflict = np.flatnonzero((s < 0) & (squares[row] > 0))
+            j = row[conflict]
+            step = -s[conflict] / squares[j]
+            C[conflict, partner[conflict]] = step
+            D[conflict] += step[:, None] * rows[j]
+    return C.reshape(S, T, T)
+
+
+def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[list[float]]:
+    """The coefficients of one segment."""
+    T = len(M)
+    C = []
+    for i in range(T):
+        order = sorted(range(T), key=keys[i].__getitem__)
+        order.remove(i)
+        c = [0.0] * T
+        c[i] = 1.0
+        terms: list[tuple[float, list[float]]] = []
+        for j in order[:visits]:
+            s = M[i][j]
+            for a, row in terms:
+                s += a * row[j]
+            if s < 0 < M[j][j]:
+                c[j] = -s / M[j][j]
+                terms.append((c[j], M[j]))
+        C.append(c)
+    return C
+
+
+@operator("gradvac")
+def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
+    """GradVac's coefficients (Wang et al. 2021); ``targets`` (S, T, T) move in the rows that ``moving`` (T,) names."""
+    S, T, _ = M.shape
+    eps = torch.finfo(M.dtype).eps
+    if S * T <= FEW_OF_GRADVAC:
+        held = targets.tolist()
+        of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), held, strict=True)
+        few = [_few_of_gradvac(m, k, t, moving.tolist(), beta, eps) for m, k, t in of_segments]
+        targets.copy_(torch.tensor(held, dtype=torch.float64))
+        return _like(np.array(few), M)
+    rows = _host(M).reshape(S * T, T)
+    C, D = _started(rows)
+    E = np.abs(rows)  # |C| |M|: what the rounding of C M Cᵀ is measured by
+    task = np.arange(S * T)
+    wanted = _host(targets).reshape(S * T, T)
+    moves = np.tile(moving.cpu().numpy(), S)
+    with np.errstate(all="ignore"):  # what is not there divides by zero, and is not used
+        norms = np.sqrt(rows[task, task % T])
+        for partner, row in _partners(keys, M.shape, T - 1):
+            # A sum of squares that comes out within the rounding of its terms is none.
+            square = np.einsum("ij,ij->i", C, D)
+            n, n_j = np.sqrt(square), norms[row]
+            there = (square > eps * np.einsum("ij,ij->i", np.abs(C), E)) & (n_j > 0)
+            # φ = cos(g′_i, g_j)
+            phi = np.clip(D[task, partner] / n / n_j, -1, 1)
+            target = wanted[task, partner]
+            u = np.clip(target, -(1 - eps), 1 - eps)
+            # a = ‖g′_i‖ (φ̂ √(1−φ²) − φ √(1−φ̂²)) / (‖g_j‖ √(1−φ̂²))
+            root = np.sqrt(1 - u * u)
+            a = n * (u * np.sqrt(1 - phi * phi) - phi * root) / (n_j * root)
+            corrected = np.flatnonzero(there & (phi < u))
+            a, j, k = a[corrected], row[corrected], partner[corrected]
+            C[corrected, k] = a
+            D[corrected] += a[:, None] * rows[j]
+            E[corrected] += np.abs(a)[:, None] * np.abs(rows[j])
+            wanted[task, partner] = np.where(there & moves, (1 - beta) * target + beta * phi, target)
+    targets.copy_(torch.from_numpy(wanted).view(targets.shape))
+    return _like(C, M)
+
+
+def _few_of_gradvac(
+    M: list[list[float]],
+    keys: list[list[float]],
+    targets: list[list[float]],
+    moving: list[bool],
+    beta: float,
+    eps: float,
+) -> list[list[float]]:
+    """:func:`gradvac` of one segment, with the names it has there."""
+    T = len(M)
+    C = []
+    for i in range(T):
+        order = sorted(range(T), key=keys[i].__getitem__)
+        order.remove(i)
+        c, d, e = [0.0] * T, M[i], [abs(x) for x in M[i]]
+        c[i] = 1.0
+        for j in order:
+            square = sum(map(mul, c, d))
+            if not (square > eps * sum(abs(x) * y for x, y in zip(c, e, strict=True)) and M[j][j] > 0):
+                continue
+            n, n_j = sqrt(square), sqrt(M[j][j])
+            phi = min(max(d[j] / n / n_j, -1.0), 1.0)
+            u = min(max(targets[i][j], eps - 1), 1 - eps)
+            if phi < u:
+                root = sqrt(1 - u * u)
+                a = c[j] = n * (u * sqrt(1 - phi * phi) - phi * root) / (n_j * root)
+                d = [x + a * y for x, y in zip(d, M[j], strict=True)]
+                e = [x + abs(a * y) for x, y in zip(e, M[j], strict=True)]
+            if moving[i]:
+                targets[i][j] = (1 - beta) * targets[i][j] + beta * phi
+        C.append(c)
+    return C
+
+
+def _host(M: Tensor) -> Floats:
+    """A float64 copy that may be written to."""
+    return M.detach().to("cpu", torch.float64, copy=True).contiguous().numpy()
+
+
+def _like(C: Floats, M: Tensor) -> Tensor:
+    return torch.from_numpy(C.reshape(M.shape)).to(M)
+
+
+def _started(rows: Floats) -> tuple[Floats, Floats]:
+    """C, the modified gradients as combinations, and D = C M, their dot products with the original ones."""
+    T = rows.shape[1]
+    return np.tile(np.eye(T), (len(rows) // T, 1)), rows.copy()
+
+
+def _partners(keys: Tensor, shape: torch.Size, visits: int) -> Iterator[tuple[Indices, Indices]]:
+    """Visit by visit, the partners of all S x T tasks, by their number in the segment and by that of their row.
+
+    Equal keys go by number: the sort is stable.
+    """
+    S, T, _ = shape
+    order: NDArray[Any] = np.argsort(keys.detach().cpu().numpy(), axis=-1, kind="stable")
+    others = order[order != np.arange(T)[:, None]].reshape(len(order), T, T - 1)
+    for visit in np.moveaxis(np.broadcast_to(others, (S, T, T - 1)), -1, 0)[:visits]:
+        yield visit.reshape(-1), (visit + T * np.arange(S)[:, None]).reshape(-1)

@@ -1,0 +1,26 @@
+"""The whole surgery of a matrix in one call, in plain PyTorch.
+
+Little lies between the two passes over J: they leave the caches cold, and whatever comes after takes twice its time.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradkern.ops.pytorch.combination import combine_matrix
+from gradkern.ops.pytorch.gramian import matrix_gramian
+from gradkern.ops.pytorch.host_programs import pcgrad_weights
+from gradkern.ops.pytorch.rows import widened
+from gradkern.ops.registration import operator
+
+
+@operator("pcgrad.matrix")
+def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+    """PCGrad's update, (P,)."""
+    X = widened(J)
+    M = matrix_gramian(X)
+    weights = pcgrad_weights(M, keys, partner)
+    if mean:
+        weights = [w / len(weights) for w in weights]
+    w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # NumPy would warn where it overflows
+    return combine_matrix(X, w).to(J.dtype)

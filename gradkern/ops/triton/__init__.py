@@ -1,0 +1,1 @@
+"""The Triton back end serves CUDA and ROCm devices."""

@@ -1,0 +1,36 @@
+"""Single entries of the gradients on CUDA and ROCm tensors: read for every task, written for one result."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.kernels import entries
+from gradkern.ops.capture import ready
+from gradkern.ops.layout import totals
+from gradkern.ops.schema import arithmetic_dtype, sample
+from gradkern.ops.triton.address_tables import OptionalTensors, addresses, table_rows
+
+
+def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tensor:
+    """The entries at ``index``, (T, d), of gradients read where they are."""
+    like = sample(grads)
+    device = like.device
+    rows = table_rows(addresses("grads", grads), len(numels), like.dtype, device)
+    values = torch.empty(rows.count, len(index), dtype=arithmetic_dtype(like.dtype), device=device)
+    bounds = ready(totals(tuple(numels)), device).bounds_on(device)
+    entries.gather(rows, bounds, index.contiguous(), values).run(device)
+    return values
+
+
+def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
+    """Write ``values`` to the entries at ``index``; of a tensor without elements none is written."""
+    if values.shape != index.shape:
+        raise ValueError(f"values must have the shape of index, {tuple(index.shape)}, got {tuple(values.shape)}")
+    like = sample(out)
+    device = like.device
+    targets = addresses("out", [t if t.numel() else None for t in out])
+    bounds = ready(totals(tuple(numels)), device).bounds_on(device)
+    values = values.to(arithmetic_dtype(like.dtype)).contiguous()
+    rows = table_rows(targets, len(numels), like.dtype, device)
+    entries.scatter(values, bounds, index.contiguous(), rows).run(device)

@@ -1,0 +1,1 @@
+"""A step from losses to its update: source, rows, Gramian, weights, sink."""

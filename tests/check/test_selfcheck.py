@@ -1,0 +1,161 @@
+"""``gradkern info``: it tells what is there, checks every operator, and fails when one is wrong."""
+
+import platform
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradkern
+from gradkern import cli
+from gradkern.check import processor, selfcheck
+
+DEVICES = [str(device) for device in selfcheck.devices()]
+
+
+@contextmanager
+def broken(operator: str, wrong) -> Iterator[None]:  # type: ignore[no-untyped-def]
+    """``operator`` computes something else on every device, for a while."""
+    library = torch.library.Library("gradkern", "IMPL")
+    try:
+        for key in ("CPU", "CUDA"):
+            library.impl(operator, wrong, key, allow_override=True)
+        yield
+    finally:
+        library._destroy()
+
+
+def test_info_tells_versions_devices_and_back_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert f"gradkern  {gradkern.__version__}\n" in printed
+    for version in (platform.python_version(), torch.__version__, "triton", "numpy"):
+        assert version in printed
+    for device in selfcheck.devices():
+        assert all(words in printed for words in (str(device), *gradkern.ops.backend(device.type)))
+    for words in (processor.name(), processor.blas(), processor.dispatch(), f"threads   {torch.get_num_threads()}"):
+        assert words in printed
+    (bits,) = [line for line in printed.splitlines() if line.split()[:2] == ["bits", "cpu"]]
+    assert bits.endswith(": the same")
+    assert "FAILED" not in printed
+    for operator in selfcheck.CHECKS:
+        lines = [line for line in printed.splitlines() if line.split()[:1] == [operator]]
+        assert [line.split()[1] for line in lines] == DEVICES
+        assert all(line.endswith("OK") for line in lines)
+
+
+def test_every_operator_is_checked() -> None:
+    registered = torch._C._dispatch_get_all_op_names()
+    assert set(selfcheck.CHECKS) == {name.removeprefix("gradkern::") for name in registered if "gradkern::" in name}
+
+
+def slightly_off(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    M = J.double() @ J.double().T
+    blocks = 1 if offsets is None else len(offsets) - 1
+    M = (M * (1 + 1e-5)).to(torch.float64 if J.dtype == torch.float64 else torch.float32)
+    return M if offsets is None else M.expand(blocks, *M.shape).clone()
+
+
+def writes_nothing(*arguments: object) -> None:
+    return None
+
+
+def projects_nothing(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
+    return torch.eye(M.shape[-1], dtype=M.dtype, device=M.device).expand_as(M).clone()
+
+
+def does_not_launch(*arguments: object) -> Tensor:
+    raise RuntimeError("no kernel image is available")
+
+
+@pytest.mark.parametrize(
+    ("operator", "wrong", "why"),
+    [
+        ("gramian", slightly_off, "allowed"),
+        ("combine.tensors", writes_nothing, "nan"),
+        ("pcgrad", projects_nothing, "allowed"),
+        ("project", does_not_launch, "RuntimeError: no kernel image is available"),
+    ],
+)
+def test_a_broken_operator_fails_the_check(  # type: ignore[no-untyped-def]
+    operator: str, wrong, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with broken(operator, wrong):
+        assert cli.main(["info"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if "FAILED:" in line]
+    assert [line.split()[0] for line in failed] == [operator] * len(DEVICES)
+    assert all(why in line for line in failed)
+    assert lines[-1] == f"{len(DEVICES)} of {len(DEVICES) * len(selfcheck.CHECKS)} checks FAILED"
+
+
+def depends_on_addresses(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    M = J.double() @ J.double().T * (1.0 if J.data_ptr() % 64 == 0 else 1 + 1e-7)
+    M = M.to(torch.float64 if J.dtype == torch.float64 else torch.float32)
+    return M if offsets is None else M.expand(len(offsets) - 1, *M.shape).clone()
+
+
+def test_bits_that_depend_on_addresses_are_found() -> None:
+    with broken("gramian", depends_on_addresses):
+        found = selfcheck.other_bits()
+    assert found is not None
+    assert "further on" in found
+    assert selfcheck.other_bits() is None
+
+
+def test_bits_that_differ_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(selfcheck, "CHECKS", {})
+    monkeypatch.setattr(selfcheck, "differences", lambda: iter(["float32: other bits"]))
+    assert cli.main(["info"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].endswith(": DIFFERENT, float32: other bits")
+    assert lines[-1] == "all 0 checks OK, but bits differ"
+
+
+def test_a_check_of_bits_that_raises_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Iterator[str]:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(selfcheck, "differences", fails)
+    assert selfcheck.other_bits() == "RuntimeError: no kernel image is available"
+
+
+@pytest.mark.parametrize(
+    ("built", "named"),
+    [
+        ("  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605", "MKL 2024.2"),
+        ("  - Build settings: BLAS_INFO=open, BUILD_TYPE=Release", "open"),
+        ("  - C++ Version: 202002", "not told by PyTorch"),
+    ],
+)
+def test_the_blas_is_named_as_pytorch_does(built: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__config__, "show", lambda: f"PyTorch built with:\n{built}\n")
+    assert processor.blas() == named
+
+
+def test_another_blas_tells_nothing_of_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert processor.dispatch() == "not told by this BLAS"
+
+
+def test_results_of_the_wrong_shape_or_not_a_number_are_errors() -> None:
+    one = torch.ones(2)
+    assert selfcheck._error(one, one.double(), one) == 0
+    assert selfcheck._error(one * torch.nan, one.double(), one) != 0
+    with pytest.raises(ValueError, match=r"shape \(2,\) in place of \(1,\)"):
+        selfcheck._error(one, one[:1], one[:1])
+
+
+def test_info_works_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert selfcheck.versions()["triton"].startswith("none: ")
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"gradkern {gradkern.__version__}\n"

@@ -1,0 +1,66 @@
+"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``.
+
+With ``GRADKERN_AOT=brief`` in the environment each kernel is built once for each target, in float32 and in bfloat16.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="no Triton on this platform")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def reports() -> list[dict[str, Any]]:
+    """Built in a process of its own: this one may have told Triton to interpret."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    brief = ["--brief"] if os.environ.get("GRADKERN_AOT") == "brief" else []
+    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json", *brief]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout)
+
+
+def name(report: dict[str, Any]) -> str:
+    return " ".join(report[k] for k in ("kernel", "dtype", "setting", "source", "arch"))
+
+
+def test_everything_compiles_for_every_target(reports: list[dict[str, Any]]) -> None:
+    kernels = {"gramian", "combine", "project", "reduce", "gather", "scatter", "pcgrad", "gradvac", "adamw"}
+    for arch in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        alone = set() if arch == "gfx942" else {"surgery"}  # which needs stores that a barrier waits for
+        assert {r["kernel"] for r in reports if r["arch"] == arch} == kernels | alone
+
+
+def test_rows_are_streamed_in_128_bit_loads(reports: list[dict[str, Any]]) -> None:
+    streams = [r for r in reports if r["streams"]]
+    assert not [name(r) for r in streams if not any(loop["wide"] for loop in r["loops"])]
+
+
+def test_both_passes_of_the_one_launch_are_streamed(reports: list[dict[str, Any]]) -> None:
+    whole = [r for r in reports if r["kernel"] == "surgery"]
+    assert not [name(r) for r in whole if sum(loop["wide"] > 0 for loop in r["loops"]) < 2]
+
+
+def test_no_streaming_loop_spills(reports: list[dict[str, Any]]) -> None:
+    assert not [name(r) for r in reports if any(loop["local"] for loop in r["loops"])]
+
+
+def test_programs_on_gramians_fuse_nothing(reports: list[dict[str, Any]]) -> None:
+    """Where rows coincide their comparisons hang on the last bit; what streams rows gains from fusing."""
+    apart = {"pcgrad", "gradvac", "reduce", "surgery"}
+    of_nvidia = [r for r in reports if "fused" in r]
+    assert not [name(r) for r in of_nvidia if r["kernel"] in apart and r["fused"]]
+    assert {r["kernel"] for r in of_nvidia if r["fused"]} >= {"gramian", "combine", "project", "adamw"}
+
+
+def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
+    """64 KB is what a workgroup of gfx942 has; NVIDIA's blocks have more than twice that."""
+    assert not [name(r) for r in reports if r["shared"] > 64 * 1024]
