@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 import gradkern as gk
+from gradkern.ops.pytorch import chunks, combination, observed
 from gradkern.ops.pytorch.chunks import LINE, LONGEST, batch, cut, error_bound, tiles
 from gradkern.ops.pytorch.observed import products_of
-from gradkern.ops.pytorch.rows import chunks, combination, observed
 from tests.tolerances import DTYPES
 
 ops = torch.ops.gradkern
