@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradkern.ops import eager as direct
 from gradkern.ops import registration
-from gradkern.ops.pytorch import gramian_tensors
+from gradkern.ops.pytorch.rows import gramian_tensors
 
 ROOT = Path(__file__).parents[2]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
