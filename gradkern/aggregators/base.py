@@ -1,4 +1,4 @@
-"""What a method of gradient surgery is: a small program from the Gramian of the task gradients to their weights."""
+"""The base class of methods: small programs from the Gramian of the task gradients to their weights."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gradkern.ops import combine, gramian
+from gradkern.ops.arguments import Projection
 
 
 @dataclass(frozen=True)
 class Solution:
-    """A step's weights, and what else a method can tell of it: see :class:`gradkern.SurgeryInfo`."""
+    """The weights of a step, and what else a method reports of it: see :class:`gradkern.SurgeryInfo`."""
 
     weights: Tensor
     targets: Tensor | None = None
@@ -24,17 +25,14 @@ class Solution:
 
 @dataclass(frozen=True)
 class Program:
-    """A method that one operator does together with Gramian and combination: see ``ops/schema.py``.
+    """A method as the operator ``surgery`` takes it, which does all of a step's surgery at once.
 
     Attributes:
-        tensors: the operator, and its overload under suppression, ``masked``.
-        arguments: of the method, between ``n_segments`` and ``present``.
-        solution: of the Gramians (S, T, T) and weights (S, T) that the operator has found.
+        projection: the method's arguments.
+        solution: makes a :class:`Solution` of the Gramians (S, T, T) and weights (S, T) that the operator has found.
     """
 
-    tensors: Callable[..., tuple[Tensor, ...]]
-    masked: Callable[..., tuple[Tensor, ...]]
-    arguments: tuple[Any, ...]
+    projection: Projection
     solution: Callable[[Tensor, Tensor], Solution]
 
 
@@ -46,6 +44,11 @@ class Aggregator(nn.Module, ABC):
             state is part of ``state_dict``.
     """
 
+    has_fixed_weights = False
+    """Whether the weights depend on no gradient."""
+    samples_entries = False
+    """Whether ``weights`` takes sampled entries of the gradients besides their Gramian."""
+
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -54,7 +57,7 @@ class Aggregator(nn.Module, ABC):
 
     @abstractmethod
     def weights(self, M: Tensor) -> Tensor:
-        """The weights of the task gradients in the update.
+        """Return the weights of the task gradients in the update.
 
         Args:
             M: (..., T, T), Gramians; float32 or float64. Leading dimensions are independent problems.
@@ -67,7 +70,7 @@ class Aggregator(nn.Module, ABC):
         """
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
-        """What :func:`gradkern.backward` asks a method: the weights of a step that some tasks only may take.
+        """Return the weights of a step, of which some tasks may be absent; :func:`gradkern.backward` asks for it.
 
         Args:
             M: (S, T, T), as for :meth:`weights`.
@@ -78,15 +81,15 @@ class Aggregator(nn.Module, ABC):
         return Solution(w if present is None else torch.where(present, w, 0.0))
 
     def program(self, M: Tensor) -> Program | None:
-        """The method as an operator takes it; None if it is none for an operator.
+        """Return the method as the operator ``surgery`` takes it; None if that does not know the method.
 
         Args:
-            M: (S, T, T), of which nothing but shape, dtype and device is known yet.
+            M: (S, T, T), a Gramian with shape, dtype and device, and without numbers yet.
         """
         return None
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The update wᵀ J of a matrix of task gradients, each segment with weights of its own.
+        """Return the update wᵀ J of a matrix of task gradients, each segment with weights of its own.
 
         Args:
             J: (T, P), as for :func:`gradkern.gramian`.
@@ -98,16 +101,16 @@ class Aggregator(nn.Module, ABC):
         return combine(J, self.weights(gramian(J.detach(), offsets)), offsets)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every Module's, but where it raises, nothing has been loaded: a copy goes first."""
+        """Load as every Module does; where it raises, nothing has been loaded, because a copy goes first."""
         nn.Module.load_state_dict(copy.deepcopy(self), state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor | None:
-        """The generator's state, where the method has a generator of its own."""
+        """Return the generator's state, where the method has a generator of its own."""
         return None if self.generator is None else self.generator.get_state()
 
     def set_extra_state(self, state: Any) -> None:
-        """Put back what :meth:`get_extra_state` gave."""
+        """Load what :meth:`get_extra_state` returned."""
         if state is None:
             return
         if self.generator is None:
@@ -116,14 +119,14 @@ class Aggregator(nn.Module, ABC):
 
 
 class PerDevice:
-    """Numbers of the host, as a tensor on whatever device asks: copied to a GPU once, since each copy waits for it."""
+    """Numbers of the host as a tensor on any device, copied to a GPU once, because each copy waits for it."""
 
     def __init__(self, values: list[Any]) -> None:
         self.values = values
         self._copies: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def on(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The numbers as a tensor of ``dtype`` on ``device``."""
+        """Return the numbers as a tensor of ``dtype`` on ``device``."""
         if device.type == "cpu" or device.type == "meta":
             return torch.tensor(self.values, dtype=dtype, device=device)
         if (device, dtype) not in self._copies:
@@ -133,7 +136,7 @@ class PerDevice:
 
 
 def has_numbers(M: Tensor) -> bool:
-    """Whether there is anything in ``M`` to take into a method's state: not if it is fake or on the meta device."""
+    """Return whether ``M`` has numbers to take into a method's state: not if it is fake or on the meta device."""
     return not (M.is_meta or isinstance(M, FakeTensor))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.ops import eager
+from gradkern.ops import operators
+from gradkern.ops.arguments import Projection as Arguments
 from gradkern.ops.capture import capturing, first_use, keep
 
 
@@ -50,43 +51,43 @@ class GradVac(Projection):
         self.register_buffer("targets", None)
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
-        """The present tasks' weights, and the targets after the step; only present tasks' targets move."""
-        return self._told(M, super().solution(M, present).weights)
+        """Return the present tasks' weights, and the targets after the step; only present tasks' targets move."""
+        return self._reported(M, super().solution(M, present).weights)
 
     def program(self, M: Tensor) -> Program | None:
-        """GradVac's; see :meth:`Aggregator.program`."""
+        """Return GradVac's program; see :meth:`Aggregator.program`."""
         if type(self) is not GradVac:  # which may have weights of its own
             return None
         S, T, _ = M.shape
-        keys, targets = self._visiting_keys(S, T, M.device), self._targets_for(M)
-        moving = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator looks for what is not finite
-        arguments = (keys, targets, moving, self.beta, self.reduction == "mean")
+        keys, targets = self._order_keys(S, T, M.device), self._targets_for(M)
+        update_mask = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator finds what is not finite
+        projection = Arguments(keys, "all", targets, update_mask, self.beta, self.reduction == "mean")
 
         def solution(M: Tensor, w: Tensor) -> Solution:
             if has_numbers(M):
                 self.targets = targets
-            return self._told(M, w)
+            return self._reported(M, w)
 
-        return Program(eager.gradvac_tensors, eager.gradvac_masked, arguments, solution)
+        return Program(projection, solution)
 
-    def _told(self, M: Tensor, w: Tensor) -> Solution:
-        """Weights, and the targets after the step."""
+    def _reported(self, M: Tensor, w: Tensor) -> Solution:
+        """Return weights, and the targets after the step."""
         if self.targets is None or not has_numbers(M):
             return Solution(w)
         return Solution(w, targets=self.targets.clone().view(M.shape))
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        keys, targets = self._visiting_keys(len(M), M.shape[-1], M.device), self._targets_for(M)
-        moving = M.isfinite().all().expand(M.shape[-1])
+        keys, targets = self._order_keys(len(M), M.shape[-1], M.device), self._targets_for(M)
+        update_mask = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
-            moving = moving & present
-        C = eager.gradvac(M, keys, targets, moving, self.beta)
+            update_mask = update_mask & present
+        C = operators.gradvac(M, keys, targets, update_mask, self.beta)
         if has_numbers(M):
             self.targets = targets
         return C
 
     def _targets_for(self, M: Tensor) -> Tensor:
-        """The targets there are, or with fresh ones behind them, on M's device."""
+        """Return the present targets, with fresh ones behind them for added groups, on M's device."""
         S, T, _ = M.shape
         with torch.inference_mode(False):  # or no later step outside of it could move them
             if capturing(M.device) and (self.targets is None or len(self.targets) != S):
@@ -104,7 +105,7 @@ class GradVac(Projection):
             return torch.cat((known.to(M.device), fresh))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Other devices, but never another dtype: a running mean with so small a share needs its digits."""
+        """Move between devices, but keep the dtype: a running mean with so small a share needs its digits."""
         targets, self.targets = self.targets, None
         super()._apply(fn, recurse)
         if targets is not None:

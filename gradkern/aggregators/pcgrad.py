@@ -11,12 +11,13 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.ops import eager
+from gradkern.ops import operators
+from gradkern.ops.arguments import Projection as Arguments
 from gradkern.ops.autograd import recording
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.partners import ORDERED, PARTNERS
 
-_pcgrad_matrix = torch.ops.gradkern.pcgrad.matrix
+_pcgrad_matrix = operators.pcgrad_matrix.overload
 
 
 class PCGrad(Projection):
@@ -50,26 +51,27 @@ class PCGrad(Projection):
         self.partner = partner
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
+        """Return the update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
         check_matrix(J, offsets)
-        # In one call, where nobody has to see what lies between: weights of a subclass, a derivative, segments.
+        # In one call, unless something has to see what lies between: weights of a subclass, a derivative, segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
             return super().forward(J, offsets)
         return _pcgrad_matrix(J, *self._arguments(1, J.shape[0], J.device), self.reduction == "mean")
 
     def program(self, M: Tensor) -> Program | None:
-        """PCGrad's; see :meth:`Aggregator.program`."""
+        """Return PCGrad's program; see :meth:`Aggregator.program`."""
         if type(self) is not PCGrad:  # which may have weights of its own
             return None
-        arguments = (*self._arguments(M.shape[0], M.shape[1], M.device), self.reduction == "mean")
-        return Program(eager.pcgrad_tensors, eager.pcgrad_masked, arguments, lambda _, w: Solution(w))
+        keys, partner = self._arguments(M.shape[0], M.shape[1], M.device)
+        projection = Arguments(keys, partner, None, None, 0.0, self.reduction == "mean")
+        return Program(projection, lambda _, w: Solution(w))
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        return eager.pcgrad(M, *self._arguments(M.shape[0], M.shape[1], M.device))
+        return operators.pcgrad(M, *self._arguments(M.shape[0], M.shape[1], M.device))
 
     def _arguments(self, S: int, T: int, device: torch.device) -> tuple[Tensor | None, str]:
-        """Keys and partner, as the operators take them."""
-        return self._visiting_keys(S, T, device) if self.partner in ORDERED else None, self.partner
+        """Return order keys and partner, as the operators take them."""
+        return self._order_keys(S, T, device) if self.partner in ORDERED else None, self.partner
 
     def __repr__(self) -> str:
         return f"PCGrad(partner={self.partner!r}, {self._repr_shared()})"

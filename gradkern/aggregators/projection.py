@@ -1,4 +1,4 @@
-"""What PCGrad and GradVac share: every task's gradient is modified by those of its partners, visited in some order."""
+"""The base class of PCGrad and GradVac: partners, visited in some order, modify every task's gradient."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ class Projection(Aggregator):
         self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
 
     def coefficients(self, M: Tensor) -> Tensor:
-        """The modified gradients as combinations of the original ones: row i of the result belongs to task i.
+        """Return the modified gradients as combinations of the original ones: row i of the result belongs to task i.
 
         Args:
             M: (..., T, T), Gramians; float32 or float64.
@@ -43,11 +43,11 @@ class Projection(Aggregator):
         return self._modified(M, None)
 
     def weights(self, M: Tensor) -> Tensor:
-        """The sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
+        """Return the sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
         return self._reduced(self._modified(M, None))
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
-        """The sum (or mean) of the present tasks' coefficients; see :meth:`Aggregator.solution`."""
+        """Return the sum (or mean) of the present tasks' coefficients; see :meth:`Aggregator.solution`."""
         C = self._modified(M, present)
         return Solution(self._reduced(C if present is None else torch.where(present.unsqueeze(-1), C, 0.0)))
 
@@ -58,13 +58,13 @@ class Projection(Aggregator):
 
     @abstractmethod
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        """:meth:`coefficients` of M (S, T, T). ``present`` as for :meth:`Aggregator.solution`."""
+        """Return :meth:`coefficients` of M (S, T, T). ``present`` as for :meth:`Aggregator.solution`."""
 
     def _reduced(self, C: Tensor) -> Tensor:
         return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
 
-    def _visiting_keys(self, S: int, T: int, device: torch.device) -> Tensor:
-        """(S or 1, T, T): task i visits its partners in ascending order of row i."""
+    def _order_keys(self, S: int, T: int, device: torch.device) -> Tensor:
+        """Return (S or 1, T, T): task i visits its partners in ascending order of row i."""
         if self._keys is None:
             if self.generator is not None and self.generator.device != device:
                 raise ValueError(f"generator is on {self.generator.device}, M on {device}")

@@ -14,12 +14,14 @@ from gradkern.ops.matrix import check_matrix
 class Scalarization(Aggregator):
     """A method whose weights do not depend on the gradients. On losses it is torch's own backward of Σ w_i L_i."""
 
+    has_fixed_weights = True
+
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[int, PerDevice] = {}
 
     def task_weights(self, n_tasks: int) -> list[float]:
-        """One weight per task.
+        """Return one weight per task.
 
         Raises:
             ValueError: the method was given weights for another number of tasks.
@@ -27,18 +29,18 @@ class Scalarization(Aggregator):
         raise NotImplementedError
 
     def weights_like(self, n_tasks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """:meth:`task_weights` as a tensor, (T,)."""
+        """Return :meth:`task_weights` as a tensor, (T,)."""
         if n_tasks not in self._tensors:
             self._tensors[n_tasks] = PerDevice(self.task_weights(n_tasks))
         return self._tensors[n_tasks].on(device, dtype)
 
     def weights(self, M: Tensor) -> Tensor:
-        """The fixed weights, for every Gramian in the batch; see :meth:`Aggregator.weights`."""
+        """Return the fixed weights, for every Gramian in the batch; see :meth:`Aggregator.weights`."""
         check_gramian(M)
         return self.weights_like(M.shape[-1], M.dtype, M.device).expand(M.shape[:-1]).clone()
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The update wᵀ J; see :meth:`Aggregator.forward`. The Gramian is not computed: nothing needs it."""
+        """Return the update wᵀ J; see :meth:`Aggregator.forward`. The Gramian is not computed: nothing needs it."""
         check_matrix(J, offsets)
         w = self.weights_like(J.shape[0], torch.float64, J.device)
         return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets)
@@ -56,7 +58,7 @@ class Constant(Scalarization):
         self._weights = _checked(weights)
 
     def task_weights(self, n_tasks: int) -> list[float]:
-        """The given weights."""
+        """Return the given weights."""
         if len(self._weights) != n_tasks:
             raise ValueError(f"weights has {len(self._weights)} entries for {n_tasks} tasks: {self._weights}")
         return self._weights
@@ -77,7 +79,7 @@ class Sum(Scalarization):
         self._given = None if weights is None else Constant(weights)
 
     def task_weights(self, n_tasks: int) -> list[float]:
-        """The given weights, or ones."""
+        """Return the given weights, or ones."""
         return [1.0] * n_tasks if self._given is None else self._given.task_weights(n_tasks)
 
     def __repr__(self) -> str:
@@ -88,7 +90,7 @@ class Mean(Scalarization):
     """The mean of the task gradients over all T tasks, absent ones counted as zero."""
 
     def task_weights(self, n_tasks: int) -> list[float]:
-        """1/T for each task."""
+        """Return 1/T for each task."""
         return [1.0 / n_tasks] * n_tasks
 
     def __repr__(self) -> str:

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gradkern.ops import combine, gramian, project
+from gradkern.ops import combine, gramian, operators, project
+from gradkern.ops.arguments import TaskGrads
+from gradkern.ops.dtypes import arithmetic_dtype
 
 SHAPES = [(1, 1000), (3, 200_001), (17, 32_000)]
 """T x P: in one block of memory and in several, whole chunks and a rest."""
@@ -18,7 +20,7 @@ Results = tuple[Tensor, ...]
 
 
 def differences() -> Iterator[str]:
-    """Whatever changes the bits of a Gramian, a combination or a projection, in words."""
+    """Give everything that changes the bits of a Gramian, a combination or a projection, in words."""
     for T, P in SHAPES:
         for dtype in DTYPES:
             J = torch.randn((T, P), dtype=torch.float64, device="cpu").to(dtype)
@@ -39,12 +41,9 @@ def _of_matrix(J: Tensor, w: Tensor) -> Results:
 
 
 def _of_tensors(J: Tensor, w: Tensor) -> Results:
-    ops = torch.ops.gradkern
-    rows, out, projected = [row.clone() for row in J], torch.empty_like(J[0]), torch.empty_like(J[0])
-    arithmetic = w.to(torch.float64 if J.dtype == torch.float64 else torch.float32)
-    ops.combine(rows, arithmetic, [0], [out])
-    ops.project(rows, arithmetic.unsqueeze(0), [0], [projected])
-    return ops.gramian(rows, [0], 1)[0], out, projected
+    rows, out = TaskGrads([row.clone() for row in J], [0], 1), torch.empty_like(J[0])
+    operators.combine_tensors(rows, w.to(arithmetic_dtype(J.dtype)), [out], None, None)
+    return operators.gramian_tensors(rows, None)[0], out, out
 
 
 def _moved(J: Tensor, offset: int) -> Tensor:

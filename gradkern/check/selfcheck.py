@@ -1,4 +1,4 @@
-"""``gradkern info``: what is installed, what serves which device and why, and whether every operator is right here.
+"""``gradkern info``: versions, the back end of each device and why, and a check of every operator.
 
 Each operator runs on every device in every dtype and is compared with :mod:`gradkern.reference`, which computes in
 float64 on the CPU. An error is measured against the size of the terms that were summed, not against their sum, which
@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 import gradkern
-from gradkern.check import processor
+from gradkern.check import (
+    cases,  # noqa: F401  (has the operators checked)
+    processor,
+)
 from gradkern.check.bits import differences
-from gradkern.check.cases import CHECKS
-from gradkern.ops import backend
-from gradkern.ops.schema import DTYPES
+from gradkern.ops import backend, registry
+from gradkern.ops.dtypes import DTYPES
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""How far a result may be off, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to 2048
+"""Largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to 2048
 random terms at a time, whose roundings cancel but for some sqrt(2048) of 6e-8. bfloat16 and float16: the arithmetic is
 float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is allowed."""
 
@@ -40,15 +42,15 @@ def info() -> int:
     print(_line("", "", [_short(dtype) for dtype in DTYPES]))
     failed = 0
     for device in devices():
-        for operator in CHECKS:
+        for operator in implemented(device.type):
             outcome = check(operator, device)
             failed += outcome.problem is not None
             errors = [f"{outcome.errors[d]:.1e}" if d in outcome.errors else "-" for d in DTYPES]
             print(f"{_line(operator, str(device), errors)}  {outcome.verdict}", flush=True)
     difference = other_bits()
-    told = "the same" if difference is None else f"DIFFERENT, {difference}"
-    print(f"{'bits':17}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {told}")
-    n = len(CHECKS) * len(devices())
+    verdict = "the same" if difference is None else f"DIFFERENT, {difference}"
+    print(f"{'bits':17}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {verdict}")
+    n = sum(len(implemented(device.type)) for device in devices())
     print(
         f"{failed} of {n} checks FAILED"
         if failed
@@ -58,7 +60,7 @@ def info() -> int:
 
 
 def versions() -> dict[str, str]:
-    """What is installed, by name; for Triton, why it is not."""
+    """Return the installed versions by name; for Triton, why there is none."""
     try:
         import triton
 
@@ -75,7 +77,7 @@ def versions() -> dict[str, str]:
 
 
 def on_the_cpu() -> dict[str, str]:
-    """What decides how CPU tensors are computed with, by name."""
+    """Return what decides how CPU tensors are computed, by name."""
     return {
         "processor": processor.described(),
         "BLAS": f"{processor.blas()}, code path: {processor.dispatch()}",
@@ -84,12 +86,12 @@ def on_the_cpu() -> dict[str, str]:
 
 
 def devices() -> list[torch.device]:
-    """The CPU and every CUDA (or ROCm) device."""
+    """Return the CPU and every CUDA (or ROCm) device."""
     return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
 
 
 def describe(device: torch.device) -> str:
-    """What kind of device this is."""
+    """Return the kind of a device."""
     if device.type == "cpu":
         return platform.machine()
     properties = torch.cuda.get_device_properties(device)
@@ -100,11 +102,11 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the check of an operator found.
+    """Result of an operator's check.
 
     Attributes:
         errors: the largest error in each dtype that was reached.
-        problem: what is wrong, or None.
+        problem: the first wrong result, in words, or None.
     """
 
     errors: dict[torch.dtype, float]
@@ -116,8 +118,17 @@ class Outcome:
         return "OK" if self.problem is None else f"FAILED: {self.problem}"
 
 
+def implemented(device_type: str) -> list[str]:
+    """Return the names of the operators that some back end computes on devices of a type."""
+    return [
+        name
+        for name, op in registry.operators.items()
+        if device_type in op.implementations or registry.DEFAULT in op.implementations
+    ]
+
+
 def check(operator: str, device: torch.device) -> Outcome:
-    """Compare an operator, one of ``CHECKS``, with the reference. Whatever it raises is a failure too."""
+    """Compare an operator with the reference. An exception is a failure too."""
     errors: dict[torch.dtype, float] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -128,19 +139,21 @@ def check(operator: str, device: torch.device) -> Outcome:
 
 
 def other_bits() -> str | None:
-    """The first thing that changes bits on the CPU though it changes no number, in words; None if nothing does."""
+    """Return the first change of bits on the CPU that no number explains, in words; None if there is none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             return next(differences(), None)
-        except Exception as error:  # of an operator whose own check tells more
+        except Exception as error:  # its operator's own check says more
             return f"{type(error).__name__}: {error}"
 
 
 def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:
-    """Results that are further off than allowed, in words. ``errors`` takes the largest error of each dtype so far."""
+    """Give the results whose error is too large, in words. ``errors`` takes the largest error of each dtype so far."""
+    compare = registry.operators[operator].cases
+    assert compare is not None, f"{operator} has no cases"
     for dtype in DTYPES:
-        for result, expected, size in CHECKS[operator](dtype, device):
+        for result, expected, size in compare(dtype, device):
             error, allowed = _error(result, expected, size), ALLOWED[result.dtype]
             right = error <= allowed  # NaN is not
             errors[dtype] = max(errors.get(dtype, 0.0), error) if right else error
@@ -149,7 +162,7 @@ def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]
 
 
 def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
-    """The largest |result - expected| / size; NaN if any entry is."""
+    """Return the largest |result - expected| / size; NaN if any entry is."""
     if result.shape != expected.shape:
         raise ValueError(f"shape {tuple(result.shape)} in place of {tuple(expected.shape)}")
     error = (result.double().cpu() - expected).abs()

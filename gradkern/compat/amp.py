@@ -5,7 +5,6 @@ of the rows, lets the scaler unscale the one result and step, and drops them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.losses import Loss, Losses, Pass
 from gradkern.gradients.parameters import parameters
 from gradkern.step.backward import add_up
-from gradkern.step.backward import step as surgery
+from gradkern.step.options import Options
+from gradkern.step.pipeline import run
+from gradkern.step.sinks import GradSink
 
 
 class _Accumulating:
@@ -75,9 +76,9 @@ class _Accumulating:
             raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
         scaled = [self._scaled(loss) for loss in losses]
         if self.cpu_offload:
-            add_up(self._rows, partial(_ToHost, scaled, self._trained()), self._stand_ins())
+            add_up(self._rows, _ToHost(scaled, self._trained()), self._host_params())
         else:
-            add_up(self._rows, partial(Losses, scaled, False), self._params())
+            add_up(self._rows, Losses(scaled, retain_graph=False), self._params())
 
     def step(self) -> None:
         """Write the surgery of the rows to ``.grad``, over what stands there, drop them, step, and clear ``.grad``.
@@ -89,14 +90,8 @@ class _Accumulating:
         if not any(self._rows.present):
             raise RuntimeError("step() without a backward() before it: there are no gradients to step along")
         self._optimizer.zero_grad()
-        surgery(
-            lambda device: self._rows,
-            self._stand_ins() if self.cpu_offload else self._params(),
-            aggregator=self._method,
-            groups="model",
-            shared=None,
-            suppression=None,
-        )
+        params = self._host_params() if self.cpu_offload else self._params()
+        run(self._rows, GradSink(), Options(self._method), params)
         for p, host in self._hosts.items():
             p.grad = None if host.grad is None else host.grad.to(p.device)
         self._forget()
@@ -149,8 +144,8 @@ class _Accumulating:
     def _trained(self) -> list[Tensor]:
         return [p for p in self._params() if p.requires_grad]
 
-    def _stand_ins(self) -> list[Tensor]:
-        """For each trained parameter one in host memory, to which its rows belong; its own values nobody reads."""
+    def _host_params(self) -> list[Tensor]:
+        """Return for each trained parameter one in host memory, to which its rows belong; its own values are not read."""
         trained = self._trained()
         for p in trained:
             if p not in self._hosts:
@@ -252,15 +247,22 @@ class GradVacAMP(_Accumulating):
 
 
 class _ToHost(Losses):
-    """Losses whose gradients by ``on_device`` are handed out in host memory, for stand-ins there."""
+    """Losses whose gradients by ``on_device`` are handed out in host memory, for parameters there."""
 
-    def __init__(self, losses: Sequence[Loss], on_device: Sequence[Tensor], device: torch.device) -> None:
-        super().__init__(losses, False, on_device[0].device)
+    def __init__(self, losses: Sequence[Loss], on_device: Sequence[Tensor]) -> None:
+        super().__init__(losses, retain_graph=False)
         self.on_device = on_device
 
+    def open(self, device: torch.device) -> None:
+        """Check the losses, which are on the device of the parameters that they reach."""
+        super().open(self.on_device[0].device)
+
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """As :meth:`Losses.passes`."""
-        for i, value, grads in super().passes(self.on_device):
+        """Run :meth:`Losses.passes` on the device."""
+        for i, grads in super().passes(self.on_device):
             row = [None if g is None else g.cpu() for g in grads]
             del grads  # not alive beside the next task's
-            yield i, value.cpu(), row
+            value = self.values[i]
+            assert value is not None
+            self.values[i] = value.cpu()
+            yield i, row

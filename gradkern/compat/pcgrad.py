@@ -5,7 +5,7 @@ onto the task's own original gradient too. By default none of this is so here; a
 """
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.gradients.losses import Loss
+from gradkern.gradients.losses import Loss, Source
+from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
-from gradkern.modifiers.suppression import Mask
 from gradkern.optim import SurgeryOptimizer
-from gradkern.step import rows
-from gradkern.step.backward import TaskGradients
-from gradkern.step.rows import Column
+from gradkern.step.options import Options
+from gradkern.step.rows import Rows
+from gradkern.step.sinks import GradSink, Sink
 from gradkern.step.surgery import Outcome
 
 MODES = (None, "original", "pytorch_optimizer")
@@ -78,15 +78,15 @@ class PCGrad(SurgeryOptimizer):
                     p.grad = torch.zeros_like(p)
         return info
 
-    def _surgery(
-        self, source: Callable[[torch.device], TaskGradients], one_pass: Any = None, outside_too: bool = False
-    ) -> SurgeryInfo:
-        if self.compat is not None:
-            one_pass, self.shared = _Reduction(self.reduction), self._tensors()
-        return super()._surgery(source, one_pass, outside_too)
+    def _options(self) -> Options:
+        options = super()._options()
+        return options if self.compat is None else replace(options, shared=self._tensors())
 
-    def _in_one_pass(self, measured: bool) -> bool:
-        return self.compat is None and super()._in_one_pass(measured)
+    def _grad_sink(self, source: Source) -> Sink:
+        return super()._grad_sink(source) if self.compat is None else _ReductionSink(self.reduction)
+
+    def _is_fused(self, measured: bool) -> bool:
+        return self.compat is None and super()._is_fused(measured)
 
     def __reduce__(self) -> tuple[Any, ...]:  # the arguments are others than SurgeryOptimizer's
         return partial(type(self), compat=self.compat), (self.optimizer, self.reduction)
@@ -119,22 +119,27 @@ def _coefficients(M: list[list[float]]) -> list[list[float]]:
     return C
 
 
-class _Reduction:
+class _ReductionSink(GradSink):
     """Takes the combination into ``.grad``: reduced for parameters that all tasks reach, summed for all others."""
+
+    combines = False
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
 
-    def check(self, columns: Sequence[Column]) -> None:
+    def check(self, rows: Rows) -> None:
         """Raise for an absent task."""
-        for t, row in enumerate(zip(*(c.grads for c in columns), strict=True)):
+        for t, row in enumerate(zip(*(c.grads for c in rows.columns), strict=True)):
             if all(g is None for g in row):
                 raise ValueError(f"objectives[{t}] must not be None: with compat, every task takes part in every step")
 
-    def take(self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None) -> None:
-        """Write, as :meth:`gradkern.backward.OnePass.take`."""
+    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+        """Combine the rows, of which those with a missing gradient count as unshared."""
+        assert rows is not None
         w = outcome.solution.weights
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
-        by_reach = [replace(c, segment=None) if any(g is None for g in c.grads) else c for c in columns]
-        for p, g in rows.combine(by_reach, w, summed, mask)[0]:
-            p.grad = rows.added(p.grad, g).detach()
+        by_reach = [replace(c, segment=None) if any(g is None for g in c.grads) else c for c in rows.columns]
+        self._results, self._kept = replace(rows, columns=by_reach).combine(w, summed)
+
+    def finish(self) -> None:
+        """Call no hooks: in these modes post-accumulate hooks do not run."""

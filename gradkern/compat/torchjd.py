@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import check_gramian
-from gradkern.ops import combine, eager, gramian
+from gradkern.ops import combine, gramian, operators
 from gradkern.ops.capture import capturing
-from gradkern.ops.schema import arithmetic_dtype
+from gradkern.ops.dtypes import arithmetic_dtype
 
 try:
     import torchjd.aggregation as theirs
@@ -77,7 +77,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
         M = _computable(gramian)
         T = len(M)
         keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
-        return eager.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
+        return operators.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
 
 
 class PCGrad(theirs.PCGrad, GramianWeightedAggregator):
@@ -108,8 +108,8 @@ class GradVacWeighting(theirs.GradVacWeighting):
             targets = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
         else:
             targets = self._phi_t.to(M.device, torch.float64, copy=True)
-        moving = M.isfinite().all().expand(T)
-        C = eager.gradvac(M.unsqueeze(0), keys, targets.unsqueeze(0), moving, float(self.beta))
+        update_mask = M.isfinite().all().expand(T)
+        C = operators.gradvac(M.unsqueeze(0), keys, targets.unsqueeze(0), update_mask, float(self.beta))
         self._phi_t = targets
         return C[0].sum(0).to(gramian.dtype)
 

@@ -8,31 +8,32 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients.losses import Losses, Pass, stacked
+from gradkern.gradients.param_grads import added, has_its_memory_alone, readable
 from gradkern.info import SurgeryInfo
-from gradkern.step import rows
 
 
 class Accumulation:
-    """What ``SurgeryOptimizer.accumulate`` gives: the tasks' gradients so far, and in the end what came of them.
+    """Sums of the tasks' gradients, and the result of their surgery; yielded by ``SurgeryOptimizer.accumulate``.
 
     Attributes:
         info: of the surgery, once the block is left; its ``losses`` are the sums of the micro-batches'. None before,
             and where there was no backward pass.
+        values: the sums of the tasks' losses so far, detached; None for a task that has had none.
     """
 
     def __init__(self) -> None:
         self.info: SurgeryInfo | None = None
-        self._losses: list[Tensor | None] = []
+        self.values: list[Tensor | None] = []
         self._rows: list[dict[Tensor, Tensor]] = []
         self._broken = False
 
     @property
     def present(self) -> list[bool]:
         """Which tasks have had a loss."""
-        return [loss is not None for loss in self._losses]
+        return [loss is not None for loss in self.values]
 
     def add(self, losses: Losses, targets: Sequence[Tensor]) -> SurgeryInfo:
-        """Add the gradients of a micro-batch; its losses, with weights of zero, for nothing is updated yet.
+        """Add the gradients of a micro-batch, and return its losses, with weights of zero: nothing is updated yet.
 
         Raises:
             ValueError: ``losses`` is of another number of tasks than those before.
@@ -42,21 +43,22 @@ class Accumulation:
         n_tasks = len(losses.present)
         self.expect(n_tasks)
         self._rows = self._rows or [{} for _ in range(n_tasks)]
-        values: list[Tensor | None] = [None] * n_tasks
-        for i, value, found in losses.passes(targets):
-            values[i] = value
+        for i, found in losses.passes(targets):
             self._broken = True  # if a later pass raises, some tasks' gradients have been added and others' not
             with torch.no_grad():
-                _add(self._rows[i], targets, rows.readable(found, targets))
+                _add(self._rows[i], targets, readable(found, targets))
             del found  # not alive beside the next task's
         self._broken = False
-        self._add_losses(values)
-        return SurgeryInfo(stacked(values, targets[0]), None, torch.zeros(n_tasks, device=targets[0].device))
+        self._add_losses(losses.values)
+        return SurgeryInfo(stacked(losses.values, targets[0]), None, torch.zeros(n_tasks, device=targets[0].device))
 
     def took(self, present: Sequence[bool], info: SurgeryInfo) -> None:
-        """Note a micro-batch whose gradients were not to be added up here, and are in ``.grad`` already."""
+        """Note a micro-batch whose gradients are not added up here, because they are in ``.grad`` already."""
         self._add_losses([loss if here else None for loss, here in zip(info.losses, present, strict=True)])
-        self.info = replace(info, losses=stacked(self._losses, info.losses))
+        self.info = replace(info, losses=stacked(self.values, info.losses))
+
+    def open(self, device: torch.device) -> None:
+        """Do nothing: the micro-batches were checked as they came."""
 
     def check(self) -> None:
         """Raise RuntimeError if a micro-batch has been added in part."""
@@ -67,22 +69,22 @@ class Accumulation:
             )
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """Each present task's number, the sum of its losses, and the sums of its gradients, which are given away."""
-        for i, loss in enumerate(self._losses):
+        """Give away each present task's sums of gradients."""
+        for i, loss in enumerate(self.values):
             if loss is not None:
-                yield i, loss, [self._rows[i].pop(p, None) for p in targets]
+                yield i, [self._rows[i].pop(p, None) for p in targets]
 
     def expect(self, n_tasks: int) -> None:
         """Raise ValueError if the micro-batches before were of another number of tasks."""
-        self._losses = self._losses or [None] * n_tasks
-        if n_tasks != len(self._losses):
-            raise ValueError(f"losses has {n_tasks} entries; those before in this block had {len(self._losses)}")
+        self.values = self.values or [None] * n_tasks
+        if n_tasks != len(self.values):
+            raise ValueError(f"losses has {n_tasks} entries; those before in this block had {len(self.values)}")
 
     def _add_losses(self, values: Sequence[Tensor | None]) -> None:
         for i, value in enumerate(values):
-            before = self._losses[i]
+            before = self.values[i]
             if value is not None:
-                self._losses[i] = value if before is None else before + value
+                self.values[i] = value if before is None else before + value
 
 
 def _add(row: dict[Tensor, Tensor], params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -93,8 +95,8 @@ def _add(row: dict[Tensor, Tensor], params: Sequence[Tensor], grads: Sequence[Te
         before = row.get(p)
         if before is None:
             # It will be added to in place: so not memory in which another gradient lies too.
-            row[p] = g if g.is_sparse or (times[id(g)] == 1 and rows.has_its_memory_alone(g)) else g.clone()
+            row[p] = g if g.is_sparse or (times[id(g)] == 1 and has_its_memory_alone(g)) else g.clone()
         elif before.is_sparse or g.is_sparse:
-            row[p] = rows.added(before, g)
+            row[p] = added(before, g)
         else:
             before += g

@@ -18,45 +18,50 @@ Features = Tensor | Sequence[Tensor]
 
 
 class LossesOnFeatures(Losses):
-    """As :class:`Losses`, of tasks that meet nowhere below their heads but in ``features``.
+    """Losses of tasks that meet nowhere below their heads but in ``features``.
 
     Args:
         losses: one entry per task; callables too find the features there.
-        features: what the trunk gives to the heads. Those that do not require grad have no trunk to train.
+        features: the trunk's output, which the heads take. Those that do not require grad have no trunk to train.
         batched: send the tasks through the trunk together, by :func:`torch.func.vmap`'s rules.
         retain_graph: keep all graphs.
-        device: the parameters'.
-
-    Raises:
-        TypeError, ValueError: as :class:`Losses`, or ``features`` is not as said above.
     """
 
-    def __init__(
-        self, losses: Sequence[Loss], features: Features, batched: bool, retain_graph: bool, device: torch.device
-    ) -> None:
-        super().__init__(losses, retain_graph, device)
-        if not isinstance(batched, bool):
-            raise TypeError(f"batched must be True or False, got {batched!r}")
-        self.features = [h for h in _checked(features) if h.requires_grad]
+    one_graph_each = False
+
+    def __init__(self, losses: Sequence[Loss], features: Features, batched: bool, retain_graph: bool) -> None:
+        super().__init__(losses, retain_graph)
+        self.given_features = features
+        self.features: list[Tensor] = []
         self.batched = batched
 
+    def open(self, device: torch.device) -> None:
+        """Check the losses and the features.
+
+        Raises:
+            TypeError, ValueError: as :meth:`Losses.open`, or ``features`` or ``batched`` is not as said above.
+        """
+        super().open(device)
+        if not isinstance(self.batched, bool):
+            raise TypeError(f"batched must be True or False, got {self.batched!r}")
+        self.features = [h for h in _checked(self.given_features) if h.requires_grad]
+
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """See :meth:`Losses.passes`; all heads run before the first task's gradients are there."""
+        """Run :meth:`Losses.passes`; all heads run before the first task's gradients are there."""
         trunk = self._trunk(targets)
         below = [k for k, p in enumerate(targets) if p in trunk]
         above = [k for k, p in enumerate(targets) if p not in trunk]
-        values: dict[int, Tensor] = {}
         rows: dict[int, list[Tensor | None]] = {}
         tangents: dict[int, Sequence[Tensor | None]] = {}
-        for i, value, found in self._head_passes([targets[k] for k in above], trunk):
-            values[i], tangents[i] = value, found[: len(self.features)]
+        for i, found in self._head_passes([targets[k] for k in above], trunk):
+            tangents[i] = found[: len(self.features)]
             rows[i] = [None] * len(targets)
             for k, g in zip(above, found[len(self.features) :], strict=True):
                 rows[i][k] = g
         for i, found in self._trunk_passes(tangents, [targets[k] for k in below]):
             for k, g in zip(below, found, strict=True):
                 rows[i][k] = g
-            yield i, values[i], rows.pop(i)
+            yield i, rows.pop(i)
 
     def _trunk(self, targets: Sequence[Tensor]) -> set[Tensor]:
         """The targets that the features were computed from."""
@@ -70,10 +75,10 @@ class LossesOnFeatures(Losses):
         return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
 
     def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
-        """Each task's number, its loss, and its gradients by the features and the heads."""
+        """Give each task's number and its gradients by the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
         free = graph.freeable(self.entries, edges)
-        for i, value in self.values():
+        for i, value in self.graphs():
             past = [p for p in graph.leaves(value, edges) if p in trunk]
             if past:
                 raise ValueError(
@@ -84,15 +89,15 @@ class LossesOnFeatures(Losses):
             found = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
             if all(g is None for g in found):
                 raise unreached(i)
-            yield i, value.detach(), found
+            yield i, found
             del value  # a callable's graph ends here
 
     def _trunk_passes(
         self, tangents: dict[int, Sequence[Tensor | None]], targets: Sequence[Tensor]
     ) -> Iterator[tuple[int, Sequence[Tensor | None]]]:
-        """Each task's number and its gradients by the trunk. Only features that a task reaches make it reach a target.
+        """Give each task's number and its gradients by the trunk.
 
-        So tasks that reach the same features go together; the graph is freed by the last of them.
+        Only features that a task reaches make it reach a target. So tasks that reach the same features go together; the graph is freed by the last of them.
         """
         reached = {i: [k for k, g in enumerate(found) if g is not None] for i, found in tangents.items()}
         reach = reached.__getitem__

@@ -1,6 +1,7 @@
 """The losses of a step: checked, and turned into task gradients one backward pass after another."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -8,28 +9,61 @@ from torch import Tensor
 from gradkern.gradients import aliasing, graph
 
 Loss = Tensor | Callable[[], Tensor] | None
-Pass = tuple[int, Tensor, Sequence[Tensor | None]]
-"""A task's number, its loss, detached, and its gradients, None for a target it does not reach."""
+Pass = tuple[int, Sequence[Tensor | None]]
+"""The number of a task and its gradients, None for a target that it does not reach."""
+
+
+class Source(Protocol):
+    """A source of the task gradients of a step."""
+
+    def open(self, device: torch.device) -> None:
+        """Check the source, whose gradients have to be on ``device``."""
+
+    @property
+    def present(self) -> list[bool]:
+        """Which tasks have a gradient in this step."""
+
+    @property
+    def values(self) -> list[Tensor | None]:
+        """The losses of the tasks, detached, once their gradients have been taken; None for an absent task."""
+
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+        """Give each present task's gradients for ``targets``, one task after another."""
 
 
 class Losses:
-    """The losses of a step, whose task gradients come from a backward pass each.
+    """Losses of a step, whose task gradients come from a backward pass each.
 
     Args:
         losses: one entry per task.
         retain_graph: keep all graphs.
-        device: the parameters'.
 
-    Raises:
-        TypeError, ValueError: ``losses`` is no sequence, is empty, has no task present, or an entry that is no loss,
-            as far as can be told before a callable has run.
+    Attributes:
+        entries: the losses as a list, once it is open.
+        values: as for :class:`Source`.
     """
 
-    def __init__(self, losses: Sequence[Loss], retain_graph: bool, device: torch.device) -> None:
-        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
-            raise TypeError(f"losses must be a sequence with one entry per task, got {type(losses).__name__}")
-        self.entries = list(losses)
+    one_graph_each = True
+    """Whether each callable makes a graph of its own, so that one is alive at a time."""
+
+    def __init__(self, losses: Sequence[Loss], retain_graph: bool) -> None:
+        self.given = losses
         self.retain_graph = retain_graph
+        self.entries: list[Loss] = []
+        self.values: list[Tensor | None] = []
+        self.device = torch.device("cpu")
+
+    def open(self, device: torch.device) -> None:
+        """Check the losses, as far as can be told before a callable has run.
+
+        Raises:
+            TypeError, ValueError: they are no sequence, empty, without any task, or hold an entry that is no loss on
+                ``device``.
+        """
+        if isinstance(self.given, Tensor) or not isinstance(self.given, Iterable):
+            raise TypeError(f"losses must be a sequence with one entry per task, got {type(self.given).__name__}")
+        self.entries = list(self.given)
+        self.values = [None] * len(self.entries)
         self.device = device
         if not self.entries:
             raise ValueError("losses is empty")
@@ -53,27 +87,29 @@ class Losses:
         return self.weighted_passes(targets, None)
 
     def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None) -> Iterator[Pass]:
-        """:meth:`passes`, each of which starts from the task's weight; None for 1."""
+        """Run :meth:`passes`, each of which starts from the task's weight; None for 1."""
         free = graph.freeable(self.entries)
-        for i, value in self.values():
+        for i, value in self.graphs():
             seed = None if weights is None else [torch.full_like(value, weights[i])]
             grads = differentiated(i, [value], targets, self.retain_graph or not free[i], seed)
             if all(g is None for g in grads):
                 raise unreached(i)
-            yield i, value.detach(), grads
+            yield i, grads
             del value, grads  # a callable's graph ends here, and gradients that are not kept
 
-    def values(self) -> Iterator[tuple[int, Tensor]]:
-        """Each present task's number and loss; callables run as their turn comes."""
+    def graphs(self) -> Iterator[tuple[int, Tensor]]:
+        """Give each present task's number and loss, with its graph; callables run as their turn comes."""
         for i, loss in enumerate(self.entries):
             if loss is None:
                 continue
             if isinstance(loss, Tensor):
+                self.values[i] = loss.detach()
                 yield i, loss
                 continue
             with torch.enable_grad():
                 value = _check(i, loss(), self.device)
             graph.refuse_reentrant(i, value)
+            self.values[i] = value.detach()
             yield i, value
             del value
 
@@ -85,7 +121,11 @@ def differentiated(
     retain_graph: bool,
     grads: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """The gradients of task ``i``'s ``outputs``, given those by them, for ``targets``; None for one not reached."""
+    """Return the gradients of task ``i``'s ``outputs`` for ``targets``, None for one not reached.
+
+    Args:
+        grads: the gradients by the outputs; None for ones.
+    """
     try:
         found = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
@@ -101,7 +141,7 @@ def differentiated(
 
 
 def unreached(i: int) -> ValueError:
-    """The error for a loss that was computed from no trainable parameter."""
+    """Return the error for a loss that was computed from no trainable parameter."""
     return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params")
 
 
@@ -120,7 +160,7 @@ def _check(i: int, loss: object, device: torch.device) -> Tensor:
 
 
 def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """(T,) on the device of ``like``; float64 if any loss is, else float32; NaN for an absent task."""
+    """Return (T,) on the device of ``like``; float64 if any loss is, else float32; NaN for an absent task."""
     present = [loss for loss in losses if loss is not None]
     dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in present) else torch.float32
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.step import rows
+from gradkern.gradients.param_grads import readable
 
 Row = dict[Tensor, Tensor]
 """The gradients of one task by parameter."""
 
 
 class Memory:
-    """What the optimizer remembers of its tasks: T rows, from the first step on."""
+    """The rows that an optimizer remembers, one of each of T tasks, from the first step on."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
@@ -30,13 +30,13 @@ class Memory:
     def recall(
         self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
     ) -> list[Sequence[Tensor | None]]:
-        """``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
+        """Return ``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
         known = list(grads)
         for t, row in enumerate(self._rows):
             if not present[t]:
                 # A parameter may since have got other strides, another dtype or device.
                 old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
-                known[t] = rows.readable(old, params)
+                known[t] = readable(old, params)
         return known
 
     def remember(
@@ -49,11 +49,11 @@ class Memory:
                 self._rows[t] = {p: _alone(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
 
     def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """T rows of one gradient, or None, for each of ``params``."""
+        """Return T rows of one gradient, or None, for each of ``params``."""
         return [[row.get(p) for p in params] for row in self._rows]
 
     def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave, moved to where the parameters are.
+        """Load a :meth:`state_dict`, moved to where the parameters are.
 
         Raises:
             ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
@@ -73,14 +73,14 @@ class Memory:
 
 
 def _alone(g: Tensor) -> Tensor:
-    """``g``, or a copy of it if it would keep alive the memory of a larger tensor that it is a view of."""
+    """Return ``g``, or a copy of it if it would keep alive the memory of a larger tensor that it is a view of."""
     if g.layout != torch.strided or g.untyped_storage().nbytes() <= g.numel() * g.element_size():
         return g
     return g.clone()
 
 
 def bools_on(values: Sequence[bool], device: torch.device) -> Tensor:
-    """``values`` as (T,) bool on ``device``, by fills: a copy from the host waits, and a captured graph loses it."""
+    """Return ``values`` as (T,) bool on ``device``, by fills: a copy from the host waits, and a captured graph loses it."""
     often = sum(values) > len(values) / 2
     result = torch.full((len(values),), often, dtype=torch.bool, device=device)
     for i, value in enumerate(values):

@@ -1,14 +1,14 @@
-"""The parameters of a step: what the user gave, checked, named and numbered into groups."""
+"""The parameters of a step: checked, named, numbered into groups, and shared between tasks or not."""
 
 import sys
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradkern.ops.schema import DTYPES
+from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 Groups = str | Callable[[str], Hashable]
@@ -21,7 +21,7 @@ class Parameters:
     Attributes:
         tensors: n leaf tensors.
         names: their names, or None where the user gave tensors only.
-        argument: what the user calls them.
+        argument: the name of the argument that they came in.
     """
 
     tensors: list[Tensor]
@@ -29,7 +29,7 @@ class Parameters:
     argument: str
 
     def name(self, k: int) -> str:
-        """What to call parameter k in an error message."""
+        """Return what an error message calls parameter k."""
         return f"{self.argument}[{k}]" if self.names is None else repr(self.names[k])
 
 
@@ -63,7 +63,7 @@ def parameters(params: Params) -> Parameters:
 
 
 def read(argument: str, params: Params) -> Parameters:
-    """Tensors and names from a Module, tensors or (name, tensor) pairs."""
+    """Read tensors and names from a Module, tensors or (name, tensor) pairs."""
     if isinstance(params, nn.Module):
         params = params.named_parameters()
     if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
@@ -80,7 +80,7 @@ def read(argument: str, params: Params) -> Parameters:
 
 
 def subset(shared: Params, given: Parameters) -> set[Tensor]:
-    """``shared`` in any form, as a set of tensors of ``given``.
+    """Return ``shared``, in any form, as a set of tensors of ``given``.
 
     Raises:
         TypeError, ValueError: not in a form of ``params``, or holding a tensor that is not among them.
@@ -113,7 +113,7 @@ def _has_overlap(g: Tensor) -> bool:
 
 
 def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
-    """The group of each parameter, numbered by first appearance, and the number of groups.
+    """Return the group of each parameter, numbered by first appearance, and the number of groups.
 
     Raises:
         TypeError: ``groups`` is neither a string nor a function.
@@ -146,3 +146,54 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
 
 def _owning_module(name: str) -> str:
     return name.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The trained parameters of a step: their groups, and whether tasks share them.
+
+    Attributes:
+        tensors: n parameters that require grad.
+        places: the place of each among all parameters given.
+        segments: the group of each.
+        n_segments: S, the number of groups of all parameters given.
+        numels: the number of elements of all parameters given, frozen ones too.
+        named: the shared parameters, where the user names them; None for those that two tasks reach.
+    """
+
+    tensors: list[Tensor]
+    places: list[int]
+    segments: list[int]
+    n_segments: int
+    numels: list[int]
+    named: set[Tensor] | None
+
+    @classmethod
+    def of(cls, params: Params, groups: Groups, shared: Params | None) -> "Targets":
+        """Read and check what the user gave.
+
+        Raises:
+            TypeError, ValueError: as :func:`parameters`, :func:`segments` and :func:`subset`.
+        """
+        given = parameters(params)
+        numbers, n_segments = segments(given, groups)
+        named = None if shared is None else subset(shared, given)
+        places = [k for k, p in enumerate(given.tensors) if p.requires_grad]
+        tensors = [given.tensors[k] for k in places]
+        numels = [p.numel() for p in given.tensors]
+        return cls(tensors, places, [numbers[k] for k in places], n_segments, numels, named)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all parameters."""
+        return self.tensors[0].device
+
+    def are_shared(self, grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
+        """Return which parameters are under surgery: those named, else those that at least two tasks reach.
+
+        Args:
+            grads: T rows of n gradients, None where a task does not reach a parameter.
+        """
+        if self.named is not None:
+            return [p in self.named for p in self.tensors]
+        return [sum(g is not None for g in column) > 1 for column in zip(*grads, strict=True)]

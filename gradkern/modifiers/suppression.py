@@ -1,4 +1,4 @@
-"""Gradient suppression: what is masked, and the counter-based random stream that decides it.
+"""Gradient suppression: entries of the gradients dropped at random, by a counter-based random stream.
 
 Which entries a step drops is a function of seed, step and position, evaluated wherever it is needed: no mask is stored,
 the Gramian and the combination of a step draw the same one, and so does a run that is resumed.
@@ -14,20 +14,20 @@ from torch import Tensor
 SCOPES = ("update", "all")
 
 
-class Mask(NamedTuple):
-    """A step's mask, as the operators take it: ``ops/schema.py`` says what each number is.
+class MaskState(NamedTuple):
+    """The mask of a step over whatever parameters; see :class:`gradkern.ops.arguments.Mask`.
 
     Attributes:
         block: entries of a unit.
-        words: (3,) int64, on the device: seed, step and threshold.
+        state: (3,) int64, on the device: seed, step and threshold.
     """
 
     block: int
-    words: Tensor
+    state: Tensor
 
     def advance(self) -> None:
-        """Have its stream go on to the next step, on the device, so that a captured CUDA graph does at each replay."""
-        self.words[1].add_(1)
+        """Go on to the next step, on the device, so that a captured CUDA graph does at each replay."""
+        self.state[1].add_(1)
 
 
 class Suppression:
@@ -61,24 +61,24 @@ class Suppression:
         self.block = block
         self.scope = scope
         self.seed = _checked("seed", seed, 2**64)
-        self._words = self._fresh(seed, 0)
+        self._state = self._fresh(seed, 0)
 
-    def mask(self, device: torch.device) -> Mask:
-        """The mask of the present step, on ``device``."""
+    def mask(self, device: torch.device) -> MaskState:
+        """Return the mask of the present step, on ``device``."""
         if device.type == "meta":
-            return Mask(self.block, self._words.to(device))  # a step without numbers leaves no trace
-        if self._words.device != device:
-            self._words = self._words.to(device)  # once, at the first step
-        return Mask(self.block, self._words)
+            return MaskState(self.block, self._state.to(device))  # a step without numbers leaves no trace
+        if self._state.device != device:
+            self._state = self._state.to(device)  # once, at the first step
+        return MaskState(self.block, self._state)
 
     def first_units(self, numels: Sequence[int]) -> list[int]:
-        """The number of each parameter's first unit: ⌈numel / block⌉ units each, in whole fours."""
+        """Return the number of each parameter's first unit: ⌈numel / block⌉ units each, in whole fours."""
         fours = [-(-numel // (4 * self.block)) for numel in numels]
         return [4 * n for n in accumulate(fours, initial=0)][:-1]
 
     def state_dict(self) -> dict[str, int]:
-        """Seed and step: where the stream of masks goes on."""
-        return {"seed": self.seed, "step": int(self._words[1])}
+        """Return seed and step: the place where the stream of masks goes on."""
+        return {"seed": self.seed, "step": int(self._state[1])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken.
@@ -90,7 +90,7 @@ class Suppression:
             raise ValueError(f"state_dict must hold 'seed' and 'step', got {state_dict!r}")
         seed, step = _checked("seed", state_dict["seed"], 2**64), _checked("step", state_dict["step"], 2**63)
         self.seed = seed
-        self._words.copy_(self._fresh(seed, step))  # in place: a captured CUDA graph reads it there
+        self._state.copy_(self._fresh(seed, step))  # in place: a captured CUDA graph reads it there
 
     def _fresh(self, seed: int, step: int) -> Tensor:
         signed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits

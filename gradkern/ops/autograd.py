@@ -1,11 +1,11 @@
-"""The operators' derivatives, around them and not inside: each is one of the same operators again.
+"""Derivatives of the operators: each is one of the same operators again.
 
     M = J Jᵀ     dJ = (G + Gᵀ) J
     g = wᵀ J     dJ = w gᵀ           dw = J g
     Y = W J      dJ = Wᵀ G           dW = G Jᵀ
     K = A Bᵀ     dA = G B            dB = Gᵀ A
 
-K, the products of two matrices' rows, is there for these derivatives only.
+They are around the operators and not inside. K, the products of two matrices' rows, is there for them only.
 """
 
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.ops import backends  # noqa: F401  (registers the operators)
+from gradkern.ops import operators
 
-# The overload itself: looking for it among the others costs as much as a small product.
-_gramian_op = torch.ops.gradkern.gramian.default
-_combine_op = torch.ops.gradkern.combine.default
-_project_op = torch.ops.gradkern.project.default
-_cross_op = torch.ops.gradkern.cross.default
+_gramian_op = operators.gramian.overload
+_combine_op = operators.combine.overload
+_project_op = operators.project.overload
+_cross_op = operators.cross.overload
 
 
 class _Operator(torch.autograd.Function):

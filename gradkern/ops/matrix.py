@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from gradkern.ops import autograd
+from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.ops.offsets import check_offsets
-from gradkern.ops.schema import DTYPES, arithmetic_dtype
 
 
 def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whom PCGrad projects a task's gradient onto: see ``schema.py``."""
+"""Partners: the tasks onto whose gradients PCGrad projects a task's own; see the operator ``pcgrad``."""
 
 from torch import Tensor
 
@@ -7,10 +7,12 @@ ORDERED = ("all", "random")
 """Of the partners those that depend on an order; which the others are follows from the Gramian."""
 
 
-def check_partner(keys: Tensor | None, partner: str) -> None:
-    """Raise unless ``partner`` is one of those that there are, with keys if it depends on an order, else without."""
+def check_partner(order_keys: Tensor | None, partner: str) -> None:
+    """Raise unless ``partner`` is one of those that there are, with order_keys if it depends on an order, else without."""
     if partner not in PARTNERS:
         raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
-    if (keys is not None) != (partner in ORDERED):
+    if (order_keys is not None) != (partner in ORDERED):
         wanted = "given" if partner in ORDERED else "None"
-        raise ValueError(f"keys must be {wanted} with partner={partner!r}, got {'None' if keys is None else 'some'}")
+        raise ValueError(
+            f"order_keys must be {wanted} with partner={partner!r}, got {'None' if order_keys is None else 'some'}"
+        )

@@ -11,31 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.modifiers.suppression import Mask
-from gradkern.ops import eager
-from gradkern.ops.schema import DTYPES, arithmetic_dtype
-from gradkern.step import rows
-from gradkern.step.rows import Column
+from gradkern.gradients.param_grads import ParamGrads, Placement, by_parameter, new_grad_stride, readable, row_major
+from gradkern.modifiers.suppression import MaskState
+from gradkern.ops import operators
+from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
+from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
+from gradkern.step.rows import mask_over
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass
 class Combination:
-    """What a step goes along: Σ_t w[segment, t] g_t of each column.
+    """The direction of a step: Σ_t w[segment, t] g_t of each column.
 
     Attributes:
         columns: dense, with the strides of their parameters.
-        w: (S + 1, T), the weights of each group, and of what is outside surgery.
-        mask: what it drops becomes 0.
-        lr_scale: (), by which the learning rate is multiplied; None for 1.
+        w: (S + 1, T), the weights of each group, and of unshared parameters.
+        mask: entries that it drops become 0.
+        lr_scale: (), multiplies the learning rate; None for 1.
         found_inf: (), not 0 where the step is to change nothing; None for 0.
-        kept: (), how many entries the mask kept, once the step has been taken; None without one.
+        kept: (), the number of entries that the mask kept, once the step has been taken; None without one.
     """
 
-    columns: Sequence[Column]
+    columns: Sequence[ParamGrads]
     w: Tensor
-    mask: Mask | None = None
+    mask: MaskState | None = None
     lr_scale: Tensor | None = None
     found_inf: Tensor | None = None
     kept: Tensor | None = None
@@ -65,9 +66,9 @@ class AdamW(torch.optim.AdamW):
         fused: None or True.
     """
 
-    # Of the class, for copies are made without __init__.
+    # An attribute of the class, because copies are made without __init__.
     combination: Combination | None = None
-    """What the next step goes along, in place of ``.grad``; :meth:`check` has seen its columns."""
+    """The direction of the next step, in place of ``.grad``; :meth:`check` has seen its columns."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """A step along ``.grad``.
+        """Take a step along ``.grad``.
 
         Args:
             closure: computes the loss anew, and its result is returned.
@@ -116,15 +117,16 @@ class AdamW(torch.optim.AdamW):
         self._take(along)
         return loss
 
-    def check(self, columns: Sequence[Column]) -> None:
+    def check(self, columns: Sequence[ParamGrads]) -> None:
         """Raise, as :meth:`step` says, unless a step can be taken along ``columns``."""
         for c in columns:
             _check(c, self.state.get(c.param, {}))
 
     def _gradients(self) -> Combination:
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        row = rows.readable([p.grad for p in params], params)
-        columns = rows.columns(params, [row], [None] * len(params), [-1] * len(params), overwrite=False)
+        row = readable([p.grad for p in params], params)
+        unshared = Placement([None] * len(params), [-1] * len(params))
+        columns = by_parameter(params, [row], unshared, overwrite=False)
         self.check(columns)
         w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device if params else None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # of a GradScaler, as is found_inf
@@ -134,21 +136,21 @@ class AdamW(torch.optim.AdamW):
 
     def _take(self, along: Combination) -> None:
         columns = {c.param: c for c in along.columns}
-        batches: dict[tuple[Any, ...], list[Column]] = defaultdict(list)
+        batches: dict[tuple[Any, ...], list[ParamGrads]] = defaultdict(list)
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p in columns:
                     batches[i, p.device, p.dtype, columns[p].dtype].append(columns[p])
-        # What may raise, before anything changes.
+        # The reading of numbers may raise: it comes before anything changes.
         numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
+        if along.mask is not None:
+            along.kept = along.mask.state.new_zeros(())
         for (i, *_), batch in batches.items():
-            kept = self._take_batch(self.param_groups[i], numbers[i], batch, along)
-            if kept is not None:
-                along.kept = kept if along.kept is None else along.kept + kept
+            self._take_batch(self.param_groups[i], numbers[i], batch, along)
 
     def _take_batch(
-        self, group: dict[str, Any], numbers: list[float], batch: list[Column], along: Combination
-    ) -> Tensor | None:
+        self, group: dict[str, Any], numbers: list[float], batch: list[ParamGrads], along: Combination
+    ) -> None:
         params = [c.param for c in batch]
         device = params[0].device
         states = [self._state_of(p, group["amsgrad"]) for p in params]
@@ -162,18 +164,18 @@ class AdamW(torch.optim.AdamW):
             lr = group["lr"].reshape(()).to(device)
             lr_scale = lr if lr_scale is None else lr * lr_scale
         segments = [len(w) - 1 if c.segment is None else c.segment for c in batch]
-        grads, step = rows.row_major(batch), (params, moments, steps, found_inf, lr_scale, numbers)
-        if along.mask is None:
-            eager.adamw(grads, w, segments, *step)
-            kept = None
-        else:
-            block, words = along.mask.block, along.mask.words
-            kept = eager.adamw_masked(grads, w, segments, [c.unit for c in batch], block, words, *step)
+        operators.adamw(
+            TaskGrads(row_major(batch), segments, len(w)),
+            w,
+            AdamWState(params, moments, steps),
+            AdamWStep(found_inf, lr_scale, numbers),
+            mask_over(batch, along.mask),
+            along.kept,
+        )
         torch.autograd.graph.increment_version(params)  # a graph that has saved one must not be run again
-        return kept
 
     def _state_of(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        """Begun where there is none; and as it lies in memory beside ``p``, which may have been moved."""
+        """Return the state of ``p``, begun if there is none, and laid out as ``p``, which may have been moved."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -203,7 +205,7 @@ class AdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group.update(fused=True, foreach=None, differentiable=False)
 
-        # After what others' hooks make of the dictionary, and before those that look at what was loaded.
+        # It comes after others' hooks that change the dictionary, and before those that look at the loaded state.
         before = self.register_load_state_dict_pre_hook(keep)
         after = self.register_load_state_dict_post_hook(put, prepend=True)
         try:
@@ -214,13 +216,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def _numbers(group: dict[str, Any]) -> list[float]:
-    """lr, which a tensor multiplies, betas, weight decay and eps."""
+    """Return lr, which a tensor multiplies, betas, weight decay and eps."""
     lr = 1.0 if isinstance(group["lr"], Tensor) else group["lr"]
     return [float(number) for number in (lr, *group["betas"], group["weight_decay"], group["eps"])]
 
 
 def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
-    """A copy of a state's entry, as it is kept beside ``p``."""
+    """Return a copy of a state's entry, as it is kept beside ``p``."""
     value = torch.as_tensor(value).detach()
     if name == "step":
         return value.to(p.device, torch.float32, copy=True)
@@ -229,14 +231,14 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
 
 
-def _check(c: Column, state: Mapping[str, Tensor]) -> None:
+def _check(c: ParamGrads, state: Mapping[str, Tensor]) -> None:
     p = c.param
     name = f"a parameter of shape {tuple(p.shape)}"
     if c.sparse:
         raise TypeError(f"the gradient of {name} is sparse, which AdamW does not support: torch.optim.SparseAdam does")
     if p.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
         raise TypeError(f"{name} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
-    if p.stride() != rows.new_grad_stride(p):
+    if p.stride() != new_grad_stride(p):
         raise ValueError(f"{name} has strides {p.stride()}, with gaps between its numbers: AdamW steps dense memory")
     for moment in MOMENTS:
         if moment in state and state[moment].shape != p.shape:

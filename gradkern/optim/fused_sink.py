@@ -1,30 +1,30 @@
-"""From the weights of a step to the step itself, with no combined gradient in between.
+"""The sink of a fused step: from weights to the parameters, with no combined gradient in between.
 
-Its norm, which clipping asks for, follows from what is known: ‖wᵀJ‖² = wᵀ M w, group by group. And a gradient is finite
-if weights and dot products are, which gradient scalers ask for.
+The norm of the gradient, which clipping asks for, follows from the Gramian: ‖wᵀJ‖² = wᵀ M w, group by group. And a
+gradient is finite if weights and dot products are, which gradient scalers ask for.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.modifiers.suppression import Mask
+from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination
-from gradkern.step.rows import Column, share
+from gradkern.step.rows import Rows, kept_share
 from gradkern.step.surgery import Outcome
 
 
-class OnePass:
-    """One update.
+class FusedAdamWSink:
+    """Steps along the combination of the rows. It serves one update.
 
     Args:
-        adamw: which steps along the combination.
+        adamw: steps along the combination.
         step: calls ``adamw.step``, and hooks around it.
-        stand_in: what a scaler takes for the optimizer, which it knows again by its identity.
+        scaler_proxy: stands before a scaler in place of the optimizer; the scaler recognizes it by its identity.
         max_norm: scale the gradient so that it is no longer than this.
         scaler: the losses are scaled by it.
 
@@ -32,43 +32,54 @@ class OnePass:
         total_norm: (), the norm of the gradient before it was cut; None without ``max_norm``.
     """
 
+    needs_rows = True
+    combines = False
+
     def __init__(
         self,
         adamw: AdamW,
         step: Callable[[], Any],
-        stand_in: SimpleNamespace,
+        scaler_proxy: SimpleNamespace,
         max_norm: float | None,
         scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.adamw = adamw
         self.step = step
-        self.stand_in = stand_in
+        self.scaler_proxy = scaler_proxy
         self.max_norm = max_norm
         self.scaler = scaler
+        self.needs_unshared = max_norm is not None or scaler is not None
         self.total_norm: Tensor | None = None
 
-    def check(self, columns: Sequence[Column]) -> None:
+    def check(self, rows: Rows) -> None:
         """Raise where the step would, before anything has changed."""
-        self.adamw.check(columns)
+        self.adamw.check(rows.columns)
 
-    def take(
-        self, columns: Sequence[Column], outcome: Outcome, mask: Mask | None, step_scale: Tensor | None
-    ) -> Tensor | None:
-        """Step along the combination; the share of entries that the mask kept."""
-        w = outcome.solution.weights
-        plain = torch.ones_like(w[0]) if outcome.plain is None else outcome.plain
-        along = Combination(columns, torch.cat((w, plain.unsqueeze(0))), mask, step_scale)
+    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+        """Note rows and weights: nothing is computed before the step."""
+        assert rows is not None
+        self._rows, self._outcome = rows, outcome
+
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Step along the combination; return the share of entries that the mask kept."""
+        w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
+        of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
+        columns = self._rows.columns
+        along = Combination(columns, torch.cat((w, of_unshared.unsqueeze(0))), self._rows.mask, step_scale)
         if self.scaler is None:
-            self._step(along, outcome)
+            self._step(along)
         else:
-            self._step_scaled(along, outcome, self.scaler)
-        return None if along.kept is None else share(along.kept, columns)
+            self._step_scaled(along, self.scaler)
+        return None if along.kept is None else kept_share(along.kept, columns)
 
-    def _step(self, along: Combination, outcome: Outcome) -> None:
+    def finish(self) -> None:
+        """Do nothing: the optimizer has called its hooks, and there is no ``.grad``."""
+
+    def _step(self, along: Combination) -> None:
         if self.max_norm is not None:
-            self.total_norm = norm = _norm(along.w, outcome)
+            self.total_norm = norm = self._norm(along.w)
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-            # Not 0, by which no row would be read, and what is not finite in it not be seen.
+            # Not 0: a weight of 0 would read no row, and leave unseen what is not finite in it.
             along.w = along.w * torch.where(norm.isfinite(), factor, math.nan).to(along.w.dtype)
         self.adamw.combination = along
         try:
@@ -76,35 +87,36 @@ class OnePass:
         finally:
             self.adamw.combination = None
 
-    def _step_scaled(self, along: Combination, outcome: Outcome, scaler: torch.amp.GradScaler) -> None:
-        """A scaler looks for what is not finite in ``.grad``: here in that of a stand-in."""
-        stand_in = self.stand_in
+    def _step_scaled(self, along: Combination, scaler: torch.amp.GradScaler) -> None:
+        """Step through a scaler, which looks for numbers that are not finite in ``.grad``: here in the proxy's."""
+        proxy = self.scaler_proxy
 
         def step() -> None:
-            grad_scale: Tensor | None = getattr(stand_in, "grad_scale", None)  # none if the scaler is switched off
-            along.found_inf = getattr(stand_in, "found_inf", None)
+            grad_scale: Tensor | None = getattr(proxy, "grad_scale", None)  # none if the scaler is switched off
+            along.found_inf = getattr(proxy, "found_inf", None)
             if grad_scale is not None:
                 along.w = along.w / grad_scale
-            self._step(along, outcome)
+            self._step(along)
 
-        finite = _products(outcome).isfinite().all() & along.w.isfinite().all()
+        finite = self._products().isfinite().all() & along.w.isfinite().all()
         number = torch.zeros((), device=along.w.device)
         number.grad = torch.where(finite, number, math.inf)
-        stand_in.param_groups, stand_in.step = [{"params": [number]}], step
+        proxy.param_groups, proxy.step = [{"params": [number]}], step
         try:
-            scaler.step(stand_in)  # type: ignore[arg-type]
+            scaler.step(proxy)  # type: ignore[arg-type]
         finally:
-            vars(stand_in).clear()  # also of what a scaler leaves there where a step raises
-            stand_in._step_supports_amp_scaling = True
+            vars(proxy).clear()  # also of what a scaler leaves there where a step raises
+            proxy._step_supports_amp_scaling = True
 
+    def _norm(self, w: Tensor) -> Tensor:
+        """Return (), ‖wᵀJ‖ over all parameters."""
+        M = self._products()
+        w64, M64 = w.double(), M.double()
+        return torch.einsum("si,sij,sj->", w64, M64, w64).clamp(min=0).sqrt().to(M.dtype)
 
-def _norm(w: Tensor, outcome: Outcome) -> Tensor:
-    """(), ‖wᵀJ‖ over all parameters."""
-    w, M = w.double(), _products(outcome).double()
-    return torch.einsum("si,sij,sj->", w, M, w).clamp(min=0).sqrt().to(outcome.gramian.dtype)
-
-
-def _products(outcome: Outcome) -> Tensor:
-    """(S + 1, T, T), the dot products of all groups, and outside them."""
-    assert outcome.outside is not None, "dot products outside surgery were not asked for"
-    return torch.cat((outcome.gramian, outcome.outside.unsqueeze(0)))
+    def _products(self) -> Tensor:
+        """Return (S + 1, T, T), the dot products of all groups, and of unshared parameters."""
+        M, unshared = self._outcome.gramian, self._outcome.unshared_gramian
+        assert M is not None, "a sink that needs rows has a Gramian"
+        assert unshared is not None, "dot products over unshared parameters were not asked for"
+        return torch.cat((M, unshared.unsqueeze(0)))

@@ -13,20 +13,25 @@ from torch.optim import Optimizer
 from gradkern.aggregators import Aggregator, GradAttention
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
-from gradkern.gradients.losses import Loss
+from gradkern.gradients.losses import Loss, Source
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params, parameters, segments, subset
+from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR, rescale
 from gradkern.modifiers.suppression import Suppression
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.checkpoint import Remembered
-from gradkern.optim.fused_sink import OnePass
-from gradkern.optim.untracked import Outside
-from gradkern.step.backward import TaskGradients, add_up, from_losses, needs_no_rows, step
+from gradkern.optim.fused_sink import FusedAdamWSink
+from gradkern.optim.untracked import Untracked
+from gradkern.optim.wrapper import OptimizerWrapper
+from gradkern.step.backward import add_up, grad_sink
+from gradkern.step.options import Options
+from gradkern.step.pipeline import run
+from gradkern.step.sinks import Sink
 
 
-class SurgeryOptimizer(Optimizer):
+class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer: ``opt.zero_grad(); opt.backward(losses); opt.step()``.
 
     It is an optimizer for schedulers, gradient scalers and hooks, and its ``param_groups``, ``state`` and ``defaults``
@@ -46,9 +51,6 @@ class SurgeryOptimizer(Optimizer):
             step, and are part of ``state_dict``.
     """
 
-    # A scaler would hand its scale to this optimizer, and the wrapped one would step scaled gradients.
-    _step_supports_amp_scaling = False
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -60,8 +62,6 @@ class SurgeryOptimizer(Optimizer):
         conflict_lr: ConflictLR | None = None,
         memory: bool = False,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if not isinstance(aggregator, Aggregator):
             raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
         if suppression is not None and not isinstance(suppression, Suppression):
@@ -70,10 +70,7 @@ class SurgeryOptimizer(Optimizer):
             raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {conflict_lr!r}")
         if not isinstance(memory, bool):
             raise TypeError(f"memory must be True or False, got {memory!r}")
-        # torch's own __init__ sets up the hooks and writes fresh groups and state: let it write them to a stand-in.
-        self.optimizer: Any = SimpleNamespace(add_param_group=lambda group: None)
-        super().__init__([{"params": []}], {})
-        self.optimizer = optimizer
+        super().__init__(optimizer)
         self.aggregator = aggregator
         self.groups = groups
         # An iterator serves once, and every step asks again.
@@ -81,46 +78,17 @@ class SurgeryOptimizer(Optimizer):
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
-        # κ of the last backward pass, until a step takes it; and what adds up gradients, within accumulate(). In an
-        # object of its own: Lightning's wrapper runs these methods with itself as self, and what they bind to that does
-        # not reach a step.
+        # κ of the last backward pass, until a step takes it; and the sums of gradients, within accumulate(). They are in
+        # an object of their own: Lightning's wrapper runs these methods with itself as self, and attributes that they
+        # bind to that self do not reach a step.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
-        self._stand_in = SimpleNamespace(_step_supports_amp_scaling=True)  # for a GradScaler: see one_pass.py
-        self._outside: Outside | None = None  # what the first step is looked through for
+        self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
+        self._untracked: Untracked | None = None  # found by the first step
         self._first = True
         given = parameters(self._params())
         segments(given, groups)
         if self.shared is not None:
             subset(self.shared, given)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's parameter groups."""
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
-        return groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's state."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        defaults: dict[str, Any] = self.optimizer.defaults
-        return defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
 
     def backward(
         self,
@@ -141,16 +109,16 @@ class SurgeryOptimizer(Optimizer):
         losses = self._watched(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
-        if total is not None and not self._needs_no_rows():
+        if total is not None and not self._options().needs_no_rows:
             info = add_up(total, source, self._params())
         else:
             if total is not None and isinstance(losses, list):
                 total.expect(len(losses))
-            info = self._surgery(source)
+            info = self._run(source, self._grad_sink(source))
             self._pending.step_scale = info.step_scale
             if total is not None:
                 total.took([loss is not None for loss in losses], info)
-        self._warn_of_outside()
+        self._warn_of_untracked()
         return info
 
     @contextmanager
@@ -177,7 +145,7 @@ class SurgeryOptimizer(Optimizer):
             self._pending.accumulation = None
         total.check()
         if any(total.present) and total.info is None:
-            total.info = self._surgery(lambda device: total)
+            total.info = self._run(total, self._grad_sink(total))
             self._pending.step_scale = total.info.step_scale
 
     def update(
@@ -218,23 +186,21 @@ class SurgeryOptimizer(Optimizer):
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
         self._refuse_within_accumulate("update")
-        measured = max_norm is not None or scaler is not None
         self._pending.step_scale = None
-        if not self._in_one_pass(measured):
+        if not self._is_fused(measured=max_norm is not None or scaler is not None):
             info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
             return self._step_by_grad(info, max_norm, scaler)
-        one_pass = OnePass(self.optimizer, self.step, self._stand_in, max_norm, scaler)
-        source = from_losses(self._watched(losses), features, batched, retain_graph)
-        info = self._surgery(source, one_pass, measured)
-        self._warn_of_outside()
-        return replace(info, total_norm=one_pass.total_norm)
+        sink = FusedAdamWSink(self.optimizer, self.step, self._scaler_proxy, max_norm, scaler)
+        info = self._run(from_losses(self._watched(losses), features, batched, retain_graph), sink)
+        self._warn_of_untracked()
+        return replace(info, total_norm=sink.total_norm)
 
-    def _in_one_pass(self, measured: bool) -> bool:
-        """Whether the step can take the combination, whose norm is ``measured``, with no ``.grad`` in between."""
+    def _is_fused(self, measured: bool) -> bool:
+        """Return whether the step can take the combination, whose norm is ``measured``, with no ``.grad`` in between."""
         method, suppression = self.aggregator, self.suppression
         return (
             type(self.optimizer) is AdamW
-            and not self._needs_no_rows()
+            and not self._options().needs_no_rows
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and all(p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in self._tensors())
@@ -256,40 +222,27 @@ class SurgeryOptimizer(Optimizer):
         return info
 
     def _watched(self, losses: Sequence[Loss]) -> Sequence[Loss]:
-        """``losses`` as a list; in the first step, watched for parameters outside."""
+        """Return ``losses`` as a list; in the first step, watched for untracked parameters."""
         if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
             return losses  # to be refused
         if not self._first:
             return list(losses)
-        self._outside = Outside(self._tensors())
-        return [self._outside.watched(loss) for loss in losses]
+        self._untracked = Untracked(self._tensors())
+        return [self._untracked.watched(loss) for loss in losses]
 
-    def _warn_of_outside(self) -> None:
-        outside, self._outside, self._first = self._outside, None, False
-        if outside is not None:
-            outside.warn(stacklevel=3)
+    def _warn_of_untracked(self) -> None:
+        untracked, self._untracked, self._first = self._untracked, None, False
+        if untracked is not None:
+            untracked.warn(stacklevel=3)
 
-    def _needs_no_rows(self) -> bool:
-        return needs_no_rows(self.aggregator, self.suppression, self.conflict_lr)
+    def _run(self, source: Source, sink: Sink) -> SurgeryInfo:
+        return run(source, sink, self._options(), self._params())
 
-    def _surgery(
-        self,
-        source: Callable[[torch.device], TaskGradients],
-        one_pass: OnePass | None = None,
-        outside_too: bool = False,
-    ) -> SurgeryInfo:
-        return step(
-            source,
-            self._params(),
-            aggregator=self.aggregator,
-            groups=self.groups,
-            shared=self.shared,
-            suppression=self.suppression,
-            conflict_lr=self.conflict_lr,
-            memory=self._memory,
-            one_pass=one_pass,
-            outside=outside_too,
-        )
+    def _grad_sink(self, source: Source) -> Sink:
+        return grad_sink(source, self._options())
+
+    def _options(self) -> Options:
+        return Options(self.aggregator, self.groups, self.shared, self.suppression, self.conflict_lr, self._memory)
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
@@ -313,18 +266,15 @@ class SurgeryOptimizer(Optimizer):
             self._pending.step_scale = None
         return result
 
-    def _inner_step(self, closure: Callable[[], float] | None) -> Any:
-        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""
         self._refuse_within_accumulate("zero_grad")
         self._pending.step_scale = None
-        self.optimizer.zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to the wrapped optimizer; their surgery starts fresh."""
-        self.optimizer.add_param_group(param_group)
+        super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's ``state_dict`` and, under "surgery", all that the surgery remembers.
@@ -369,30 +319,18 @@ class SurgeryOptimizer(Optimizer):
         return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{given})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # torch's own keeps groups and state only
-        beside = (self.groups, self.shared, self.suppression, self.conflict_lr)
-        return _made, (type(self), self.optimizer, self.aggregator, *beside, self._memory)
-
-    def _tensors(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _params(self) -> list[Any]:
-        entries: list[Any] = []
-        for group in self.param_groups:
-            names = group.get("param_names")
-            entries += group["params"] if names is None else zip(names, group["params"], strict=True)
-        return entries
+        return _made, (type(self), self.optimizer, self._options())
 
 
-def _made(
-    kind: type[SurgeryOptimizer],
-    optimizer: Optimizer,
-    method: Aggregator,
-    groups: Any,
-    shared: Any,
-    suppression: Suppression | None,
-    conflict_lr: ConflictLR | None,
-    memory: Memory | None,
-) -> SurgeryOptimizer:
-    made = kind(optimizer, method, groups=groups, shared=shared, suppression=suppression, conflict_lr=conflict_lr)
-    made._memory = memory
+def _made(kind: type[SurgeryOptimizer], optimizer: Optimizer, options: Options) -> SurgeryOptimizer:
+    """Make the copy that ``pickle`` and ``copy`` ask for."""
+    made = kind(
+        optimizer,
+        options.aggregator,
+        groups=options.groups,
+        shared=options.shared,
+        suppression=options.suppression,
+        conflict_lr=options.conflict_lr,
+    )
+    made._memory = options.memory
     return made

@@ -1,4 +1,4 @@
-"""Parameters that losses reach and an optimizer does not hold: they stay as they are, which nobody may have meant."""
+"""Untracked parameters: losses reach them and the optimizer does not hold them, so they silently stay as they are."""
 
 import warnings
 from collections.abc import Collection
@@ -9,15 +9,15 @@ from gradkern.gradients import graph
 from gradkern.gradients.losses import Loss
 
 
-class Outside:
-    """What the losses of a step reach besides ``inside``."""
+class Untracked:
+    """The tensors that the losses of a step reach besides those that the optimizer tracks."""
 
-    def __init__(self, inside: Collection[Tensor]) -> None:
-        self._inside = set(inside)
+    def __init__(self, tracked: Collection[Tensor]) -> None:
+        self._tracked = set(tracked)
         self._found: dict[Tensor, None] = {}
 
     def watched(self, loss: Loss) -> Loss:
-        """``loss``; what it would have trained besides, had ``backward`` been torch's own, is noted."""
+        """Return ``loss``, and note the tensors that it reaches; a callable's are noted once it runs."""
         if loss is None or not callable(loss):
             self._look(loss)
             return loss
@@ -42,4 +42,4 @@ class Outside:
 
     def _look(self, value: object) -> None:
         if isinstance(value, Tensor) and value.requires_grad:
-            self._found.update((p, None) for p in graph.leaves(value) if p not in self._inside)
+            self._found.update((p, None) for p in graph.leaves(value) if p not in self._tracked)

@@ -1,7 +1,7 @@
-"""The entries of the shared parameters' gradients that a step has drawn: all that GradAttention looks at.
+"""Sampled entries of the shared parameters' gradients: all that GradAttention looks at.
 
 They are read once, into a matrix X (T, D) that holds the groups one after another; the Gramian and the combinations of
-the drawn entries alone are those of X.
+the sampled entries alone are those of X.
 """
 
 from collections.abc import Sequence
@@ -13,91 +13,112 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradkern.aggregators import GradAttention
-from gradkern.aggregators.attention.strata import stretches
-from gradkern.modifiers.suppression import Mask
-from gradkern.ops import eager
+from gradkern.aggregators import Aggregator, GradAttention, Solution
+from gradkern.aggregators.attention.strata import strata
+from gradkern.gradients.param_grads import row_major
+from gradkern.ops import operators
+from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.capture import ready
 from gradkern.ops.layout import Tables, totals
 from gradkern.ops.philox import dropped_at
-from gradkern.step import rows
-from gradkern.step.rows import Column
+from gradkern.step.rows import Combined, Rows
 
 
-class Drawn:
-    """Which entries of ``columns`` are drawn.
+class SampledRows:
+    """Entries of the rows that a step samples.
 
     Args:
-        columns: as :func:`rows.columns` gives them; sparse gradients among the shared ones are made dense.
-        n_segments: S.
-        method: draws them.
-        mask: what it drops becomes 0 in the results; None for nothing.
+        rows: the rows; sparse gradients of shared parameters among them are made dense.
+        method: samples the entries.
+
+    Attributes:
+        only: whether the sampled entries alone are updated.
+        X: (T, D), the entries, zeros where the mask drops them from the dot products; float64 if any gradient is,
+            else float32.
     """
 
-    def __init__(self, columns: Sequence[Column], n_segments: int, method: GradAttention, mask: Mask | None) -> None:
-        self.columns = columns
-        self.mask = mask
-        members = [[c for c in columns if c.segment == s] for s in range(n_segments)]
-        self.shared = rows.dense([c for group in members for c in group])
+    def __init__(self, rows: Rows, method: Aggregator) -> None:
+        assert isinstance(method, GradAttention)
+        self.rows = rows
+        self.method = method
+        self.only = method.update == "subset"
+        members = [[c for c in rows.columns if c.segment == s] for s in range(rows.n_segments)]
+        self.shared = [c.dense() for group in members for c in group]
         self.numels = tuple(c.param.numel() for c in self.shared)
         sizes = tuple(sum(c.param.numel() for c in group) for group in members)
-        self.stretches = stretches(sizes, method.subset)
-        self.index = method.positions(sizes, columns[0].param.device)
+        self.strata = strata(sizes, method.subset)
+        self.index = method.positions(sizes, rows.device)
+        self.X = self._entries()
 
-    def entries(self, masked: bool) -> Tensor:
-        """X (T, D), zeros where the mask drops an entry if ``masked``; float64 if any gradient is, else float32."""
-        grads = rows.row_major(self.shared)
-        found = [
-            eager.gather([g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index)
-            for dtype in self._dtypes
-        ]
-        if not found:
-            return torch.zeros((len(self.columns[0].grads), 0), device=self.index.device)
-        X = sum(found[1:], found[0])  # every entry is of one dtype and reads 0 in the others
-        return X.masked_fill(self._dropped, 0.0) if masked else X
+    def gramian(self, unshared: bool) -> Tensor:
+        """Return (S, T, T), the dot products of the sampled entries; those of unshared parameters have none."""
+        return operators.gramian_tensors(self._pieces(), None)
 
-    def gramian(self, X: Tensor) -> Tensor:
-        """(S, T, T), the dot products of the drawn entries."""
-        return eager.gramian_tensors(self._pieces(X), self._groups, len(self._groups))
-
-    def combine(self, X: Tensor, w: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
-        """As :func:`rows.combine`, the result of a shared parameter being 0 wherever no entry is drawn."""
-        values = X.new_empty(X.shape[1])
-        into = list(values.split(self.stretches.counts))
-        eager.combine_tensors(self._pieces(X), w.to(X.dtype), self._groups, into)
-        kept = None
-        if self.mask is not None and self.shared:
+    def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
+        """Combine as :meth:`Rows.combine`; the result of a shared parameter is 0 wherever no entry is sampled."""
+        mask = self.rows.mask
+        values = self.X.new_empty(self.X.shape[1])
+        into = list(values.split(self.strata.counts))
+        operators.combine_tensors(self._pieces(), w.to(self.X.dtype), into, None, None)
+        share = None
+        if mask is not None and self.shared:
             values = values.masked_fill(self._dropped, 0.0)
-            kept = 1 - self._dropped.float().mean()
+            share = 1 - self._dropped.float().mean()
         out = [c.result() for c in self.shared]
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
             torch._foreach_zero_(of_dtype)
-            eager.scatter(values, self.numels, self.index, of_dtype)
-        results, _ = rows.combine([c for c in self.columns if c.segment is None], w, None, None)
-        return [*results, *((c.param, g) for c, g in zip(self.shared, out, strict=True))], kept
+            operators.scatter(values, self.numels, self.index, of_dtype)
+        unshared = Rows([c for c in self.rows.columns if c.segment is None], self.rows.n_segments)
+        results, _ = unshared.combine(w, unshared_weights)
+        return [*results, *((c.param, g) for c, g in zip(self.shared, out, strict=True))], share
 
-    @property
-    def _groups(self) -> list[int]:
-        return list(range(len(self.stretches.counts)))
+    def solution(self, M: Tensor) -> Solution:
+        """Return the method's weights of Gramians (S, T, T), those of present tasks alone."""
+        present = self.rows.present
+        if self.shared:
+            attention = self.method.weights(M, self.strata.tokens(self.X))
+        else:  # no two losses meet: there is nothing to weigh, and nothing to learn from
+            attention = torch.full_like(M[:, 0], 1 / M.shape[-1])
+        w = attention if present is None else torch.where(present, attention, 0.0)
+        return Solution(w, attention=attention)
+
+    def _entries(self) -> Tensor:
+        grads, rows = row_major(self.shared), self.rows
+        found = [
+            operators.gather(
+                [g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index
+            )
+            for dtype in self._dtypes
+        ]
+        if not found:
+            return torch.zeros((rows.n_tasks, 0), device=self.index.device)
+        X = sum(found[1:], found[0])  # every entry is of one dtype and reads 0 in the others
+        if rows.products_masked:
+            X = X.masked_fill(self._dropped, 0.0)
+        if rows.present is not None:  # an overflow that is remembered spoils no other task
+            X = X.masked_fill(~rows.present.unsqueeze(-1) & ~X.isfinite(), 0.0)
+        return X
 
     @cached_property
     def _dtypes(self) -> list[torch.dtype]:
         return list(dict.fromkeys(c.dtype for c in self.shared))
 
-    def _pieces(self, X: Tensor) -> list[Tensor]:
-        """X as one tensor for each task and group."""
-        return [piece for row in X for piece in row.split(self.stretches.counts)]
+    def _pieces(self) -> TaskGrads:
+        """Return X as one tensor for each task and group."""
+        groups = range(len(self.strata.counts))
+        pieces: Sequence[Tensor] = [piece for row in self.X for piece in row.split(self.strata.counts)]
+        return TaskGrads(pieces, list(groups), len(groups))
 
     @cached_property
     def _dropped(self) -> Tensor:
-        """(D,) bool, which of the drawn entries the mask drops."""
-        assert self.mask is not None
-        device = self.index.device
+        """(D,) bool, the sampled entries that the mask drops."""
+        mask, device = self.rows.mask, self.index.device
+        assert mask is not None
         bounds = ready(totals(self.numels), device).bounds_on(device)
         units = ready(_units(tuple(c.unit for c in self.shared)), device).units_on(device)
         k = torch.searchsorted(bounds, self.index, right=True) - 1
-        return dropped_at(units[k] + (self.index - bounds[k]) // self.mask.block, self.mask.words)
+        return dropped_at(units[k] + (self.index - bounds[k]) // mask.block, mask.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +128,7 @@ class _Units(Tables):
     units: NDArray[np.int64]
 
     def units_on(self, device: torch.device) -> Tensor:
-        """``units`` on ``device``, copied there once."""
+        """Return ``units`` on ``device``, copied there once."""
         return self._once((device,), lambda: (self.units,))[0]
 
 

@@ -1,158 +1,122 @@
-"""The surgery of a step: from the columns of task gradients to their weights, and how they are combined by these.
+"""The surgery of a step: from its rows to their Gramian, the weights, and the combination by these.
 
-Writes to no ``.grad``: only what the method remembers, and once it combines, over gradients that are free. One launch
-that does all combines at once.
+It writes to no ``.grad``: only to what the method remembers, and, when it combines, over gradients that are free.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
-from gradkern.modifiers.suppression import Mask
-from gradkern.ops.backends import one_launch
-from gradkern.ops.schema import arithmetic_dtype
-from gradkern.step import rows
-from gradkern.step.rows import Column
-from gradkern.step.sampled_entries import Drawn
+from gradkern.aggregators import Aggregator, Scalarization, Solution
+from gradkern.gradients.param_grads import own_gradients, row_major
+from gradkern.ops import one_launch, operators
+from gradkern.ops.arguments import TaskGrads
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.step.rows import AnyRows, Combined, Rows, kept_share, mask_over
+from gradkern.step.sampled_entries import SampledRows
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it.
+    """Result of a step's surgery.
 
     Attributes:
-        gramian: (S, T, T).
-        outside: (T, T), the dot products outside surgery, where asked for.
-        solution: the weights (S, T), and what else the method tells.
-        plain: (T,), the weights outside surgery; None for ones.
-        combine: gives each parameter with its gradient, which nobody else holds; and (), the share of entries that
-            suppression kept, None without.
+        gramian: (S, T, T); None where the weights follow from nothing.
+        unshared_gramian: (T, T), the dot products over unshared parameters, where asked for.
+        solution: the weights (S, T), and what else the method reports.
+        unshared_weights: (T,), the weights of unshared parameters; None for ones.
+        combine: returns each parameter with its gradient, and the share of entries that suppression kept.
     """
 
-    gramian: Tensor
-    outside: Tensor | None
+    gramian: Tensor | None
+    unshared_gramian: Tensor | None
     solution: Solution
-    plain: Tensor | None
-    combine: Callable[[], tuple[list[tuple[Tensor, Tensor]], Tensor | None]]
+    unshared_weights: Tensor | None
+    combine: Callable[[], Combined]
 
 
-def solve(
-    columns: Sequence[Column],
-    n_segments: int,
-    aggregator: Aggregator,
-    present: Tensor | None,
-    mask_of_products: Mask | None,
-    mask_of_results: Mask | None,
-    outside: bool = False,
-    weights_only: bool = False,
-) -> Outcome:
-    """Gramian and weights; and the combination too, where one launch does all.
+def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) -> Outcome:
+    """Return the outcome of a method whose weights do not depend on gradients: no rows, no Gramian."""
+    assert isinstance(aggregator, Scalarization)
+    w = aggregator.weights_like(n_tasks, torch.float32, device)
+    return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
+
+
+def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) -> Outcome:
+    """Find Gramian and weights; and the combination too, where one launch does all.
 
     Args:
-        columns: as :func:`rows.columns` gives them.
-        n_segments: S.
+        rows: the task gradients.
         aggregator: the method.
-        present: (T,) bool, the tasks whose gradients are of this step; None for all.
-        mask_of_products: leave out of the dot products what it drops.
-        mask_of_results: leave out of the results what it drops.
-        outside: take dot products outside surgery too.
-        weights_only: combine nothing yet.
+        unshared: take dot products over unshared parameters too.
+        combines: whether the combination will be asked for.
+
+    Raises:
+        TypeError, ValueError: the method gives something else than weights (S, T).
     """
-    if isinstance(aggregator, GradAttention):
-        return _attend(columns, n_segments, aggregator, present, mask_of_products, mask_of_results, outside)
-    if not weights_only and present is None:
-        at_once = _at_once(columns, n_segments, aggregator, mask_of_results, mask_of_products is not None)
-        if at_once is not None:
-            return at_once
-    products = rows.gramian(columns, n_segments, mask_of_products, outside)
-    M = _usable(products[:n_segments], present)
-    solution = aggregator.solution(M, present)
-    w = solution.weights
-    if not isinstance(w, Tensor) or not w.is_floating_point():
-        raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
-    if w.shape != M.shape[:-1]:
-        raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
-    plain = None
+    if combines and rows.present is None:
+        fused = _in_one_launch(rows, aggregator)
+        if fused is not None:
+            return fused
+    sampled = SampledRows(rows, aggregator) if aggregator.samples_entries else None
+    source: AnyRows = rows if sampled is None or not sampled.only else sampled
+    products = source.gramian(unshared)
+    M = _usable(products[: rows.n_segments], rows.present)
+    if sampled is None:
+        solution = aggregator.solution(M, rows.present)
+        _check_weights(aggregator, solution.weights, M)
+    else:
+        solution = sampled.solution(M)
+    unshared_weights = None
     if isinstance(aggregator, Scalarization):
-        plain = aggregator.weights_like(w.shape[-1], w.dtype, w.device)
+        unshared_weights = aggregator.weights_like(rows.n_tasks, solution.weights.dtype, rows.device)
     return Outcome(
         M,
-        products[n_segments] if outside else None,
+        products[rows.n_segments] if len(products) > rows.n_segments else None,
         solution,
-        plain,
-        lambda: rows.combine(columns, w, plain, mask_of_results),
+        unshared_weights,
+        lambda: source.combine(solution.weights, unshared_weights),
     )
 
 
-def _at_once(
-    columns: Sequence[Column], n_segments: int, aggregator: Aggregator, mask: Mask | None, products_masked: bool
-) -> Outcome | None:
-    """All in one launch; None where the table of settings has none for it, or the method or the columns are not so."""
-    first = next((c for c in columns if rows.only(c) is None), None)
+def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
+    """Do all in one launch; None where there is none for the sizes, the method or the gradients."""
+    first = next((c for c in rows.columns if c.own is None), None)
     if first is None:
         return None
-    T, device, dtype = len(first.grads), first.param.device, first.dtype
-    sizes = one_launch(device.type, T, dtype)
+    sizes = one_launch.sizes(rows.device.type, rows.n_tasks, first.dtype)
     if not sizes:  # before all parameters are looked at
         return None
-    summed = [c for c in columns if rows.only(c) is None]
-    if any(c.sparse or c.dtype != dtype for c in summed) or sum(c.param.numel() for c in summed) not in sizes:
+    summed = [c for c in rows.columns if c.own is None]
+    if any(c.sparse or c.dtype != first.dtype for c in summed) or sum(c.param.numel() for c in summed) not in sizes:
         return None
-    program = aggregator.program(torch.empty((n_segments, T, T), dtype=arithmetic_dtype(dtype), device=device))
+    shape = (rows.n_segments, rows.n_tasks, rows.n_tasks)
+    program = aggregator.program(torch.empty(shape, dtype=arithmetic_dtype(first.dtype), device=rows.device))
     if program is None:
         return None
     out = [c.result() for c in summed]
-    given = (rows.row_major(summed), [-1 if c.segment is None else c.segment for c in summed], n_segments)
-    kept: Tensor | None = None
-    if mask is None:
-        M, w = program.tensors(*given, *program.arguments, None, None, out)
-    else:
-        units = [c.unit for c in summed]
-        masking = (units, mask.block, mask.words, products_masked)
-        M, w, count = program.masked(*given, *program.arguments, None, None, *masking, out)
-        kept = rows.share(count, summed)
-    results = rows.own_gradients(columns) | dict(zip((c.param for c in summed), out, strict=True))
-    told = [(c.param, results[c.param]) for c in columns]
-    return Outcome(M, None, program.solution(M, w), None, lambda: (told, kept))
-
-
-def _attend(
-    columns: Sequence[Column],
-    n_segments: int,
-    aggregator: GradAttention,
-    present: Tensor | None,
-    mask_of_products: Mask | None,
-    mask_of_results: Mask | None,
-    outside: bool,
-) -> Outcome:
-    """As :func:`solve`, for the one method that sees entries of the gradients besides their Gramian."""
-    drawn = Drawn(columns, n_segments, aggregator, mask_of_results)
-    X = drawn.entries(masked=mask_of_products is not None)
-    if present is not None:
-        X = X.masked_fill(~present.unsqueeze(-1) & ~X.isfinite(), 0.0)  # as in _usable
-    only_drawn = aggregator.update == "subset"
-    products = drawn.gramian(X) if only_drawn else rows.gramian(columns, n_segments, mask_of_products, outside)
-    M = _usable(products[:n_segments], present)
-    # Where no two losses meet there is nothing to weigh, and nothing to learn from.
-    attention = (
-        aggregator.weights(M, drawn.stretches.tokens(X)) if drawn.shared else torch.full_like(M[:, 0], 1 / M.shape[-1])
-    )
-    w = attention if present is None else torch.where(present, attention, 0.0)
-    return Outcome(
-        M,
-        products[n_segments] if outside and not only_drawn else None,
-        Solution(w, attention=attention),
-        None,
-        lambda: drawn.combine(X, w) if only_drawn else rows.combine(columns, w, None, mask_of_results),
-    )
+    given = TaskGrads(row_major(summed), [-1 if c.segment is None else c.segment for c in summed], rows.n_segments)
+    kept = None if rows.mask is None else rows.mask.state.new_zeros(())
+    mask = mask_over(summed, rows.mask)
+    M, w = operators.surgery(given, program.projection, out, mask, rows.products_masked, kept)
+    results = own_gradients(rows.columns) | dict(zip((c.param for c in summed), out, strict=True))
+    combined = [(c.param, results[c.param]) for c in rows.columns]
+    share = None if kept is None else kept_share(kept, summed)
+    return Outcome(M, None, program.solution(M, w), None, lambda: (combined, share))
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:
-    """M without the absent tasks whose remembered gradient is not finite: one overflowed step must not spoil others."""
+    """Return M without absent tasks whose remembered gradient is not finite, so that one overflow spoils no others."""
     if present is None:
         return M
     lost = ~present & ~M.diagonal(dim1=-2, dim2=-1).isfinite()
     return M.masked_fill(lost.unsqueeze(-1) | lost.unsqueeze(-2), 0.0)
+
+
+def _check_weights(aggregator: Aggregator, w: object, M: Tensor) -> None:
+    if not isinstance(w, Tensor) or not w.is_floating_point():
+        raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
+    if w.shape != M.shape[:-1]:
+        raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")

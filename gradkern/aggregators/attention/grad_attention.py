@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.attention.encoder import Encoder
-from gradkern.aggregators.attention.strata import stretches
+from gradkern.aggregators.attention.strata import strata
 from gradkern.aggregators.base import Aggregator, check_gramian
 from gradkern.ops import combine, gramian
 from gradkern.ops.cosines import cosines
+from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.schema import arithmetic_dtype
 
 
 class GradAttention(Aggregator):
@@ -45,6 +45,8 @@ class GradAttention(Aggregator):
         lr: learning rate of Adam.
         generator: of the gradients' device, draws the entries; None for the device's default generator.
     """
+
+    samples_entries = True
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class GradAttention(Aggregator):
         self._adam: torch.optim.Adam | None = None  # since the number of tasks is known
 
     def positions(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
-        """The entries of this step: of each group as many as ``subset``, or all that it has; see ``stretches.py``.
+        """Sample the entries of this step: of each group as many as ``subset``, or all that it has; see ``strata.py``.
 
         Args:
             sizes: how many entries each group has; the groups lie one after another.
@@ -83,10 +85,10 @@ class GradAttention(Aggregator):
         """
         if self.generator is not None and self.generator.device != device:
             raise ValueError(f"generator is on {self.generator.device}, the gradients on {device}")
-        return stretches(sizes, self.subset).drawn(device, self.generator)
+        return strata(sizes, self.subset).sample(device, self.generator)
 
     def weights(self, M: Tensor, X: Tensor) -> Tensor:  # type: ignore[override]  # the one method that sees entries
-        """The weights of the task gradients in the update; the network then learns from them by one step.
+        """Return the weights of the task gradients in the update; the network then learns from them by one step.
 
         They are the network's before that step: one pass through it serves both.
 
@@ -112,11 +114,11 @@ class GradAttention(Aggregator):
         return alpha.to(M.dtype).view(M.shape[:-1])
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """The update wᵀ J; see :meth:`Aggregator.forward`. Each segment has entries of its own."""
+        """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has entries of its own."""
         check_matrix(J, offsets)
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)
-        groups = stretches(sizes, self.subset)
+        groups = strata(sizes, self.subset)
         K = J.index_select(1, index)
         X = groups.tokens(K.detach().to(arithmetic_dtype(J.dtype)))
         X = X[0] if offsets is None else X
@@ -126,11 +128,11 @@ class GradAttention(Aggregator):
         g = combine(K, self.weights(gramian(K.detach(), ends), X), ends)
         return J.new_zeros(J.shape[1]).index_copy(0, index, g)
 
-    # A training step of its own, with autograd and an optimizer inside. What torch has for itself, for to decorate by
-    # torch.compiler.disable would import the compiler, for half a second, with this library.
+    # A training step of its own, with autograd and an optimizer inside. Private API: torch.compiler.disable, which is
+    # public, would import the compiler with this library, and take half a second.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _learn(self, M: Tensor, X: Tensor) -> Tensor:
-        """α (B, T) float64 of the network as it is; then one step of Adam, unless some number is not finite."""
+        """Return α (B, T) float64 of the network as it is; then take one step of Adam, unless a number is not finite."""
         with torch.inference_mode(False), torch.enable_grad():
             M, X = M.detach(), X.detach()
             adam = self._ready(M)
@@ -148,7 +150,7 @@ class GradAttention(Aggregator):
             return alpha.detach()
 
     def _ready(self, M: Tensor) -> torch.optim.Adam:
-        """The optimizer, of a network for M's number of tasks on M's device."""
+        """Return the optimizer, of a network for M's number of tasks on M's device."""
         if self.encoder.tokens.weight.device != M.device:
             self.to(M.device)
         if self._adam is None:
@@ -179,25 +181,25 @@ class GradAttention(Aggregator):
             raise ValueError(f"the network is for {self.encoder.tasks} tasks, M has {M.shape[-1]}")
 
     def get_extra_state(self) -> dict[str, Any]:  # type: ignore[override]
-        """The states of the generator and of the optimizer, and the number of tasks."""
+        """Return the states of the generator and of the optimizer, and the number of tasks."""
         adam = {} if self._adam is None else self._adam.state_dict()["state"]
         return {"generator": super().get_extra_state(), "tasks": self.encoder.tasks, "adam": adam}
 
     def set_extra_state(self, state: Any) -> None:
-        """Put back what :meth:`get_extra_state` gave; torch loads the network after it, into an embedding that fits."""
+        """Load what :meth:`get_extra_state` returned; torch loads the network after it, into an embedding that fits."""
         if not isinstance(state, dict) or set(state) != {"generator", "tasks", "adam"}:
             raise ValueError(f"the state to load must hold 'generator', 'tasks' and 'adam', got {state!r}")
         super().set_extra_state(state["generator"])
         self._begin(state["tasks"], state["adam"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As every Aggregator's; ``assign`` must be False, for the optimizer holds the parameters that there are."""
+        """Load as every Aggregator does; ``assign`` must be False: the optimizer holds the parameters that there are."""
         if assign:
             raise ValueError("assign must be False, got True: the optimizer holds the parameters that there are")
         return super().load_state_dict(state_dict, strict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradAttention":
-        """Of all that ``.to`` and its relatives do, moves between devices; the optimizer's state goes along."""
+        """Move between devices, and do nothing else of what ``.to`` does; the optimizer's state goes along."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device)

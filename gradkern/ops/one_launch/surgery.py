@@ -1,252 +1,106 @@
-"""The whole surgery on CUDA tensors: one launch where ``settings.py`` says so, else a launch for each of its steps."""
+"""The whole surgery in one launch, as the Triton back end implements it."""
 
-from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gradkern.kernels import surgery as kernel
-from gradkern.kernels.masks import Mask
+from gradkern.kernels.masks import Mask as TileMask
 from gradkern.kernels.rows import Rows
-from gradkern.kernels.settings import ONE_LAUNCH_PROGRAMS, one_launch
-from gradkern.ops.capture import capturing, ready
-from gradkern.ops.layout import TILE, Layout, column_layout
-from gradkern.ops.one_launch import unfused
-from gradkern.ops.one_launch.unfused import Masking
+from gradkern.ops import operators
+from gradkern.ops.arguments import Mask, Projection, TaskGrads
+from gradkern.ops.capture import ready
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.layout import Layout, column_layout
+from gradkern.ops.one_launch import sizes
 from gradkern.ops.one_launch.work_list import work_list
+from gradkern.ops.one_launch.workspace import counters, n_programs
 from gradkern.ops.partners import check_partner
-from gradkern.ops.registration import serve
-from gradkern.ops.schema import arithmetic_dtype
-from gradkern.ops.triton.address_tables import OptionalTensors, addresses, matrix_rows, table_rows
-from gradkern.ops.triton.arguments import mask_of, suppressed, tensor_rows, tiles_of, unit_stride
-from gradkern.ops.triton.methods import check_targets, keys_of, pcgrad
-from gradkern.ops.triton.rows import combine, gramian
+from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
+from gradkern.ops.triton.arguments import placed, tiles_of, unit_stride
+from gradkern.ops.triton.backend import implements
+from gradkern.ops.triton.checks import check_order_keys, check_targets
+from gradkern.ops.triton.combine import combine
+from gradkern.ops.triton.gramian import gramian
+from gradkern.ops.triton.methods import pcgrad
 
 
-def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
-    """The sum of PCGrad's modified gradients, (P,), or their mean."""
+def surgery(
+    rows: TaskGrads,
+    method: Projection,
+    out: Sequence[Tensor],
+    mask: Mask | None = None,
+    products_masked: bool = False,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do the surgery of gradients left in place: return Gramians and weights, and fill ``out``."""
+    last = rows.n_segments
+    segments = [s if s >= 0 else last for s in rows.segments]
+    given = placed(TaskGrads(rows.grads, segments, last + 1), out, mask)
+    result = table_rows(addresses("out", out), given.n, given.dtype, given.device)
+    if mask is not None and kept is None:
+        kept = mask.state.new_zeros(())  # the kernel counts in any case
+    return _launch(given.rows, given.layout, given.mask, method, products_masked, result, kept)
+
+
+if torch.version.hip is None:  # on AMD's GPUs a barrier does not wait for other waves' stores
+    implements(operators.surgery)(surgery)
+
+
+@implements(operators.pcgrad_matrix)
+def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+    """Compute PCGrad's update of a matrix, (P,): in one launch where the table says so, else step by step."""
     J = unit_stride(J)
     T, P = J.shape
-    if not _takes_one_launch(T, J.dtype, P):
-        C = pcgrad(gramian(J).unsqueeze(0), keys, partner)
+    if P not in sizes(J.device.type, T, J.dtype):
+        C = pcgrad(gramian(J).unsqueeze(0), order_keys, partner)
         return combine(J, C.mean(-2) if mean else C.sum(-2))
     out = J.new_empty(1, P)
-    layout = column_layout((0, P, P))  # nothing is outside surgery
-    rows, result = matrix_rows(J), matrix_rows(out)
-    _one_launch(kernel.PCGrad(keys, partner), rows, result, layout, None, False, mean, None, None, None, J.device)
+    layout = column_layout((0, P, P))  # nothing is unshared
+    method = Projection(order_keys, partner, None, None, 0.0, mean)
+    _launch(matrix_rows(J), layout, None, method, False, matrix_rows(out), None)
     return out[0]
 
 
-def pcgrad_tensors(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    keys: Tensor | None,
-    partner: str,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """As :func:`composed.pcgrad_tensors`."""
-    if not _tensors_take_one_launch(grads, out):
-        return unfused.pcgrad_tensors(grads, segments, n_segments, keys, partner, mean, present, plain, out)
-    method = kernel.PCGrad(keys, partner)
-    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
-    return M, w
-
-
-def pcgrad_masked(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    keys: Tensor | None,
-    partner: str,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    units: Sequence[int],
-    block: int,
-    mask: Tensor,
-    products: bool,
-    out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`composed.pcgrad_masked`."""
-    masking = Masking(units, block, mask, products)
-    if not _tensors_take_one_launch(grads, out):
-        return unfused.pcgrad_masked(grads, segments, n_segments, keys, partner, mean, present, plain, *masking, out)
-    method = kernel.PCGrad(keys, partner)
-    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
-
-
-def gradvac_tensors(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    keys: Tensor,
-    targets: Tensor,
-    moving: Tensor,
-    beta: float,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """As :func:`composed.gradvac_tensors`."""
-    if not _tensors_take_one_launch(grads, out):
-        return unfused.gradvac_tensors(
-            grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, out
-        )
-    method = kernel.GradVac(keys, targets, moving, beta)
-    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
-    return M, w
-
-
-def gradvac_masked(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    keys: Tensor,
-    targets: Tensor,
-    moving: Tensor,
-    beta: float,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    units: Sequence[int],
-    block: int,
-    mask: Tensor,
-    products: bool,
-    out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`composed.gradvac_masked`."""
-    masking = Masking(units, block, mask, products)
-    if not _tensors_take_one_launch(grads, out):
-        return unfused.gradvac_masked(
-            grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, *masking, out
-        )
-    method = kernel.GradVac(keys, targets, moving, beta)
-    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
-
-
-def _tensors_take_one_launch(grads: OptionalTensors, out: Sequence[Tensor]) -> bool:
-    return bool(out) and _takes_one_launch(len(grads) // len(out), out[0].dtype, sum(o.numel() for o in out))
-
-
-def _takes_one_launch(T: int, dtype: torch.dtype, P: int) -> bool:
-    return P in one_launch(T, dtype.itemsize)
-
-
-def _tensor_surgery(
-    method: kernel.PCGrad | kernel.GradVac,
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    masking: Masking | None,
-    out: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Any]:
-    """One launch for gradients left in place; Gramians, weights, and how many entries were kept, None without mask."""
-    n = len(segments)
-    places = [s if s >= 0 else n_segments for s in segments]
-    suppression = None if masking is None else suppressed(masking.units, masking.block, masking.mask)
-    row_addresses, like, layout = tensor_rows(grads, places, n_segments + 1, out, suppression)
-    device = like.device
-    rows, result = (table_rows(r, n, like.dtype, device) for r in (row_addresses, addresses("out", out)))
-    mask = mask_of(suppression, layout, device)
-    count = None if mask is None else torch.zeros((), dtype=torch.int64, device=device)
-    products = masking is not None and masking.products
-    M, w = _one_launch(method, rows, result, layout, mask, products, mean, present, plain, count, device)
-    return M, w, count
-
-
-def _one_launch(
-    method: kernel.PCGrad | kernel.GradVac,
+def _launch(
     rows: Rows,
-    out: Rows,
     layout: Layout,
-    mask: Mask | None,
-    products: bool,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    count: Tensor | None,
-    device: torch.device,
+    mask: TileMask | None,
+    method: Projection,
+    products_masked: bool,
+    out: Rows,
+    kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gramians and weights; the last segment of ``layout`` is what is outside surgery."""
-    S, T, dtype = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype)
+    """Return Gramians and weights; the last segment of ``layout`` holds what is unshared."""
+    S, T, dtype, device = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype), rows.source.device
     M = torch.empty(S, T, T, dtype=dtype, device=device)
-    if isinstance(method, kernel.PCGrad):
-        check_partner(method.keys, method.partner)
-    if method.keys is not None:
-        method = method._replace(keys=keys_of(method.keys, M))
-    moving = method.moving if isinstance(method, kernel.GradVac) else None
-    for name, given in (("present", present), ("plain", plain), ("moving", moving)):
-        if given is not None and given.shape != (T,):
-            raise ValueError(f"{name} must be of shape {(T,)}, got {tuple(given.shape)}")
-    if isinstance(method, kernel.GradVac):
-        check_targets(method.targets, M)
-        method = method._replace(moving=method.moving.contiguous())
     w = torch.empty(S, T, dtype=dtype, device=device)
     work = ready(work_list(layout, T, rows.dtype.itemsize), device)
     items, segments = work.tables_on(device)
-    n_counters = kernel.shared_size(S, work.n_groups)
+    shared = counters(kernel.shared_size(S, work.n_groups), device)
     kernel.surgery(
         rows,
         tiles_of(layout, device),
-        TILE,
-        mask,
-        products,
-        kernel.Work(items, segments, work.n_pieces, work.n_groups, _shared(n_counters, device)),
-        method,
-        mean,
-        None if present is None else present.contiguous(),
-        None if plain is None else plain.to(dtype).contiguous(),
-        M,
-        w,
-        out,
-        count,
-        _programs(device, len(items)),
+        kernel.Masking(mask, products_masked),
+        kernel.Work(items, segments, work.n_pieces, work.n_groups, shared),
+        _checked(method, M),
+        kernel.Results(M, w, out, kept),
+        n_programs(device, len(items)),
     ).run(device)
     return M, w
 
 
-def _programs(device: torch.device, n_items: int) -> int:
-    """As many as the device runs at once; one in the interpreter, where that does all the work."""
-    return 1 if device.type == "cpu" else min(n_items, ONE_LAUNCH_PROGRAMS * _multiprocessors(device))
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _shared(n: int, device: torch.device) -> Tensor:
-    """Zeros, which a launch leaves behind as zeros: memory for the launches on the current stream, one after another.
-
-    A captured graph clears memory of its own at each replay, for it may be replayed on any stream.
-    """
-    if capturing(device):
-        return torch.zeros(n, dtype=torch.int32, device=device)
-    key = device, 0 if device.type == "cpu" else torch._C._cuda_getCurrentRawStream(device.index)
-    shared = _of_stream.get(key)  # looked up once: another thread may put a smaller one there
-    if shared is None or len(shared) < n:
-        shared = _of_stream[key] = torch.zeros(1 << (n - 1).bit_length(), dtype=torch.int32, device=device)
-    return shared
-
-
-_of_stream: dict[tuple[torch.device, int], Tensor] = {}
-
-_OPERATORS: dict[str, Callable[..., object]] = {
-    "pcgrad.matrix": pcgrad_matrix,
-    "pcgrad.tensors": pcgrad_tensors,
-    "pcgrad.masked": pcgrad_masked,
-    "gradvac.tensors": gradvac_tensors,
-    "gradvac.masked": gradvac_masked,
-}
-for _name, _function in _OPERATORS.items():
-    serve(_name, "cuda", _function)
+def _checked(method: Projection, M: Tensor) -> kernel.Projection:
+    """Return the method as the kernel takes it; raise ValueError unless its tensors fit the Gramians M (S, T, T)."""
+    keys, targets, update_mask = method.order_keys, method.targets, method.update_mask
+    check_partner(keys, method.partner)
+    if keys is not None:
+        keys = check_order_keys(keys, M)
+    if targets is not None:
+        check_targets(targets, M)
+    if update_mask is not None:
+        if update_mask.shape != M.shape[-1:]:
+            raise ValueError(f"update_mask must be of shape {tuple(M.shape[-1:])}, got {tuple(update_mask.shape)}")
+        update_mask = update_mask.contiguous()
+    return kernel.Projection(keys, method.partner, targets, update_mask, method.beta, method.mean)

@@ -1,1 +1,5 @@
-"""The PyTorch back end serves the CPU, and any device that has no kernels of its own."""
+"""The PyTorch back end: it serves the CPU, and every device that has no back end of its own."""
+
+from gradkern.ops.pytorch import adamw, combination, entries, gramian, host_programs, pcgrad_matrix
+
+__all__ = ["adamw", "combination", "entries", "gramian", "host_programs", "pcgrad_matrix"]

@@ -1,141 +1,118 @@
-"""AdamW on a combination of gradients, in plain PyTorch: a block is combined and taken into the step while in cache.
+"""AdamW on a combination of gradients, in PyTorch: a block is combined and taken into the step while it is in cache.
 
 The step itself is PyTorch's fused one, on a block of each tensor.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradkern.ops import operators
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads, numels
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.pytorch.backend import implements
 from gradkern.ops.pytorch.blocks import flat
 from gradkern.ops.pytorch.combination import combine_flat
-from gradkern.ops.pytorch.suppressed import Drops, erase
-from gradkern.ops.registration import operator
-from gradkern.ops.schema import arithmetic_dtype, numels
+from gradkern.ops.pytorch.drops import Drops
+
+COMBINED = 1 << 18
+"""Numbers combined at a time, 1 MB of float32. With half to four times as many a step took as long."""
 
 
-@operator("adamw")
+class Piece(NamedTuple):
+    """Neighbouring entries of one parameter and their combined gradient."""
+
+    k: int
+    start: int
+    g: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the same entries of a tensor laid out as the parameter."""
+        return flat(tensor)[self.start : self.start + len(self.g)]
+
+
+@implements(operators.adamw)
 def adamw(
-    grads: Sequence[Tensor | None],
+    rows: TaskGrads,
     w: Tensor,
-    segments: Sequence[int],
-    params: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    found_inf: Tensor | None,
-    lr_scale: Tensor | None,
-    hyperparameters: Sequence[float],
+    state: AdamWState,
+    step: AdamWStep,
+    mask: Mask | None = None,
+    kept: Tensor | None = None,
 ) -> None:
-    """A step of AdamW along Σ_t w[segments[k], t] grads[t, k]."""
-    if _skipped(found_inf):
+    """Take a step of AdamW along Σ_t w[s, t] grads[t, k], and along 0 where the mask drops."""
+    if step.found_inf is not None and bool(step.found_inf):
         return
-    for pieces in _blocks(grads, w, segments, params, None):
-        _step(pieces, params, moments, steps, lr_scale, hyperparameters)
+    drops = None if mask is None else Drops(mask, numels(state.params, len(state.params)))
+    for pieces in _combined(rows, w, state.params, drops, kept):
+        _step(pieces, state, step)
 
 
-@operator("adamw.masked")
-def adamw_masked(
-    grads: Sequence[Tensor | None],
-    w: Tensor,
-    segments: Sequence[int],
-    units: Sequence[int],
-    block: int,
-    mask: Tensor,
-    params: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    found_inf: Tensor | None,
-    lr_scale: Tensor | None,
-    hyperparameters: Sequence[float],
-) -> Tensor:
-    """The same along what the mask keeps; how many entries of masked tensors that were."""
-    kept = mask.new_zeros(())
-    if _skipped(found_inf):
-        return kept
-    drops = Drops(units, numels(params, len(params)), block, mask)
-    for pieces in _blocks(grads, w, segments, params, units):
-        for k, start, g in pieces:
-            if units[k] >= 0:
-                drop = drops.entries(k, start, len(g))
-                erase(g, drop)
-                kept += len(g) - drop.count_nonzero()
-        _step(pieces, params, moments, steps, lr_scale, hyperparameters)
-    return kept
-
-
-BLOCK = 1 << 18
-"""Numbers of a combined gradient at a time, 1 MB of float32. With half to four times as many a step took as long."""
-
-Piece = tuple[int, int, Tensor]
-"""A tensor's number, the first of some neighbouring entries of it, and their combined gradient."""
-
-
-def _blocks(
-    grads: Sequence[Tensor | None],
-    w: Tensor,
-    segments: Sequence[int],
-    params: Sequence[Tensor],
-    units: Sequence[int] | None,
+def _combined(
+    rows: TaskGrads, w: Tensor, params: Sequence[Tensor], drops: Drops | None, kept: Tensor | None
 ) -> Iterator[list[Piece]]:
-    """Combined gradients of as many tensors, or as much of one, as stay in cache; each block overwrites the last.
+    """Combine as many parameters, or as much of one, as stay in cache; each block overwrites the last one.
 
     A gradient that is its own combination, and of which no entry has to be erased, is left where it is.
     """
-    n, weights = len(params), w.tolist()
-    scratch = params[0].new_empty(BLOCK, dtype=arithmetic_dtype(params[0].dtype))
+    weights = w.tolist()
+    scratch = params[0].new_empty(COMBINED, dtype=arithmetic_dtype(params[0].dtype))
     pieces: list[Piece] = []
     used = 0
     for k, p in enumerate(params):
-        rows = [None if g is None else flat(g) for g in grads[k::n]]
-        if units is None or units[k] < 0:
-            alone = _alone(rows, weights[segments[k]])
-            if alone is not None and alone.dtype == scratch.dtype:
-                pieces.append((k, 0, alone))
+        column = [None if g is None else flat(g) for g in rows.column(k)]
+        of_segment = weights[rows.segments[k]]
+        if drops is None or not drops.masks(k):
+            own = _own_combination(column, of_segment)
+            if own is not None and own.dtype == scratch.dtype:
+                pieces.append(Piece(k, 0, own))
                 continue
-        for start in range(0, p.numel(), BLOCK):
-            stop = min(start + BLOCK, p.numel())
-            if used + stop - start > BLOCK:
-                yield pieces
+        for start in range(0, p.numel(), COMBINED):
+            stop = min(start + COMBINED, p.numel())
+            if used + stop - start > COMBINED:
+                yield _erased(pieces, drops, kept)
                 pieces, used = [], 0
             g = scratch[used : used + stop - start]
-            combine_flat([None if row is None else row[start:stop] for row in rows], weights[segments[k]], g)
-            pieces.append((k, start, g))
+            combine_flat([None if row is None else row[start:stop] for row in column], of_segment, g)
+            pieces.append(Piece(k, start, g))
             used += stop - start
     if pieces:
-        yield pieces
+        yield _erased(pieces, drops, kept)
 
 
-def _alone(rows: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    """The one row that counts, where its weight is 1."""
+def _erased(pieces: list[Piece], drops: Drops | None, kept: Tensor | None) -> list[Piece]:
+    """Put 0 where entries are dropped."""
+    if drops is not None:
+        for k, start, g in pieces:
+            drops.erase(k, start, g, kept)
+    return pieces
+
+
+def _own_combination(rows: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    """Return the one row that counts, where its weight is 1."""
     counting = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
     return counting[0][0] if len(counting) == 1 and counting[0][1] == 1.0 else None
 
 
-def _step(
-    pieces: list[Piece],
-    params: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    lr_scale: Tensor | None,
-    hyperparameters: Sequence[float],
-) -> None:
-    n = len(params)
-    lr, beta1, beta2, weight_decay, eps = hyperparameters
-    stored = [_piece(params[k], start, g) for k, start, g in pieces]
+def _step(pieces: list[Piece], state: AdamWState, step: AdamWStep) -> None:
+    n = len(state.params)
+    lr, beta1, beta2, weight_decay, eps = step.hyperparameters
+    stored = [piece.of(state.params[piece.k]) for piece in pieces]
     # 16-bit parameters are stepped in float32, and rounded once.
-    stepped = [p.to(g.dtype) for p, (_, _, g) in zip(stored, pieces, strict=True)]
+    stepped = [p.to(piece.g.dtype) for p, piece in zip(stored, pieces, strict=True)]
     first, second, *largest = [
-        [_piece(moments[row * n + k], start, g) for k, start, g in pieces] for row in range(len(moments) // n)
+        [piece.of(state.moments[row * n + piece.k]) for piece in pieces] for row in range(len(state.moments) // n)
     ]
     torch._fused_adamw_(
         stepped,
-        [g for _, _, g in pieces],
+        [piece.g for piece in pieces],
         first,
         second,
         largest[0] if largest else [],
-        [steps[k] for k, _, _ in pieces],
-        lr=lr if lr_scale is None else lr * lr_scale.item(),
+        [state.steps[piece.k] for piece in pieces],
+        lr=lr if step.lr_scale is None else lr * step.lr_scale.item(),
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
@@ -146,11 +123,3 @@ def _step(
     for p, new in zip(stored, stepped, strict=True):
         if p.dtype != new.dtype:
             p.copy_(new)
-
-
-def _piece(tensor: Tensor, start: int, g: Tensor) -> Tensor:
-    return flat(tensor)[start : start + len(g)]
-
-
-def _skipped(found_inf: Tensor | None) -> bool:
-    return found_inf is not None and bool(found_inf)

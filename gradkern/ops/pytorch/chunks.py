@@ -31,7 +31,7 @@ LINE = 64
 """Bytes of a cache line."""
 PARTIALS = 1 << 21
 """Numbers of the T x T products that wait to be added, 8 MB of float32."""
-BLOCK = 1 << 19
+SCRATCH = 1 << 19
 """Numbers of a block of scratch memory, all rows together: 2 MB of float32, what a core's second cache holds. Half or
 twice as many took a tenth longer."""
 MOST = 64
@@ -70,7 +70,7 @@ class Cut(NamedTuple):
 @lru_cache(maxsize=4096)
 def cut(T: int, P: int, itemsize: int) -> Cut:
     """The cut of T rows of P numbers, ``itemsize`` bytes each in arithmetic."""
-    if T * P <= BLOCK or P <= 2 * LONGEST:  # all in one block, as a contiguous matrix
+    if T * P <= SCRATCH or P <= 2 * LONGEST:  # all in one block, as a contiguous matrix
         least = max(2, -(-P // LONGEST)) if P > 1 else 1
         chunks = next((n for n in range(least, 2 * least) if P % n == 0), least)
         width = P // chunks
@@ -79,7 +79,7 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
     line = LINE // itemsize
     width = next((w for w in range(LONGEST, LONGEST // 2, -4 * line) if P % w == 0), LONGEST)
     chunks, rest = divmod(P, width)
-    most = max(1, BLOCK // (T * width))
+    most = max(1, SCRATCH // (T * width))
     per_block = -(-chunks // -(-chunks // most))  # as many blocks, all of about the same size
     step = per_block * width
     # Rows that are a power of two apart would compete for the same places in a cache: one line is left between them.

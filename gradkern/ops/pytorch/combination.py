@@ -1,4 +1,4 @@
-"""Linear combinations wᵀ J in plain PyTorch, element by element and row by row.
+"""Linear combinations wᵀ J in PyTorch, element by element and row by row.
 
 Each element is summed up by itself, from the first row to the last, in arithmetic dtype. So it depends on nothing but
 its own terms: not on addresses, not on the number of threads, not on how rows come or are cut. A row whose weight is 0
@@ -7,12 +7,20 @@ is not read.
 
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from gradkern.ops import operators
+from gradkern.ops.arguments import Mask, TaskGrads, numels
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.offsets import column_bounds
+from gradkern.ops.pytorch.backend import implements
+from gradkern.ops.pytorch.blocks import flat
+from gradkern.ops.pytorch.chunks import SCRATCH
+from gradkern.ops.pytorch.drops import WINDOW, Drops
 from gradkern.ops.pytorch.observed import additions_agree, bags_agree
-from gradkern.ops.schema import arithmetic_dtype
 
 COLUMNS = 1 << 21
 """Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
@@ -20,6 +28,57 @@ that, which stays in the second, took a third longer: each operation, that much 
 BAG = 1 << 11
 """Columns of a bag: a running sum that stays in the first cache. A bag is one thread's work. It has up to eight times
 as many columns where P has no divisor that suits better, or no more columns."""
+
+
+@implements(operators.combine)
+def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute g = wᵀ J, per segment."""
+    T, P = J.shape
+    if offsets is None:
+        return combine_matrix(widened(J), w.reshape(T)).to(J.dtype)
+    out = J.new_empty(P)
+    bounds = column_bounds(offsets, P)
+    for (a, b), of_segment in zip(pairwise(bounds), w.reshape(-1, T), strict=True):
+        combine_matrix(J[:, a:b], of_segment, out[a:b])
+    return out
+
+
+@implements(operators.combine_tensors)
+def combine_tensors(
+    rows: TaskGrads, w: Tensor, out: Sequence[Tensor], mask: Mask | None = None, kept: Tensor | None = None
+) -> None:
+    """Compute out[k] = Σ_t w[s, t] grads[t, k] where kept, 0 elsewhere."""
+    weights = w.tolist()
+    drops = None if mask is None else Drops(mask, numels(out, len(out)))
+    for k, s in enumerate(rows.segments):
+        column = [None if g is None else flat(g) for g in rows.column(k)]
+        result = flat(out[k])
+        if drops is None:
+            combine_flat(column, weights[s], result)
+            continue
+        for a in range(0, len(result), WINDOW):
+            piece = result[a : a + WINDOW]
+            combine_flat([None if g is None else g[a : a + WINDOW] for g in column], weights[s], piece)
+            drops.erase(k, a, piece, kept)
+
+
+@implements(operators.project)
+def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute W J, per segment: each row of it is a combination."""
+    X = widened(J)
+    bounds = column_bounds(offsets, J.shape[1])
+    weights = W.reshape(-1, *W.shape[-2:])
+    of_segments = [
+        torch.stack([combine_matrix(X[:, a:b], w) for w in Ws])
+        for (a, b), Ws in zip(pairwise(bounds), weights, strict=True)
+    ]
+    return torch.cat(of_segments, 1).to(J.dtype)
+
+
+def widened(J: Tensor) -> Tensor:
+    """Return J in arithmetic dtype where all of it then fits into scratch memory, else J."""
+    wanted = arithmetic_dtype(J.dtype)
+    return J if J.dtype == wanted or J.numel() > SCRATCH else J.to(wanted)
 
 
 def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Single entries of the gradients, taken out and put back, in plain PyTorch."""
+"""Single entries of the gradients, taken out and put back, in PyTorch."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -6,13 +6,15 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from gradkern.ops import operators
+from gradkern.ops.arguments import OptionalTensors, sample
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.pytorch.backend import implements
 from gradkern.ops.pytorch.blocks import flat
-from gradkern.ops.registration import operator
-from gradkern.ops.schema import arithmetic_dtype, sample
 
 
-@operator("gather")
-def gather(grads: Sequence[Tensor | None], numels: Sequence[int], index: Tensor) -> Tensor:
+@implements(operators.gather)
+def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tensor:
     """(T, d), the entries of every task at ``index``; 0 where a task has no such gradient."""
     n = len(numels)
     like = sample(grads)
@@ -24,7 +26,7 @@ def gather(grads: Sequence[Tensor | None], numels: Sequence[int], index: Tensor)
     return X
 
 
-@operator("scatter")
+@implements(operators.scatter)
 def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
     """Entry ``index[m]`` of the tensors in ``out``, one after another, becomes ``values[m]``."""
     for k, here, places in _pieces(numels, index):

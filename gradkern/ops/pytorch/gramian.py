@@ -1,4 +1,4 @@
-"""Gramians in plain PyTorch: how rows get into the chunks of ``chunks.py``, and how their products are added up.
+"""Gramians in PyTorch: rows get into the chunks of ``chunks.py``, and their products are added up.
 
 A skinny product J Jᵀ leaves most of the memory bandwidth unused, because a matrix multiply is cut along its output,
 which here is only T x T. So the columns are cut into chunks. A matrix is read where it lies if that changes no bit, and
@@ -9,7 +9,7 @@ tensors. Blocks stay in cache until they have been worked on.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,55 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradkern.ops import operators
+from gradkern.ops.arguments import Mask, TaskGrads, numels, sample
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.offsets import column_bounds
+from gradkern.ops.pytorch.backend import implements
 from gradkern.ops.pytorch.blocks import Columns, Erase, Scratch, flat, gathered
 from gradkern.ops.pytorch.chunks import Batch, Cut, batch, batches_of, cut, tiles
+from gradkern.ops.pytorch.drops import Drops
 from gradkern.ops.pytorch.observed import in_place, lies_as_scratch, products_of
-from gradkern.ops.schema import arithmetic_dtype, sample
 
 Floats = NDArray[np.floating[Any]]
+
+
+@implements(operators.gramian)
+def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute M = J Jᵀ, per segment."""
+    if offsets is None:
+        return matrix_gramian(J)
+    bounds = column_bounds(offsets, J.shape[1])
+    return torch.stack([matrix_gramian(J[:, a:b]) for a, b in pairwise(bounds)])
+
+
+@implements(operators.gramian_tensors)
+def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
+    """Compute M = J Jᵀ, per segment, of the rows that the tensors of a segment form one after another."""
+    drops = None if mask is None else Drops(mask, numels(rows.grads, len(rows.segments)))
+    T, like = rows.n_tasks, sample(rows.grads)
+    members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
+    for k, s in enumerate(rows.segments):
+        column = rows.column(k)
+        if any(g is not None and g.numel() for g in column):
+            members[s][k] = [None if g is None else flat(g) for g in column]
+    work = work_dtype(like)
+    scratch = Scratch(like, work)
+    M = like.new_zeros((rows.n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
+    for s, columns in members.items():
+        M[s] = _tensors_gramian(columns, scratch, work, None if drops is None else drops.erase)
+    return M
+
+
+@implements(operators.cross)
+def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute A Bᵀ, per segment: a corner of the Gramian of both matrices' rows, on whatever back end that has."""
+    bounds = column_bounds(offsets, A.shape[1])
+    pieces = [row[a:b] for row in (*A, *B) for a, b in pairwise(bounds)]
+    n_segments = len(bounds) - 1
+    M = operators.gramian_tensors(TaskGrads(pieces, list(range(n_segments)), n_segments), None)
+    K = M[:, : len(A), len(A) :].contiguous()
+    return K[0] if offsets is None else K
 
 
 def matrix_gramian(J: Tensor) -> Tensor:
@@ -62,25 +105,6 @@ def copied(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[tuple[Tensor, int
         rows[:, :columns].copy_(J[:, done : done + columns])
         yield rows, columns
         done += columns
-
-
-def segment_gramians(
-    grads: Sequence[Tensor | None], segments: Sequence[int], n_segments: int, erase: Erase | None = None
-) -> Tensor:
-    """(n_segments, T, T), J Jᵀ of the rows that the tensors of each segment form, of what ``erase`` leaves."""
-    n = len(segments)
-    like = sample(grads)
-    members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
-    for k, s in enumerate(segments):
-        column = grads[k::n]
-        if any(g is not None and g.numel() for g in column):
-            members[s][k] = [None if g is None else flat(g) for g in column]
-    work = work_dtype(like)
-    scratch = Scratch(like, work)
-    M = like.new_zeros((n_segments, len(grads) // n, len(grads) // n), dtype=arithmetic_dtype(like.dtype))
-    for s, columns in members.items():
-        M[s] = _tensors_gramian(columns, scratch, work, erase)
-    return M
 
 
 def _tensors_gramian(columns: Columns, scratch: Scratch, work: torch.dtype, erase: Erase | None) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from gradkern.ops import operators
 from gradkern.ops.cosines import cosines
 from gradkern.ops.partners import check_partner
-from gradkern.ops.registration import operator
+from gradkern.ops.pytorch.backend import implements
 
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
@@ -28,34 +29,34 @@ FEW_OF_GRADVAC = 12
 T = 12 and for eight segments of T = 3 both take the same."""
 
 
-@operator("pcgrad")
-def pcgrad(M: Tensor, keys: Tensor | None, partner: str) -> Tensor:
+@implements(operators.pcgrad)
+def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
     """PCGrad's coefficients, of M's dtype."""
-    return _like(pcgrad_coefficients(M, keys, partner), M)
+    return _like(pcgrad_coefficients(M, order_keys, partner), M)
 
 
-def pcgrad_coefficients(M: Tensor, keys: Tensor | None, partner: str) -> Floats:
+def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> Floats:
     """(S, T, T), of Yu et al. 2020, Algorithm 1, and with other partners Rhapsody on a Theme of Gradient Surgery."""
-    check_partner(keys, partner)
+    check_partner(order_keys, partner)
     if partner == "average":
         return _average(M)
-    if keys is None:
+    if order_keys is None:
         phi = cosines(M.double())
-        keys = (phi if partner == "most_different" else -phi).nan_to_num(torch.inf)
+        order_keys = (phi if partner == "most_different" else -phi).nan_to_num(torch.inf)
     S, T, _ = M.shape
     visits = T - 1 if partner == "all" else 1
     if S * T > FEW:
-        return _many(M, keys, visits)
-    of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), strict=True)
+        return _many(M, order_keys, visits)
+    of_segments = zip(M.tolist(), order_keys.expand_as(M).tolist(), strict=True)
     return np.array([_few(m, k, visits) for m, k in of_segments])
 
 
-def pcgrad_weights(M: Tensor, keys: Tensor | None, partner: str) -> list[float]:
+def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str) -> list[float]:
     """The sum of one Gramian's (T, T) coefficients over tasks; of few tasks with no array in between."""
-    if partner == "all" and keys is not None and len(M) <= FEW:
-        C = _few(M.tolist(), keys.tolist()[0], len(M) - 1)
+    if partner == "all" and order_keys is not None and len(M) <= FEW:
+        C = _few(M.tolist(), order_keys.tolist()[0], len(M) - 1)
     else:
-        C = pcgrad_coefficients(M.unsqueeze(0), keys, partner)[0].tolist()
+        C = pcgrad_coefficients(M.unsqueeze(0), order_keys, partner)[0].tolist()
     return [sum(column) for column in zip(*C, strict=True)]
 
 
@@ -70,7 +71,7 @@ def _average(M: Tensor) -> Floats:
     return C
 
 
-def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
+def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
     """The coefficients of all tasks of all segments at once."""
     S, T, _ = M.shape
     rows = _host(M).reshape(S * T, T)
@@ -78,7 +79,7 @@ def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
     task = np.arange(S * T)
     squares = rows[task, task % T]
     with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
-        for partner, row in _partners(keys, M.shape, visits):
+        for partner, row in _partners(order_keys, M.shape, visits):
             s = D[task, partner]
             conflict = np.flatnonzero((s < 0) & (squares[row] > 0))
             j = row[conflict]
@@ -88,12 +89,12 @@ def _many(M: Tensor, keys: Tensor, visits: int) -> Floats:
     return C.reshape(S, T, T)
 
 
-def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[list[float]]:
+def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
     """The coefficients of one segment."""
     T = len(M)
     C = []
     for i in range(T):
-        order = sorted(range(T), key=keys[i].__getitem__)
+        order = sorted(range(T), key=order_keys[i].__getitem__)
         order.remove(i)
         c = [0.0] * T
         c[i] = 1.0
@@ -109,15 +110,15 @@ def _few(M: list[list[float]], keys: list[list[float]], visits: int) -> list[lis
     return C
 
 
-@operator("gradvac")
-def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> Tensor:
-    """GradVac's coefficients (Wang et al. 2021); ``targets`` (S, T, T) move in the rows that ``moving`` (T,) names."""
+@implements(operators.gradvac)
+def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
+    """GradVac's coefficients (Wang et al. 2021); ``targets`` (S, T, T) move in the rows that ``update_mask`` (T,) names."""
     S, T, _ = M.shape
     eps = torch.finfo(M.dtype).eps
     if S * T <= FEW_OF_GRADVAC:
         held = targets.tolist()
-        of_segments = zip(M.tolist(), keys.expand_as(M).tolist(), held, strict=True)
-        few = [_few_of_gradvac(m, k, t, moving.tolist(), beta, eps) for m, k, t in of_segments]
+        of_segments = zip(M.tolist(), order_keys.expand_as(M).tolist(), held, strict=True)
+        few = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in of_segments]
         targets.copy_(torch.tensor(held, dtype=torch.float64))
         return _like(np.array(few), M)
     rows = _host(M).reshape(S * T, T)
@@ -125,10 +126,10 @@ def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: floa
     E = np.abs(rows)  # |C| |M|: what the rounding of C M Cᵀ is measured by
     task = np.arange(S * T)
     wanted = _host(targets).reshape(S * T, T)
-    moves = np.tile(moving.cpu().numpy(), S)
+    moves = np.tile(update_mask.cpu().numpy(), S)
     with np.errstate(all="ignore"):  # what is not there divides by zero, and is not used
         norms = np.sqrt(rows[task, task % T])
-        for partner, row in _partners(keys, M.shape, T - 1):
+        for partner, row in _partners(order_keys, M.shape, T - 1):
             # A sum of squares that comes out within the rounding of its terms is none.
             square = np.einsum("ij,ij->i", C, D)
             n, n_j = np.sqrt(square), norms[row]
@@ -152,9 +153,9 @@ def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: floa
 
 def _few_of_gradvac(
     M: list[list[float]],
-    keys: list[list[float]],
+    order_keys: list[list[float]],
     targets: list[list[float]],
-    moving: list[bool],
+    update_mask: list[bool],
     beta: float,
     eps: float,
 ) -> list[list[float]]:
@@ -162,7 +163,7 @@ def _few_of_gradvac(
     T = len(M)
     C = []
     for i in range(T):
-        order = sorted(range(T), key=keys[i].__getitem__)
+        order = sorted(range(T), key=order_keys[i].__getitem__)
         order.remove(i)
         c, d, e = [0.0] * T, M[i], [abs(x) for x in M[i]]
         c[i] = 1.0
@@ -178,7 +179,7 @@ def _few_of_gradvac(
                 a = c[j] = n * (u * sqrt(1 - phi * phi) - phi * root) / (n_j * root)
                 d = [x + a * y for x, y in zip(d, M[j], strict=True)]
                 e = [x + abs(a * y) for x, y in zip(e, M[j], strict=True)]
-            if moving[i]:
+            if update_mask[i]:
                 targets[i][j] = (1 - beta) * targets[i][j] + beta * phi
         C.append(c)
     return C
@@ -199,13 +200,13 @@ def _started(rows: Floats) -> tuple[Floats, Floats]:
     return np.tile(np.eye(T), (len(rows) // T, 1)), rows.copy()
 
 
-def _partners(keys: Tensor, shape: torch.Size, visits: int) -> Iterator[tuple[Indices, Indices]]:
+def _partners(order_keys: Tensor, shape: torch.Size, visits: int) -> Iterator[tuple[Indices, Indices]]:
     """Visit by visit, the partners of all S x T tasks, by their number in the segment and by that of their row.
 
-    Equal keys go by number: the sort is stable.
+    Equal order_keys go by number: the sort is stable.
     """
     S, T, _ = shape
-    order: NDArray[Any] = np.argsort(keys.detach().cpu().numpy(), axis=-1, kind="stable")
+    order: NDArray[Any] = np.argsort(order_keys.detach().cpu().numpy(), axis=-1, kind="stable")
     others = order[order != np.arange(T)[:, None]].reshape(len(order), T, T - 1)
     for visit in np.moveaxis(np.broadcast_to(others, (S, T, T - 1)), -1, 0)[:visits]:
         yield visit.reshape(-1), (visit + T * np.arange(S)[:, None]).reshape(-1)

@@ -7,19 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gradkern.ops.pytorch.combination import combine_matrix
+from gradkern.ops import operators
+from gradkern.ops.pytorch.backend import implements
+from gradkern.ops.pytorch.combination import combine_matrix, widened
 from gradkern.ops.pytorch.gramian import matrix_gramian
 from gradkern.ops.pytorch.host_programs import pcgrad_weights
-from gradkern.ops.pytorch.rows import widened
-from gradkern.ops.registration import operator
 
 
-@operator("pcgrad.matrix")
-def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+@implements(operators.pcgrad_matrix)
+def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """PCGrad's update, (P,)."""
     X = widened(J)
     M = matrix_gramian(X)
-    weights = pcgrad_weights(M, keys, partner)
+    weights = pcgrad_weights(M, order_keys, partner)
     if mean:
         weights = [w / len(weights) for w in weights]
     w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # NumPy would warn where it overflows

@@ -1,4 +1,4 @@
-"""Where the kernels' arguments lie: tables of addresses.
+"""Tables of the addresses at which the kernels' arguments lie.
 
 A table says nothing but its addresses, so one that is on the device already serves whoever asks for the same again:
 the Gramian and the combination of one step, and the next step where the allocator hands out the same memory. Any other
@@ -7,7 +7,6 @@ each replay is kept alive.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -17,12 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradkern.kernels.rows import Rows
+from gradkern.ops.arguments import OptionalTensors
 from gradkern.ops.capture import capturing, keep
 
-OptionalTensors = Sequence[Tensor | None]
-
 TABLES = 1024
-"""How many tables are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its parameter
+"""The number of tables that are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its parameter
 groups, of which there may be one for each layer, and allocators take turns among a few addresses."""
 
 

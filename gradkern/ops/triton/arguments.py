@@ -1,69 +1,95 @@
-"""What the kernels take, from the arguments of the operators: rows, layouts, masks and weights."""
+"""Arguments of the kernels, made from arguments of the operators: rows, tiles, masks and weights."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from gradkern.kernels.masks import LARGEST_BLOCK, Mask
+from gradkern.kernels import masks
+from gradkern.kernels.rows import Rows, Tiles
+from gradkern.ops.arguments import Mask, OptionalTensors, TaskGrads, numels, sample
 from gradkern.ops.capture import ready
-from gradkern.ops.layout import Layout, tensor_layout
-from gradkern.ops.schema import arithmetic_dtype, numels, sample
-from gradkern.ops.triton.address_tables import OptionalTensors, addresses
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.layout import TILE, Layout, tensor_layout
+from gradkern.ops.triton.address_tables import addresses, table_rows
 
 
-class Suppressed(NamedTuple):
-    """The arguments of the masked overloads."""
+@dataclass(frozen=True)
+class Placed:
+    """Gradients left in place, and how they lie in tiles.
 
-    units: tuple[int, ...]
-    block: int
-    mask: Tensor
+    Attributes:
+        addresses: T x n, row-major, 0 for a missing gradient.
+        n: the number of parameters.
+        dtype: the gradients'.
+        device: the gradients'.
+        layout: the tiles.
+        mask: which entries are dropped; None for none.
+    """
+
+    addresses: tuple[int, ...]
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    layout: Layout
+    mask: masks.Mask | None
+
+    @property
+    def rows(self) -> Rows:
+        """The rows behind a table of addresses on the device."""
+        return table_rows(self.addresses, self.n, self.dtype, self.device)
+
+    @property
+    def tiles(self) -> Tiles:
+        """The table of tiles on the device."""
+        return tiles_of(self.layout, self.device)
 
 
-def suppressed(units: Sequence[int], block: int, mask: Tensor) -> Suppressed:
-    """Checked."""
-    if not 1 <= block <= LARGEST_BLOCK:
-        raise ValueError(f"block must be from 1 to {LARGEST_BLOCK}, got {block}")
-    return Suppressed(tuple(units), block, mask)
+def placed(given: TaskGrads, like: OptionalTensors, mask: Mask | None) -> Placed:
+    """Find where gradients lie.
+
+    Args:
+        given: the gradients.
+        like: row-major, any number of rows: one tensor of each parameter tells its size.
+        mask: which entries are dropped; None for none.
+
+    Raises:
+        ValueError: the block of ``mask`` is out of range.
+    """
+    if mask is not None and not 1 <= mask.block <= masks.LARGEST_BLOCK:
+        raise ValueError(f"block must be from 1 to {masks.LARGEST_BLOCK}, got {mask.block}")
+    n = len(given.segments)
+    where = addresses("grads", given.grads)
+    units = () if mask is None else (tuple(mask.units), mask.block)
+    layout = tensor_layout(tuple(numels(like, n)), tuple(given.segments), given.n_segments, *units)
+    one = sample((*given.grads, *like))
+    on_tiles = None
+    if mask is not None:
+        on_tiles = masks.Mask(ready(layout, one.device).tiles_on(one.device)[1], mask.block, mask.state)
+    return Placed(where, n, one.dtype, one.device, layout, on_tiles)
 
 
 def unit_stride(J: Tensor) -> Tensor:
-    """J itself if its columns are neighbours in memory, else a copy."""
+    """Return J itself if its columns are neighbours in memory, else a copy."""
     return J if J.shape[1] <= 1 or J.stride(1) == 1 else J.contiguous()
 
 
-def tensor_rows(
-    grads: OptionalTensors,
-    segments: Sequence[int],
-    n_segments: int,
-    like: OptionalTensors,
-    suppression: Suppressed | None,
-) -> tuple[tuple[int, ...], Tensor, Layout]:
-    """The gradients' addresses, one gradient as a sample of dtype and device, and their layout.
-
-    ``like`` has the size of tensor k at every index that is k modulo the number of tensors.
-    """
-    n = len(segments)
-    rows = addresses("grads", grads)
-    units = () if suppression is None else (suppression.units, suppression.block)
-    return rows, sample((*grads, *like)), tensor_layout(tuple(numels(like, n)), tuple(segments), n_segments, *units)
-
-
-def tiles_of(layout: Layout, device: torch.device) -> Tensor:
-    """The layout's table of tiles on the device."""
-    return ready(layout, device).tiles_on(device)[0]
-
-
-def mask_of(suppression: Suppressed | None, layout: Layout, device: torch.device) -> Mask | None:
-    """The mask over a layout that was made for it; None for none."""
-    if suppression is None:
-        return None
-    return Mask(ready(layout, device).tiles_on(device)[1], suppression.block, suppression.mask)
+def tiles_of(layout: Layout, device: torch.device) -> Tiles:
+    """Return the layout's table of tiles on the device."""
+    return Tiles(ready(layout, device).tiles_on(device)[0], TILE)
 
 
 def weights_of(name: str, w: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """``w`` as the kernels read it: contiguous, in arithmetic dtype, with a dimension of segments."""
+    """Return ``w`` as the kernels read it: contiguous, in arithmetic dtype, with a dimension of segments.
+
+    Raises:
+        ValueError: its shape is not ``shape``, whose first dimension may be left out if it is 1.
+    """
     if tuple(w.shape) != shape and not (shape[0] == 1 and tuple(w.shape) == shape[1:]):
         raise ValueError(f"{name} must have shape {shape if shape[0] > 1 else shape[1:]}, got {tuple(w.shape)}")
     return w.to(arithmetic_dtype(dtype)).contiguous()
+
+
+def is_interpreted(device: torch.device) -> bool:
+    """Return whether kernels run in Triton's interpreter, which works on CPU tensors."""
+    return device.type == "cpu"

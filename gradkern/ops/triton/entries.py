@@ -1,4 +1,4 @@
-"""Single entries of the gradients on CUDA and ROCm tensors: read for every task, written for one result."""
+"""Single entries of the gradients on the Triton back end: read for every task, written for one result."""
 
 from collections.abc import Sequence
 
@@ -6,14 +6,18 @@ import torch
 from torch import Tensor
 
 from gradkern.kernels import entries
+from gradkern.ops import operators
+from gradkern.ops.arguments import OptionalTensors, sample
 from gradkern.ops.capture import ready
+from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import totals
-from gradkern.ops.schema import arithmetic_dtype, sample
-from gradkern.ops.triton.address_tables import OptionalTensors, addresses, table_rows
+from gradkern.ops.triton.address_tables import addresses, table_rows
+from gradkern.ops.triton.backend import implements
 
 
+@implements(operators.gather)
 def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tensor:
-    """The entries at ``index``, (T, d), of gradients read where they are."""
+    """Return the entries at ``index``, (T, d), of gradients read where they are."""
     like = sample(grads)
     device = like.device
     rows = table_rows(addresses("grads", grads), len(numels), like.dtype, device)
@@ -23,6 +27,7 @@ def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tens
     return values
 
 
+@implements(operators.scatter)
 def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
     """Write ``values`` to the entries at ``index``; of a tensor without elements none is written."""
     if values.shape != index.shape:

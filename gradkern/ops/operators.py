@@ -1,0 +1,147 @@
+"""The operators, each declared once: signature, contract, and the shape of the result.
+
+``J`` is a matrix (T, P) with unit column stride. ``offsets`` is an int64 tensor on the CPU, (S + 1,): segment s is the
+columns ``offsets[s]:offsets[s + 1]``. Arithmetic is float64 for float64 input and float32 for all others; Gramians and
+weights have that dtype. Overloads ``tensors`` take gradients that stay where autograd put them.
+
+``kept``, int64 of no dimension, grows by the number of entries of masked parameters that a mask keeps.
+
+``order_keys`` give an order of partners: task i visits the others in ascending order of ``order_keys[..., i, :]``,
+floating, equal keys by number. They are (S, T, T), or (1, T, T) for all segments alike.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradkern.ops.arguments import (
+    AdamWState,
+    AdamWStep,
+    Mask,
+    OptionalTensors,
+    Projection,
+    TaskGrads,
+    sample,
+)
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.registry import operator
+
+
+@operator("gramian")
+def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute M = J Jᵀ, (T, T), or (S, T, T) with one for each segment."""
+    return J.new_empty((*_segments(offsets), J.shape[0], J.shape[0]), dtype=arithmetic_dtype(J.dtype))
+
+
+@operator("cross")
+def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute A Bᵀ, the dot products of two matrices' rows, (T, R), or (S, T, R)."""
+    return A.new_empty((*_segments(offsets), A.shape[0], B.shape[0]), dtype=arithmetic_dtype(A.dtype))
+
+
+@operator("combine")
+def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute wᵀ J, (P,), in J's dtype; ``w`` is (T,), or (S, T). A row whose weight is 0 is not read."""
+    return J.new_empty(J.shape[1])
+
+
+@operator("project")
+def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute W J, (R, P), in J's dtype; ``W`` is (R, T), or (S, R, T)."""
+    return J.new_empty((W.shape[-2], J.shape[1]))
+
+
+@operator("gramian.tensors")
+def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
+    """Compute the Gramian of each segment, (S, T, T), over the entries that the mask keeps."""
+    like = sample(rows.grads)
+    return like.new_empty((rows.n_segments, rows.n_tasks, rows.n_tasks), dtype=arithmetic_dtype(like.dtype))
+
+
+@operator("combine.tensors", writes=("out", "kept"))
+def combine_tensors(
+    rows: TaskGrads, w: Tensor, out: Sequence[Tensor], mask: Mask | None = None, kept: Tensor | None = None
+) -> None:
+    """Write Σ_t w[s, t] grads[t, k] to ``out[k]``, s the segment of k, and 0 where the mask drops; ``w`` is (S, T).
+
+    ``out[k]`` may be one of the gradients of parameter k. A gradient whose weight is 0 is not read.
+    """
+
+
+@operator("gather")
+def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tensor:
+    """Return the entries at ``index``, (T, d), in arithmetic dtype.
+
+    ``index`` (d,), int64 on the device, holds ascending positions in the n parameters one after another, ``numels[k]``
+    elements each; ``grads`` is T x n, row-major.
+    """
+    like = sample(grads)
+    return like.new_empty((len(grads) // len(numels), index.shape[0]), dtype=arithmetic_dtype(like.dtype))
+
+
+@operator("scatter", writes=("out",))
+def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
+    """Write ``values`` (d,) to the entries at ``index`` of ``out``; all others stay, also all of a tensor of no size."""
+
+
+@operator("pcgrad")
+def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
+    """Compute PCGrad's coefficients, (S, T, T): row i combines the gradients into the modified one of task i.
+
+    ``partner``, one of ``partners.PARTNERS``, says whom a task visits: "all", or the first one, "random". The others
+    take no keys, because they follow from M: the partner of largest or smallest cosine, "most_similar" or
+    "most_different", of equals the first; or the "average" of all, each from the original gradient.
+    """
+    return torch.empty_like(M, memory_format=torch.contiguous_format)
+
+
+@operator("pcgrad.matrix")
+def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+    """Compute PCGrad's update (P,) of a matrix: the sum of its modified rows, or their mean."""
+    return J.new_empty(J.shape[1])
+
+
+@operator("gradvac", writes=("targets",))
+def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
+    """Compute GradVac's coefficients, (S, T, T), and move its targets.
+
+    ``targets`` (S, T, T) are float64. Those of task i move where ``update_mask`` (T,) is true for i.
+    """
+    return torch.empty_like(M, memory_format=torch.contiguous_format)
+
+
+@operator("surgery", writes=("out", "targets", "kept"))
+def surgery(
+    rows: TaskGrads,
+    method: Projection,
+    out: Sequence[Tensor],
+    mask: Mask | None = None,
+    products_masked: bool = False,
+    kept: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Do the whole surgery: return the Gramians (S, T, T) and weights (S, T), and write the combination to ``out``.
+
+    A parameter of segment -1 is unshared: its gradients are added up, and are in no Gramian. Dot products are of the
+    kept entries if ``products_masked``, else of all. ``out[k]`` may be a gradient of parameter k that has its memory
+    alone.
+    """
+    like = sample(rows.grads)
+    M = like.new_empty((rows.n_segments, rows.n_tasks, rows.n_tasks), dtype=arithmetic_dtype(like.dtype))
+    return M, torch.empty_like(M[:, 0])
+
+
+@operator("adamw", writes=("params", "moments", "kept"))
+def adamw(
+    rows: TaskGrads,
+    w: Tensor,
+    state: AdamWState,
+    step: AdamWStep,
+    mask: Mask | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Take the step of torch.optim.AdamW along the result of ``combine.tensors``, which goes to no memory."""
+
+
+def _segments(offsets: Tensor | None) -> tuple[int, ...]:
+    return () if offsets is None else (offsets.shape[0] - 1,)

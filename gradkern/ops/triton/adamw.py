@@ -1,0 +1,40 @@
+"""AdamW along a combination of gradients on the Triton back end."""
+
+import torch
+from torch import Tensor
+
+from gradkern.kernels import adamw as kernel
+from gradkern.ops import operators
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads
+from gradkern.ops.triton.address_tables import addresses, table_rows
+from gradkern.ops.triton.arguments import placed, weights_of
+from gradkern.ops.triton.backend import implements
+
+
+@implements(operators.adamw)
+def adamw(
+    rows: TaskGrads,
+    w: Tensor,
+    state: AdamWState,
+    step: AdamWStep,
+    mask: Mask | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Take a step of AdamW along the combination of the gradients."""
+    given = placed(rows, state.params, mask)
+    device, moment = state.params[0].device, state.moments[0].dtype
+    if mask is not None and kept is None:
+        kept = mask.state.new_zeros(())  # the kernel counts in any case
+    kernel.adamw(
+        given.rows,
+        given.tiles,
+        given.mask,
+        weights_of("w", w, moment, (rows.n_segments, rows.n_tasks)),
+        kept,
+        kernel.AdamWState(
+            table_rows(addresses("params", state.params), given.n, state.params[0].dtype, device),
+            table_rows(addresses("moments", state.moments), given.n, moment, device),
+            table_rows(addresses("steps", state.steps), given.n, torch.float32, device).source,
+        ),
+        kernel.AdamWStep(*step),
+    ).run(device)

@@ -1,0 +1,54 @@
+"""Combinations and projections on the Triton back end."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gradkern.kernels import combine as combine_kernel
+from gradkern.kernels import project as project_kernel
+from gradkern.ops import operators
+from gradkern.ops.arguments import Mask, TaskGrads
+from gradkern.ops.layout import column_layout
+from gradkern.ops.offsets import column_bounds
+from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
+from gradkern.ops.triton.arguments import placed, tiles_of, unit_stride, weights_of
+from gradkern.ops.triton.backend import implements
+
+
+@implements(operators.combine)
+def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute wᵀ J, (P,), in J's dtype; with ``offsets`` each segment of columns has its own row of ``w``."""
+    J = unit_stride(J)
+    T, P = J.shape
+    layout = column_layout(column_bounds(offsets, P))
+    out = J.new_empty(1, P)
+    weights = weights_of("w", w, J.dtype, (layout.n_segments, T))
+    tiles = tiles_of(layout, J.device)
+    combine_kernel.combine(matrix_rows(J), tiles, None, weights, matrix_rows(out), None).run(J.device)
+    return out[0]
+
+
+@implements(operators.combine_tensors)
+def combine_tensors(
+    rows: TaskGrads, w: Tensor, out: Sequence[Tensor], mask: Mask | None = None, kept: Tensor | None = None
+) -> None:
+    """Write wᵀ J of gradients read where they are into one tensor for each parameter, 0 where the mask drops."""
+    given = placed(rows, out, mask)
+    weights = weights_of("w", w, given.dtype, (rows.n_segments, rows.n_tasks))
+    target = table_rows(addresses("out", out), given.n, given.dtype, given.device)
+    if mask is not None and kept is None:
+        kept = mask.state.new_zeros(())  # the kernel counts in any case
+    combine_kernel.combine(given.rows, given.tiles, given.mask, weights, target, kept).run(given.device)
+
+
+@implements(operators.project)
+def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Compute W J, (R, P), in J's dtype; with ``offsets`` each segment of columns has its own ``W``."""
+    J = unit_stride(J)
+    T, P = J.shape
+    layout = column_layout(column_bounds(offsets, P))
+    R = W.shape[-2]
+    out = J.new_empty(R, P)
+    weights = weights_of("W", W, J.dtype, (layout.n_segments, R, T))
+    project_kernel.project(matrix_rows(J), tiles_of(layout, J.device), weights, matrix_rows(out)).run(J.device)
+    return out

@@ -1,0 +1,81 @@
+"""A torch optimizer around another one, whose groups, state and defaults are the other's own."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class OptimizerWrapper(Optimizer):
+    """Wraps a torch optimizer, for schedulers, gradient scalers and hooks.
+
+    Args:
+        optimizer: the wrapped optimizer.
+
+    Raises:
+        TypeError: ``optimizer`` is not a torch.optim.Optimizer.
+    """
+
+    # A scaler would hand its scale to this optimizer, and the wrapped one would step scaled gradients.
+    _step_supports_amp_scaling = False
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        # torch's own __init__ sets up the hooks, and writes fresh groups and state: to a placeholder.
+        self.optimizer: Any = SimpleNamespace(add_param_group=lambda group: None)
+        super().__init__([{"params": []}], {})
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        defaults: dict[str, Any] = self.optimizer.defaults
+        return defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as the wrapped optimizer does."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters to the wrapped optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def _inner_step(self, closure: Callable[[], float] | None) -> Any:
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
+
+    def _tensors(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _params(self) -> list[Any]:
+        """Return the parameters, with their names where the wrapped optimizer knows them."""
+        entries: list[Any] = []
+        for group in self.param_groups:
+            names = group.get("param_names")
+            entries += group["params"] if names is None else zip(names, group["params"], strict=True)
+        return entries

@@ -1,0 +1,38 @@
+"""The choices of a step: the method, and everything beside it."""
+
+from dataclasses import dataclass
+
+from gradkern.aggregators import Aggregator
+from gradkern.gradients.memory import Memory
+from gradkern.gradients.parameters import Groups, Params
+from gradkern.modifiers.conflict_lr import ConflictLR
+from gradkern.modifiers.suppression import Suppression
+
+
+@dataclass(frozen=True)
+class Options:
+    """The choices of a step, as :func:`gradkern.backward` and :class:`gradkern.SurgeryOptimizer` take them.
+
+    Attributes:
+        memory: lets absent tasks take part with their last gradients; None for no memory.
+    """
+
+    aggregator: Aggregator
+    groups: Groups = "model"
+    shared: Params | None = None
+    suppression: Suppression | None = None
+    conflict_lr: ConflictLR | None = None
+    memory: Memory | None = None
+
+    def check(self) -> None:
+        """Raise TypeError unless the method is an Aggregator and the suppression a Suppression."""
+        if not isinstance(self.aggregator, Aggregator):
+            raise TypeError(f"aggregator must be a gradkern.Aggregator, got {self.aggregator!r}")
+        if self.suppression is not None and not isinstance(self.suppression, Suppression):
+            raise TypeError(f"suppression must be a gradkern.Suppression or None, got {self.suppression!r}")
+
+    @property
+    def needs_no_rows(self) -> bool:
+        """Whether the step is torch's own backward pass of a weighted sum of losses."""
+        fixed = isinstance(self.aggregator, Aggregator) and self.aggregator.has_fixed_weights
+        return fixed and self.suppression is None and self.conflict_lr is None

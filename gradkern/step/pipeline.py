@@ -1,0 +1,125 @@
+"""The pipeline of a step: source → rows → Gramian → weights → sink.
+
+Nothing is written before everything has been computed, so a step that raises leaves every ``.grad`` as it was.
+"""
+
+import torch
+from torch import Tensor
+
+from gradkern.gradients.losses import Source, stacked
+from gradkern.gradients.memory import bools_on
+from gradkern.gradients.param_grads import Placement, by_parameter, readable
+from gradkern.gradients.parameters import Params, Targets
+from gradkern.info import SurgeryInfo
+from gradkern.step.options import Options
+from gradkern.step.rows import Rows
+from gradkern.step.sinks import Sink
+from gradkern.step.surgery import Outcome, fixed_weights, surgery
+
+
+def run(source: Source, sink: Sink, options: Options, params: Params) -> SurgeryInfo:
+    """Take one step.
+
+    Args:
+        source: gives the task gradients.
+        sink: takes their combination.
+        options: the method, and what is beside it.
+        params: as for :func:`gradkern.backward`.
+    """
+    refuse_distributed()
+    options.check()
+    targets = Targets.of(params, options.groups, options.shared)
+    source.open(targets.device)
+    if options.memory is not None:
+        options.memory.check(len(source.present))
+    if not sink.needs_rows:
+        outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
+        sink.prepare(None, outcome, targets)
+        return _info(source, outcome, options, kept=sink.commit(None), step_scale=None)
+    new = _take(source, targets)
+    with torch.no_grad():
+        rows = _rows(source, targets, new, options)
+        sink.check(rows)
+        outcome = surgery(rows, options.aggregator, unshared=sink.needs_unshared, combines=sink.combines)
+        step_scale = _step_scale(outcome, options)
+        sink.prepare(rows, outcome, targets)
+        if options.memory is not None:
+            options.memory.remember(source.present, new, targets.tensors)
+        try:
+            kept = sink.commit(step_scale)
+        finally:
+            if rows.mask is not None:
+                rows.mask.advance()
+        sink.finish()
+        return _info(source, outcome, options, kept, step_scale)
+
+
+def _take(source: Source, targets: Targets) -> list[list[Tensor | None]]:
+    """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
+    grads: list[list[Tensor | None]] = [[None] * len(targets.tensors) for _ in source.present]
+    for i, row in source.passes(targets.tensors):
+        grads[i] = readable(row, targets.tensors)
+    return grads
+
+
+def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], options: Options) -> Rows:
+    """Return the rows of the step, remembered ones among them, and what suppression drops of them."""
+    present, memory, suppression = source.present, options.memory, options.suppression
+    known = new if memory is None else memory.recall(present, new, targets.tensors)
+    shared = targets.are_shared(known)
+    # Of unshared parameters nothing is remembered: an absent task's head stays as it is.
+    taken = [[known[t][n] if m else row[n] for n, m in enumerate(shared)] for t, row in enumerate(new)]
+    segments = [s if m else None for s, m in zip(targets.segments, shared, strict=True)]
+    units = [-1] * len(segments)
+    if suppression is not None:
+        first_units = suppression.first_units(targets.numels)
+        units = [first_units[k] for k in targets.places]
+    columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
+    return Rows(
+        columns,
+        targets.n_segments,
+        mask=None if suppression is None else suppression.mask(targets.device),
+        products_masked=suppression is not None and suppression.scope == "all",
+        present=None if memory is None or all(present) else bools_on(present, targets.device),
+    )
+
+
+def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
+    """Return κ of the whole model's Gramian, None without ConflictLR."""
+    if options.conflict_lr is None:
+        return None
+    assert outcome.gramian is not None, "rows have a Gramian"
+    return options.conflict_lr.scale(outcome.gramian.sum(0))
+
+
+def _info(
+    source: Source, outcome: Outcome, options: Options, kept: Tensor | None, step_scale: Tensor | None
+) -> SurgeryInfo:
+    solution = outcome.solution
+    alone = options.groups == "model" and outcome.gramian is not None
+
+    def of_group(value: Tensor) -> Tensor:
+        return value[0] if alone else value  # one group has no dimension of its own
+
+    def of_group_if_any(value: Tensor | None) -> Tensor | None:
+        return None if value is None else of_group(value)
+
+    return SurgeryInfo(
+        losses=stacked(source.values, solution.weights),
+        gramian=of_group_if_any(outcome.gramian),
+        weights=of_group(solution.weights),
+        targets=of_group_if_any(solution.targets),
+        attention=of_group_if_any(solution.attention),
+        kept=kept,
+        step_scale=step_scale,
+    )
+
+
+def refuse_distributed() -> None:
+    """Raise ValueError if torch.distributed runs on more than one rank."""
+    d = torch.distributed
+    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
+        raise ValueError(
+            f"torch.distributed runs on {d.get_world_size()} ranks: the gradient of one task goes past the all-reduce "
+            "of DistributedDataParallel, so the ranks would drift apart. Gradient surgery works on one rank for now"
+        )

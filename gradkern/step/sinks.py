@@ -1,0 +1,145 @@
+"""The sinks of a step: they take weights, and write the update."""
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.gradients import graph
+from gradkern.gradients.losses import Losses, unreached
+from gradkern.gradients.param_grads import added, owned
+from gradkern.gradients.parameters import Targets
+from gradkern.step.rows import Rows
+from gradkern.step.surgery import Outcome
+
+
+class Sink(Protocol):
+    """A sink: ``check``, ``prepare``, ``commit``, ``finish``, in this order. Nothing is written before ``commit``.
+
+    Attributes:
+        needs_rows: whether it combines task gradients.
+        needs_unshared: whether it needs dot products over unshared parameters too.
+        combines: whether it takes the combination itself, and not only its weights.
+    """
+
+    needs_rows: bool
+    needs_unshared: bool
+    combines: bool
+
+    def check(self, rows: Rows) -> None:
+        """Raise unless it can take the rows."""
+
+    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+        """Compute the update, as far as that writes nothing."""
+
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Write the update, of an optimizer's step scaled by κ; return the share of entries that the mask kept."""
+
+    def finish(self) -> None:
+        """Call the user's hooks, which may raise: the step is whole even then."""
+
+
+class GradSink:
+    """Accumulates the combination into ``.grad``."""
+
+    needs_rows = True
+    needs_unshared = False
+    combines = True
+
+    def check(self, rows: Rows) -> None:
+        """Accept all rows."""
+
+    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+        """Combine the rows."""
+        self._results, self._kept = outcome.combine()
+
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Write every ``.grad``."""
+        self._written = write(self._results)
+        return self._kept
+
+    def finish(self) -> None:
+        """Call the post-accumulate hooks."""
+        call_hooks(self._written)
+
+
+class WeightedBackwardSink:
+    """Runs torch's own backward pass of Σ w_i L_i.
+
+    Args:
+        losses: the losses.
+        method: gives their weights.
+    """
+
+    needs_rows = False
+    needs_unshared = False
+    combines = False
+
+    def __init__(self, losses: Losses, method: Aggregator) -> None:
+        assert isinstance(method, Scalarization)
+        self.losses = losses
+        self.method = method
+
+    def check(self, rows: Rows) -> None:
+        """Accept all rows: there are none."""
+
+    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+        """Note the parameters."""
+        self._targets = targets.tensors
+
+    def commit(self, step_scale: Tensor | None) -> None:
+        """Run the backward pass. Callables run, and are added up, one by one: one graph is alive at a time."""
+        weights = self.method.task_weights(len(self.losses.entries))
+        if self.losses.one_graph_each and any(map(callable, self.losses.entries)):
+            self._add_up_one_by_one(weights)
+        else:
+            self._backward_of_sum(weights)
+
+    def finish(self) -> None:
+        """Do nothing: torch's own backward pass has called the hooks."""
+
+    def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
+        totals: list[Tensor | None] = [None] * len(self._targets)
+        for _, grads in self.losses.weighted_passes(self._targets, weights):
+            for k, g in enumerate(grads):
+                if g is not None:
+                    totals[k] = added(totals[k], g)
+            del grads  # not alive beside the next task's
+        with torch.no_grad():
+            found = ((p, g) for p, g in zip(self._targets, totals, strict=True) if g is not None)
+            call_hooks(write((p, owned(g, p)) for p, g in found))
+
+    def _backward_of_sum(self, weights: Sequence[float]) -> None:
+        present = dict(self.losses.graphs())
+        reachable = set(self._targets)
+        graph.freeable(self.losses.entries)  # raises now for a graph that would raise halfway
+        for i, loss in present.items():
+            if not any(leaf in reachable for leaf in graph.leaves(loss)):
+                raise unreached(i)
+        with torch.enable_grad():
+            terms = [weights[i] * loss for i, loss in present.items()]
+            total = sum(terms[1:], terms[0])
+        torch.autograd.backward(total, inputs=self._targets, retain_graph=self.losses.retain_graph)
+
+
+def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Accumulate each parameter's result into its ``.grad`` in place; return the parameters."""
+    written = []
+    for p, g in results:
+        if p.grad is None:
+            p.grad = g.detach()  # autograd hands out views of tensors of the same memory, which .grad is none of
+        elif p.grad.is_sparse and not g.is_sparse:
+            p.grad = added(p.grad, g)
+        else:
+            p.grad += g
+        written.append(p)
+    return written
+
+
+def call_hooks(params: Sequence[Tensor]) -> None:
+    """Call the post-accumulate hooks of parameters."""
+    for p in params:
+        for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # one may remove itself
+            hook(p)
