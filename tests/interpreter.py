@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from gradkern.ops import registration
+from gradkern.ops import registry
+from gradkern.ops.triton.backend import BACKEND
+
+TRITON = BACKEND.device_type
 
 
 def why_not() -> str | None:
@@ -77,33 +80,18 @@ _fork = multiprocessing.get_context("fork")
 interpreted = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
-def triton_implementations() -> dict[Any, Callable[..., Any]]:
-    """The Triton back end's function for each operator, as registered for CUDA."""
-    from gradkern.ops.one_launch import surgery as cuda_surgery
-    from gradkern.ops.triton import rows as cuda
+def triton_operators() -> list[registry.Operator[..., Any]]:
+    """The operators that the Triton back end implements."""
+    from gradkern.ops.one_launch import surgery  # noqa: F401  (registers)
+    from gradkern.ops.triton import adamw, combine, entries, gramian, methods  # noqa: F401  (register)
 
-    ops = torch.ops.gradkern
-    return {
-        ops.gramian.default: cuda.gramian,
-        ops.gramian.tensors: cuda.gramian_tensors,
-        ops.gramian.masked: cuda.gramian_masked,
-        ops.combine.default: cuda.combine,
-        ops.combine.tensors: cuda.combine_tensors,
-        ops.combine.masked: cuda.combine_masked,
-        ops.project.default: cuda.project,
-        ops.project.tensors: cuda.project_tensors,
-        ops.gather.default: cuda.gather,
-        ops.scatter.default: cuda.scatter,
-        ops.pcgrad.default: cuda.pcgrad,
-        ops.pcgrad.matrix: cuda_surgery.pcgrad_matrix,
-        ops.pcgrad.tensors: cuda_surgery.pcgrad_tensors,
-        ops.pcgrad.masked: cuda_surgery.pcgrad_masked,
-        ops.gradvac.default: cuda.gradvac,
-        ops.gradvac.tensors: cuda_surgery.gradvac_tensors,
-        ops.gradvac.masked: cuda_surgery.gradvac_masked,
-        ops.adamw.default: cuda.adamw,
-        ops.adamw.masked: cuda.adamw_masked,
-    }
+    return [op for op in registry.operators.values() if TRITON in op.implementations]
+
+
+def triton_implementation(overload: Any) -> Callable[..., Any]:
+    """The Triton back end's function for an operator, with the dispatcher's arguments."""
+    op = next(op for op in triton_operators() if op.overload == overload)
+    return op.on_flat(op.implementations[TRITON])
 
 
 @contextmanager
@@ -111,20 +99,23 @@ def serving_the_cpu() -> Iterator[list[str]]:
     """Have the kernels serve CPU tensors; yields the list of operators they have served."""
     calls: list[str] = []
 
-    def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def noted(op: registry.Operator[..., Any]) -> Callable[..., Any]:
+        function = op.implementations[TRITON]
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            calls.append(function.__name__)
+            calls.append(op.name)
             return function(*args, **kwargs)
 
         return run
 
+    served = triton_operators()
     library = torch.library.Library("gradkern", "IMPL")
-    for op, function in triton_implementations().items():
-        served = registration.serving[op.name()]["cpu"] = noted(function)
-        library.impl(op, served, "CPU")
+    for op in served:
+        op.implementations["cpu"] = noted(op)
+        library.impl(op.overload, op.on_flat(op.implementations["cpu"]), "CPU")
     try:
         yield calls
     finally:
         library._destroy()
-        for op in triton_implementations():
-            del registration.serving[op.name()]["cpu"]
+        for op in served:
+            del op.implementations["cpu"]

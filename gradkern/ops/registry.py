@@ -64,10 +64,10 @@ class Operator(Generic[P, R]):
         self.implementations: dict[str, Callable[P, R]] = {}
         self.cases: Cases | None = None
         self._groups = [_Group.of(p, hint) for p, hint in _parameters(function)]
-        update_wrapper(self, function)  # type: ignore[call-arg]  # typeshed binds P to this very class
+        update_wrapper(self, function)
         fields = ", ".join(self._schema_fields(function, writes))
         torch.library.define(f"gradkern::{name}", f"({fields}) -> {_returned(function)}")
-        torch.library.register_fake(f"gradkern::{name}")(self._on_flat(function))
+        torch.library.register_fake(f"gradkern::{name}")(self.on_flat(function))
         packet, _, overload = name.partition(".")
         self.overload = getattr(getattr(torch.ops.gradkern, packet), overload or "default")
 
@@ -80,7 +80,7 @@ class Operator(Generic[P, R]):
         tensor = _first_tensor(flat[0])
         if tensor is None or tensor.is_meta:
             return self.overload(*flat)
-        return self.implementation(tensor.device.type)(*args)
+        return self.implementation(tensor.device.type)(*args, **kwargs)
 
     def flattened(self, *args: Any) -> list[Any]:
         """Return the arguments as the dispatcher takes them."""
@@ -102,15 +102,15 @@ class Operator(Generic[P, R]):
     def register(self, device_type: str, function: Callable[P, R]) -> None:
         """Have ``function`` compute it on devices of a type."""
         self.implementations[device_type] = function
-        torch.library.impl(f"gradkern::{self.name}", device_type)(self._on_flat(function))
+        torch.library.impl(f"gradkern::{self.name}", device_type)(self.on_flat(function))
 
     def check(self, cases: Cases) -> Cases:
         """Have the decorated function compare the operator with the reference, for a dtype and a device."""
         self.cases = cases
         return cases
 
-    def _on_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` with the dispatcher's arguments in place of groups."""
+    def on_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return ``function`` with the dispatcher's arguments in place of groups of them."""
         if all(group.kind is None for group in self._groups):
             return function
 

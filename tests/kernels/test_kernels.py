@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gradkern.ops.schema import arithmetic_dtype
 from torch import Tensor
 
 from gradkern import reference
 from gradkern.ops.layout import TILE
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gradkern.ops.schema import arithmetic_dtype
 from torch import Tensor
 
 from gradkern import reference
 from gradkern.ops.layout import TILE
-from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 

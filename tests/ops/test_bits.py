@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 import gradkern as gk
+from gradkern.ops import operators
+from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.pytorch import chunks, combination, observed
 from gradkern.ops.pytorch.chunks import LINE, LONGEST, batch, cut, error_bound, tiles
 from gradkern.ops.pytorch.observed import products_of
@@ -84,8 +86,8 @@ def test_a_list_of_tensors_has_the_bits_of_the_matrix(T: int, dtype: torch.dtype
         lengths = [P // 3, min(7, P - P // 3), P - P // 3 - min(7, P - P // 3)]
         pieces = [piece.clone() for row in J for piece in row.split(lengths)]
         out = [torch.empty(n, dtype=dtype) for n in lengths]
-        ops.combine(pieces, w.unsqueeze(0), [0, 0, 0], out)
-        assert_same_bits([ops.gramian(pieces, [0, 0, 0], 1)[0], torch.cat(out)], [gk.gramian(J), gk.combine(J, w)])
+        operators.combine_tensors(TaskGrads(pieces, [0, 0, 0], 1), w.unsqueeze(0), out)
+        assert_same_bits([operators.gramian_tensors(TaskGrads(pieces, [0, 0, 0], 1))[0], torch.cat(out)], [gk.gramian(J), gk.combine(J, w)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,7 +107,7 @@ def test_zeros_have_the_same_sign_in_every_layout() -> None:
     J[:, ::2] = torch.rand(3, 2500)
     J[1, 1::4] = -0.0
     out = [torch.empty(5000)]
-    ops.combine(list(J), w.unsqueeze(0), [0], out)
+    operators.combine_tensors(TaskGrads(list(J), [0], 1), w.unsqueeze(0), out)
     for layout in (placed(J, 0, 0), placed(J, 1, 1)):
         assert_same_bits([gk.combine(layout, w)], out)
 
@@ -366,7 +368,7 @@ def test_groups_of_products_are_added_up_too(monkeypatch: pytest.MonkeyPatch) ->
     pieces = [piece.clone() for row in J for piece in row.split([399_990, 11])]
     assert cut(3, 400_001, 4).group < cut(3, 400_001, 4).chunks
     assert torch.equal(gk.gramian(J).double(), J.double() @ J.double().T)
-    assert torch.equal(ops.gramian(pieces, [0, 0], 1)[0], gk.gramian(J))
+    assert torch.equal(operators.gramian_tensors(TaskGrads(pieces, [0, 0], 1))[0], gk.gramian(J))
     cut.cache_clear()
 
 

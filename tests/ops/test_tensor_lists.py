@@ -1,5 +1,7 @@
 """The operators' zero-copy form: gradients of several tensors, read where they lie, as the matrix they stand for."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +10,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from gradkern import reference
+from gradkern.ops import operators
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads
+from gradkern.ops.registry import Operator
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 ops = torch.ops.gradkern
@@ -46,15 +51,15 @@ def members(s: int) -> list[int]:
     return [k for k, segment in enumerate(SEGMENTS) if segment == s]
 
 
-def poisoned(dtype: torch.dtype, device: torch.device, rows: int = 1) -> list[Tensor]:
-    return [torch.full(s, float("nan"), dtype=dtype, device=device) for _ in range(rows) for s in SHAPES]
+def poisoned(dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    return [torch.full(s, float("nan"), dtype=dtype, device=device) for s in SHAPES]
 
 
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gramian(dtype: torch.dtype, missing: bool, device: torch.device) -> None:
     grads = tensors(4, dtype, device, missing)
-    M = ops.gramian(grads, SEGMENTS, 4)
+    M = operators.gramian_tensors(TaskGrads(grads, SEGMENTS, 4))
     assert M.shape == (4, 4, 4)
     assert torch.equal(M[3].cpu(), torch.zeros(4, 4))  # a segment without tensors
     for s in range(3):
@@ -66,23 +71,18 @@ def test_gramian(dtype: torch.dtype, missing: bool, device: torch.device) -> Non
 
 @pytest.mark.parametrize("missing", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_combine_and_project(dtype: torch.dtype, missing: bool, device: torch.device) -> None:
+def test_combine(dtype: torch.dtype, missing: bool, device: torch.device) -> None:
     grads = tensors(3, dtype, device, missing)
     work = torch.float64 if dtype == torch.float64 else torch.float32
-    W = torch.randn(3, 2, 3, dtype=work)
-    W[1, 0, 2] = 0
-    combined, projected = poisoned(dtype, device), poisoned(dtype, device, rows=2)
-    ops.combine(grads, W[:, 0].contiguous().to(device), SEGMENTS, combined)
-    ops.project(grads, W.to(device), SEGMENTS, projected)
-    n = len(SHAPES)
+    w = torch.randn(3, 3, dtype=work)
+    w[1, 2] = 0
+    out = poisoned(dtype, device)
+    operators.combine_tensors(TaskGrads(grads, SEGMENTS, 3), w.to(device), out)
     for k, s in enumerate(SEGMENTS):
         rows = dense_rows(grads, [k])
-        for r in range(2):
-            expected = reference.combine(rows, W[s, r].tolist())
-            size = reference.combine([row.abs() for row in rows], W[s, r].abs().tolist())
-            assert_near(projected[r * n + k].cpu().reshape(-1), expected, size, TOLERANCES[dtype])
-            if r == 0:
-                assert_near(combined[k].cpu().reshape(-1), expected, size, TOLERANCES[dtype])
+        expected = reference.combine(rows, w[s].tolist())
+        size = reference.combine([row.abs() for row in rows], w[s].abs().tolist())
+        assert_near(out[k].cpu().reshape(-1), expected, size, TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,10 +95,10 @@ def test_the_same_bits_as_the_matrix_of_the_same_layout(T: int, dtype: torch.dty
     grads = [part.clone() for row in J for part in row.split(numels)]
     segments = list(range(len(numels)))
     M = ops.gramian(J, offsets)
-    assert torch.equal(ops.gramian(grads, segments, len(numels)), M)
+    assert torch.equal(operators.gramian_tensors(TaskGrads(grads, segments, len(numels))), M)
     w = M[:, 0].contiguous()
     out = [torch.full((n,), float("nan"), dtype=dtype, device=device) for n in numels]
-    ops.combine(grads, w, segments, out)
+    operators.combine_tensors(TaskGrads(grads, segments, len(w)), w, out)
     expected = ops.combine(J, w, offsets)
     if device.type == "cpu":  # the BLAS sums the rows of a matrix in an order of its own
         assert_near(torch.cat(out), expected, (w.abs().max() * J.abs().sum(0).max()).item(), TOLERANCES[dtype])
@@ -112,7 +112,7 @@ def test_on_the_cpu_a_segment_of_several_tensors_has_the_bits_of_the_matrix(T: i
     """In one block of gathered columns or in several, the last of them short; chunks reach from tensor to tensor."""
     J = torch.randn(T, P).to(dtype)
     grads = [part.clone() for row in J for part in row.split([P // 3, 7, P - P // 3 - 7])]
-    assert torch.equal(ops.gramian(grads, [0, 0, 0], 1)[0], ops.gramian(J))
+    assert torch.equal(operators.gramian_tensors(TaskGrads(grads, [0, 0, 0], 1))[0], ops.gramian(J))
 
 
 @settings(max_examples=60)
@@ -129,7 +129,7 @@ def test_any_layout_has_the_bits_of_the_matrix_cut_alike(
         t, k = divmod(i, len(numels))
         grads[i] = None
         J[t, starts[k] : starts[k + 1]] = 0
-    M = ops.gramian(grads, list(range(len(numels))), len(numels))
+    M = operators.gramian_tensors(TaskGrads(grads, list(range(len(numels))), len(numels)))
     assert torch.equal(M, ops.gramian(J, torch.tensor(starts)))
 
 
@@ -137,15 +137,29 @@ def test_columns_in_any_memory_order(device: torch.device) -> None:
     """Tensors of equal strides are read as flat memory, whatever the strides are."""
     grads = [torch.randn(4, 3, 5, 5, device=device).to(memory_format=torch.channels_last) for _ in range(2)]
     out = [torch.empty_like(grads[0])]
-    ops.combine(grads, torch.tensor([[2.0, -1.0]], device=device), [0], out)
+    operators.combine_tensors(TaskGrads(grads, [0], 1), torch.tensor([[2.0, -1.0]], device=device), out)
     assert_near(out[0], 2.0 * grads[0] - grads[1], 10.0, TOLERANCES[torch.float32])
-    M = ops.gramian(grads, [0], 1)[0]
+    M = operators.gramian_tensors(TaskGrads(grads, [0], 1))[0]
     assert_near(M[0, 1].cpu(), (grads[0] * grads[1]).double().sum().cpu(), 300.0, TOLERANCES[torch.float32])
 
 
 def test_operators_keep_torchs_contract(device: torch.device) -> None:
+    """Masked and not; ``kept`` is one of the tensors that they write to."""
     grads = tensors(3, torch.float32, device, missing=True)
-    opcheck(ops.gramian.tensors, (grads, SEGMENTS, 4))
-    out = [torch.zeros(s, device=device) for s in SHAPES]
-    opcheck(ops.combine.tensors, (grads, torch.randn(3, 3, device=device), SEGMENTS, out))
-    opcheck(ops.project.tensors, (grads, torch.randn(3, 1, 3, device=device), SEGMENTS, out))
+    mask = Mask([0, -1, 8, 16, -1, 1 << 20], 5, torch.tensor([3, 1, 1 << 31], device=device))
+    w, kept = torch.randn(4, 3, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    moments = [torch.rand(s, device=device) for _ in range(2) for s in SHAPES]
+    state = AdamWState(
+        [torch.randn(s, device=device) for s in SHAPES], moments, [torch.ones((), device=device) for _ in SHAPES]
+    )
+    step = AdamWStep(None, torch.tensor(0.5, device=device), [0.1, 0.9, 0.99, 0.0, 1e-8])
+    rows, out = TaskGrads(grads, SEGMENTS, 4), [torch.zeros(s, device=device) for s in SHAPES]
+    for last in ((), (mask,)):
+        check(operators.gramian_tensors, rows, *last)
+    for last in ((), (mask, kept)):
+        check(operators.combine_tensors, rows, w, out, *last)
+        check(operators.adamw, rows, w, state, step, *last)
+
+
+def check(operator: Operator[..., Any], *args: object) -> None:
+    opcheck(operator.overload, tuple(operator.flattened(*args)))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradkern.ops.schema import arithmetic_dtype
 from torch import Tensor
 from torch.library import opcheck
 
@@ -19,7 +20,6 @@ from gradkern.aggregators.base import Solution
 from gradkern.ops.layout import TILE
 from gradkern.ops.one_launch import unfused as composed
 from gradkern.ops.partners import ORDERED, PARTNERS
-from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.step.test_no_host_reads import ORDER, RefusesReads, step, update
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
