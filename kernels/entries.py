@@ -2,8 +2,8 @@
 
     values[t, e] = J[t, index[e]]        out[index[e]] = values[e]
 
-Which tensor a position falls into is found by bisection in the table of where the tensors start and end; from there on
-the address is the row's table entry plus what is left. An entry costs a 32-byte sector, so ``index`` is ascending: what
+Bisection finds the tensor of a position in the table of the tensors' starts and ends. The address is then the row's
+table entry plus the rest of the position. An entry costs a 32-byte sector, so ``index`` is ascending: a sector that
 neighbours share is read once.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .rows import Rows, row_address, row_arguments
+from .rows import KernelRows, Rows, row_address, row_arguments
 from .settings import ENTRIES
 
 
@@ -32,14 +32,14 @@ def find_tensor(p_bounds, n, position, m):
 
 
 @triton.jit
-def find_entries(
-    p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(which of the d positions are this program's, whether there are such, where row ``i_row`` has them, or 0)."""
+def find_entries(rows, i_row, bounds, index, BLOCK: tl.constexpr):
+    """(the program's positions among the d of ``index``, whether there are such, addresses of row ``i_row``, or 0)."""
+    p_bounds, n = bounds
+    p_index, d = index
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     m = i < d
     i_tensor, o = find_tensor(p_bounds, n, tl.load(p_index + i, mask=m, other=0), m)
-    return i, m, row_address(p_rows, s_row, i_row, i_tensor, o, m, TABLE, D)
+    return i, m, row_address(rows, i_row, i_tensor, o, m)
 
 
 @kernel
@@ -58,7 +58,7 @@ def gather_kernel(
 ):
     """One program: BLOCK positions, one row."""
     i_row = tl.program_id(1).to(tl.int64)
-    i, m, a = find_entries(p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE, D, BLOCK)
+    i, m, a = find_entries(KernelRows(p_rows, s_row, TABLE, D, ACC), i_row, (p_bounds, n), (p_index, d), BLOCK)
     x = tl.load(a.to(tl.pointer_type(D)), mask=a != 0, other=0.0)
     tl.store(p_values + i_row * d + i, x.to(ACC), mask=m)
 
@@ -78,7 +78,7 @@ def scatter_kernel(
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK positions."""
-    i, m, a = find_entries(p_rows, s_row, 0, p_bounds, n, p_index, d, TABLE, D, BLOCK)
+    i, m, a = find_entries(KernelRows(p_rows, s_row, TABLE, D, ACC), 0, (p_bounds, n), (p_index, d), BLOCK)
     x = tl.load(p_values + i, mask=m, other=0.0)
     tl.store(a.to(tl.pointer_type(D)), x.to(D), mask=a != 0)
 

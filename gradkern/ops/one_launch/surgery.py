@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkern.kernels import surgery as kernel
-from gradkern.kernels.masks import Mask
-from gradkern.kernels.rows import Rows
+from gradkern.kernels.rows import Rows, Tiles
 from gradkern.kernels.settings import ONE_LAUNCH_PROGRAMS, one_launch
 from gradkern.ops.capture import capturing, ready
 from gradkern.ops.layout import TILE, Layout, column_layout
@@ -35,7 +34,8 @@ def pcgrad_matrix(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> T
     out = J.new_empty(1, P)
     layout = column_layout((0, P, P))  # nothing is outside surgery
     rows, result = matrix_rows(J), matrix_rows(out)
-    _one_launch(kernel.PCGrad(keys, partner), rows, result, layout, None, False, mean, None, None, None, J.device)
+    method = kernel.Projection(keys, partner, None, None, 0.0, mean)
+    _one_launch(method, rows, result, layout, kernel.Masking(None, False), None, J.device)
     return out[0]
 
 
@@ -51,10 +51,10 @@ def pcgrad_tensors(
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """As :func:`composed.pcgrad_tensors`."""
-    if not _tensors_take_one_launch(grads, out):
+    if present is not None or plain is not None or not _tensors_take_one_launch(grads, out):
         return unfused.pcgrad_tensors(grads, segments, n_segments, keys, partner, mean, present, plain, out)
-    method = kernel.PCGrad(keys, partner)
-    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
+    method = kernel.Projection(keys, partner, None, None, 0.0, mean)
+    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, None, out)
     return M, w
 
 
@@ -75,10 +75,10 @@ def pcgrad_masked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`composed.pcgrad_masked`."""
     masking = Masking(units, block, mask, products)
-    if not _tensors_take_one_launch(grads, out):
+    if present is not None or plain is not None or not _tensors_take_one_launch(grads, out):
         return unfused.pcgrad_masked(grads, segments, n_segments, keys, partner, mean, present, plain, *masking, out)
-    method = kernel.PCGrad(keys, partner)
-    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
+    method = kernel.Projection(keys, partner, None, None, 0.0, mean)
+    return _tensor_surgery(method, grads, segments, n_segments, masking, out)
 
 
 def gradvac_tensors(
@@ -95,12 +95,12 @@ def gradvac_tensors(
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
     """As :func:`composed.gradvac_tensors`."""
-    if not _tensors_take_one_launch(grads, out):
+    if present is not None or plain is not None or not _tensors_take_one_launch(grads, out):
         return unfused.gradvac_tensors(
             grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, out
         )
-    method = kernel.GradVac(keys, targets, moving, beta)
-    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, None, out)
+    method = kernel.Projection(keys, "all", targets, moving, beta, mean)
+    M, w, _ = _tensor_surgery(method, grads, segments, n_segments, None, out)
     return M, w
 
 
@@ -123,12 +123,12 @@ def gradvac_masked(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`composed.gradvac_masked`."""
     masking = Masking(units, block, mask, products)
-    if not _tensors_take_one_launch(grads, out):
+    if present is not None or plain is not None or not _tensors_take_one_launch(grads, out):
         return unfused.gradvac_masked(
             grads, segments, n_segments, keys, targets, moving, beta, mean, present, plain, *masking, out
         )
-    method = kernel.GradVac(keys, targets, moving, beta)
-    return _tensor_surgery(method, grads, segments, n_segments, mean, present, plain, masking, out)
+    method = kernel.Projection(keys, "all", targets, moving, beta, mean)
+    return _tensor_surgery(method, grads, segments, n_segments, masking, out)
 
 
 def _tensors_take_one_launch(grads: OptionalTensors, out: Sequence[Tensor]) -> bool:
@@ -140,13 +140,10 @@ def _takes_one_launch(T: int, dtype: torch.dtype, P: int) -> bool:
 
 
 def _tensor_surgery(
-    method: kernel.PCGrad | kernel.GradVac,
+    method: kernel.Projection,
     grads: OptionalTensors,
     segments: Sequence[int],
     n_segments: int,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
     masking: Masking | None,
     out: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Any]:
@@ -160,56 +157,43 @@ def _tensor_surgery(
     mask = mask_of(suppression, layout, device)
     count = None if mask is None else torch.zeros((), dtype=torch.int64, device=device)
     products = masking is not None and masking.products
-    M, w = _one_launch(method, rows, result, layout, mask, products, mean, present, plain, count, device)
+    M, w = _one_launch(method, rows, result, layout, kernel.Masking(mask, products), count, device)
     return M, w, count
 
 
 def _one_launch(
-    method: kernel.PCGrad | kernel.GradVac,
+    method: kernel.Projection,
     rows: Rows,
     out: Rows,
     layout: Layout,
-    mask: Mask | None,
-    products: bool,
-    mean: bool,
-    present: Tensor | None,
-    plain: Tensor | None,
-    count: Tensor | None,
+    masking: kernel.Masking,
+    kept: Tensor | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Gramians and weights; the last segment of ``layout`` is what is outside surgery."""
+    """Gramians and weights; the last segment of ``layout`` is unshared."""
     S, T, dtype = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype)
     M = torch.empty(S, T, T, dtype=dtype, device=device)
-    if isinstance(method, kernel.PCGrad):
-        check_partner(method.keys, method.partner)
-    if method.keys is not None:
-        method = method._replace(keys=keys_of(method.keys, M))
-    moving = method.moving if isinstance(method, kernel.GradVac) else None
-    for name, given in (("present", present), ("plain", plain), ("moving", moving)):
-        if given is not None and given.shape != (T,):
-            raise ValueError(f"{name} must be of shape {(T,)}, got {tuple(given.shape)}")
-    if isinstance(method, kernel.GradVac):
+    if method.targets is None:
+        check_partner(method.order_keys, method.partner)
+    if method.order_keys is not None:
+        method = method._replace(order_keys=keys_of(method.order_keys, M))
+    moving = method.update_mask
+    if moving is not None and moving.shape != (T,):
+        raise ValueError(f"moving must be of shape {(T,)}, got {tuple(moving.shape)}")
+    if method.targets is not None and moving is not None:
         check_targets(method.targets, M)
-        method = method._replace(moving=method.moving.contiguous())
+        method = method._replace(update_mask=moving.contiguous())
     w = torch.empty(S, T, dtype=dtype, device=device)
     work = ready(work_list(layout, T, rows.dtype.itemsize), device)
     items, segments = work.tables_on(device)
     n_counters = kernel.shared_size(S, work.n_groups)
     kernel.surgery(
         rows,
-        tiles_of(layout, device),
-        TILE,
-        mask,
-        products,
+        Tiles(tiles_of(layout, device), TILE),
+        masking,
         kernel.Work(items, segments, work.n_pieces, work.n_groups, _shared(n_counters, device)),
         method,
-        mean,
-        None if present is None else present.contiguous(),
-        None if plain is None else plain.to(dtype).contiguous(),
-        M,
-        w,
-        out,
-        count,
+        kernel.Results(M, w, out, kept),
         _programs(device, len(items)),
     ).run(device)
     return M, w

@@ -17,7 +17,7 @@ from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
 from gradkern.kernels import reduce
 from gradkern.kernels.masks import Mask
-from gradkern.kernels.rows import Rows
+from gradkern.kernels.rows import Rows, Tiles
 from gradkern.kernels.settings import DOT_T, LONGEST_PIECE, PROGRAMS
 from gradkern.ops.layout import TILE, Layout, column_layout
 from gradkern.ops.offsets import column_bounds
@@ -69,7 +69,7 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     out = J.new_empty(1, P)
     weights = weights_of("w", w, J.dtype, (layout.n_segments, T))
     tiles = tiles_of(layout, J.device)
-    combine_kernel.combine(matrix_rows(J), tiles, TILE, None, weights, matrix_rows(out), None).run(J.device)
+    combine_kernel.combine(matrix_rows(J), Tiles(tiles, TILE), None, weights, matrix_rows(out), None).run(J.device)
     return out[0]
 
 
@@ -138,7 +138,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     out = J.new_empty(R, P)
     weights = weights_of("W", W, J.dtype, (layout.n_segments, R, T))
     tiles = tiles_of(layout, J.device)
-    project_kernel.project(matrix_rows(J), tiles, TILE, weights, matrix_rows(out)).run(J.device)
+    project_kernel.project(matrix_rows(J), Tiles(tiles, TILE), weights, matrix_rows(out)).run(J.device)
     return out
 
 
@@ -150,7 +150,7 @@ def project_tensors(grads: OptionalTensors, W: Tensor, segments: Sequence[int], 
     device = like.device
     weights = weights_of("W", W, like.dtype, (n_segments, len(out) // n, len(grads) // n))
     source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
-    project_kernel.project(source, tiles_of(layout, device), TILE, weights, target).run(device)
+    project_kernel.project(source, Tiles(tiles_of(layout, device), TILE), weights, target).run(device)
 
 
 def _tensor_gramian(
@@ -178,7 +178,7 @@ def _tensor_combine(
     weights = weights_of("w", w, like.dtype, (n_segments, len(grads) // n))
     source, target = (table_rows(r, n, like.dtype, device) for r in (rows, addresses("out", out)))
     tiles, mask = tiles_of(layout, device), mask_of(suppression, layout, device)
-    combine_kernel.combine(source, tiles, TILE, mask, weights, target, count).run(device)
+    combine_kernel.combine(source, Tiles(tiles, TILE), mask, weights, target, count).run(device)
 
 
 def _tensor_step(
@@ -199,17 +199,16 @@ def _tensor_step(
     device, moment = params[0].device, moments[0].dtype
     adamw_kernel.adamw(
         table_rows(rows, n, like.dtype, device),
-        tiles_of(layout, device),
-        TILE,
+        Tiles(tiles_of(layout, device), TILE),
         mask_of(suppression, layout, device),
         weights_of("w", w, moment, (n_segments, len(grads) // n)),
-        table_rows(addresses("params", params), n, params[0].dtype, device),
-        table_rows(addresses("moments", moments), n, moment, device),
-        table_rows(addresses("steps", steps), n, torch.float32, device).source,
-        found_inf,
-        lr_scale,
-        hyperparameters,
         count,
+        adamw_kernel.AdamWState(
+            table_rows(addresses("params", params), n, params[0].dtype, device),
+            table_rows(addresses("moments", moments), n, moment, device),
+            table_rows(addresses("steps", steps), n, torch.float32, device).source,
+        ),
+        adamw_kernel.AdamWStep(found_inf, lr_scale, hyperparameters),
     ).run(device)
 
 
@@ -224,7 +223,8 @@ def _gramian(rows: Rows, layout: Layout, mask: Mask | None, device: torch.device
     M = torch.empty(layout.n_segments, T, T, dtype=dtype, device=device)
     interpreted = device.type == "cpu"
     tensor_cores = torch.version.hip is None
-    gramian_kernel.gramian(rows, tiles, TILE, mask, pieces, partials, tensor_cores, interpreted).run(device)
+    target = gramian_kernel.Target(tensor_cores, interpreted)
+    gramian_kernel.gramian(rows, Tiles(tiles, TILE), mask, pieces, partials, target).run(device)
     reduce.reduce(partials, bounds, M).run(device)
     return M
 
