@@ -9,13 +9,13 @@ for two properties of the mask, ``SHARE`` and ``ONCE``. They decide how many wor
 can be left out. ``SHARE`` is one of:
 
 - ``DENSE``: no mask at all.
-- ``EACH``, blocks of one element: four neighbours take the four words of one Philox where they are, no thread asks
+- ``EACH``, units of one element: four neighbours take the four words of one Philox where they are, no thread asks
   another. Memory is read in sectors of 32 bytes, in which almost never all elements are dropped. So loads stay whole,
   and dropped elements are set to zero afterwards.
 - else the number of neighbours of one 128-bit load that surely share a unit, the largest power of two that divides
   ``block``: one Philox for them, and the load is left out where they are dropped.
 
-``ONCE``: so few blocks of 128 or more lie in a tile that the draws of all of them fit in the bits of one number. It is
+``ONCE``: so few units of 128 elements or more lie in a tile that the draws of all fit in the bits of one number. It is
 drawn when the tile is begun. A load looks up a bit of it and needs no Philox of its own.
 
 Seed, step and threshold lie in device memory, and ``block`` is a run-time number, so none compiles a kernel anew.
@@ -33,7 +33,7 @@ DENSE = tl.constexpr(0)
 EACH = tl.constexpr(-1)
 
 FEWEST_ONCE = 128
-"""Elements of the smallest block that is drawn once for a tile, which then holds no more than 64 of them."""
+"""Elements of the smallest unit that is drawn once for a tile, which then holds no more than 64 of them."""
 
 LARGEST_BLOCK = 1 << 30
 """Positions within a unit and a tile are counted in 32 bits."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkern import reference
 from gradkern.ops import eager as direct
 from gradkern.ops.partners import ORDERED, PARTNERS
-from gradkern.ops.pytorch.rows import host_programs as methods
+from gradkern.ops.pytorch import host_programs as methods
 from gradkern.ops.schema import arithmetic_dtype
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
