@@ -127,7 +127,7 @@ def surgery_kernel(
 
 
 class Masking(NamedTuple):
-    """The mask, and the results that it concerns beside the combination."""
+    """The mask of the combination."""
 
     mask: Mask | None
     products: bool
@@ -152,9 +152,9 @@ class Projection(NamedTuple):
 
     order_keys: Tensor | None
     partner: str
-    """Of PCGrad; GradVac visits all."""
+    """One of ``pcgrad.PARTNERS``; GradVac visits "all"."""
     targets: Tensor | None
-    """Of a step with any dot product that is not finite no target moves."""
+    """They do not move in a step with any dot product that is not finite."""
     update_mask: Tensor | None
     beta: float
     mean: bool
@@ -180,7 +180,7 @@ def flags_at(S: int, n_folds: int) -> int:
 
 
 def shared_size(S: int, n_folds: int) -> int:
-    """Numbers of shared memory that a launch takes: ticket, counters, flags."""
+    """Return how many numbers of shared memory a launch takes: ticket, counters, flags."""
     return flags_at(S, n_folds) + S
 
 
