@@ -11,6 +11,7 @@ arithmetic dtype, in which all of this is computed.
 """
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -18,9 +19,64 @@ from torch import Tensor
 
 from .combine import weighted_sum, zero_and_count
 from .launch import Launch, kernel
-from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read
-from .rows import TRITON_DTYPE, Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
+from .masks import DENSE, KernelMask, Mask, kept_elements, load_state, load_units, mask_arguments, to_read
+from .rows import (
+    TRITON_DTYPE,
+    KernelRows,
+    KernelTiles,
+    Rows,
+    Tiles,
+    load_full,
+    load_part,
+    load_tile,
+    row_address,
+    row_arguments,
+    store_row,
+    tile_arguments,
+)
 from .settings import adamw_setting
+
+
+class AdamWState(NamedTuple):
+    """The tensors that a step changes, and their steps."""
+
+    params: Rows
+    """One row."""
+    moments: Rows
+    """Two rows, m and v; a third, the largest v, is amsgrad."""
+    steps: Tensor
+    """(n,) int64: the address of each tensor's step, a float32 that counts this one."""
+
+
+class AdamWStep(NamedTuple):
+    """The numbers of a step."""
+
+    found_inf: Tensor | None
+    """(), float32; where it is not 0 nothing changes."""
+    lr_scale: Tensor | None
+    """(), by which lr is multiplied."""
+    hyperparameters: Sequence[float]
+    """lr, beta1, beta2, weight_decay and eps."""
+
+
+class KernelState(NamedTuple):
+    """The bundle of ``AdamWState`` inside the kernel."""
+
+    params: KernelRows
+    moments: KernelRows
+    p_steps: Any
+    AMSGRAD: tl.constexpr
+
+
+class KernelStep(NamedTuple):
+    """The bundle of ``AdamWStep`` inside the kernel."""
+
+    p_lr_scale: Any
+    lr: Any
+    beta1: Any
+    beta2: Any
+    weight_decay: Any
+    eps: Any
 
 
 @triton.jit
@@ -31,6 +87,61 @@ def load_row(a, o, n, m_full, D: tl.constexpr):
     else:
         x = load_part(a, o, n, True, D)
     return x
+
+
+@triton.jit
+def step_tile(rows, tiles, mask, weights, state, step, p_kept):
+    """Step the program's tile; ``weights`` is a pointer, and T."""
+    p_w, T = weights
+    ACC: tl.constexpr = rows.ACC
+    PARAM: tl.constexpr = state.params.D
+    i_tile = tl.program_id(0).to(tl.int64)
+    tile = load_tile(tiles, i_tile)
+    i_tensor, o_first, n, _i_segment = tile
+    mask_state = load_state(mask)
+    units = load_units(mask, mask_state, i_tile)
+
+    k = tl.load(tl.load(state.p_steps + i_tensor).to(tl.pointer_type(tl.float32))).to(tl.float64)
+    lr = tl.full((), step.lr, tl.float64)
+    if step.p_lr_scale is not None:
+        lr = lr * tl.load(step.p_lr_scale).to(tl.float64)
+    # beta^k = 2^(k log2 beta)
+    lr_of_m = (lr / (1 - tl.exp2(k * tl.log2(tl.full((), step.beta1, tl.float64))))).to(ACC)
+    root = tl.sqrt(1 - tl.exp2(k * tl.log2(tl.full((), step.beta2, tl.float64)))).to(ACC)
+    shrink = (1 - lr * step.weight_decay).to(ACC)
+    old1, new1 = tl.full((), step.beta1, ACC), tl.full((), 1 - step.beta1, ACC)
+    old2, new2 = tl.full((), step.beta2, ACC), tl.full((), 1 - step.beta2, ACC)
+    epsilon = tl.full((), step.eps, ACC)
+
+    a_p = row_address(state.params, 0, i_tensor, o_first, True)
+    a_m = row_address(state.moments, 0, i_tensor, o_first, True)
+    a_v = row_address(state.moments, 1, i_tensor, o_first, True)
+    low = (n ^ tiles.TILE) | (a_p & 15) | (a_m & 15) | (a_v & 15)
+    a_u = a_v
+    if state.AMSGRAD:
+        a_u = row_address(state.moments, 2, i_tensor, o_first, True)
+        low = low | (a_u & 15)
+    m_full = low == 0
+
+    for o_start in range(0, n, tiles.BLOCK):
+        o = o_start + tl.arange(0, tiles.BLOCK)
+        m_read = to_read(mask, kept_elements(mask, mask_state, units, o_start, tiles.BLOCK))
+        p = load_row(a_p, o, n, m_full, PARAM).to(ACC)
+        m = load_row(a_m, o, n, m_full, ACC)
+        v = load_row(a_v, o, n, m_full, ACC)
+        g = weighted_sum(rows, p_w, T, tile, o, m_read, tiles.TILE)
+        if mask.SHARE != DENSE:
+            g = zero_and_count(g, mask, mask_state, units, o_start, n, p_kept)
+        m = old1 * m + new1 * g
+        v = old2 * v + new2 * g * g
+        u = v
+        if state.AMSGRAD:
+            u = tl.maximum(load_row(a_u, o, n, m_full, ACC), v, propagate_nan=tl.PropagateNan.ALL)
+            store_row(a_u, o, n, u, m_full, ACC)
+        p = shrink * p - lr_of_m * m / (tl.sqrt(u) / root + epsilon)
+        store_row(a_p, o, n, p, m_full, PARAM)
+        store_row(a_m, o, n, m, m_full, ACC)
+        store_row(a_v, o, n, v, m_full, ACC)
 
 
 @kernel
@@ -54,7 +165,7 @@ def adamw_kernel(
     p_units,
     p_state,
     block,
-    p_count,
+    p_kept,
     TABLE: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
@@ -62,104 +173,56 @@ def adamw_kernel(
     AMSGRAD: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
     """One program: one tile."""
     if p_found_inf is not None:  # noqa: SIM102 (decided when compiled: there may be nothing to load)
         if tl.load(p_found_inf) != 0:
             return
-    i_tile = tl.program_id(0).to(tl.int64)
-    tile = load_tile(p_tiles, i_tile)
-    i_tensor, o_first, n, _i_segment = tile
-    state = load_state(p_state, GROUP)
-    units = load_units(p_units, i_tile, state, GROUP, ONCE)
-
-    k = tl.load(tl.load(p_steps + i_tensor).to(tl.pointer_type(tl.float32))).to(tl.float64)
-    lr = tl.full((), lr, tl.float64)
-    if p_lr_scale is not None:
-        lr = lr * tl.load(p_lr_scale).to(tl.float64)
-    # beta^k = 2^(k log2 beta)
-    lr_of_m = (lr / (1 - tl.exp2(k * tl.log2(tl.full((), beta1, tl.float64))))).to(ACC)
-    root = tl.sqrt(1 - tl.exp2(k * tl.log2(tl.full((), beta2, tl.float64)))).to(ACC)
-    shrink = (1 - lr * weight_decay).to(ACC)
-    old1, new1 = tl.full((), beta1, ACC), tl.full((), 1 - beta1, ACC)
-    old2, new2 = tl.full((), beta2, ACC), tl.full((), 1 - beta2, ACC)
-    epsilon = tl.full((), eps, ACC)
-
-    a_p = row_address(p_params, s_tensor, 0, i_tensor, o_first, True, True, PARAM)
-    a_m = row_address(p_moments, s_tensor, 0, i_tensor, o_first, True, True, ACC)
-    a_v = row_address(p_moments, s_tensor, 1, i_tensor, o_first, True, True, ACC)
-    low = (n ^ TILE) | (a_p & 15) | (a_m & 15) | (a_v & 15)
-    a_u = a_v
-    if AMSGRAD:
-        a_u = row_address(p_moments, s_tensor, 2, i_tensor, o_first, True, True, ACC)
-        low = low | (a_u & 15)
-    m_full = low == 0
-
-    for o_start in range(0, n, BLOCK):
-        o = o_start + tl.arange(0, BLOCK)
-        m_read = to_read(kept(units, state, o_start, block, BLOCK, GROUP, ONCE, D), GROUP)
-        p = load_row(a_p, o, n, m_full, PARAM).to(ACC)
-        m = load_row(a_m, o, n, m_full, ACC)
-        v = load_row(a_v, o, n, m_full, ACC)
-        g = weighted_sum(p_rows, s_row, p_w, T, tile, o, m_read, TABLE, D, ACC, TILE)
-        if GROUP != DENSE:
-            g = zero_and_count(g, units, state, o_start, n, block, p_count, GROUP, ONCE, D)
-        m = old1 * m + new1 * g
-        v = old2 * v + new2 * g * g
-        u = v
-        if AMSGRAD:
-            u = tl.maximum(load_row(a_u, o, n, m_full, ACC), v, propagate_nan=tl.PropagateNan.ALL)
-            store_row(a_u, o, n, u, m_full, ACC)
-        p = shrink * p - lr_of_m * m / (tl.sqrt(u) / root + epsilon)
-        store_row(a_p, o, n, p, m_full, PARAM)
-        store_row(a_m, o, n, m, m_full, ACC)
-        store_row(a_v, o, n, v, m_full, ACC)
+    step_tile(
+        KernelRows(p_rows, s_row, TABLE, D, ACC),
+        KernelTiles(p_tiles, TILE, BLOCK),
+        KernelMask(p_units, p_state, block, SHARE, ONCE, D),
+        (p_w, T),
+        KernelState(
+            KernelRows(p_params, s_tensor, True, PARAM, ACC),
+            KernelRows(p_moments, s_tensor, True, ACC, ACC),
+            p_steps,
+            AMSGRAD,
+        ),
+        KernelStep(p_lr_scale, lr, beta1, beta2, weight_decay, eps),
+        p_kept,
+    )
 
 
 def adamw(
     rows: Rows,
-    tiles: Tensor,
-    tile: int,
+    tiles: Tiles,
     mask: Mask | None,
     w: Tensor,
-    params: Rows,
-    moments: Rows,
-    steps: Tensor,
-    found_inf: Tensor | None,
-    lr_scale: Tensor | None,
-    hyperparameters: Sequence[float],
-    count: Tensor | None,
+    kept: Tensor | None,
+    state: AdamWState,
+    step: AdamWStep,
 ) -> Launch:
-    """Step the one row of ``params`` and their ``moments`` along Σ_t w[s, t] of the rows, w (S, T) as for ``combine``.
-
-    Args:
-        moments: two rows, m and v; a third, the largest v, is amsgrad.
-        steps: (n,) int64, where the step of each tensor lies, float32, this one counted.
-        found_inf: (), float32; where it is not 0 nothing changes.
-        lr_scale: (), by which lr is multiplied.
-        hyperparameters: lr, beta1, beta2, weight_decay and eps.
-        count: as for ``combine``.
-    """
+    """Step ``state`` along Σ_t w[s, t] of the rows; ``w`` (S, T) and ``kept`` are as for ``combine``."""
     setting = adamw_setting(rows.dtype.itemsize)
+    names = ("lr", "beta1", "beta2", "weight_decay", "eps")
     arguments = {
-        "p_tiles": tiles,
         "p_w": w,
         "T": rows.count,
-        "p_params": params.source,
-        "p_moments": moments.source,
-        "p_steps": steps,
-        "s_tensor": params.stride,
-        "p_found_inf": found_inf,
-        "p_lr_scale": lr_scale,
-        **dict(zip(("lr", "beta1", "beta2", "weight_decay", "eps"), map(float, hyperparameters), strict=True)),
-        "p_count": count,
-        "PARAM": TRITON_DTYPE[params.dtype],
-        "AMSGRAD": moments.count == 3,
-        "TILE": tile,
-        "BLOCK": setting.BLOCK,
+        "p_params": state.params.source,
+        "p_moments": state.moments.source,
+        "p_steps": state.steps,
+        "s_tensor": state.params.stride,
+        "p_found_inf": step.found_inf,
+        "p_lr_scale": step.lr_scale,
+        **dict(zip(names, map(float, step.hyperparameters), strict=True)),
+        "p_kept": kept,
+        "PARAM": TRITON_DTYPE[state.params.dtype],
+        "AMSGRAD": state.moments.count == 3,
         **row_arguments(rows),
+        **tile_arguments(tiles, setting.BLOCK),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(adamw_kernel, (len(tiles),), arguments, setting.threads, fp_fusion=True)
+    return Launch(adamw_kernel, (len(tiles.table),), arguments, setting.threads, fp_fusion=True)

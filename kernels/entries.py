@@ -2,8 +2,8 @@
 
     values[t, e] = J[t, index[e]]        out[index[e]] = values[e]
 
-Which tensor a position falls into is found by bisection in the table of where the tensors start and end; from there on
-the address is the row's table entry plus what is left. An entry costs a 32-byte sector, so ``index`` is ascending: what
+Bisection finds the tensor of a position in the table of the tensors' starts and ends. The address is then the row's
+table entry plus the rest of the position. An entry costs a 32-byte sector, so ``index`` is ascending: a sector that
 neighbours share is read once.
 """
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .rows import Rows, row_address, row_arguments
+from .rows import KernelRows, Rows, row_address, row_arguments
 from .settings import ENTRIES
 
 
@@ -32,14 +32,14 @@ def find_tensor(p_bounds, n, position, m):
 
 
 @triton.jit
-def find_entries(
-    p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(which of the d positions are this program's, whether there are such, where row ``i_row`` has them, or 0)."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def find_entries(rows, i_row, bounds, index, ENTRIES: tl.constexpr):
+    """(the program's positions among the d of ``index``, whether there are such, addresses of row ``i_row``, or 0)."""
+    p_bounds, n = bounds
+    p_index, d = index
+    i = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     m = i < d
     i_tensor, o = find_tensor(p_bounds, n, tl.load(p_index + i, mask=m, other=0), m)
-    return i, m, row_address(p_rows, s_row, i_row, i_tensor, o, m, TABLE, D)
+    return i, m, row_address(rows, i_row, i_tensor, o, m)
 
 
 @kernel
@@ -54,11 +54,11 @@ def gather_kernel(
     TABLE: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
-    """One program: BLOCK positions, one row."""
+    """One program: ENTRIES positions, one row."""
     i_row = tl.program_id(1).to(tl.int64)
-    i, m, a = find_entries(p_rows, s_row, i_row, p_bounds, n, p_index, d, TABLE, D, BLOCK)
+    i, m, a = find_entries(KernelRows(p_rows, s_row, TABLE, D, ACC), i_row, (p_bounds, n), (p_index, d), ENTRIES)
     x = tl.load(a.to(tl.pointer_type(D)), mask=a != 0, other=0.0)
     tl.store(p_values + i_row * d + i, x.to(ACC), mask=m)
 
@@ -75,27 +75,26 @@ def scatter_kernel(
     TABLE: tl.constexpr,
     D: tl.constexpr,
     ACC: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
 ):
-    """One program: BLOCK positions."""
-    i, m, a = find_entries(p_rows, s_row, 0, p_bounds, n, p_index, d, TABLE, D, BLOCK)
+    """One program: ENTRIES positions."""
+    i, m, a = find_entries(KernelRows(p_rows, s_row, TABLE, D, ACC), 0, (p_bounds, n), (p_index, d), ENTRIES)
     x = tl.load(p_values + i, mask=m, other=0.0)
     tl.store(a.to(tl.pointer_type(D)), x.to(D), mask=a != 0)
 
 
 def gather(rows: Rows, bounds: Tensor, index: Tensor, values: Tensor) -> Launch:
     """Fill ``values`` (T, d), in the arithmetic dtype of the rows; ``bounds`` (n + 1,), ``index`` (d,), contiguous."""
-    return Launch(
-        gather_kernel, (_blocks(index), rows.count), _arguments(rows, bounds, index, values), ENTRIES, fp_fusion=False
-    )
+    grid = _programs(index), rows.count
+    return Launch(gather_kernel, grid, _arguments(rows, bounds, index, values), ENTRIES, fp_fusion=False)
 
 
 def scatter(values: Tensor, bounds: Tensor, index: Tensor, out: Rows) -> Launch:
     """Write ``values`` (d,), in the arithmetic dtype of ``out``, to its one row, but nothing to address 0."""
-    return Launch(scatter_kernel, (_blocks(index),), _arguments(out, bounds, index, values), ENTRIES, fp_fusion=False)
+    return Launch(scatter_kernel, (_programs(index),), _arguments(out, bounds, index, values), ENTRIES, fp_fusion=False)
 
 
-def _blocks(index: Tensor) -> int:
+def _programs(index: Tensor) -> int:
     return triton.cdiv(len(index), ENTRIES)
 
 
@@ -106,6 +105,6 @@ def _arguments(rows: Rows, bounds: Tensor, index: Tensor, values: Tensor) -> dic
         "p_index": index,
         "d": len(index),
         "p_values": values,
-        "BLOCK": ENTRIES,
+        "ENTRIES": ENTRIES,
         **row_arguments(rows),
     }

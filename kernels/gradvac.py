@@ -5,10 +5,10 @@
         if phi < target u: c_j += a,  a = n (u sqrt(1 - phi^2) - phi sqrt(1 - u^2)) / (sqrt(M_jj) sqrt(1 - u^2))
         target = (1 - beta) target + beta phi, corrected or not
 
-A program follows one task i through its partners (``visits.py``) in float64, with d = c M and e = |c| |M| kept up to
-date. c M c^T of rows that nearly cancel is rounding error, of any sign: up to eps * sum |c_a M_ab c_b| = eps * |c| e
-it counts as zero. Comparisons with NaN are false: a pair without two positive lengths is left alone, and so is its
-target.
+A program follows one task i through its partners (``projection_order.py``) in float64, with d = c M and e = |c| |M|
+kept up to date. c M c^T of rows that nearly cancel is rounding error, of any sign: up to
+eps * sum |c_a M_ab c_b| = eps * |c| e it counts as zero. Comparisons with NaN are false: a pair without two positive
+lengths is left alone, and so is its target.
 """
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .visits import clamp, key_arguments, next_partner, pick
+from .projection_order import clamp, key_arguments, next_partner, pick
 
 
 @triton.jit
@@ -28,14 +28,19 @@ def length(c, d, e, eps: tl.constexpr):
 
 
 @triton.jit
-def vaccinated(p_M, p_keys, p_targets, i_task, T, beta, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """(BLOCK,) float64, the coefficients of task ``i_task`` over a Gramian (T, T), and its targets, moved."""
-    i_partner = tl.arange(0, BLOCK)
+def vaccinated(matrices, i_task, T, beta, EPS: tl.constexpr, TASKS: tl.constexpr):
+    """(TASKS,) float64, the coefficients of task ``i_task``, and as many targets of it, moved.
+
+    ``matrices`` are the pointers of a segment's Gramian, order keys and targets, each (T, T). TASKS is the power of two
+    that holds T.
+    """
+    p_M, p_order_keys, p_targets = matrices
+    i_partner = tl.arange(0, TASKS)
     m_partner = i_partner < T
     o_row = tl.cast(i_task, tl.int64) * T
 
     m_left = m_partner & (i_partner != i_task)
-    keys = tl.load(p_keys + o_row + i_partner, mask=m_left, other=0.0)
+    order_keys = tl.load(p_order_keys + o_row + i_partner, mask=m_left, other=0.0)
     targets = tl.load(p_targets + o_row + i_partner, mask=m_partner, other=0.0)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
     d = tl.load(p_M + o_row + i_partner, mask=m_partner, other=0.0).to(tl.float64)
@@ -43,7 +48,7 @@ def vaccinated(p_M, p_keys, p_targets, i_task, T, beta, EPS: tl.constexpr, BLOCK
     n = length(c, d, e, EPS)
     limit = 1 - tl.full((), EPS, tl.float64)  # a literal would be rounded to float32, to 1
     for _ in range(1, T):
-        j = next_partner(keys, m_left, i_partner, BLOCK)
+        j = next_partner(order_keys, m_left, i_partner, TASKS)
         m_left = m_left & (i_partner != j)
         M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=m_partner, other=0.0).to(tl.float64)
         M_jj = pick(M_j, i_partner, j)
@@ -70,45 +75,44 @@ def vaccinated(p_M, p_keys, p_targets, i_task, T, beta, EPS: tl.constexpr, BLOCK
 @kernel
 def gradvac_kernel(
     p_M,
-    p_keys,
-    s_keys: tl.int64,
+    p_order_keys,
+    s_order_keys: tl.int64,
     p_targets,
-    p_moving,
+    p_update_mask,
     beta: tl.float64,
     p_C,
     T: tl.int64,
     EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TASKS: tl.constexpr,
 ):
     """One program: segment s, task i."""
     i_segment = tl.program_id(0).to(tl.int64)
     i_task = tl.program_id(1)
-    i_partner = tl.arange(0, BLOCK)
+    i_partner = tl.arange(0, TASKS)
     o_segment = i_segment * T * T
-    c, targets = vaccinated(
-        p_M + o_segment, p_keys + i_segment * s_keys, p_targets + o_segment, i_task, T, beta, EPS, BLOCK
-    )
+    matrices = (p_M + o_segment, p_order_keys + i_segment * s_order_keys, p_targets + o_segment)
+    c, targets = vaccinated(matrices, i_task, T, beta, EPS, TASKS)
     o = o_segment + i_task.to(tl.int64) * T + i_partner
     tl.store(p_C + o, c.to(p_C.dtype.element_ty), mask=i_partner < T)
-    moving = tl.load(p_moving + i_task) != 0
-    tl.store(p_targets + o, targets, mask=(i_partner < T) & moving)
+    update = tl.load(p_update_mask + i_task) != 0
+    tl.store(p_targets + o, targets, mask=(i_partner < T) & update)
 
 
-def gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float, C: Tensor) -> Launch:
-    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), and move the ``targets``.
+def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float, C: Tensor) -> Launch:
+    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``order_keys`` (S, T, T) or (1, T, T), and move the ``targets``.
 
-    ``targets`` (S, T, T) are float64; those of task i move if ``moving[i]``. All are contiguous.
+    ``targets`` (S, T, T) are float64; those of task i move if ``update_mask[i]``. All are contiguous.
     """
     S, T, _ = M.shape
     arguments = {
         "p_M": M,
-        **key_arguments(keys),
+        **key_arguments(order_keys),
         "p_targets": targets,
-        "p_moving": moving,
+        "p_update_mask": update_mask,
         "beta": beta,
         "p_C": C,
         "T": T,
         "EPS": torch.finfo(M.dtype).eps,
-        "BLOCK": triton.next_power_of_2(T),
+        "TASKS": triton.next_power_of_2(T),
     }
     return Launch(gradvac_kernel, (S, T), arguments, 32 if T <= 32 else 64, fp_fusion=False)

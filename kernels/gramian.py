@@ -4,8 +4,8 @@
 
 Each program streams the tiles of one piece once and keeps one accumulator for each of the T (T + 1) / 2 pairs. An
 accumulator is a block of BLOCK / V numbers: a thread sums the V products of its own 128 bits first, and the threads
-meet only once, at the end. What a mask drops (``masks.py``) counts as zero. The sums of piece c are row c of the
-partials, pair (i, j) with j <= i in column i (i + 1) / 2 + j; ``reduce.py`` adds the rows up in a fixed order.
+meet only once, at the end. Elements that a mask drops (``masks.py``) count as zero. The sums of piece c are row c of
+the partials, pair (i, j) with j <= i in column i (i + 1) / 2 + j; ``reduce.py`` adds the rows up in a fixed order.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -13,11 +13,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gramian_dot import gramian_dot
+from .gramian_dot import Target, gramian_dot
 from .launch import Launch, kernel
-from .masks import Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
-from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments
+from .masks import KernelMask, Mask, kept_elements, load_state, load_units, mask_arguments, to_read, zero_dropped
+from .rows import (
+    KernelRows,
+    KernelTiles,
+    Rows,
+    Tiles,
+    load_full,
+    load_part,
+    load_tile,
+    row_address,
+    row_arguments,
+    tile_arguments,
+)
 from .settings import gramian_setting, register_form
+
+__all__ = ["Target", "gramian"]
 
 
 @triton.jit
@@ -32,57 +45,40 @@ def add_products(acc, x, T: tl.constexpr, BLOCK: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def sum_products(
-    p_tiles,
-    i_first,
-    n_tiles,
-    p_rows,
-    s_row,
-    p_units,
-    p_state,
-    block,
-    T: tl.constexpr,
-    TABLE: tl.constexpr,
-    D: tl.constexpr,
-    ACC: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    V: tl.constexpr,
-    GROUP: tl.constexpr,
-    ONCE: tl.constexpr,
-):
-    """The accumulators of all pairs over ``n_tiles`` tiles from ``i_first`` on."""
-    o_block = tl.arange(0, BLOCK)
-    state = load_state(p_state, GROUP)
+def sum_products(rows, tiles, mask, piece, T: tl.constexpr, V: tl.constexpr):
+    """The accumulators of all pairs over a ``piece``: its first tile and its number of tiles."""
+    i_first, n_tiles = piece
+    o_block = tl.arange(0, tiles.BLOCK)
+    state = load_state(mask)
 
     acc = ()
     for _i_pair in tl.static_range(T * (T + 1) // 2):
-        acc = acc + (tl.zeros((BLOCK // V,), ACC),)
+        acc = acc + (tl.zeros((tiles.BLOCK // V,), rows.ACC),)
 
     for i_tile in range(i_first, i_first + n_tiles):
-        i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
-        units = load_units(p_units, i_tile, state, GROUP, ONCE)
+        i_tensor, o_first, n, _i_segment = load_tile(tiles, i_tile)
+        units = load_units(mask, state, i_tile)
         a = ()
-        low = n ^ TILE  # any bit left in it sends the tile down the slow road
+        low = n ^ tiles.TILE  # any bit left in it sends the tile down the slow road
         for t in tl.static_range(T):
-            a_row = row_address(p_rows, s_row, t, i_tensor, o_first, True, TABLE, D)
+            a_row = row_address(rows, t, i_tensor, o_first, True)
             low = low | (a_row & 15)
             a = a + (a_row,)
         if low == 0:
-            for o in range(0, TILE, BLOCK):
-                keep = kept(units, state, o, block, BLOCK, GROUP, ONCE, D)
+            for o in range(0, tiles.TILE, tiles.BLOCK):
+                keep = kept_elements(mask, state, units, o, tiles.BLOCK)
                 x = ()
                 for t in tl.static_range(T):
-                    x_row = load_full(a[t], o + o_block, to_read(keep, GROUP), D)
-                    x = x + (zero_dropped(x_row, keep, GROUP).to(ACC),)
-                acc = add_products(acc, x, T, BLOCK, V)
+                    x_row = load_full(a[t], o + o_block, to_read(mask, keep), rows.D)
+                    x = x + (zero_dropped(mask, keep, x_row).to(rows.ACC),)
+                acc = add_products(acc, x, T, tiles.BLOCK, V)
         else:
-            for o in range(0, n, BLOCK):
-                keep = kept(units, state, o, block, BLOCK, GROUP, ONCE, D)
+            for o in range(0, n, tiles.BLOCK):
+                keep = kept_elements(mask, state, units, o, tiles.BLOCK)
                 x = ()
                 for t in tl.static_range(T):
-                    x = x + (load_part(a[t], o + o_block, n, keep, D).to(ACC),)
-                acc = add_products(acc, x, T, BLOCK, V)
+                    x = x + (load_part(a[t], o + o_block, n, keep, rows.D).to(rows.ACC),)
+                acc = add_products(acc, x, T, tiles.BLOCK, V)
     return acc
 
 
@@ -103,47 +99,39 @@ def gramian_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
     V: tl.constexpr,
-    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
     """One program: one piece."""
     PAIRS: tl.constexpr = T * (T + 1) // 2
     i_piece = tl.program_id(0).to(tl.int64)
-    i_first = tl.load(p_pieces + 2 * i_piece)
-    n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
     acc = sum_products(
-        p_tiles, i_first, n_tiles, p_rows, s_row, p_units, p_state, block, T, TABLE, D, ACC, TILE, BLOCK, V, GROUP, ONCE
+        KernelRows(p_rows, s_row, TABLE, D, ACC),
+        KernelTiles(p_tiles, TILE, BLOCK),
+        KernelMask(p_units, p_state, block, SHARE, ONCE, D),
+        (tl.load(p_pieces + 2 * i_piece), tl.load(p_pieces + 2 * i_piece + 1)),
+        T,
+        V,
     )
     for i_pair in tl.static_range(PAIRS):
         tl.store(p_partials + i_piece * PAIRS + i_pair, tl.sum(acc[i_pair]))
 
 
-def gramian(
-    rows: Rows,
-    tiles: Tensor,
-    tile: int,
-    mask: Mask | None,
-    pieces: Tensor,
-    partials: Tensor,
-    tensor_cores: bool,
-    interpreted: bool,
-) -> Launch:
+def gramian(rows: Rows, tiles: Tiles, mask: Mask | None, pieces: Tensor, partials: Tensor, target: Target) -> Launch:
     """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows, in whichever form suits their number.
 
-    ``tensor_cores`` and ``interpreted`` concern :func:`gramian_dot` alone.
+    ``target`` concerns :func:`gramian_dot` alone.
     """
     if not register_form(rows.count, rows.dtype.itemsize):
-        return gramian_dot(rows, tiles, tile, mask, pieces, partials, tensor_cores, interpreted)
+        return gramian_dot(rows, tiles, mask, pieces, partials, target)
     setting = gramian_setting(rows.dtype.itemsize)
     arguments = {
-        "p_tiles": tiles,
         "p_pieces": pieces,
         "p_partials": partials,
         "T": rows.count,
-        "TILE": tile,
-        "BLOCK": setting.BLOCK,
         "V": setting.V,
         **row_arguments(rows),
+        **tile_arguments(tiles, setting.BLOCK),
         **mask_arguments(mask, rows.dtype),
     }
     return Launch(gramian_kernel, (len(pieces),), arguments, setting.threads, fp_fusion=True)

@@ -3,8 +3,8 @@
     M = sum over blocks of columns X (rows x BLOCK) of X Xᵀ
 
 Writes the same partials as ``gramian.py``. 16-bit rows feed the tensor cores as stored and are summed in float32;
-float32 rows up to 32 are multiplied as they are; above that, where NVIDIA's tensor cores are needed to keep up with
-memory, each number is split into two of the eleven bits that they take (tf32):
+float32 rows up to 32 are multiplied as they are. Above that only NVIDIA's tensor cores keep up with memory, and each
+number is split into two of the eleven bits that they take (tf32):
 
     x = hi + lo,  hi rounded to nearest;  N = hi hiᵀ + 2 hi loᵀ;  M = (N + Nᵀ) / 2
 
@@ -12,14 +12,35 @@ which drops only lo loᵀ, 2⁻²⁴ of the product. Tensor cores round sums tow
 CHAIN elements and added to an outer sum that rounds to nearest.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .masks import DENSE, Mask, kept, load_state, load_units, mask_arguments, to_read, zero_dropped
-from .rows import Rows, load_tile, row_address, row_arguments
+from .masks import DENSE, KernelMask, Mask, kept_elements, load_state, load_units, mask_arguments, to_read, zero_dropped
+from .rows import KernelRows, KernelTiles, Rows, Tiles, load_tile, row_address, row_arguments, tile_arguments
 from .settings import dot_setting
+
+
+class Target(NamedTuple):
+    """The properties of a device that decide how products are taken."""
+
+    tensor_cores: bool
+    """The device has NVIDIA's tensor cores, which take tf32."""
+    interpreted: bool
+    """16-bit rows are upcast before the product, since the interpreter keeps bfloat16 as integers and would multiply
+    those."""
+
+
+class KernelDot(NamedTuple):
+    """The bundle of constants of this form inside the kernel: a ``DotSetting``, and how products are taken."""
+
+    ROWS: tl.constexpr
+    CHAIN: tl.constexpr
+    SPLIT: tl.constexpr
+    UPCAST: tl.constexpr
 
 
 @triton.jit
@@ -37,12 +58,10 @@ def load_rows_part(a, o, n, m_read, D: tl.constexpr):
 
 
 @triton.jit
-def kept_columns(
-    units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr, D: tl.constexpr
-):
-    """``masks.kept`` for a block of rows, which all have the same mask."""
-    keep = kept(units, state, o_start, block, BLOCK, GROUP, ONCE, D)
-    if GROUP == DENSE:
+def kept_columns(mask, state, units, o_start, BLOCK: tl.constexpr):
+    """``masks.kept_elements`` for a block of rows, which all have the same mask."""
+    keep = kept_elements(mask, state, units, o_start, BLOCK)
+    if mask.SHARE == DENSE:
         return keep
     else:
         return keep[None, :]
@@ -62,6 +81,43 @@ def add_dot(acc, x, SPLIT: tl.constexpr, UPCAST: tl.constexpr, ACC: tl.constexpr
         if UPCAST:
             x = x.to(ACC)
         return tl.dot(x, tl.trans(x), acc, input_precision="ieee", out_dtype=ACC)
+
+
+@triton.jit
+def sum_dots(rows, tiles, mask, piece, T, form):
+    """(ROWS, ROWS), the sum of all products over a ``piece``: its first tile and its number of tiles."""
+    i_first, n_tiles = piece
+    i_row = tl.arange(0, form.ROWS)
+    o_block = tl.arange(0, tiles.BLOCK)
+    state = load_state(mask)
+
+    total = tl.zeros((form.ROWS, form.ROWS), rows.ACC)
+    for i_tile in range(i_first, i_first + n_tiles):
+        i_tensor, o_first, n, _i_segment = load_tile(tiles, i_tile)
+        units = load_units(mask, state, i_tile)
+        a = row_address(rows, i_row.to(tl.int64), i_tensor, o_first, i_row < T)
+        misaligned = tl.max(a & 15, 0)
+        if (n == tiles.TILE) & (misaligned == 0):
+            for o_chain in range(0, tiles.TILE, form.CHAIN):
+                acc = tl.zeros((form.ROWS, form.ROWS), rows.ACC)
+                for o in range(o_chain, o_chain + form.CHAIN, tiles.BLOCK):
+                    keep = kept_columns(mask, state, units, o, tiles.BLOCK)
+                    x = load_rows_full(a, o + o_block, to_read(mask, keep), rows.D)
+                    acc = add_dot(acc, zero_dropped(mask, keep, x), form.SPLIT, form.UPCAST, rows.ACC)
+                total += acc
+        else:
+            for o_chain in range(0, n, form.CHAIN):
+                acc = tl.zeros((form.ROWS, form.ROWS), rows.ACC)
+                for o in range(o_chain, o_chain + form.CHAIN, tiles.BLOCK):
+                    keep = kept_columns(mask, state, units, o, tiles.BLOCK)
+                    x = load_rows_part(a, o + o_block, n, keep, rows.D)
+                    acc = add_dot(acc, x, form.SPLIT, form.UPCAST, rows.ACC)
+                total += acc
+
+    if form.SPLIT:
+        # M = (N + Nᵀ) / 2
+        total = 0.5 * (total + tl.trans(total))
+    return total
 
 
 @kernel
@@ -84,42 +140,20 @@ def gramian_dot_kernel(
     CHAIN: tl.constexpr,
     SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
-    GROUP: tl.constexpr,
+    SHARE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
     """One program: one piece."""
     i_piece = tl.program_id(0).to(tl.int64)
-    i_first = tl.load(p_pieces + 2 * i_piece)
-    n_tiles = tl.load(p_pieces + 2 * i_piece + 1)
+    total = sum_dots(
+        KernelRows(p_rows, s_row, TABLE, D, ACC),
+        KernelTiles(p_tiles, TILE, BLOCK),
+        KernelMask(p_units, p_state, block, SHARE, ONCE, D),
+        (tl.load(p_pieces + 2 * i_piece), tl.load(p_pieces + 2 * i_piece + 1)),
+        T,
+        KernelDot(ROWS, CHAIN, SPLIT, UPCAST),
+    )
     i_row = tl.arange(0, ROWS)
-    o_block = tl.arange(0, BLOCK)
-    state = load_state(p_state, GROUP)
-
-    total = tl.zeros((ROWS, ROWS), ACC)
-    for i_tile in range(i_first, i_first + n_tiles):
-        i_tensor, o_first, n, _i_segment = load_tile(p_tiles, i_tile)
-        units = load_units(p_units, i_tile, state, GROUP, ONCE)
-        a = row_address(p_rows, s_row, i_row.to(tl.int64), i_tensor, o_first, i_row < T, TABLE, D)
-        misaligned = tl.max(a & 15, 0)
-        if (n == TILE) & (misaligned == 0):
-            for o_chain in range(0, TILE, CHAIN):
-                acc = tl.zeros((ROWS, ROWS), ACC)
-                for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, ONCE, D)
-                    x = load_rows_full(a, o + o_block, to_read(keep, GROUP), D)
-                    acc = add_dot(acc, zero_dropped(x, keep, GROUP), SPLIT, UPCAST, ACC)
-                total += acc
-        else:
-            for o_chain in range(0, n, CHAIN):
-                acc = tl.zeros((ROWS, ROWS), ACC)
-                for o in range(o_chain, o_chain + CHAIN, BLOCK):
-                    keep = kept_columns(units, state, o, block, BLOCK, GROUP, ONCE, D)
-                    acc = add_dot(acc, load_rows_part(a, o + o_block, n, keep, D), SPLIT, UPCAST, ACC)
-                total += acc
-
-    if SPLIT:
-        # M = (N + Nᵀ) / 2
-        total = 0.5 * (total + tl.trans(total))
     i = i_row[:, None]
     j = i_row[None, :]
     n_pairs = T * (T + 1) // 2
@@ -127,33 +161,20 @@ def gramian_dot_kernel(
 
 
 def gramian_dot(
-    rows: Rows,
-    tiles: Tensor,
-    tile: int,
-    mask: Mask | None,
-    pieces: Tensor,
-    partials: Tensor,
-    tensor_cores: bool,
-    interpreted: bool,
+    rows: Rows, tiles: Tiles, mask: Mask | None, pieces: Tensor, partials: Tensor, target: Target
 ) -> Launch:
-    """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows.
-
-    ``tensor_cores``: the device has NVIDIA's, which take tf32. ``interpreted``: 16-bit rows are upcast before the
-    product, since the interpreter keeps bfloat16 as integers and would multiply those.
-    """
+    """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows."""
     setting = dot_setting(rows.count, rows.dtype.itemsize)
     arguments = {
-        "p_tiles": tiles,
         "p_pieces": pieces,
         "p_partials": partials,
         "T": rows.count,
-        "TILE": tile,
         "ROWS": setting.ROWS,
-        "BLOCK": setting.BLOCK,
         "CHAIN": setting.CHAIN,
-        "SPLIT": tensor_cores and rows.dtype.itemsize == 4 and setting.ROWS > 32,
-        "UPCAST": interpreted,
+        "SPLIT": target.tensor_cores and rows.dtype.itemsize == 4 and setting.ROWS > 32,
+        "UPCAST": target.interpreted,
         **row_arguments(rows),
+        **tile_arguments(tiles, setting.BLOCK),
         **mask_arguments(mask, rows.dtype),
     }
     return Launch(gramian_dot_kernel, (len(pieces),), arguments, setting.threads, fp_fusion=True)

@@ -3,10 +3,10 @@
 The launchers are functions that return a :class:`Launch`. Running it is one call; the ahead-of-time gate compiles
 the very same values for machines that are not there, so what it checks cannot drift from what is launched.
 
-Triton's own way from arguments to a compiled kernel costs the host more than the launch itself. So what a first call
-compiled is kept, and launched from then on. Its key is all that such a kernel is compiled for: its constants, the types
-of its arguments, the options of the launch and the device. The values of arguments are not in it, for :func:`kernel`
-has Triton compile for none, neither for where a tensor starts nor for what a number divides by.
+Triton's own way from arguments to a compiled kernel costs the host more than the launch itself. So the kernel that a
+first call compiled is kept, and launched from then on. Its key is all that such a kernel is compiled for: constants,
+types of arguments, options of the launch and the device. The values of arguments are not in the key: :func:`kernel` has
+Triton compile for no value, neither for where a tensor starts nor for the divisors of a number.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ import triton.language as tl
 def kernel(function: Callable[..., None]) -> Any:
     """``triton.jit`` that compiles for no value of an argument but the constants'.
 
-    An integer argument has its type written beside it, or fits in 32 bits: else Triton takes 64 bits for a large one.
+    An integer argument has its type written beside it, or fits in 32 bits. Else Triton takes 64 bits for a large one.
     """
     arguments = signature(function).parameters.values()
     return triton.jit(function, do_not_specialize=[a.name for a in arguments if a.annotation is not tl.constexpr])
@@ -37,12 +37,12 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     threads: int
     fp_fusion: bool
-    """Whether a multiplication and an addition may be rounded together. Spelled out, for Triton's default changes with
-    its versions. Streaming kernels gain from it; programs on T x T numbers do without, for where rows coincide their
-    comparisons hang on the last bit."""
+    """Whether a multiplication and an addition may be rounded together. It is spelled out, because Triton's default
+    changes with its versions. Streaming kernels gain from it. Programs on T x T numbers do without: where rows
+    coincide, their comparisons hang on the last bit."""
 
     def run(self, device: torch.device) -> None:
-        """Launch on the current stream of ``device``; an empty grid is nothing to do."""
+        """Launch on the current stream of ``device``; with an empty grid do nothing."""
         if 0 not in self.grid:
             with _on(device):
                 if isinstance(self.kernel, triton.JITFunction):
@@ -60,13 +60,8 @@ class Launch(NamedTuple):
         kinds = [getattr(value, "dtype", type(value)) for value in values]
         for i in self.kernel.constexprs:
             kinds[i] = values[i]
-        key = (
-            self.kernel.fn,
-            self.threads,
-            self.fp_fusion,
-            device,
-            *kinds,
-        )  # a JITFunction's own hash is that of its source text
+        # By the function, since a JITFunction's own hash is that of its source text.
+        key = (self.kernel.fn, self.threads, self.fp_fusion, device, *kinds)
         compiled = _compiled.get(key)
         if compiled is None:
             _compiled[key] = self.kernel[self.grid](*values, **self._options(warp_size(device)))
@@ -79,12 +74,12 @@ class Launch(NamedTuple):
 
 @cache
 def warp_size(device: torch.device) -> int:
-    """Threads of a warp: 32 on NVIDIA, 64 on AMD's data-centre GPUs."""
+    """Return the threads of a warp: 32 on NVIDIA, 64 on AMD's data-centre GPUs."""
     return 32 if device.type == "cpu" else int(torch.cuda.get_device_properties(device).warp_size)
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make ``device`` the current one, on which Triton launches."""
     if device.type == "cpu" or device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(device)

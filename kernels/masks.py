@@ -1,23 +1,24 @@
-"""Which elements gradient suppression keeps: a function of seed, step and unit number, the same wherever it is asked.
+"""The mask of gradient suppression: a function of seed, step and unit number, the same wherever it is asked.
 
 Neighbouring elements of a tensor, ``block`` at a time, are a unit; unit u is dropped if
 
     word u mod 4 of Philox4x32-10(key = seed, counter = (u div 4, step), each of 64 bits) < threshold
 
-(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Nothing of the mask is stored. How many words a
-thread draws, and whether a load can be left out, depends on ``GROUP`` and ``ONCE``, all that a kernel is compiled for:
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). Nothing of the mask is stored. A kernel is compiled
+for two properties of the mask, ``SHARE`` and ``ONCE``. They decide how many words a thread draws, and whether a load
+can be left out. ``SHARE`` is one of:
 
 - ``DENSE``: no mask at all.
-- ``EACH``, blocks of one element: four neighbours take the four words of one Philox where they are, no thread asks
-  another. Memory is read in sectors of 32 bytes, in which almost never all elements are dropped, so loads stay whole
-  and what is dropped is set to zero afterwards.
-- else how many neighbours of one 128-bit load surely share a unit, the largest power of two that divides ``block``:
-  one Philox for them, and the load is left out where they are dropped.
+- ``EACH``, units of one element: four neighbours take the four words of one Philox where they are, no thread asks
+  another. Memory is read in sectors of 32 bytes, in which almost never all elements are dropped. So loads stay whole,
+  and dropped elements are set to zero afterwards.
+- else the number of neighbours of one 128-bit load that surely share a unit, the largest power of two that divides
+  ``block``: one Philox for them, and the load is left out where they are dropped.
 
-``ONCE``: of blocks of 128 or more so few lie in a tile that what they draw fits in the bits of one number. It is drawn
-when the tile is begun, and a load looks up a bit of it instead of a Philox of its own.
+``ONCE``: so few units of 128 elements or more lie in a tile that the draws of all fit in the bits of one number. It is
+drawn when the tile is begun. A load looks up a bit of it and needs no Philox of its own.
 
-Seed, step and threshold lie in device memory, and ``block`` is a run-time number, so that none compiles a kernel anew.
+Seed, step and threshold lie in device memory, and ``block`` is a run-time number, so none compiles a kernel anew.
 """
 
 import math
@@ -32,14 +33,14 @@ DENSE = tl.constexpr(0)
 EACH = tl.constexpr(-1)
 
 FEWEST_ONCE = 128
-"""Elements of the smallest block that is drawn once for a tile, which then holds no more than 64 of them."""
+"""Elements of the smallest unit that is drawn once for a tile, which then holds no more than 64 of them."""
 
 LARGEST_BLOCK = 1 << 30
 """Positions within a unit and a tile are counted in 32 bits."""
 
 
 class Mask(NamedTuple):
-    """What is dropped of the elements of a layout."""
+    """The mask over the tiles of a layout."""
 
     units: Tensor
     """(n_tiles, 2) int64: the unit a tile starts in, -1 if nothing of it is masked; how far into that unit."""
@@ -49,39 +50,50 @@ class Mask(NamedTuple):
     """(3,) int64: seed and step, by their bits, and the threshold, from 0 to 2**32."""
 
 
+class KernelMask(NamedTuple):
+    """The bundle of ``Mask`` inside a kernel, with the dtype D of the rows that it masks."""
+
+    p_units: Any
+    p_state: Any
+    block: Any
+    SHARE: tl.constexpr
+    ONCE: tl.constexpr
+    D: tl.constexpr
+
+
 def mask_arguments(mask: Mask | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The arguments by which every kernel knows the mask over rows of ``dtype``."""
+    """Return the arguments that describe the mask over rows of ``dtype``."""
     if mask is None:
-        return {"p_units": None, "p_state": None, "block": None, "GROUP": DENSE.value, "ONCE": False}
+        return {"p_units": None, "p_state": None, "block": None, "SHARE": DENSE.value, "ONCE": False}
     vector = 16 // dtype.itemsize
-    group = EACH.value if mask.block == 1 else math.gcd(mask.block, vector)
+    share = EACH.value if mask.block == 1 else math.gcd(mask.block, vector)
     once = mask.block >= FEWEST_ONCE
-    return {"p_units": mask.units, "p_state": mask.state, "block": mask.block, "GROUP": group, "ONCE": once}
+    return {"p_units": mask.units, "p_state": mask.state, "block": mask.block, "SHARE": share, "ONCE": once}
 
 
 @triton.jit
-def load_state(p_state, GROUP: tl.constexpr):
+def load_state(mask):
     """(seed, step, threshold); nothing without a mask."""
-    if GROUP == DENSE:
+    if mask.SHARE == DENSE:
         return ()
     else:
-        return tl.load(p_state), tl.load(p_state + 1), tl.load(p_state + 2)
+        return tl.load(mask.p_state), tl.load(mask.p_state + 1), tl.load(mask.p_state + 2)
 
 
 @triton.jit
-def load_units(p_units, i_tile, state, GROUP: tl.constexpr, ONCE: tl.constexpr):
-    """(unit that a tile starts in, elements of that unit before it, what its units draw); nothing without a mask."""
-    if GROUP == DENSE:
+def load_units(mask, state, i_tile):
+    """(unit that a tile starts in, elements of that unit before it, draws of its units); nothing without a mask."""
+    if mask.SHARE == DENSE:
         return ()
     else:
-        first_unit = tl.load(p_units + 2 * i_tile)
-        before = tl.load(p_units + 2 * i_tile + 1).to(tl.uint32)
-        return first_unit, before, drawn_once(first_unit, state, ONCE)
+        first_unit = tl.load(mask.p_units + 2 * i_tile)
+        before = tl.load(mask.p_units + 2 * i_tile + 1).to(tl.uint32)
+        return first_unit, before, drawn_once(first_unit, state, mask.ONCE)
 
 
 @triton.jit
 def drawn_once(first_unit, state, ONCE: tl.constexpr):
-    """Bit i of an int64: whether unit i from the first on is kept."""
+    """An int64 whose bit i says whether unit i from the first on is kept."""
     if ONCE:
         i_unit = tl.arange(0, 64)
         keep = draw_units(first_unit + i_unit, state)
@@ -115,39 +127,39 @@ def draw_units(unit, state):
 
 
 @triton.jit
-def kept(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr, D: tl.constexpr):
-    """Which of the BLOCK elements from ``o_start`` of a tile are kept; True without a mask."""
-    if GROUP == DENSE:
+def kept_elements(mask, state, units, o_start, BLOCK: tl.constexpr):
+    """Whether each of the BLOCK elements from ``o_start`` of a tile is kept; True without a mask."""
+    if mask.SHARE == DENSE:
         return True
-    elif GROUP == EACH:
-        return kept_each(units, state, o_start, BLOCK, D)
+    elif mask.SHARE == EACH:
+        return kept_each(mask, state, units, o_start, BLOCK)
     else:
-        return kept_groups(units, state, o_start, block, BLOCK, GROUP, ONCE)
+        return kept_together(mask, state, units, o_start, BLOCK)
 
 
 @triton.jit
-def to_read(keep, GROUP: tl.constexpr):
-    """What of ``keep`` the wide loads are predicated on: whole vectors, or nothing."""
-    if GROUP > 0:
+def to_read(mask, keep):
+    """The predicate of wide loads: ``keep`` where it holds whole vectors, else True."""
+    if mask.SHARE > 0:
         return keep
     else:
         return True
 
 
 @triton.jit
-def zero_dropped(x, keep, GROUP: tl.constexpr):
+def zero_dropped(mask, keep, x):
     """``x`` as loaded under :func:`to_read`, zero where it was read and is not kept."""
-    if GROUP == EACH:
+    if mask.SHARE == EACH:
         return tl.where(keep, x, 0.0)
     else:
         return x
 
 
 @triton.jit
-def kept_each(units, state, o_start, BLOCK: tl.constexpr, D: tl.constexpr):
-    """Every element a unit: a thread draws for the elements of its own 128-bit loads, one Philox or two."""
+def kept_each(mask, state, units, o_start, BLOCK: tl.constexpr):
+    """Every element is a unit: a thread draws for the elements of its own 128-bit loads, one Philox or two."""
     first_unit, _, _ = units
-    DRAWS: tl.constexpr = 2 if D.primitive_bitwidth == 16 else 1
+    DRAWS: tl.constexpr = 2 if mask.D.primitive_bitwidth == 16 else 1
     counter = ((first_unit + o_start) >> 2) + DRAWS * tl.arange(0, BLOCK // (4 * DRAWS))
     k0, k1, k2, k3 = draw(counter, state)
     if DRAWS == 2:
@@ -159,19 +171,20 @@ def kept_each(units, state, o_start, BLOCK: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def kept_groups(units, state, o_start, block, BLOCK: tl.constexpr, GROUP: tl.constexpr, ONCE: tl.constexpr):
-    """GROUP neighbours in one unit: one look-up, or one Philox, for them."""
+def kept_together(mask, state, units, o_start, BLOCK: tl.constexpr):
+    """SHARE neighbours are in one unit: one look-up, or one Philox, for them."""
     first_unit, before, bits = units
-    o = (o_start + GROUP * tl.arange(0, BLOCK // GROUP)).to(tl.uint32)
-    i_unit = ((before + o) // block.to(tl.uint32)).to(tl.int64)
-    keep = ((bits >> i_unit) & 1) != 0 if ONCE else draw_units(first_unit + i_unit, state)
-    # By joins, each group stays in one thread.
-    if GROUP >= 2:
+    SHARE: tl.constexpr = mask.SHARE
+    o = (o_start + SHARE * tl.arange(0, BLOCK // SHARE)).to(tl.uint32)
+    i_unit = ((before + o) // mask.block.to(tl.uint32)).to(tl.int64)
+    keep = ((bits >> i_unit) & 1) != 0 if mask.ONCE else draw_units(first_unit + i_unit, state)
+    # By joins, all that share a unit stay in one thread.
+    if SHARE >= 2:
         keep = tl.join(keep, keep)
-    if GROUP >= 4:
+    if SHARE >= 4:
         keep = tl.join(keep, keep)
-    if GROUP >= 8:
+    if SHARE >= 8:
         keep = tl.join(keep, keep)
-    # The hint keeps the load of a group in one piece. It stands on the result of an operation, for a reshape may be
-    # rebuilt by the compiler, in another layout and without the hint.
-    return tl.max_constancy(tl.reshape(keep, (BLOCK,)) | (first_unit < 0), [GROUP])
+    # The hint keeps the load of such neighbours in one piece. It stands on the result of an operation, because the
+    # compiler may rebuild a reshape in another layout and without the hint.
+    return tl.max_constancy(tl.reshape(keep, (BLOCK,)) | (first_unit < 0), [SHARE])

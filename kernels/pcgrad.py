@@ -2,12 +2,12 @@
 
     c = e_i;  for j != i in the order of task i:  s = (c M)_j;  if s < 0: c_j -= s / M_jj;  then C[i] = c
 
-A program follows one task i through its partners (``visits.py``), with d = c M kept up to date instead of recomputed,
-in float64. Comparisons with NaN are false: a row with NaN is left alone.
+A program follows one task i through its partners (``projection_order.py``), with d = c M kept up to date instead of
+recomputed, in float64. Comparisons with NaN are false: a row with NaN is left alone.
 
-Keys give an order, of which a task visits all or, at random, the first. Without keys cosines do, of which it visits
-the first or, for the average, all: the result is the mean of the projections, each from the original gradient (Rhapsody
-on a Theme of Gradient Surgery, section 3.3). Who is visited is a number at run time, so that builds are two.
+With order keys a task visits all partners in their order or, at random, the first. Without keys it follows cosines. It
+visits the first or, for the average, all: the result is the mean of the projections, each from the original gradient
+(Rhapsody on a Theme of Gradient Surgery, section 3.3). The partner is a number at run time, so that builds are two.
 """
 
 from typing import Any
@@ -17,34 +17,37 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .visits import cosine_keys, key_arguments, next_partner, pick
+from .projection_order import cosine_keys, key_arguments, next_partner, pick
 
 PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 ALL, AVERAGE, MOST_SIMILAR = (tl.constexpr(PARTNERS.index(name)) for name in ("all", "average", "most_similar"))
 """Kernels know a partner by its number."""
 
 
-def partner_arguments(keys: Tensor | None, partner: str) -> dict[str, Any]:
-    """What a kernel is told of ``keys``, for "all" and "random" alone, and ``partner``."""
-    return {**key_arguments(keys), "partner": PARTNERS.index(partner)}
+def partner_arguments(order_keys: Tensor | None, partner: str) -> dict[str, Any]:
+    """Return the arguments that describe ``order_keys``, which "all" and "random" alone have, and ``partner``."""
+    return {**key_arguments(order_keys), "partner": PARTNERS.index(partner)}
 
 
 @triton.jit
-def projected(p_M, p_keys, partner, i_task, T, BLOCK: tl.constexpr):
-    """(BLOCK,) float64, the coefficients of task ``i_task`` over a Gramian (T, T), zeros beyond the T-th."""
-    i_partner = tl.arange(0, BLOCK)
+def projected(p_M, p_order_keys, partner, i_task, T, TASKS: tl.constexpr):
+    """(TASKS,) float64, the coefficients of task ``i_task`` over a Gramian (T, T), zeros beyond the T-th.
+
+    TASKS is the power of two that holds T.
+    """
+    i_partner = tl.arange(0, TASKS)
     o_row = tl.cast(i_task, tl.int64) * T
 
     m_left = (i_partner < T) & (i_partner != i_task)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
     d = tl.load(p_M + o_row + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
-    if p_keys is not None:
-        keys = tl.load(p_keys + o_row + i_partner, mask=m_left, other=0.0)
+    if p_order_keys is not None:
+        order_keys = tl.load(p_order_keys + o_row + i_partner, mask=m_left, other=0.0)
     else:
-        keys = cosine_keys(p_M, d, i_partner, i_task, T, tl.where(partner == MOST_SIMILAR, -1.0, 1.0))
+        order_keys = cosine_keys(p_M, d, i_partner, i_task, T, tl.where(partner == MOST_SIMILAR, -1.0, 1.0))
     n_visits = tl.where((partner == ALL) | (partner == AVERAGE), T - 1, tl.minimum(T - 1, 1))
     for _ in range(n_visits):
-        j = next_partner(keys, m_left, i_partner, BLOCK)
+        j = next_partner(order_keys, m_left, i_partner, TASKS)
         m_left = m_left & (i_partner != j)
         M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
         M_jj = pick(M_j, i_partner, j)
@@ -52,7 +55,7 @@ def projected(p_M, p_keys, partner, i_task, T, BLOCK: tl.constexpr):
         if (s < 0) & (M_jj > 0):
             # c_j -= s / M_jj
             coefficient = -s / M_jj
-            if p_keys is not None:
+            if p_order_keys is not None:
                 d += coefficient * M_j
             else:
                 coefficient = coefficient / n_visits
@@ -61,26 +64,26 @@ def projected(p_M, p_keys, partner, i_task, T, BLOCK: tl.constexpr):
 
 
 @kernel
-def pcgrad_kernel(p_M, p_keys, s_keys: tl.int64, partner: tl.int32, p_C, T: tl.int64, BLOCK: tl.constexpr):
+def pcgrad_kernel(p_M, p_order_keys, s_order_keys: tl.int64, partner: tl.int32, p_C, T: tl.int64, TASKS: tl.constexpr):
     """One program: segment s, task i."""
     i_segment = tl.program_id(0).to(tl.int64)
     i_task = tl.program_id(1)
-    i_partner = tl.arange(0, BLOCK)
-    if p_keys is not None:
-        p_keys += i_segment * s_keys
-    c = projected(p_M + i_segment * T * T, p_keys, partner, i_task, T, BLOCK)
+    i_partner = tl.arange(0, TASKS)
+    if p_order_keys is not None:
+        p_order_keys += i_segment * s_order_keys
+    c = projected(p_M + i_segment * T * T, p_order_keys, partner, i_task, T, TASKS)
     p_C += (i_segment * T + i_task) * T
     tl.store(p_C + i_partner, c.to(p_C.dtype.element_ty), mask=i_partner < T)
 
 
-def pcgrad(M: Tensor, keys: Tensor | None, partner: str, C: Tensor) -> Launch:
-    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``keys`` (S, T, T) or (1, T, T), or none, all contiguous."""
+def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str, C: Tensor) -> Launch:
+    """Fill ``C`` (S, T, T) from ``M`` (S, T, T) and ``order_keys`` (S, T, T) or (1, T, T), or none, all contiguous."""
     S, T, _ = M.shape
     arguments = {
         "p_M": M,
-        **partner_arguments(keys, partner),
+        **partner_arguments(order_keys, partner),
         "p_C": C,
         "T": T,
-        "BLOCK": triton.next_power_of_2(T),
+        "TASKS": triton.next_power_of_2(T),
     }
     return Launch(pcgrad_kernel, (S, T), arguments, 32 if T <= 32 else 64, fp_fusion=False)

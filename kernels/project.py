@@ -3,7 +3,7 @@
     out[r, e] = sum_t W[s, r, t] * J[t, e]      s the segment of e
 
 A plain product: 0 times NaN is NaN here. A program owns a tile and up to eight output rows, each with its own
-accumulator, so up to eight rows cost one read of J. T is a run-time value, walked in groups of four rows.
+accumulator, so up to eight rows cost one read of J. T is a run-time value, walked in quads of rows.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -12,19 +12,69 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import Launch, kernel
-from .rows import Rows, load_full, load_part, load_tile, row_address, row_arguments, store_row
+from .rows import (
+    KernelRows,
+    KernelTiles,
+    Rows,
+    Tiles,
+    load_full,
+    load_part,
+    load_tile,
+    row_address,
+    row_arguments,
+    store_row,
+    tile_arguments,
+)
 from .settings import OUTPUT_ROWS, project_setting
 
 
 @triton.jit
-def add_row(acc, x, p_W, i_out, i_row, R, T, ROWS: tl.constexpr):
-    """Accumulators plus row ``i_row`` of J, each with its own weight."""
+def add_row(acc, x, W, i_out, i_row, ROWS: tl.constexpr):
+    """Accumulators plus row ``i_row`` of J, each with its own weight; ``W`` is a pointer, R and T."""
+    p_W, R, T = W
     new = ()
     for r in tl.static_range(ROWS):
         i_r = i_out + r
         w = tl.load(p_W + i_r * T + i_row, mask=(i_r < R) & (i_row < T), other=0.0)
         new = new + (acc[r] + w * x,)
     return new
+
+
+@triton.jit
+def project_tile(rows, tiles, W, out, ROWS: tl.constexpr):
+    """Compute ROWS output rows of the program's tile."""
+    i_tensor, o_first, n, i_segment = load_tile(tiles, tl.program_id(0).to(tl.int64))
+    i_out = tl.program_id(1).to(tl.int64) * ROWS
+    p_W, R, T = W
+    p_W += i_segment * R * T
+    for o_start in range(0, n, tiles.BLOCK):
+        o = o_start + tl.arange(0, tiles.BLOCK)
+        acc = ()
+        for _r in tl.static_range(ROWS):
+            acc = acc + (tl.zeros((tiles.BLOCK,), rows.ACC),)
+        for i_quad in range(0, T, 4):
+            a = ()
+            low = n ^ tiles.TILE  # any bit left in it sends the tile down the slow road
+            for t in tl.static_range(4):
+                i_row = i_quad + t
+                a_row = row_address(rows, i_row, i_tensor, o_first, i_row < T)
+                low = low | (a_row & 15)
+                a = a + (a_row,)
+            if low == 0:
+                x = ()
+                for t in tl.static_range(4):
+                    x = x + (load_full(a[t], o, True, rows.D),)
+                for t in tl.static_range(4):
+                    acc = add_row(acc, x[t].to(rows.ACC), (p_W, R, T), i_out, i_quad + t, ROWS)
+            else:
+                for t in tl.static_range(4):
+                    x_row = load_part(a[t], o, n, True, rows.D).to(rows.ACC)
+                    acc = add_row(acc, x_row, (p_W, R, T), i_out, i_quad + t, ROWS)
+        for r in tl.static_range(ROWS):
+            i_r = i_out + r
+            if i_r < R:
+                a_out = row_address(out, i_r, i_tensor, o_first, True)
+                store_row(a_out, o, n, acc[r], ((n ^ tiles.TILE) | (a_out & 15)) == 0, out.D)
 
 
 @kernel
@@ -46,56 +96,29 @@ def project_kernel(
     ROWS: tl.constexpr,
 ):
     """One program: one tile, ROWS output rows."""
-    i_tensor, o_first, n, i_segment = load_tile(p_tiles, tl.program_id(0).to(tl.int64))
-    i_out = tl.program_id(1).to(tl.int64) * ROWS
-    p_W += i_segment * R * T
-    for o_start in range(0, n, BLOCK):
-        o = o_start + tl.arange(0, BLOCK)
-        acc = ()
-        for _r in tl.static_range(ROWS):
-            acc = acc + (tl.zeros((BLOCK,), ACC),)
-        for i_group in range(0, T, 4):
-            a = ()
-            low = n ^ TILE  # any bit left in it sends the tile down the slow road
-            for t in tl.static_range(4):
-                i_row = i_group + t
-                a_row = row_address(p_rows, s_row, i_row, i_tensor, o_first, i_row < T, TABLE, D)
-                low = low | (a_row & 15)
-                a = a + (a_row,)
-            if low == 0:
-                x = ()
-                for t in tl.static_range(4):
-                    x = x + (load_full(a[t], o, True, D),)
-                for t in tl.static_range(4):
-                    acc = add_row(acc, x[t].to(ACC), p_W, i_out, i_group + t, R, T, ROWS)
-            else:
-                for t in tl.static_range(4):
-                    x_row = load_part(a[t], o, n, True, D).to(ACC)
-                    acc = add_row(acc, x_row, p_W, i_out, i_group + t, R, T, ROWS)
-        for r in tl.static_range(ROWS):
-            i_r = i_out + r
-            if i_r < R:
-                a_out = row_address(p_out, s_out, i_r, i_tensor, o_first, True, TABLE_OUT, D)
-                store_row(a_out, o, n, acc[r], ((n ^ TILE) | (a_out & 15)) == 0, D)
+    project_tile(
+        KernelRows(p_rows, s_row, TABLE, D, ACC),
+        KernelTiles(p_tiles, TILE, BLOCK),
+        (p_W, R, T),
+        KernelRows(p_out, s_out, TABLE_OUT, D, ACC),
+        ROWS,
+    )
 
 
-def project(rows: Rows, tiles: Tensor, tile: int, W: Tensor, out: Rows) -> Launch:
+def project(rows: Rows, tiles: Tiles, W: Tensor, out: Rows) -> Launch:
     """Fill the R rows of ``out``; ``W`` (S, R, T) is in the arithmetic dtype of the rows, contiguous."""
     setting = project_setting(rows.dtype.itemsize)
     n_rows = min(OUTPUT_ROWS, triton.next_power_of_2(out.count))
     arguments = {
-        "p_tiles": tiles,
         "p_W": W,
         "p_out": out.source,
         "s_out": out.stride,
         "R": out.count,
         "T": rows.count,
         "TABLE_OUT": out.table,
-        "TILE": tile,
-        "BLOCK": setting.BLOCK,
         "ROWS": n_rows,
         **row_arguments(rows),
+        **tile_arguments(tiles, setting.BLOCK),
     }
-    return Launch(
-        project_kernel, (len(tiles), triton.cdiv(out.count, n_rows)), arguments, setting.threads, fp_fusion=True
-    )
+    grid = len(tiles.table), triton.cdiv(out.count, n_rows)
+    return Launch(project_kernel, grid, arguments, setting.threads, fp_fusion=True)

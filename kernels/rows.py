@@ -1,17 +1,21 @@
-"""The rows of J as a kernel sees them: T addresses for each tile, loaded and stored from there.
+"""The rows of J inside a kernel: T addresses for each tile, loaded and stored from there.
 
 A row is one task's gradient. A tile of it (at most ``TILE`` consecutive elements of one tensor) starts at
 
     a = address of (row, tensor) + first element * itemsize
 
-where the address comes from a table in device memory (gradients left where autograd put them; 0: this row has no
-such tensor) or, for a matrix, is computed from the row stride. From there on the two are the same: kernels work on
-raw addresses. A tile takes one of two roads, tested in the kernel for all its rows at once:
+The address comes from a table in device memory (gradients left where autograd put them; 0: this row has no such
+tensor). For a matrix it is computed from the row stride. From there on the two are the same: kernels work on raw
+addresses. A tile takes one of two roads, tested in the kernel for all its rows at once:
 
 - full length and every address a multiple of 16: unmasked 128-bit loads, but for the missing rows;
 - otherwise: masked loads of single elements.
 
-Where a tensor starts is thus looked at when the kernel runs, and none is compiled for an alignment (``launch.kernel``).
+The kernel looks at where a tensor starts when it runs. No kernel is compiled for an alignment (``launch.kernel``).
+
+A kernel is launched with single arguments, since integers inside a tuple would lose the types written beside them. It
+hands them on to its functions in bundles (``KernelRows``, ``KernelTiles``, ``masks.KernelMask``), and makes a bundle
+inside of the call: Triton turns the constants of a tuple that is assigned to a name into numbers of the running kernel.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +34,7 @@ TRITON_DTYPE = {
 
 
 NO_HINT = tl.constexpr("")
-"""What the cache is told of loads and stores by default. Triton 3.6 compiles no default that is a plain string."""
+"""Loads and stores tell the cache nothing by default. Triton 3.6 compiles no default that is a plain string."""
 
 
 class Rows(NamedTuple):
@@ -48,13 +52,40 @@ class Rows(NamedTuple):
     """Whether ``source`` is a table of addresses."""
 
 
+class Tiles(NamedTuple):
+    """The tiles that rows are cut into, in device memory."""
+
+    table: Tensor
+    """(n_tiles, 4) int64: the tensor of a tile, its first element there, its number of elements, and its segment."""
+    length: int
+    """Elements of a whole tile."""
+
+
+class KernelRows(NamedTuple):
+    """The bundle of ``Rows`` inside a kernel."""
+
+    p: Any
+    stride: Any
+    TABLE: tl.constexpr
+    D: tl.constexpr
+    ACC: tl.constexpr
+
+
+class KernelTiles(NamedTuple):
+    """The bundle of ``Tiles`` inside a kernel, with the elements that one step of a streaming loop takes, BLOCK."""
+
+    p: Any
+    TILE: tl.constexpr
+    BLOCK: tl.constexpr
+
+
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """What rows of ``dtype`` are computed in: float64 in itself, all others in float32."""
+    """Return the dtype in which rows of ``dtype`` are computed: float64 in itself, all others in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def row_arguments(rows: Rows) -> dict[str, Any]:
-    """The arguments by which every kernel knows the rows it reads."""
+    """Return the arguments that describe the rows a kernel reads."""
     return {
         "p_rows": rows.source,
         "s_row": rows.stride,
@@ -64,22 +95,30 @@ def row_arguments(rows: Rows) -> dict[str, Any]:
     }
 
 
+def tile_arguments(tiles: Tiles, block: int) -> dict[str, Any]:
+    """Return the arguments that describe the tiles, of which a kernel takes ``block`` elements a step."""
+    return {"p_tiles": tiles.table, "TILE": tiles.length, "BLOCK": block}
+
+
 @triton.jit
-def load_tile(p_tiles, i_tile):
+def load_tile(tiles, i_tile):
     """(tensor, first element, number of elements, segment) of a tile; all int64 but the number, which is small."""
-    p = p_tiles + 4 * i_tile
+    p = tiles.p + 4 * i_tile
     return tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int32), tl.load(p + 3)
 
 
 @triton.jit
-def row_address(p_rows, s_row, i_row, i_tensor, o_first, m_row, TABLE: tl.constexpr, D: tl.constexpr):
-    """Where row ``i_row`` has this tile, 0 if it has no such tensor or is masked out. ``i_row`` may be a vector."""
-    o_bytes = o_first * (D.primitive_bitwidth // 8)
-    o_row = i_row * tl.cast(s_row, tl.int64)
-    if TABLE:
-        a = tl.load(p_rows + o_row + i_tensor, mask=m_row, other=0)
+def row_address(rows, i_row, i_tensor, o_first, m_row):
+    """Address of element ``o_first`` of a tensor of row ``i_row``, which may be a vector.
+
+    0 if the row has no such tensor or is masked out.
+    """
+    o_bytes = o_first * (rows.D.primitive_bitwidth // 8)
+    o_row = i_row * tl.cast(rows.stride, tl.int64)
+    if rows.TABLE:
+        a = tl.load(rows.p + o_row + i_tensor, mask=m_row, other=0)
     else:
-        a = tl.where(m_row, p_rows.to(tl.int64) + o_row * (D.primitive_bitwidth // 8), 0)
+        a = tl.where(m_row, rows.p.to(tl.int64) + o_row * (rows.D.primitive_bitwidth // 8), 0)
     return tl.where(a == 0, a, a + o_bytes)
 
 
@@ -88,7 +127,7 @@ def load_full(a, o, m_read, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """Elements ``o`` from the 16-byte-aligned address ``a``, in 128-bit loads.
 
     Zeros from address 0, and without ``m_read``, where nothing is read. The compiler believes the hint only where it
-    follows the cast. ``EVICT`` is what the cache is told: "evict_first" of what nobody reads again.
+    follows the cast. ``EVICT`` tells the cache what to do: "evict_first" with data that nobody reads again.
     """
     p = tl.multiple_of(a.to(tl.pointer_type(D)), 16)
     return tl.load(p + o, mask=(a != 0) & m_read, other=0.0, eviction_policy=EVICT)

@@ -1,9 +1,11 @@
-"""How each kernel is launched: a written table, no autotune.
+"""The launch settings of each kernel: a written table, no autotune.
 
 The first step of a training run must not be slow, and the ranks of a distributed run must agree to the last bit, so
 nothing is searched at run time. The reasons beside the entries are register counts of ahead-of-time builds (sm_90;
 ``python tests/aot.py`` prints all of them) and arithmetic on them. They are predictions: no entry has been measured
 on a GPU yet.
+
+A block (``BLOCK``) is what a program takes in one step of its loop over the elements of a tile.
 """
 
 from typing import NamedTuple
@@ -11,11 +13,11 @@ from typing import NamedTuple
 import torch
 
 PROGRAMS = 4096
-"""Pieces a Gramian is cut into where there are that many tiles: some three waves of an H100 at ten programs on each
-of 132 multiprocessors, so that the last wave idles little, and few enough that summing the partials stays cheap."""
+"""Pieces that a Gramian is cut into, if it has that many tiles: some three waves of an H100 at ten programs on each of
+132 multiprocessors, so that the last wave idles little, and few enough that summing the partials stays cheap."""
 
 LONGEST_PIECE = 64
-"""Tiles of a piece at most: bounds the length of a float32 running sum."""
+"""Most tiles of a piece: it bounds the length of a float32 running sum."""
 
 DOT_T = 64
 """Most rows of one Gramian launch; larger Gramians are put together from pairs of half as many."""
@@ -24,21 +26,22 @@ OUTPUT_ROWS = 8
 """Most output rows of one program of project: J is read once for up to this many."""
 
 ENTRIES = 128
-"""Positions of a program of gather and scatter, one a thread: some thousands of them, times T rows, are a program for
-each multiprocessor, and each waits for memory a dozen times in a row, so there is no use in giving it more."""
+"""Positions of a program of gather and scatter, one a thread. Some thousands of them, times T rows, are a program for
+each multiprocessor. Each program waits for memory a dozen times in a row, so there is no use in giving it more."""
 
 
 def register_form(T: int, itemsize: int) -> bool:
     """Whether each pair of rows has an accumulator of its own, instead of ``tl.dot``.
 
-    At T = 12 these take 168 registers in float32 and 230 in float64. 16-bit rows hold twice the elements a thread:
-    117 registers at T = 8, while at 12 they spill on sm_100; tensor cores take them as stored, so they go there early.
+    At T = 12 the accumulators take 168 registers in float32 and 230 in float64. 16-bit rows hold twice the elements a
+    thread: 117 registers at T = 8, while at 12 they spill on sm_100. Tensor cores take 16-bit rows as stored, so these
+    rows go there early.
     """
     return T <= 8 or (T <= 12 and itemsize > 2)
 
 
 class GramianSetting(NamedTuple):
-    """Register form. A thread sums ``V`` products of neighbouring elements before it touches an accumulator."""
+    """Setting of the register form. A thread sums ``V`` products of neighbours before it touches an accumulator."""
 
     BLOCK: int
     V: int
@@ -46,59 +49,61 @@ class GramianSetting(NamedTuple):
 
 
 def gramian_setting(itemsize: int) -> GramianSetting:
-    """One 128-bit load a thread and row: V is what 16 bytes hold, BLOCK what 128 threads hold at that.
+    """One 128-bit load a thread and row: V is the number of elements in 16 bytes, BLOCK is V for each of 128 threads.
 
-    40 registers at T = 3 in float32: twelve programs a multiprocessor, 72 KB of loads in flight; at T = 12 three, as
-    many bytes. Masks (``masks.py``) of single elements leave these numbers where they are, 38 and 158; of blocks of 128
-    they take 52 and 163.
+    It takes 40 registers at T = 3 in float32: twelve programs a multiprocessor, 72 KB of loads in flight; at T = 12
+    three programs, with as many bytes. Masks (``masks.py``) of single elements leave these numbers where they are, 38
+    and 158; masks of 128 elements a unit take 52 and 163.
     """
     V = 16 // itemsize
     return GramianSetting(128 * V, V, 128)
 
 
 ONE_LAUNCH: dict[tuple[int, int], range] = {}
-"""By T and the bytes of a number, for rows of how many numbers one launch does the whole surgery (``surgery.py``) on
-NVIDIA's GPUs; three launches do it for all others. Empty until the benchmark (``python -m bench --device cuda``, "one
-launch" beside "gradkern") has filled it: no user's default is to be what nobody has measured."""
+"""The lengths of rows for which one launch does the whole surgery (``surgery.py``) on NVIDIA's GPUs, by T and the bytes
+of a number. Three launches do it for all others. The table is empty until the benchmark (``python -m bench --device
+cuda``, "one launch" beside "gradkern") has filled it: nothing becomes a default before it is measured."""
 
 ONE_LAUNCH_T = 4
 """Most rows of the one launch: at T = 4 it takes 72 registers in float32, 80 in 16 bits and 96 in float64, under a
 mask up to 128, which leaves four programs a multiprocessor."""
 
 PIECE, SMALL_PIECE = 128 << 10, 24 << 10
-"""Bytes of rows of a piece of the one launch, as many whole tiles as they hold, one at least: so many that drawing a
-ticket and storing partial sums are little beside them; and for small segments, which else too few programs share."""
+"""Bytes of rows of a piece of the one launch, and the same for small segments. A piece is as many whole tiles as the
+bytes hold, one at least. ``PIECE`` is so large that drawing a ticket and storing partial sums are little beside it. Too
+few programs would share a small segment in pieces of that size."""
 
 SMALL_SEGMENT = 8 << 20
-"""Bytes of rows up to which a segment is small: at most as much as lies between its Gramian and its combination."""
+"""Bytes of rows up to which a segment is small: no more than the bytes between its Gramian and its combination."""
 
 LAG = {2: 16 << 20, 4: 8 << 20, 8: 8 << 20}
-"""By the bytes of a number, bytes of rows that Gramians read between a segment's Gramian and its combination. A program
-takes some 4 µs to solve a segment, in which an H100's memory gives 13 MB: these, and combinations of other segments
-between them. With 16-bit rows, of which a piece takes longer than its bytes do, twice as much. The cache holds 50 MB,
-of which rows that wait to be read again should take no more than half."""
+"""Bytes of rows that other Gramians read between a segment's Gramian and its combination, by the bytes of a number. A
+program takes some 4 µs to solve a segment, in which an H100's memory gives 13 MB: these, and combinations of other
+segments between them. With 16-bit rows it is twice as much, since a piece of them takes longer than its bytes do. The
+cache holds 50 MB. Rows that wait to be read again should take no more than half of it."""
 
 FOLD = 64
-"""Partial sums that one program adds up, once as many pieces of a segment are done; then groups of so many in turn."""
+"""Pieces of a fold: neighbours in a segment, whose partial sums one program adds up. Another adds up those of all
+folds, as many at a time."""
 
 ONE_LAUNCH_PROGRAMS = 8
 """Programs for each multiprocessor, as many as fit at 64 registers (T = 3 in float32; 128 threads): 48 KB of loads in
-flight. Where fewer fit, the others start when all work is done, and leave."""
+flight. If fewer fit, the others start when all work is done, and leave."""
 
 
 def one_launch(T: int, itemsize: int) -> range:
-    """For how many numbers of ``itemsize`` bytes one launch does the surgery of T rows of them.
+    """Return the lengths of T rows, of numbers of ``itemsize`` bytes, for which one launch does the surgery.
 
-    Not on AMD's GPUs, where a barrier does not wait for other waves' stores.
+    There are none on AMD's GPUs, where a barrier does not wait for other waves' stores.
     """
     allowed = torch.version.hip is None and T <= ONE_LAUNCH_T
     return ONE_LAUNCH.get((T, itemsize), range(0)) if allowed else range(0)
 
 
 class DotSetting(NamedTuple):
-    """``tl.dot`` form: ROWS x BLOCK operands, sums restarted every CHAIN elements.
+    """Setting of the ``tl.dot`` form: ROWS x BLOCK operands, sums restarted every CHAIN elements.
 
-    Tensor cores cut sums off instead of rounding them, which is a bias. A model of that (two bits kept beyond those of
+    Tensor cores cut sums off instead of rounding them, which is a bias. A model of it (two bits kept beyond those of
     float32) comes to 4 to 5 millionths of a square at 64 steps a chain, and to one at 16.
     """
 
@@ -121,7 +126,7 @@ DOT_SETTINGS = {
         DotSetting(32, 32, 512, 128),  # 102 registers; 64 columns spill in the loop on sm_80
         DotSetting(64, 32, 128, 128),  # 196 registers; 64 columns need all 255
     ),
-    # float64: half the columns or twice the threads, for a number takes two registers.
+    # float64: half the columns or twice the threads, because a number takes two registers.
     8: (
         DotSetting(16, 32, 512, 64),  # 128 registers
         DotSetting(32, 32, 512, 128),  # 168 registers
@@ -131,12 +136,12 @@ DOT_SETTINGS = {
 
 
 def dot_setting(T: int, itemsize: int) -> DotSetting:
-    """The smallest that holds T rows."""
+    """Return the smallest setting that holds T rows."""
     return next(setting for setting in DOT_SETTINGS[itemsize] if T <= setting.ROWS)
 
 
 class TileSetting(NamedTuple):
-    """Combine and project: elements a program holds at a time."""
+    """Setting of combine, AdamW and project: the elements that a program holds at a time."""
 
     BLOCK: int
     threads: int
@@ -145,9 +150,10 @@ class TileSetting(NamedTuple):
 def combine_setting() -> TileSetting:
     """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program.
 
-    122 registers (80 on a matrix), and 104 to 128 under a mask of single elements or of blocks of whole 128-bit loads:
-    two programs a multiprocessor. One of what takes more: float64, 192 to 204, and blocks that leave less of a load in
-    one piece, as in float32 those of two (154) or of any odd number, which load single elements (149).
+    It takes 122 registers (80 on a matrix), and 104 to 128 under a mask of single elements or with units of whole
+    128-bit loads: two programs a multiprocessor. One program fits where it takes more: float64, 192 to 204, and units
+    that leave less of a load in one piece, as in float32 those of two elements (154) or of any odd number, which load
+    single elements (149).
     """
     return TileSetting(4096, 256)
 
@@ -155,7 +161,7 @@ def combine_setting() -> TileSetting:
 def adamw_setting(itemsize: int) -> TileSetting:
     """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state.
 
-    96 registers in float32 and 16 bits, 127 under a mask of blocks of 128; float64 96, with amsgrad 124.
+    It takes 96 registers in float32 and 16 bits, 127 under a mask of 128 elements a unit; float64 96, with amsgrad 124.
     """
     return TileSetting(512 if itemsize == 8 else 1024, 128)
 

@@ -25,9 +25,9 @@ from triton.backends.compiler import GPUTarget
 from gradkern.kernels import adamw, combine, entries, gradvac, gramian, pcgrad, project, reduce, surgery
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
-from gradkern.kernels.rows import Rows, arithmetic
+from gradkern.kernels.rows import Rows, Tiles, arithmetic
 from gradkern.kernels.settings import DOT_T, ONE_LAUNCH_T, OUTPUT_ROWS
-from gradkern.ops.layout import TILE, column_layout, tensor_layout
+from gradkern.ops.layout import TILE, Layout, column_layout, tensor_layout
 from gradkern.ops.one_launch.work_list import work_list
 
 TARGETS = {
@@ -90,22 +90,20 @@ def cases(target: GPUTarget) -> Iterator[Case]:
     """Every kernel at every setting, as the operators would launch it: in every dtype for tables of addresses, and
     for matrices, which differ in how an address is found, in float32."""
     layout = column_layout((0, 2 * TILE))
-    cpu = torch.device("cpu")
-    tiles, _ = layout.tiles_on(cpu)
-    pieces, bounds = layout.pieces_on(cpu, 1)
+    tiles, _ = _tiles(layout)
+    pieces, bounds = layout.pieces_on(torch.device("cpu"), 1)
     for table in (False, True):
         for name, dtype in DTYPES.items() if table else (("fp32", torch.float32),):
             brief = name == "fp16"  # differs from bf16 by the conversions alone
             for T in (8, DOT_T) if brief else GRAMIAN_T:
                 rows = _rows(T, dtype, table)
                 partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
-                launch = gramian.gramian(rows, tiles, TILE, None, pieces, partials, target.backend == "cuda", False)
+                launch = gramian.gramian(rows, tiles, None, pieces, partials, _device(target))
                 yield Case("gramian", name, f"T={T}", launch, True)
             w = torch.empty(1, 3, dtype=arithmetic(dtype))
             out = _rows(1, dtype, table)
-            yield Case(
-                "combine", name, "any T", combine.combine(_rows(3, dtype, table), tiles, TILE, None, w, out, None), True
-            )
+            launch = combine.combine(_rows(3, dtype, table), tiles, None, w, out, None)
+            yield Case("combine", name, "any T", launch, True)
             if table:
                 for count in (2,) if brief else (2, 3):
                     yield Case(
@@ -113,7 +111,7 @@ def cases(target: GPUTarget) -> Iterator[Case]:
                     )
             for R in (OUTPUT_ROWS,) if brief else (1, 2, 4, OUTPUT_ROWS):
                 W = torch.empty(1, R, 3, dtype=arithmetic(dtype))
-                launch = project.project(_rows(3, dtype, table), tiles, TILE, W, _rows(R, dtype, table))
+                launch = project.project(_rows(3, dtype, table), tiles, W, _rows(R, dtype, table))
                 yield Case("project", name, f"R={R}", launch, True)
     yield from masked_cases(target)
     if target.backend == "cuda":
@@ -124,12 +122,13 @@ def cases(target: GPUTarget) -> Iterator[Case]:
         yield Case("reduce", name, "any T", reduce.reduce(partials, bounds, M), False)
         for T in (1, 3, 8, 64):
             M = torch.empty(1, T, T, dtype=DTYPES[name])
-            keys = torch.empty(1, T, T)
-            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, keys, "all", M), False)
-            targets, moving = torch.empty(1, T, T, dtype=torch.float64), torch.empty(T, dtype=torch.bool)
+            order_keys = torch.empty(1, T, T)
+            yield Case("pcgrad", name, f"T={T}", pcgrad.pcgrad(M, order_keys, "all", M), False)
+            targets, update_mask = torch.empty(1, T, T, dtype=torch.float64), torch.empty(T, dtype=torch.bool)
             if T in (3, 64):
                 yield Case("pcgrad", name, f"T={T}, no keys", pcgrad.pcgrad(M, None, "average", M), False)
-                yield Case("gradvac", name, f"T={T}", gradvac.gradvac(M, keys, targets, moving, 0.1, M), False)
+                launch = gradvac.gradvac(M, order_keys, targets, update_mask, 0.1, M)
+                yield Case("gradvac", name, f"T={T}", launch, False)
     index = torch.empty(200, dtype=torch.int64)
     for name, dtype in DTYPES.items():
         values = torch.empty(3, 200, dtype=arithmetic(dtype))
@@ -151,42 +150,30 @@ def masked_cases(target: GPUTarget) -> Iterator[Case]:
 def _masked(target: GPUTarget, name: str, counts: tuple[int, ...], block: int, streams: bool) -> Iterator[Case]:
     dtype = DTYPES[name]
     layout = tensor_layout((2 * TILE,), (0,), 1, (0,), block)
-    tiles, units = layout.tiles_on(torch.device("cpu"))
+    tiles, units = _tiles(layout)
     pieces, _ = layout.pieces_on(torch.device("cpu"), 1)
     mask = Mask(units, block, torch.empty(3, dtype=torch.int64))
     for T in counts:
         partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
-        launch = gramian.gramian(
-            _rows(T, dtype, True), tiles, TILE, mask, pieces, partials, target.backend == "cuda", False
-        )
+        launch = gramian.gramian(_rows(T, dtype, True), tiles, mask, pieces, partials, _device(target))
         yield Case("gramian", name, f"T={T}, block {block}", launch, streams)
-    w, count = torch.empty(1, 3, dtype=arithmetic(dtype)), torch.empty((), dtype=torch.int64)
-    launch = combine.combine(_rows(3, dtype, True), tiles, TILE, mask, w, _rows(1, dtype, True), count)
+    w, kept = torch.empty(1, 3, dtype=arithmetic(dtype)), torch.empty((), dtype=torch.int64)
+    launch = combine.combine(_rows(3, dtype, True), tiles, mask, w, _rows(1, dtype, True), kept)
     yield Case("combine", name, f"any T, block {block}", launch, streams)
     yield Case("adamw", name, f"any T, block {block}", _adamw(dtype, tiles, mask, 2), streams)
 
 
-def _adamw(dtype: torch.dtype, tiles: torch.Tensor, mask: Mask | None, n_moments: int) -> Launch:
+def _adamw(dtype: torch.dtype, tiles: Tiles, mask: Mask | None, n_moments: int) -> Launch:
     """With numbers by which it may be skipped and scaled where there is a mask."""
     wide, number = arithmetic(dtype), None if mask is None else torch.empty(())
-    return adamw.adamw(
-        _rows(3, dtype, True),
-        tiles,
-        TILE,
-        mask,
-        torch.empty(1, 3, dtype=wide),
-        _rows(1, dtype, True),
-        _rows(n_moments, wide, True),
-        torch.zeros(1, dtype=torch.int64),
-        number,
-        number,
-        (1e-3, 0.9, 0.999, 0.01, 1e-8),
-        None if mask is None else torch.empty((), dtype=torch.int64),
-    )
+    kept = None if mask is None else torch.empty((), dtype=torch.int64)
+    state = adamw.AdamWState(_rows(1, dtype, True), _rows(n_moments, wide, True), torch.zeros(1, dtype=torch.int64))
+    step = adamw.AdamWStep(number, number, (1e-3, 0.9, 0.999, 0.01, 1e-8))
+    return adamw.adamw(_rows(3, dtype, True), tiles, mask, torch.empty(1, 3, dtype=wide), kept, state, step)
 
 
 def surgery_cases(target: GPUTarget) -> Iterator[Case]:
-    """The one launch, in its forms of the rows and of a mask; in full with all that it may be given besides."""
+    """The one launch, in its forms of the rows and of a mask; in full with all that it may be given."""
     for name in ("fp64", "fp32", "bf16"):
         for T in SURGERY_T:
             yield Case("surgery", name, f"T={T}", _surgery(T, DTYPES[name], True), True)
@@ -204,30 +191,32 @@ def _surgery(
     T: int, dtype: torch.dtype, table: bool, block: int | None = None, keyed: bool = True, full: bool = False
 ) -> Launch:
     layout = tensor_layout((2 * TILE,), (0,), 2, (0,), block or 1)
-    tiles, units = layout.tiles_on(torch.device("cpu"))
+    tiles, units = _tiles(layout)
     mask = None if block is None else Mask(units, block, torch.empty(3, dtype=torch.int64))
     listed = work_list(layout, T, dtype.itemsize)
     shared = torch.zeros(surgery.shared_size(1, listed.n_groups), dtype=torch.int32)
     work = surgery.Work(*listed.tables_on(torch.device("cpu")), listed.n_pieces, listed.n_groups, shared)
-    M, keys, ones = torch.empty(1, T, T, dtype=arithmetic(dtype)), torch.empty(1, T, T), torch.ones(T)
-    projection = surgery.PCGrad(keys, "all") if keyed else surgery.PCGrad(None, "average")
+    M, order_keys, ones = torch.empty(1, T, T, dtype=arithmetic(dtype)), torch.empty(1, T, T), torch.ones(T)
+    if full:
+        method = surgery.Projection(order_keys, "all", M.double(), ones.bool(), 0.1, mean=False)
+    elif keyed:
+        method = surgery.Projection(order_keys, "all", None, None, 0.0, mean=False)
+    else:
+        method = surgery.Projection(None, "average", None, None, 0.0, mean=False)
+    kept = torch.zeros((), dtype=torch.int64)
+    results = surgery.Results(M, M[:, 0].contiguous(), _rows(1, dtype, table), kept)
     return surgery.surgery(
-        _rows(T, dtype, table),
-        tiles,
-        TILE,
-        mask,
-        full,
-        work,
-        surgery.GradVac(keys, M.double(), ones.bool(), 0.1) if full else projection,
-        False,
-        ones.bool() if full else None,
-        ones.to(M.dtype) if full else None,
-        M,
-        M[:, 0].contiguous(),
-        _rows(1, dtype, table),
-        torch.zeros((), dtype=torch.int64),
-        1,
+        _rows(T, dtype, table), tiles, surgery.Masking(mask, products=full), work, method, results, programs=1
     )
+
+
+def _tiles(layout: Layout) -> tuple[Tiles, torch.Tensor]:
+    table, units = layout.tiles_on(torch.device("cpu"))
+    return Tiles(table, TILE), units
+
+
+def _device(target: GPUTarget) -> gramian.Target:
+    return gramian.Target(tensor_cores=target.backend == "cuda", interpreted=False)
 
 
 def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:

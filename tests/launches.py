@@ -155,8 +155,8 @@ def different_launches() -> Iterator[Launch]:
     for key in wanted:
         yield next(case.launch for case in reversed(all_cases) if case[:3] == key)
     M = torch.zeros(1, 3, 3)
-    for keys in (M, M.double()):
-        yield pcgrad.pcgrad(M, keys, "all", M)
+    for order_keys in (M, M.double()):
+        yield pcgrad.pcgrad(M, order_keys, "all", M)
     yield pcgrad.pcgrad(M, M, "all", M)._replace(threads=64)
 
 

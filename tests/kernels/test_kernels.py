@@ -29,7 +29,7 @@ from gradkern.kernels import combine as combine_kernel
 from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
 from gradkern.kernels import reduce
-from gradkern.kernels.rows import Rows
+from gradkern.kernels.rows import Rows, Tiles
 from gradkern.kernels.settings import OUTPUT_ROWS
 from gradkern.ops.triton import rows as cuda
 
@@ -303,21 +303,22 @@ def test_addresses_have_64_bits(T: int, tmp_path: Path) -> None:
         piece(far + t * stride, P).copy_(J[t])
     rows = Rows(piece(0, 1), stride, T, torch.float32, table=False)
     outs = Rows(piece(P, 1), stride, T, torch.float32, table=False)
-    tiles = torch.tensor([[0, far, P, 0]])
+    tiles = Tiles(torch.tensor([[0, far, P, 0]]), TILE)
     cpu = torch.device("cpu")
 
     partials = torch.empty(1, T * (T + 1) // 2)
     M = torch.empty(1, T, T)
-    gramian_kernel.gramian(rows, tiles, TILE, None, torch.tensor([[0, 1]]), partials, True, True).run(cpu)
+    target = gramian_kernel.Target(tensor_cores=True, interpreted=True)
+    gramian_kernel.gramian(rows, tiles, None, torch.tensor([[0, 1]]), partials, target).run(cpu)
     reduce.reduce(partials, torch.tensor([0, 1]), M).run(cpu)
     assert_gramian(M[0], J)
 
     W = torch.randn(1, T, T)
-    project_kernel.project(rows, tiles, TILE, W, outs).run(cpu)
+    project_kernel.project(rows, tiles, W, outs).run(cpu)
     projected = torch.stack([piece(far + t * stride + P, P) for t in range(T)])
     assert_product(projected, W[0], J)
 
-    combine_kernel.combine(rows, tiles, TILE, None, W[:, 0].contiguous(), outs, None).run(cpu)
+    combine_kernel.combine(rows, tiles, None, W[:, 0].contiguous(), outs, None).run(cpu)
     assert_product(piece(far + P, P), W[0, 0], J)
 
 

@@ -1,4 +1,4 @@
-"""In which order a task visits the others: by ascending keys, equal ones by number.
+"""The order in which a task visits the others: by ascending keys, equal ones by number.
 
 Drawing a random order is drawing random keys, and nothing is sorted: each step looks for the least key that is left.
 """
@@ -10,23 +10,24 @@ import triton.language as tl
 from torch import Tensor
 
 
-def key_arguments(keys: Tensor | None) -> dict[str, Any]:
-    """What a kernel is told of ``keys`` (S, T, T) or (1, T, T): where they are, and how far apart the segments' are."""
-    return {"p_keys": keys, "s_keys": 0 if keys is None or len(keys) == 1 else keys.stride(0)}
+def key_arguments(order_keys: Tensor | None) -> dict[str, Any]:
+    """Return the arguments that describe ``order_keys`` (S, T, T) or (1, T, T): address, and stride of the segments."""
+    one = order_keys is None or len(order_keys) == 1
+    return {"p_order_keys": order_keys, "s_order_keys": 0 if one else order_keys.stride(0)}
 
 
 @triton.jit
-def next_partner(keys, m_left, i_partner, BLOCK: tl.constexpr):
-    """The partner of least key among those of ``m_left``, BLOCK if none is left. A key may be infinite, never NaN."""
-    key = tl.min(tl.where(m_left, keys, float("inf")), 0)
-    return tl.min(tl.where(m_left & (keys == key), i_partner, BLOCK), 0)
+def next_partner(order_keys, m_left, i_partner, TASKS: tl.constexpr):
+    """The partner of least key among those of ``m_left``, TASKS if none is left. A key may be infinite, never NaN."""
+    key = tl.min(tl.where(m_left, order_keys, float("inf")), 0)
+    return tl.min(tl.where(m_left & (order_keys == key), i_partner, TASKS), 0)
 
 
 @triton.jit
 def cosine_keys(p_M, M_i, i_partner, i_task, T, sign):
     """Keys by which the partner of least ``sign`` times its cosine comes first, as ``gradkern/ops/cosines.py`` has it.
 
-    ``M_i`` is the task's row of M (T, T), in float64. What is no number comes last.
+    ``M_i`` is the task's row of M (T, T), in float64. NaN comes last.
     """
     o_square = i_partner.to(tl.int64) * (T + 1)
     roots = tl.sqrt(tl.load(p_M + o_square, mask=i_partner < T, other=1.0).to(tl.float64))
