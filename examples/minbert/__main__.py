@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.device import chosen
+from bench.device import parse_device
 from examples.minbert.examples import TASKS
 from examples.minbert.heads import LOSSES
 from examples.minbert.methods import METHODS
@@ -119,7 +119,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--skip-malformed", action="store_true", help="leave out malformed rows, and tell which")
     parser.add_argument("--weights", default="random", help="minilm, a folder of BERT's, or random (%(default)s)")
     parser.add_argument(
-        "--device", type=lambda text: str(chosen(text)), default="cpu", help="cpu, cuda or cuda:N (%(default)s)"
+        "--device", type=lambda text: str(parse_device(text)), default="cpu", help="cpu, cuda or cuda:N (%(default)s)"
     )
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="default %(default)s")
 
