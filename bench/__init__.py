@@ -1,7 +1,7 @@
-"""Benchmarks: ours, the ways people do it now, and the physical limit, measured in turn in one run."""
+"""Benchmarks of gradkern, of common implementations and of the bandwidth limit, measured in turn in one run."""
 
 import os
 
-# Before torch is imported. Else PyTorch's profiler, which counts memory, writes lines of its own between ours.
+# These are set before torch is imported. Otherwise PyTorch's profiler, which counts memory, prints its own log lines.
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

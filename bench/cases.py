@@ -1,4 +1,4 @@
-"""What is measured: the cases, and the sweeps over them."""
+"""The measured cases, and the sweeps over them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,13 +37,13 @@ class Case:
 
     Attributes:
         operation: a key of ``contestants.OPERATIONS``.
-        T: tasks.
-        P: numbers of a task gradient; 0 where the operation sees Gramians only.
-        dtype: of the gradients.
-        S: how many Gramians, where the operation sees nothing else.
-        shapes: "matrix", T rows of P numbers; or tensors left in place: "pieces", vectors, or "BERT-base".
-        groups: what has weights of its own, "model" or "parameter".
-        p, block, scope: of gradient suppression; p = 0 is none.
+        T: number of tasks.
+        P: length of a task gradient; 0 if the operation takes only Gramians.
+        dtype: dtype of the gradients.
+        S: number of Gramians, if the operation takes only those.
+        shapes: "matrix" for T rows of P numbers; "pieces" (vectors) or "BERT-base" for separate tensors left in place.
+        groups: the unit that has its own weights, "model" or "parameter".
+        p, block, scope: settings of gradient suppression; p = 0 means no suppression.
     """
 
     operation: str
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def input(self) -> str:
-        """All but the operation, in words."""
+        """Describe everything but the operation."""
         parts = [f"T={self.T}"]
         parts += [f"P={self.P:,}", self.dtype] if self.P else [f"S={self.S}"]
         parts += [self.shapes] if self.shapes != "matrix" else []
@@ -72,7 +72,7 @@ class Case:
 
 
 def full() -> list[Case]:
-    """Everything. Cases on the same gradients follow each other, so that these are drawn once."""
+    """Return the full sweep. Cases on the same gradients are adjacent, so the gradients are generated once."""
     P = numbers(BERT_BASE)
     return [
         *_matrices(TASKS, SIZES, "float32"),
@@ -97,7 +97,7 @@ def full() -> list[Case]:
 
 
 def quick() -> list[Case]:
-    """Every operation and every form of it, on few shapes."""
+    """Return every operation in every form, on few shapes."""
     P = 100_000
     return [
         *_matrices((3, 8), (1_000, P, 1_000_000), "float32"),
@@ -120,7 +120,7 @@ def _variants(P: int) -> Iterator[Case]:
 
 
 def _surgery(T: int, P: int, shapes: str, suppressed: Sequence[Suppressed], dtype: str = "float32") -> Iterator[Case]:
-    """The surgery of a step: whole, in groups, and suppressed."""
+    """Yield the cases of a step's surgery: on the whole model, in groups, and under suppression."""
     for groups in ("model", "parameter"):
         yield Case("surgery", T, P, dtype, shapes=shapes, groups=groups)
     for p, block, scope in suppressed:
@@ -132,7 +132,7 @@ def _entries(T: int, P: int, shapes: str) -> Iterator[Case]:
 
 
 def _steps(P: int, dtype: str) -> Iterator[Case]:
-    """AdamW along a gradient, and along a combination of three, also suppressed."""
+    """Yield AdamW steps along one gradient, along a combination of three, and along a suppressed combination."""
     for T in (1, 3):
         yield Case("adamw", T, P, dtype, shapes="pieces")
     for block in (1, 128):

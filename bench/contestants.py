@@ -1,4 +1,4 @@
-"""Who takes part in a case: by name, calls that do the same work. All have a copy of the input beside them."""
+"""The contestants of a case: calls that do the same work, by name. Every case also measures a copy of its input."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +10,7 @@ from unittest.mock import patch
 import torch
 
 import gradkern as gk
-from bench import naive, plain
+from bench import naive, vectorized
 from bench.cases import NETWORK
 from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
@@ -30,34 +30,34 @@ Runs = dict[str, Run]
 
 
 def contestants(x: Inputs, peers: Peers) -> Runs:
-    """Those of ``x.case``, with the peers found. Nothing is computed, nor allocated, before a call."""
+    """Return the contestants of ``x.case``, including the peers found. They compute and allocate only when called."""
     return OPERATIONS[x.case.operation](x, peers) | {COPY: lambda: torch._foreach_copy_(x.target, x.source)}
 
 
 def gramian(x: Inputs, peers: Peers) -> Runs:
-    """M = J Jᵀ."""
+    """Return the contestants that compute M = J Jᵀ."""
     runs: Runs = {OURS: lambda: gk.gramian(x.J), NAIVE: lambda: naive.gramian(x.rows)}
-    return runs | _plain(peers, plain.gramian, lambda: (x.J,))
+    return runs | _eager_and_compiled(peers, vectorized.gramian, lambda: (x.J,))
 
 
 def combine(x: Inputs, peers: Peers) -> Runs:
-    """wᵀ J."""
+    """Return the contestants that compute wᵀ J."""
     runs: Runs = {OURS: lambda: gk.combine(x.J, x.w), NAIVE: lambda: naive.combine(x.rows, x.w)}
-    return runs | _plain(peers, plain.combine, lambda: (x.J, x.w))
+    return runs | _eager_and_compiled(peers, vectorized.combine, lambda: (x.J, x.w))
 
 
 def project(x: Inputs, peers: Peers) -> Runs:
-    """W J."""
+    """Return the contestants that compute W J."""
     runs: Runs = {OURS: lambda: gk.project(x.J, x.W), NAIVE: lambda: naive.project(x.rows, x.W)}
-    return runs | _plain(peers, plain.project, lambda: (x.J, x.W))
+    return runs | _eager_and_compiled(peers, vectorized.project, lambda: (x.J, x.W))
 
 
 def pcgrad(x: Inputs, peers: Peers) -> Runs:
-    """The whole surgery of a matrix."""
+    """Return the contestants that do PCGrad's whole surgery on a matrix."""
     aggregator = gk.PCGrad()
     runs: Runs = {OURS: lambda: aggregator(x.J), NAIVE: lambda: naive.pcgrad(x.rows)}
     runs |= _one_launch(x, runs[OURS])
-    runs |= _plain(peers, plain.pcgrad, lambda: (x.J,))
+    runs |= _eager_and_compiled(peers, vectorized.pcgrad, lambda: (x.J,))
     if TORCHJD in peers.found:
         from torchjd.aggregation import PCGrad
 
@@ -69,7 +69,7 @@ def pcgrad(x: Inputs, peers: Peers) -> Runs:
 
 
 def gradvac(x: Inputs, peers: Peers) -> Runs:
-    """The whole surgery, by GradVac."""
+    """Return the contestants that do GradVac's whole surgery on a matrix."""
     aggregator = gk.GradVac()
     runs: Runs = {OURS: lambda: aggregator(x.J)}
     if TORCHJD in peers.found:
@@ -82,18 +82,21 @@ def gradvac(x: Inputs, peers: Peers) -> Runs:
 
 @dataclass(frozen=True)
 class Method:
-    """The whole surgery by a method that nobody else has; GradAttention's network learns a step by it."""
+    """The whole surgery by a method that only gradkern has. GradAttention's network also trains in the call."""
 
     make: Callable[[], gk.Aggregator]
 
     def __call__(self, x: Inputs, peers: Peers) -> Runs:
-        """Ours alone."""
+        """Return gradkern as the only contestant."""
         aggregator = self.make()
         return {OURS: lambda: aggregator(x.J)}
 
 
 def surgery(x: Inputs, peers: Peers) -> Runs:
-    """What a step does with the gradients that autograd left. It may overwrite them, so ours works on the copy."""
+    """Return the contestants that combine a step's gradients where autograd left them.
+
+    Surgery may overwrite the gradients, so gradkern works on the copy.
+    """
     aggregator, n = gk.PCGrad(), len(x.shapes)
 
     @torch.no_grad()
@@ -113,7 +116,10 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
 
 
 def adamw(x: Inputs, peers: Peers) -> Runs:
-    """A step along Σ_t w_t g_t. All move the same parameters; of 16-bit ones only ours keeps moments in float32."""
+    """Return the contestants that take an AdamW step along Σ_t w_t g_t.
+
+    All update the same parameters. For 16-bit parameters only gradkern keeps the moments in float32.
+    """
 
     @cache
     def optimizer() -> gk.optim.AdamW:
@@ -134,12 +140,12 @@ def adamw(x: Inputs, peers: Peers) -> Runs:
     return {
         OURS: ours,
         NAIVE: _by_grad(x, naive.combined, fused=True),
-        FOREACH: _by_grad(x, plain.combined, foreach=True),
+        FOREACH: _by_grad(x, vectorized.combined, foreach=True),
     }
 
 
 def gather(x: Inputs, peers: Peers) -> Runs:
-    """The entries that GradAttention looks at."""
+    """Return the contestants that read the entries GradAttention samples."""
     return {
         OURS: lambda: ops.gather([g for row in x.grads for g in row], x.numels, x.index),
         NAIVE: lambda: naive.gather(x.grads, x.index),
@@ -147,7 +153,7 @@ def gather(x: Inputs, peers: Peers) -> Runs:
 
 
 def scatter(x: Inputs, peers: Peers) -> Runs:
-    """The entries of an update that only some have, put into tensors."""
+    """Return the contestants that write sampled entries of an update into its tensors."""
     n = len(x.shapes)
     return {
         OURS: lambda: ops.scatter(x.values, x.numels, x.index, x.target[:n]),
@@ -156,10 +162,10 @@ def scatter(x: Inputs, peers: Peers) -> Runs:
 
 
 def pcgrad_program(x: Inputs, peers: Peers) -> Runs:
-    """From Gramians to PCGrad's coefficients; many at once only by who can do more than one after another."""
+    """Return the contestants that compute PCGrad's coefficients from Gramians; for S > 1 only the batched ones."""
     runs: Runs = {
         OURS: lambda: ops.pcgrad(x.M, x.keys, "all"),
-        MATMUL: lambda: plain.coefficients(x.M),
+        MATMUL: lambda: vectorized.coefficients(x.M),
     }
     if x.case.S == 1:
         runs[NAIVE] = lambda: naive.coefficients(x.M[0])
@@ -172,7 +178,7 @@ def pcgrad_program(x: Inputs, peers: Peers) -> Runs:
 
 
 def gradvac_program(x: Inputs, peers: Peers) -> Runs:
-    """From Gramians and targets to GradVac's coefficients, the targets moving; many at once as above."""
+    """Return the contestants that compute GradVac's coefficients from Gramians and targets, and update the targets."""
     shape = (x.case.S, x.case.T, x.case.T)
     targets = torch.zeros(shape, dtype=torch.float64, device=x.device)
     moving = torch.ones(x.case.T, dtype=torch.bool, device=x.device)
@@ -186,13 +192,13 @@ def gradvac_program(x: Inputs, peers: Peers) -> Runs:
 
 
 def gradattention_network(x: Inputs, peers: Peers) -> Runs:
-    """A pass through GradAttention's network, and the step by which it learns."""
+    """Return the contestant that runs GradAttention's network, including its own training step."""
     aggregator = gk.GradAttention(subset=ENTRIES)
     return {OURS: lambda: aggregator.weights(x.M, x.X)}
 
 
 def _by_grad(x: Inputs, combined: Callable[..., list[torch.Tensor]], **kind: bool) -> Run:
-    """torch's AdamW, along ``.grad``."""
+    """Return a step of torch's AdamW along ``.grad``."""
 
     @cache
     def optimizer() -> torch.optim.AdamW:
@@ -208,22 +214,25 @@ def _by_grad(x: Inputs, combined: Callable[..., list[torch.Tensor]], **kind: boo
 
 
 def _one_launch(x: Inputs, run: Run) -> Runs:
-    """``run`` in one launch, as if the table of settings said so, where there can be one."""
+    """Return ``run`` as a contestant with the one-launch kernel enabled, if the case supports it; else nothing."""
     T, P = x.case.T, x.case.P
     if x.device.type != "cuda" or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
         return {}
-    return {ONE_LAUNCH: Under(patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)}), run)}
+    return {ONE_LAUNCH: WithSetting(patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)}), run)}
 
 
 @dataclass(frozen=True)
-class Under:
-    """A contestant with a setting, in force while it is entered: to make it takes as long as a launch."""
+class WithSetting:
+    """A contestant that runs under a setting.
+
+    The setting is applied by entering the contestant, because applying it takes as long as a launch.
+    """
 
     setting: AbstractContextManager[object]
     run: Run
 
     def __call__(self) -> Any:
-        """Under the setting, if that is in force."""
+        """Run under the current setting."""
         return self.run()
 
     def __enter__(self) -> None:
@@ -233,8 +242,8 @@ class Under:
         return self.setting.__exit__(*raised)
 
 
-def _plain(peers: Peers, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Runs:
-    """A function of plain PyTorch, as it is and compiled."""
+def _eager_and_compiled(peers: Peers, function: Callable[..., Any], arguments: Callable[[], tuple[Any, ...]]) -> Runs:
+    """Return a PyTorch function as contestants: eager, and compiled if torch.compile works."""
     runs: Runs = {MATMUL: lambda: function(*arguments())}
     if COMPILE in peers.found:
         runs[COMPILE] = lambda: compiled(function)(*arguments())
@@ -250,7 +259,7 @@ def _pytorch_optimizer(x: Inputs) -> Run:
     def run() -> Any:
         if not has_grads:
             has_grads.extend(torch.ones_like(g) for g in x.rows)
-        return optimizer.project_conflicting(list(x.rows), has_grads)  # which shuffles its list
+        return optimizer.project_conflicting(list(x.rows), has_grads)  # it shuffles its list
 
     return run
 

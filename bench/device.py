@@ -1,4 +1,4 @@
-"""All that depends on where is measured: the clock, the free memory, the name; and in ``memory.py`` peak memory."""
+"""Functions that depend on the measured device: clock, free memory and name. ``memory.py`` has peak memory."""
 
 import argparse
 import os
@@ -11,15 +11,15 @@ import torch
 from gradkern.check import processor
 
 
-def chosen(text: str) -> torch.device:
-    """The device of that name, with its number, and the current one from now on.
+def parse_device(text: str) -> torch.device:
+    """Return the device with that name, including its number; a GPU becomes the current device.
 
     Raises:
-        argparse.ArgumentTypeError: there is none.
+        argparse.ArgumentTypeError: there is no such device.
     """
     try:
         device = torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError if torch is built without CUDA
         raise argparse.ArgumentTypeError(str(error).splitlines()[0]) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -30,7 +30,7 @@ Moment = float | torch.cuda.Event
 
 
 def now(device: torch.device) -> Moment:
-    """This moment by the host's clock; on a GPU the one when it gets to what was launched last."""
+    """Return the current time by the host's clock; on a GPU, an event after the work launched so far."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -39,7 +39,7 @@ def now(device: torch.device) -> Moment:
 
 
 def between(start: Moment, end: Moment) -> float:
-    """Seconds from one moment to another, which is waited for."""
+    """Return the seconds between two moments, waiting until the second has passed."""
     if isinstance(start, torch.cuda.Event):
         end.synchronize()
         return start.elapsed_time(end) / 1e3
@@ -47,7 +47,7 @@ def between(start: Moment, end: Moment) -> float:
 
 
 def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Seconds per call of so many calls in a row; on a GPU as the GPU's own clock tells."""
+    """Return the seconds per call over ``calls`` calls in a row; on a GPU by the GPU's own clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = now(device)
@@ -57,10 +57,10 @@ def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is there for the taking."""
+    """Return the free memory of the device in bytes."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")  # Linux only; elsewhere all the memory there is stands in
+    table = Path("/proc/meminfo")  # Linux only; other systems report their total memory instead
     for line in table.read_text().splitlines() if table.exists() else []:
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
@@ -68,7 +68,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def name(device: torch.device) -> str:
-    """The GPU's, or the processor's model."""
+    """Return the model name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return processor.name()

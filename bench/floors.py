@@ -1,15 +1,15 @@
-"""What a case must move through memory at least, and what it holds there."""
+"""The least memory traffic of a case, and an estimate of the memory it takes."""
 
 from bench.cases import NETWORK, Case
 
 ENTRIES = 4096
-"""What GradAttention takes of each task gradient, unless it is told otherwise."""
+"""Entries that GradAttention samples of each task gradient by default."""
 COPY = "copy"
 ITEM = {"float32": 4, "bfloat16": 2}
 
 
 def least_bytes(case: Case) -> float:
-    """Bytes that have to be read and written if nothing stays in cache between a Gramian and what follows it."""
+    """Return the bytes that must be read and written if no row stays in cache after the Gramian."""
     item, T = ITEM[case.dtype], case.T
     if case.operation == "gather":  # int64 positions in, float32 out
         return entries(case) * (8 + T * (item + 4))
@@ -22,36 +22,39 @@ def least_bytes(case: Case) -> float:
     if case.operation == "gradvac-program":  # the same, and targets in float64 both ways
         return case.S * T * T * (4 + 4 + 4 + 8 + 8)
     if case.operation == "adamw":  # rows in; parameters, and two moments in float32, both ways
-        return case.P * (item * (_kept(case) * T + 2) + 4 * 4)
+        return case.P * (item * (_read_share(case) * T + 2) + 4 * 4)
     return item * case.P * _words(case)
 
 
 def _words(case: Case) -> float:
-    """Per number of a task gradient."""
-    T, kept = case.T, _kept(case)
-    gramian = kept * T if case.scope == "all" else T
-    combine = kept * T + 1
+    """Return the words moved per column of the gradients."""
+    T, share = case.T, _read_share(case)
+    gramian = share * T if case.scope == "all" else T
+    combine = share * T + 1
     of_matrix = {"gramian": gramian, "combine": combine, "sum": combine, "project": T + T}
     return of_matrix.get(case.operation, gramian + combine)
 
 
-def _kept(case: Case) -> float:
-    """The share of a row that must be read. Of what is dropped number by number, memory's sectors bring all."""
+def _read_share(case: Case) -> float:
+    """Return the share of a row that must be read.
+
+    Dropping single entries saves no reads, because memory is read in whole sectors.
+    """
     return 1 - case.p if case.block > 1 else 1
 
 
 def copied_bytes(case: Case) -> float:
-    """Bytes that a copy of the case's input reads and writes."""
+    """Return the bytes that a copy of the case's input reads and writes."""
     numbers = case.T * case.P or case.S * case.T * case.T
     return 2 * ITEM[case.dtype] * numbers
 
 
-def held_bytes(case: Case) -> float:
-    """About how much memory a case takes: its rows, what they are copied to, and the greediest contestant's own."""
-    own = {"project": 2, "pcgrad": 3, "surgery": 3, "adamw": 10 / case.T}.get(case.operation, 0.5)
-    return (2 + own) * copied_bytes(case) / 2
+def memory_bytes(case: Case) -> float:
+    """Estimate the memory of a case: its rows, their copy, and the temporaries of the contestant that needs most."""
+    temporaries = {"project": 2, "pcgrad": 3, "surgery": 3, "adamw": 10 / case.T}.get(case.operation, 0.5)
+    return (2 + temporaries) * copied_bytes(case) / 2
 
 
 def entries(case: Case) -> int:
-    """How many positions ``gather`` and ``scatter`` are given."""
+    """Return the number of positions that ``gather`` and ``scatter`` get."""
     return min(ENTRIES, case.P)

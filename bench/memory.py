@@ -1,4 +1,4 @@
-"""What a call holds of memory at the worst moment, beyond what was there before it."""
+"""The peak memory of a call, beyond the memory in use before it."""
 
 import gc
 from collections.abc import Callable
@@ -8,15 +8,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak(run: Callable[[], object], device: torch.device | str) -> int:
-    """The most bytes that tensors on ``device`` take at once while ``run`` runs, over those taken before; at least 0.
+    """Return the peak bytes of tensors on ``device`` while ``run`` runs, minus the bytes before it; at least 0.
 
-    On a GPU as PyTorch's caching allocator counts them, in blocks of 512 bytes. On the CPU as PyTorch's allocator
-    reports them to its profiler: what NumPy or a BLAS takes for itself is not among them, and memory from before that
-    is freed meanwhile still counts.
+    On a GPU these are the counts of PyTorch's caching allocator, in blocks of 512 bytes. On the CPU they are the
+    allocations that PyTorch reports to its profiler. These leave out what NumPy or a BLAS allocates, and memory that
+    was allocated before and is freed during the call still counts.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        gc.freeze()  # garbage of before must not be freed in the middle of it
+        gc.freeze()  # earlier garbage must not be freed during the call
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         run()

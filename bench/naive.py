@@ -1,4 +1,4 @@
-"""Gradient surgery as it is usually written: on explicit vectors, in their own dtype, a task at a time."""
+"""Gradient surgery as usually written: on explicit vectors, in their own dtype, one task at a time."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gramian(rows: Sequence[Tensor]) -> Tensor:
-    """(T, T), of T (T + 1) / 2 dot products."""
+    """Return the Gramian (T, T) from T (T + 1) / 2 dot products."""
     T = len(rows)
     M = rows[0].new_empty(T, T)
     for i in range(T):
@@ -17,7 +17,7 @@ def gramian(rows: Sequence[Tensor]) -> Tensor:
 
 
 def combine(rows: Sequence[Tensor], w: Tensor) -> Tensor:
-    """Σ_t w_t g_t."""
+    """Return Σ_t w_t g_t."""
     total = torch.zeros_like(rows[0])
     for g, weight in zip(rows, w, strict=True):
         total += weight * g
@@ -25,12 +25,12 @@ def combine(rows: Sequence[Tensor], w: Tensor) -> Tensor:
 
 
 def project(rows: Sequence[Tensor], W: Tensor) -> Tensor:
-    """W J, a row at a time."""
+    """Return W J, computed one row at a time."""
     return torch.stack([combine(rows, w) for w in W])
 
 
 def pcgrad(rows: Sequence[Tensor]) -> Tensor:
-    """PCGrad (Yu et al. 2020, Algorithm 1): the sum of the modified gradients."""
+    """Return the sum of PCGrad's modified gradients (Yu et al. 2020, Algorithm 1)."""
     modified = [g.clone() for g in rows]
     for i, g in enumerate(modified):
         for j in torch.randperm(len(rows)).tolist():
@@ -43,7 +43,7 @@ def pcgrad(rows: Sequence[Tensor]) -> Tensor:
 
 
 def coefficients(M: Tensor) -> Tensor:
-    """The same on a Gramian (T, T): the modified gradients as combinations of the original ones."""
+    """Run the same algorithm on a Gramian (T, T); return the modified gradients' coefficients in the original ones."""
     C = torch.eye(len(M), dtype=M.dtype, device=M.device)
     for i, c in enumerate(C):
         for j in torch.randperm(len(M)).tolist():
@@ -56,12 +56,12 @@ def coefficients(M: Tensor) -> Tensor:
 
 
 def surgery(grads: Sequence[Sequence[Tensor]], groups: Sequence[Sequence[int]], p: float) -> list[Tensor]:
-    """PCGrad of the T gradients of n tensors: flattened, modified group by group, masked, and cut up again.
+    """Run PCGrad on the T gradients of n tensors: flatten, modify group by group, mask, and split again.
 
     Args:
-        grads: ``grads[t][k]`` of task t and tensor k.
-        groups: which tensors belong together.
-        p: the probability with which an entry is dropped.
+        grads: gradients ``grads[t][k]`` of task t and tensor k.
+        groups: indices of the tensors in each group.
+        p: probability that an entry is dropped.
     """
     results = list(grads[0])
     for members in groups:
@@ -75,18 +75,21 @@ def surgery(grads: Sequence[Sequence[Tensor]], groups: Sequence[Sequence[int]], 
 
 
 def combined(grads: Sequence[Sequence[Tensor]], w: Tensor, p: float) -> list[Tensor]:
-    """Σ_t w_t g_t, a tensor at a time, then masked; ``grads`` and ``p`` as for ``surgery``. One row stays as it is."""
+    """Return Σ_t w_t g_t, one tensor at a time, then masked. A single row is returned unweighted.
+
+    ``grads`` and ``p`` are those of ``surgery``.
+    """
     results = [g[0] if len(g) == 1 else combine(g, w) for g in zip(*grads, strict=True)]
     return [g * (torch.rand(g.shape, device=g.device) > p) for g in results] if p else results
 
 
 def gather(grads: Sequence[Sequence[Tensor]], index: Tensor) -> Tensor:
-    """(T, d), the entries of the flattened gradients."""
+    """Return the entries at ``index`` of the flattened gradients, (T, d)."""
     return torch.stack([torch.cat([g.flatten() for g in row])[index] for row in grads])
 
 
 def scatter(values: Tensor, index: Tensor, out: Sequence[Tensor]) -> None:
-    """Put entries into the tensors ``out``, by way of a flattened copy of them."""
+    """Write the values into the tensors ``out`` through a flattened copy of them."""
     flat = torch.cat([g.flatten() for g in out])
     flat[index] = values
     for g, part in zip(out, flat.split([g.numel() for g in out]), strict=True):

@@ -1,4 +1,4 @@
-"""Whom else to measure: which of them are here, in which version, and why another is not."""
+"""The other libraries and torch.compile: installed versions, and reasons why one is missing."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,38 +15,38 @@ PACKAGES = {TORCHJD: "torchjd", PYTORCH_OPTIMIZER: "pytorch_optimizer"}
 
 @dataclass(frozen=True)
 class Peers:
-    """By name: the versions of those found, and why the others are missing."""
+    """Versions of the peers found, and reasons why the others are missing, by name."""
 
     found: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def installed() -> Peers:
+def installed_peers() -> Peers:
     """Look for the other libraries."""
     peers = Peers()
     for name, package in PACKAGES.items():
         try:
             import_module(package)
             peers.found[name] = version(package)
-        except Exception as error:  # not installed, or unfit for this torch
+        except Exception as error:  # not installed, or incompatible with this torch
             peers.missing[name] = _first_line(error)
     return peers
 
 
-def find(device: torch.device) -> Peers:
-    """Look for every peer."""
-    peers = installed()
+def find_peers(device: torch.device) -> Peers:
+    """Look for the other libraries and for a working torch.compile."""
+    peers = installed_peers()
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
         peers.found[COMPILE] = torch.__version__
-    except Exception as error:  # whatever a missing or unfit compiler leads to
+    except Exception as error:  # a missing or unsuitable compiler raises errors of many types
         peers.missing[COMPILE] = _first_line(error)
     return peers
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, compiled for any P; for each T and dtype anew, which torch would give up after 8 of them."""
+    """Compile ``function`` for any P. Each T and dtype recompiles it, beyond torch's default limit of 8."""
     torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, dynamic=True, fullgraph=True)
 

@@ -1,4 +1,4 @@
-"""Raw results as pictures: time against size with the physical limit, and time against what is suppressed."""
+"""Plots of raw results: time against size with the bandwidth limit, and time against the suppressed share."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -15,7 +15,10 @@ COLORS = {name: f"C{k}" for k, name in enumerate(NAMES)}
 
 
 def write_plots(folder: Path, results: dict[str, Any]) -> list[Path]:
-    """A PNG for each operation and dtype that was measured at several P; the paths."""
+    """Write the PNG figures into ``folder``; return their paths.
+
+    There is one for each operation and dtype measured at several P, and one for each surgery under suppression.
+    """
     of_machine = f"{results['machine']['model']}, {results['date'][:10]}"
     written = []
     for (operation, dtype), rows in _by(results["rows"], "operation", "dtype").items():
@@ -34,7 +37,7 @@ def write_plots(folder: Path, results: dict[str, Any]) -> list[Path]:
 
 
 def _roofline(rows: list[Row], title: str) -> Figure:
-    """A panel for each T: seconds against P, and as the floor what must be moved by the bandwidth of a copy."""
+    """Plot a panel for each T: seconds against P, and the floor, which is least bytes by the bandwidth of a copy."""
     panels = _by(rows, "T")
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -58,7 +61,7 @@ def _roofline(rows: list[Row], title: str) -> Figure:
 
 
 def _suppression(rows: list[Row], title: str) -> Figure:
-    """A panel for each form of suppression: seconds against the probability, from none on."""
+    """Plot a panel for each form of suppression: seconds against the probability, starting at 0."""
     dense = [row for row in rows if not row["case"]["p"]]
     panels = _by([row for row in rows if row["case"]["p"]], "block", "scope")
     figure = Figure(figsize=(2 + 4 * len(panels), 4.2), layout="constrained")
@@ -79,13 +82,13 @@ def _suppression(rows: list[Row], title: str) -> Figure:
 def _lines(axes: Axes, rows: list[Row], x: str) -> None:
     rows = sorted(rows, key=lambda row: row["case"][x])
     for name in NAMES:
-        taken = [(row["case"][x], row["contestants"][name]) for row in rows if name in row["contestants"]]
-        if taken and name != COPY:
-            xs, medians = zip(*((at, q["p50"]) for at, q in taken), strict=True)
-            (drawn,) = axes.plot(xs, medians, "o-", markersize=3, linewidth=0.9, color=COLORS[name], label=name)
+        points = [(row["case"][x], row["contestants"][name]) for row in rows if name in row["contestants"]]
+        if points and name != COPY:
+            xs, medians = zip(*((at, q["p50"]) for at, q in points), strict=True)
+            (curve,) = axes.plot(xs, medians, "o-", markersize=3, linewidth=0.9, color=COLORS[name], label=name)
             if name == OURS:
-                drawn.set(linewidth=2.5, zorder=3, label=f"{name} (band: p20 to p80)")
-                p20, p80 = ([q[end] for _, q in taken] for end in ("p20", "p80"))
+                curve.set(linewidth=2.5, zorder=3, label=f"{name} (band: p20 to p80)")
+                p20, p80 = ([q[end] for _, q in points] for end in ("p20", "p80"))
                 axes.fill_between(xs, p20, p80, color=COLORS[name], alpha=0.25, linewidth=0)
     floor = [row["contestants"][OURS]["bytes"] * _copy_seconds_per_byte(row) for row in rows]
     axes.plot([row["case"][x] for row in rows], floor, "k--", linewidth=1.2, label="floor: bytes / copy's bandwidth")

@@ -1,4 +1,4 @@
-"""What a run says in a few lines: raw results as the Markdown tables of the README."""
+"""A short summary of raw results: the Markdown tables of the README."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,10 @@ Row = dict[str, Any]
 
 
 def summary(results: dict[str, Any]) -> str:
-    """PCGrad beside others, and the Gramian beside the bandwidth of a copy: float32 matrices, by T and P."""
+    """Return two tables of float32 matrices by T and P.
+
+    The first compares PCGrad with others, the second compares the Gramian with the bandwidth of a copy.
+    """
     found = results["peers"]
     others = {NAIVE: "the usual way"} | {n: f"{n} {found[n]}" for n in (TORCHJD, PYTORCH_OPTIMIZER) if n in found}
     lines = [f"PCGrad: how many times as long as gradkern takes {' / '.join(others.values())}", ""]
@@ -21,7 +24,7 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _grid(results: dict[str, Any], operation: str, cell: Callable[[Row], str]) -> list[str]:
-    """A line for each T, a column for each P."""
+    """Return a table with a line for each T and a column for each P."""
     rows = {
         (row["case"]["T"], row["case"]["P"]): row
         for row in results["rows"]

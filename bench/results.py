@@ -1,4 +1,4 @@
-"""Raw results: what they say of machine and software, and the files that keep them."""
+"""Raw results: their description of machine and software, and the files they are saved in."""
 
 import csv
 import datetime
@@ -18,11 +18,11 @@ from bench.peers import Peers
 from gradkern.check import processor
 
 
-def begun(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[str, Any]:
-    """Results with no rows yet: where, when, with what and how is measured."""
+def new_results(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[str, Any]:
+    """Return results without rows: machine, versions, date and options of a run."""
     try:
         triton = version("triton")
-    except PackageNotFoundError:  # there is none for macOS and Windows
+    except PackageNotFoundError:  # Triton does not exist for macOS and Windows
         triton = None
     return {
         "machine": {
@@ -51,12 +51,12 @@ def begun(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[s
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Everything; ``--show`` reads it."""
+    """Write all results, in the form that ``--show`` reads."""
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def write_csv(path: Path, results: dict[str, Any]) -> None:
-    """A line for each contestant of each case; the ratio is to ours, of which there is none to itself."""
+    """Write a line for each contestant of each case, with its time relative to ours; ours has no ratio."""
     lines = []
     for row in results["rows"]:
         for name, figures in row["contestants"].items():

@@ -1,4 +1,4 @@
-"""One run: case after case, each with its contestants in turn, told while it goes on."""
+"""One run: case after case, each with its contestants in turn, with a printed line for each."""
 
 import time
 from collections.abc import Sequence
@@ -10,30 +10,29 @@ import torch
 from bench import device as machine
 from bench.cases import Case
 from bench.contestants import OURS, contestants
-from bench.floors import COPY, copied_bytes, held_bytes, least_bytes
+from bench.floors import COPY, copied_bytes, least_bytes, memory_bytes
 from bench.inputs import Inputs
-from bench.measure import measured, quantiles, ratio
+from bench.measure import measure, quantiles, ratio
 from bench.peers import Peers
 from bench.table import COLUMNS, line
 
 SHARE = 0.4
-"""Of the free memory, what a case may take: the estimate is rough, and others use the machine."""
-
+"""Share of the free memory that a case may take: the estimate is rough, and the machine may be shared."""
 
 LONGEST = 10.0
-"""Seconds that a call may take, as one on fewer numbers lets expect, for a contestant other than ours to take part."""
+"""Most seconds that a call of another contestant may be expected to take, judged by its time at a smaller P."""
 
 
 def measure_case(
     case: Case, device: torch.device, peers: Peers, seconds: float, left_out: dict[str, str]
 ) -> dict[str, Any]:
-    """Raw results of one case: what each contestant took, how many times as long as ours, and why others did not."""
-    taking_part = contestants(Inputs(case, device), peers)
-    found = measured({name: taking_part[name] for name in taking_part if name not in left_out}, OURS, seconds, device)
+    """Measure one case; return each contestant's figures, its time relative to ours, and reasons for absences."""
+    runs = contestants(Inputs(case, device), peers)
+    found = measure({name: run for name, run in runs.items() if name not in left_out}, OURS, seconds, device)
     least = {name: copied_bytes(case) if name == COPY else least_bytes(case) for name in found.seconds}
 
     def percent(name: str) -> float:
-        """Of the bandwidth of the copy; beyond 100 where what a contestant must move is read, and a copy writes too."""
+        """Return the percent of the copy's bandwidth; it may exceed 100, because a copy writes and some only read."""
         return 100 * ratio(found.seconds[COPY], found.seconds[name])["p50"] * least[name] / least[COPY]
 
     return {
@@ -49,7 +48,10 @@ def measure_case(
 
 
 def too_long(case: Case, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The contestants that a call is expected to take too long: in proportion to P, from the last case else alike."""
+    """Return the contestants whose calls are expected to take too long, with the reason.
+
+    The expected time is proportional to P. It comes from the last row whose case differs in P alone.
+    """
     alike = [row for row in rows if Case(**row["case"] | {"P": case.P}) == case]
     expected = {
         name: figures["p50"] * case.P / row["case"]["P"]
@@ -69,24 +71,25 @@ def run(
     """Measure all cases that fit, printing a line for each.
 
     Args:
-        cases: what to measure.
-        device: where.
-        peers: beside whom.
-        seconds: about how long for each.
-        results: with "rows" and "skipped", to which what was measured is added, and what was not.
+        cases: cases to measure.
+        device: device to measure on.
+        peers: peers to compare with.
+        seconds: approximate time for each case.
+        results: results whose "rows" and "skipped" are extended.
     """
     room = SHARE * machine.free_bytes(device)
-    fitting = [case for case in cases if held_bytes(case) <= room]
+    fitting = [case for case in cases if memory_bytes(case) <= room]
     for case in cases:
-        if held_bytes(case) > room:
-            why = f"about {held_bytes(case) / 1e9:.1f} GB, of {room / 1e9:.1f} GB that a case may take"
+        if memory_bytes(case) > room:
+            why = f"needs about {memory_bytes(case) / 1e9:.1f} GB, and a case may take {room / 1e9:.1f} GB"
             print(f"skipped: {case}: {why}")
             results["skipped"].append({"case": asdict(case), "why": why})
     effort = [_effort(case, seconds) for case in fitting]
     started = time.monotonic()
     print(f"{'':18}{COLUMNS}")
     for k, case in enumerate(fitting):
-        # As the cases until now bore the estimate out; the first ones compile, so a minute of it is taken as right.
+        # The estimate is corrected by the time of the cases so far. The first ones compile, so one minute is added to
+        # both times.
         pace = (time.monotonic() - started + 60) / (sum(effort[:k]) + 60)
         left = pace * sum(effort[k:])
         print(f"{len(fitting) - k:4} left, {_duration(left):>6} ", end="", flush=True)
@@ -96,7 +99,7 @@ def run(
 
 
 def _effort(case: Case, seconds: float) -> float:
-    """About how many seconds a case takes: what is timed, and more where passing over all pairs of vectors is long."""
+    """Estimate the seconds that a case takes: the timed part, plus naive's passes over all pairs of vectors."""
     return 2 * seconds + 5e-9 * case.T * (case.T + 10) * case.P
 
 

@@ -7,7 +7,7 @@ Shape = tuple[int, ...]
 
 
 def bert(vocabulary: int, positions: int, hidden: int, layers: int, inner: int) -> list[Shape]:
-    """The parameters of a BERT encoder (Devlin et al. 2019), as its public implementations list them."""
+    """Return the shapes of a BERT encoder's parameters (Devlin et al. 2019), in the order of public implementations."""
     norm: list[Shape] = [(hidden,), (hidden,)]
 
     def linear(into: int, out: int) -> list[Shape]:
@@ -24,10 +24,10 @@ BERT_BASE = bert(vocabulary=30522, positions=512, hidden=768, layers=12, inner=3
 
 
 def numbers(shapes: list[Shape]) -> int:
-    """P, how many numbers tensors of these shapes hold."""
+    """Return P, the number of elements in tensors of these shapes."""
     return sum(map(prod, shapes))
 
 
 def pieces(P: int) -> list[Shape]:
-    """P numbers as vectors of equal length, but for a rounding."""
+    """Return the shapes of vectors with P elements in all, of equal length up to rounding."""
     return [((k + 1) * P // PIECES - k * P // PIECES,) for k in range(PIECES)]

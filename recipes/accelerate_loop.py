@@ -1,9 +1,10 @@
 """Hugging Face Accelerate: a training loop with gradient surgery.
 
-``accelerator.prepare`` takes a ``SurgeryOptimizer`` as it would any other, and wraps it: the surgery is then one
-``.optimizer`` further in. Its ``backward`` stands where ``accelerator.backward`` stood, and its ``accumulate``, which
-does one surgery for several batches, where ``accelerator.accumulate`` did. Mixed precision, clipping, the scheduler,
-``save_state`` and ``load_state``, which hold what the surgery remembers, are as ever. One process: several raise.
+``accelerator.prepare`` takes a ``SurgeryOptimizer`` like any other optimizer and wraps it, so that ``opt.optimizer`` is
+the ``SurgeryOptimizer``. Its ``backward`` replaces ``accelerator.backward``, and its ``accumulate``, which does one
+surgery for several batches, replaces ``accelerator.accumulate``. Mixed precision, clipping and the scheduler work as
+usual. So do ``save_state`` and ``load_state``, which include the state of the surgery. Only one process is supported;
+several raise an error.
 """
 
 from itertools import islice
@@ -26,7 +27,7 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(16, 1) for _ in range(3))
 
     def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """One loss per task, of inputs (n, 6) and targets (n, 3)."""
+        """Return one loss per task, from inputs (n, 6) and targets (n, 3)."""
         h = self.trunk(x)
         return [(head(h).squeeze(-1) - target).square().mean() for head, target in zip(self.heads, y.T, strict=True)]
 
@@ -34,7 +35,7 @@ class MultiTask(nn.Module):
 def backward(
     accelerator: Accelerator, model: nn.Module, opt: torch.optim.Optimizer, batches: list[list[Tensor]]
 ) -> None:
-    """Fill ``.grad`` from the ``batches`` of one step; ``opt`` is Accelerate's."""
+    """Fill ``.grad`` from the ``batches`` of one step; ``opt`` is Accelerate's wrapper."""
     with opt.optimizer.accumulate():
         for batch in batches:
             losses = [loss / len(batches) for loss in model(*batch)]
@@ -44,7 +45,7 @@ def backward(
 
 
 def train(accelerator: Accelerator, dataset: TensorDataset, epochs: int, resume: str | None = None) -> nn.Module:
-    """The model after some epochs from where ``accelerator.save_state(resume)`` has been called, or from scratch."""
+    """Train for some epochs, from the state saved in ``resume`` or from scratch; return the model."""
     model = MultiTask()
     opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=0.01), gk.PCGrad())
     loader = DataLoader(dataset, batch_size=16)
@@ -53,9 +54,9 @@ def train(accelerator: Accelerator, dataset: TensorDataset, epochs: int, resume:
         accelerator.load_state(resume)
     for _ in range(epochs):
         batches = iter(loader)
-        while of_step := list(islice(batches, 2)):
+        while step_batches := list(islice(batches, 2)):
             opt.zero_grad()
-            backward(accelerator, model, opt, of_step)
+            backward(accelerator, model, opt, step_batches)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             opt.step()
             scheduler.step()
@@ -63,14 +64,14 @@ def train(accelerator: Accelerator, dataset: TensorDataset, epochs: int, resume:
 
 
 def data() -> TensorDataset:
-    """64 inputs and three targets, the third of which is the opposite of the first."""
+    """Return 64 inputs and three targets; the third target is the negative of the first."""
     x = torch.randn(64, 6)
     a, b = x.sin().sum(1), x.square().sum(1)
     return TensorDataset(x, torch.stack([a, b, -a], 1))
 
 
 def main() -> None:
-    """Train in bfloat16, two batches a step, and tell what the losses have come to."""
+    """Train in bfloat16 with two batches per step, and print the final losses."""
     torch.manual_seed(0)
     dataset = data()
     model = train(Accelerator(mixed_precision="bf16", cpu=True), dataset, epochs=40)

@@ -1,7 +1,7 @@
-"""Gradient accumulation: one step from the gradients of several micro-batches, equal to a step from one big batch.
+"""Gradient accumulation: one step from several micro-batches, equal to a step from one big batch.
 
-Within ``accumulate`` the gradients of each task add up, and what surgery sees are the sums. Done micro-batch by
-micro-batch instead, surgery would project away the noise of small batches, and the sum would be another update.
+Within ``accumulate`` the gradients of each task add up, and surgery sees their sums. Surgery on each micro-batch would
+react to the noise of small batches instead, and the sum of its results would be a different update.
 """
 
 import torch
@@ -14,7 +14,7 @@ MICRO_BATCHES = 4
 
 
 def build() -> tuple[Model, gk.SurgeryOptimizer]:
-    """Model and optimizer."""
+    """Return the model and the optimizer."""
     torch.manual_seed(0)
     model = Model()
     opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-2), gk.PCGrad(order=range(3)))
@@ -22,7 +22,7 @@ def build() -> tuple[Model, gk.SurgeryOptimizer]:
 
 
 def train_step(model: Model, opt: gk.SurgeryOptimizer, x: Tensor, y: Tensor) -> gk.SurgeryInfo:
-    """One step, with the activations of a quarter of the batch at a time."""
+    """Take one step, with the activations of a quarter of the batch at a time."""
     opt.zero_grad()
     with opt.accumulate() as total:
         for part, targets in zip(x.chunk(MICRO_BATCHES), y.chunk(MICRO_BATCHES, dim=1), strict=True):
@@ -32,7 +32,7 @@ def train_step(model: Model, opt: gk.SurgeryOptimizer, x: Tensor, y: Tensor) -> 
 
 
 def main() -> None:
-    """Fifty steps."""
+    """Train for fifty steps."""
     model, opt = build()
     for x, y in batches(50):
         info = train_step(model, opt, x, y)

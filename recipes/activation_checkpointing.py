@@ -1,8 +1,8 @@
-"""Activation checkpointing: the trunk's activations are computed anew in the backward pass, and not kept.
+"""Activation checkpointing: the trunk's activations are not stored but recomputed in the backward pass.
 
-With ``use_reentrant=False``: the reentrant kind runs a backward pass of its own, which cannot be asked for one task's
-gradients, and gradkern raises an error that says so. Each task's backward pass computes the trunk anew, so T tasks
-cost T more forward passes; dropout draws the same masks in all of them.
+Use ``use_reentrant=False``. The reentrant kind runs its own backward pass, which cannot return one task's gradients,
+and gradkern raises an error that says so. Each task's backward pass recomputes the trunk, so T tasks cost T more
+forward passes of it. Dropout draws the same masks in all of them.
 """
 
 import torch
@@ -14,18 +14,18 @@ import gradkern as gk
 
 
 class Checkpointed(Model):
-    """The model, with nothing kept between trunk and heads."""
+    """The model, with activation checkpointing of the trunk."""
 
     use_reentrant = False
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Each task's prediction."""
+        """Return each task's prediction."""
         h = checkpoint(self.trunk, x, use_reentrant=self.use_reentrant)
         return [head(h).squeeze(-1) for head in self.heads]
 
 
 def main() -> None:
-    """One step, in which every pass through the trunk is counted."""
+    """Take one step and count the passes through the trunk."""
     torch.manual_seed(0)
     model, passes = Checkpointed(), []
     model.trunk.register_forward_pre_hook(lambda *_: passes.append(1))

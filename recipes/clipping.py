@@ -1,8 +1,8 @@
 """Clipping the gradient norm, in two ways that train the same parameters.
 
-Between ``backward`` and ``step``, as ever: what is clipped is the combination of the task gradients. Or in one with
-the step: around ``gradkern.optim.AdamW``, ``update`` learns the norm from the weights and the Gramian, and writes no
-``.grad``.
+The usual way clips between ``backward`` and ``step``, where ``.grad`` is the combination of the task gradients. The
+other way clips within the step: with ``gradkern.optim.AdamW`` inside, ``update`` computes the norm from the weights and
+the Gramian, and writes no ``.grad``.
 """
 
 import torch
@@ -14,8 +14,8 @@ import gradkern as gk
 MAX_NORM = 0.9
 
 
-def by_hand(n: int) -> tuple[Model, list[Tensor]]:
-    """The model after n steps with clip_grad_norm_, and each step's norm before it was cut."""
+def before_step(n: int) -> tuple[Model, list[Tensor]]:
+    """Train n steps with clip_grad_norm_; return the model and each step's norm before clipping."""
     torch.manual_seed(0)
     model, norms = Model(), []
     opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters()), gk.PCGrad())
@@ -27,8 +27,8 @@ def by_hand(n: int) -> tuple[Model, list[Tensor]]:
     return model, norms
 
 
-def in_one(n: int) -> tuple[Model, list[Tensor]]:
-    """The same by ``update``."""
+def within_step(n: int) -> tuple[Model, list[Tensor]]:
+    """Train n steps with ``update``; return the same."""
     torch.manual_seed(0)
     model, norms = Model(), []
     opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.named_parameters()), gk.PCGrad())
@@ -39,11 +39,11 @@ def in_one(n: int) -> tuple[Model, list[Tensor]]:
 
 
 def main() -> None:
-    """Fifty steps in either way."""
-    (a, norms), (b, _) = by_hand(50), in_one(50)
-    apart = max((p - q).abs().max() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    """Train for fifty steps in both ways."""
+    (a, norms), (b, _) = before_step(50), within_step(50)
+    difference = max((p - q).abs().max() for p, q in zip(a.parameters(), b.parameters(), strict=True))
     clipped = sum(norm > MAX_NORM for norm in norms)
-    print(f"{clipped} of 50 steps were clipped; the two ways' parameters differ by {apart:.1e} at most")
+    print(f"{clipped} of 50 steps were clipped; the parameters of the two ways differ by at most {difference:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """torch.compile, in three ways.
 
-A compiled function does not tell which of its outputs came from which parameter: where there is no path, its backward
-pass gives zeros. So where all heads are inside of one compiled graph, every loss seems to reach every head, and
-``shared=`` has to say which parameters are under surgery.
+A compiled function hides which output depends on which parameter: where there is no dependence, its backward pass
+returns zeros. If one compiled graph contains all heads, every loss therefore seems to reach every head, and ``shared=``
+must name the parameters under surgery.
 """
 
 from collections.abc import Callable
@@ -17,11 +17,11 @@ from torch.func import functional_call, jacrev
 import gradkern as gk
 
 BACKEND = "inductor"
-METHOD = gk.PCGrad(order=[0, 1, 2])  # fixed, to compare the three ways: inductor draws random numbers of its own
+METHOD = gk.PCGrad(order=[0, 1, 2])  # a fixed order makes the three ways comparable: inductor's random numbers differ
 
 
 def task_by_task(model: Model) -> Callable[[Tensor, Tensor], None]:
-    """A compiled forward pass for each task: losses as callables, each with a graph of its own."""
+    """Compile the trunk and run it once for each task: losses are callables, and each has its own graph."""
     trunk = torch.compile(model.trunk, backend=BACKEND)
 
     def backward(x: Tensor, y: Tensor) -> None:
@@ -32,9 +32,10 @@ def task_by_task(model: Model) -> Callable[[Tensor, Tensor], None]:
 
 
 def one_forward(model: Model) -> Callable[[Tensor, Tensor], None]:
-    """One compiled forward pass under all losses."""
-    # Before anything is compiled, or a backward pass may overwrite what the next task's needs. The tag keeps such code,
-    # from plain training, out of the cache on disk, whose keys do not tell it apart: gradients would be wrong.
+    """Compile one forward pass for all losses."""
+    # Set this before anything is compiled. Otherwise a backward pass may overwrite values that the next task's needs.
+    # The cache on disk does not distinguish such code, compiled for ordinary training, by its keys. The tag does, and
+    # without it the gradients would be wrong.
     torch._functorch.config.donated_buffer = False
     torch.compiler.config.cache_key_tag = "no donated buffers"
     compiled = torch.compile(model, backend=BACKEND)
@@ -46,7 +47,7 @@ def one_forward(model: Model) -> Callable[[Tensor, Tensor], None]:
 
 
 def surgery_inside(model: Model) -> Callable[[Tensor, Tensor], None]:
-    """All task gradients, and the surgery on them, in one compiled graph."""
+    """Compile all task gradients and their surgery into one graph."""
     shared = [f"trunk.{name}" for name, _ in model.trunk.named_parameters()]
 
     @torch.compile(fullgraph=True, backend=BACKEND)
@@ -65,7 +66,7 @@ def surgery_inside(model: Model) -> Callable[[Tensor, Tensor], None]:
 
 
 def main() -> None:
-    """Each way on one batch."""
+    """Run each way on one batch."""
     torch.manual_seed(0)
     model = Model()
     norms = []

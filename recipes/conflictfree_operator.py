@@ -1,7 +1,7 @@
 """conflictfree, the library of ConFIG: its ``PCGradOperator`` on gradkern.
 
-A training loop keeps all its lines but the one that makes the operator. Like conflictfree's own, this one visits the
-tasks in their order, where the paper draws a random one: ``gk.PCGrad()`` would do that.
+A training loop changes only the line that makes the operator. This operator visits the tasks in their given order, like
+conflictfree's own. The paper draws a random order, as ``gk.PCGrad()`` does.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ import gradkern as gk
 
 @cache
 def in_order(n_tasks: int) -> gk.PCGrad:
-    """Made once: to check an order takes longer than the surgery of a small network."""
+    """Return the aggregator, made once: checking an order takes longer than the surgery of a small network."""
     return gk.PCGrad(order=range(n_tasks))
 
 
 class PCGradOperator(GradientOperator):
-    """In place of ``conflictfree.grad_operator.PCGradOperator``; ``update_gradient`` is inherited."""
+    """Replacement for ``conflictfree.grad_operator.PCGradOperator``; ``update_gradient`` is inherited."""
 
     def calculate_gradient(self, grads: Tensor | Sequence[Tensor], losses: Sequence[Tensor] | None = None) -> Tensor:
-        """The update (P,) of T gradients of P numbers each."""
+        """Return the update (P,) from T gradients of P numbers each."""
         J = grads if isinstance(grads, Tensor) else torch.stack(grads)
         return in_order(len(J))(J)
 
@@ -40,12 +40,12 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(16, 1) for _ in range(3))
 
     def loss(self, t: int, x: Tensor, y: Tensor) -> Tensor:
-        """Task t's, of inputs (n, 6) and targets (n, 3)."""
+        """Return task t's loss from inputs (n, 6) and targets (n, 3)."""
         return (self.heads[t](self.trunk(x)).squeeze(-1) - y[:, t]).square().mean()
 
 
 def train(operator: GradientOperator, x: Tensor, y: Tensor, steps: int) -> list[float]:
-    """The sum of the losses before each step of a loop as conflictfree's users write it."""
+    """Train with a typical conflictfree loop; return the sum of the losses before each step."""
     torch.manual_seed(0)
     model = MultiTask().to(x.dtype)
     opt = torch.optim.Adam(model.parameters(), lr=0.01)
@@ -58,7 +58,7 @@ def train(operator: GradientOperator, x: Tensor, y: Tensor, steps: int) -> list[
             loss.backward()
             grads.append(get_gradient_vector(model, none_grad_mode="zero"))  # the other heads have no gradient
             total += loss.item()
-        # Not update_gradient: it takes for granted that each loss reaches all parameters.
+        # update_gradient would not work here, because it assumes that each loss reaches all parameters.
         apply_gradient_vector(model, operator.calculate_gradient(grads), none_grad_mode="zero")
         opt.step()
         history.append(total)
@@ -66,7 +66,7 @@ def train(operator: GradientOperator, x: Tensor, y: Tensor, steps: int) -> list[
 
 
 def main() -> None:
-    """Train with both operators, and tell how far apart they end."""
+    """Train with both operators, and print the final losses of both."""
     torch.manual_seed(0)
     x = torch.randn(64, 6)
     a, b = x.sin().sum(1), x.square().sum(1)

@@ -1,4 +1,4 @@
-"""Surgery from some step on, and in every k-th step only: all others are plain training, and cost what that costs.
+"""Surgery in every k-th step, starting at a given step. All other steps are ordinary training, at its usual cost.
 
 Both kinds of step write ``.grad`` and use the same optimizer state.
 """
@@ -13,14 +13,14 @@ START, EVERY = 10, 4
 
 
 def build() -> tuple[Model, gk.SurgeryOptimizer]:
-    """Model and optimizer."""
+    """Return the model and the optimizer."""
     torch.manual_seed(0)
     model = Model()
     return model, gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-2), gk.PCGrad())
 
 
 def train_step(model: Model, opt: gk.SurgeryOptimizer, step: int, x: Tensor, y: Tensor) -> gk.SurgeryInfo | None:
-    """Step number ``step``, from 0 on; what its surgery tells, if there was any."""
+    """Take step number ``step``, counted from 0; return the info of its surgery, or None without surgery."""
     losses = task_losses(model(x), y)
     opt.zero_grad()
     info = None
@@ -33,7 +33,7 @@ def train_step(model: Model, opt: gk.SurgeryOptimizer, step: int, x: Tensor, y: 
 
 
 def main() -> None:
-    """Fifty steps."""
+    """Train for fifty steps."""
     model, opt = build()
     infos = [train_step(model, opt, step, x, y) for step, (x, y) in enumerate(batches(50))]
     n_surgery = sum(info is not None for info in infos)

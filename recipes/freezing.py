@@ -1,8 +1,8 @@
 """Gradual unfreezing: layers are frozen and unfrozen between steps.
 
-``requires_grad`` is all there is to set. A frozen layer gets no gradient, so that the optimizer leaves it alone, decay
-and momentum included. The groups are numbered over all parameters, frozen ones too: GradVac's targets of one layer
-never become those of another, and wait while it is frozen.
+Set ``requires_grad``, nothing else. A frozen layer gets no gradient, so the optimizer skips it, including weight decay
+and momentum. Groups are numbered over all parameters, including frozen ones. GradVac's targets therefore stay with
+their layer, and do not change while it is frozen.
 """
 
 import torch
@@ -13,7 +13,7 @@ import gradkern as gk
 
 
 def build() -> tuple[Model, gk.SurgeryOptimizer]:
-    """Model and optimizer: all parameters go in, also those that are frozen at first."""
+    """Return the model and the optimizer, which gets all parameters, including those that are frozen at first."""
     torch.manual_seed(0)
     model = Model()
     inner = torch.optim.AdamW(model.named_parameters(), lr=1e-2)
@@ -21,15 +21,15 @@ def build() -> tuple[Model, gk.SurgeryOptimizer]:
 
 
 def train_step(model: Model, opt: gk.SurgeryOptimizer, x: Tensor, y: Tensor) -> gk.SurgeryInfo:
-    """One step, whatever is frozen."""
-    opt.zero_grad()  # to None, so that no gradient of before moves what has been frozen since
+    """Take one step, whichever layers are frozen."""
+    opt.zero_grad()  # sets .grad to None, so that no earlier gradient moves a layer frozen since then
     info = opt.backward(task_losses(model(x), y))
     opt.step()
     return info
 
 
 def main() -> None:
-    """The first layer is frozen for 20 steps."""
+    """Train for 40 steps; the first layer is frozen for the first 20."""
     model, opt = build()
     before = model.trunk[0].weight.clone()
     model.trunk[0].requires_grad_(False)

@@ -1,9 +1,9 @@
 """Hugging Face Transformers: a ``Trainer`` with gradient surgery.
 
-``create_optimizer`` puts a ``SurgeryOptimizer`` around the one that the arguments ask for, and ``training_step`` hands
-it the losses of all tasks. The batches of ``gradient_accumulation_steps`` have one surgery together. Clipping, mixed
-precision, the scheduler and checkpoints, which hold what the surgery remembers, are the Trainer's own. One process:
-several raise.
+``create_optimizer`` wraps the optimizer that the arguments select in a ``SurgeryOptimizer``, and ``training_step``
+passes it the losses of all tasks. All batches of ``gradient_accumulation_steps`` share one surgery. The Trainer does
+clipping, mixed precision, the scheduler and checkpoints as usual; checkpoints include the state of the surgery. Only
+one process is supported; several raise an error.
 """
 
 import tempfile
@@ -18,13 +18,13 @@ import gradkern as gk
 
 
 class SurgeryTrainer(Trainer):
-    """For models whose forward pass gives a dict with all tasks' ``losses``, and their sum as ``loss``."""
+    """Trainer for models whose forward pass returns a dict with all tasks' ``losses``, and their sum as ``loss``."""
 
-    accumulating: ExitStack | None = None  # from the first batch of a step to the last
+    accumulating: ExitStack | None = None  # open from the first batch of a step to the last
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The surgery around the Trainer's choice, once."""
-        self.accumulating = None  # an earlier training may have been interrupted within a step
+        """Wrap the Trainer's optimizer in the surgery, once."""
+        self.accumulating = None  # an earlier training run may have been interrupted within a step
         if self.optimizer is None:
             self.optimizer = gk.SurgeryOptimizer(super().create_optimizer(model), gk.PCGrad())
         return self.optimizer
@@ -32,7 +32,7 @@ class SurgeryTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """The Trainer's, with a backward pass per task in place of ``accelerator.backward``."""
+        """Do the Trainer's step, with a backward pass per task instead of ``accelerator.backward``."""
         surgery = self.optimizer.optimizer  # self.optimizer is Accelerate's wrapper
         if self.accumulating is None:
             self.accumulating = ExitStack()
@@ -52,7 +52,7 @@ class SurgeryTrainer(Trainer):
 
 
 class MultiTask(nn.Module):
-    """A small BERT and three heads on it; task t is to count token t."""
+    """A small BERT with three heads; task t is to count token t."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,21 +61,21 @@ class MultiTask(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(16, 1) for _ in range(3))
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Any]:
-        """The losses of token numbers (n, 8) and counts (n, 3)."""
+        """Return the losses, from token ids (n, 8) and counts (n, 3)."""
         h = self.bert(input_ids).pooler_output
         losses = [(head(h).squeeze(-1) - y).square().mean() for head, y in zip(self.heads, labels.T, strict=True)]
         return {"loss": sum(losses), "losses": losses}
 
 
 def data(n: int) -> list[dict[str, Tensor]]:
-    """``n`` random sentences of 8 tokens, and how often tokens 0, 1 and 2 are in them."""
+    """Return ``n`` random sentences of 8 tokens, with their counts of tokens 0, 1 and 2."""
     tokens = torch.randint(0, 12, (n, 8))
     counts = torch.stack([(tokens == t).sum(1) for t in range(3)], 1).float()
     return [{"input_ids": ids, "labels": labels} for ids, labels in zip(tokens, counts, strict=True)]
 
 
 def main() -> None:
-    """Train for three epochs, and tell what has become of the loss."""
+    """Train for three epochs, and print the loss before and after."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"save_strategy": "no", "report_to": "none", "disable_tqdm": True}

@@ -1,8 +1,8 @@
 """LibMTL: a weighting on gradkern.
 
-LibMTL mixes a weighting and an architecture into one model, calls ``model.backward(losses)`` and steps. So all of a
-weighting is a ``backward`` that fills ``.grad``. Another method is another ``aggregator``; the weightings that LibMTL
-finds by name are the attributes of ``LibMTL.weighting``, where a class of your own can be put too.
+LibMTL mixes a weighting and an architecture into one model, calls ``model.backward(losses)`` and steps. A weighting
+therefore only needs a ``backward`` that fills ``.grad``. To use another method, set another ``aggregator``. LibMTL
+finds weightings by name as attributes of ``LibMTL.weighting``; you can add your own class there.
 """
 
 from typing import Any
@@ -16,27 +16,27 @@ import gradkern as gk
 
 
 class PCGrad(AbsWeighting):
-    """In place of ``LibMTL.weighting.PCGrad``: ``Trainer(weighting=PCGrad, rep_grad=False, ...)``."""
+    """Replacement for ``LibMTL.weighting.PCGrad``: ``Trainer(weighting=PCGrad, rep_grad=False, ...)``."""
 
     def init_param(self) -> None:
-        """Called once, when the model has been made: what has a state is made here."""
+        """Make the aggregator, which has a state. LibMTL calls this once, after it has made the model."""
         self.aggregator = gk.PCGrad()
 
     def backward(self, losses: Tensor, **kwargs: Any) -> None:
-        """Fill ``.grad``, from the losses (T,) of all tasks."""
+        """Fill ``.grad`` from the losses (T,) of all tasks."""
         if self.rep_grad:
             raise ValueError("rep_grad must be False: the losses do not reach the encoder otherwise")
-        # LibMTL writes all losses into one tensor, so that autograd has zeros from each task for the other tasks'
-        # decoders: they would count as shared if shared were not given.
+        # LibMTL writes all losses into one tensor, so autograd returns zeros from each task for the other tasks'
+        # decoders. Without shared=, the decoders would count as shared.
         gk.backward(list(losses), self, aggregator=self.aggregator, shared=self.get_share_params())
 
 
 class MTLModel(HPS, PCGrad):
-    """What LibMTL's ``Trainer`` makes of an architecture and a weighting."""
+    """The class that LibMTL's ``Trainer`` makes from an architecture and a weighting."""
 
 
 def main() -> None:
-    """Train three tasks as LibMTL's ``Trainer`` does, and tell what has become of the losses."""
+    """Train three tasks as LibMTL's ``Trainer`` does, and print the losses before and after."""
     torch.manual_seed(0)
     x = torch.randn(64, 6)
     a, b = x.sin().sum(1), x.square().sum(1)

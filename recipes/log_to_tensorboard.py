@@ -1,4 +1,4 @@
-"""Log what gradient surgery does: a line of JSON for each step logged, TensorBoard if it is installed, three figures.
+"""Logging of gradient surgery: a line of JSON for each logged step, TensorBoard if it is installed, and three figures.
 
 Run ``python recipes/log_to_tensorboard.py``, then ``tensorboard --logdir log-out``.
 """
@@ -19,11 +19,11 @@ except ImportError:  # pip install tensorboard
     SummaryWriter = None
 
 TASKS = ("sum", "product", "difference")
-STEPS, LOG_EVERY = 600, 3  # every logged step waits for the device, once
+STEPS, LOG_EVERY = 600, 3  # each logged step waits once for the device
 
 
 class Net(nn.Module):
-    """A trunk too narrow for all three tasks, and a head for each."""
+    """A trunk that is too narrow for all three tasks, and a head for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Net(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(4, 1) for _ in TASKS)
 
     def losses(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The squared error of each task: three functions of two numbers, from one pass through the trunk."""
+        """Return each task's squared error, from one pass through the trunk. The tasks are functions of two numbers."""
         a, b = x.unbind(1)
         features = self.trunk(x)
         targets = (a + b, a * b, a - b)
@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def main(folder: str = "log-out") -> None:
-    """Train, log and draw into ``folder``."""
+    """Train, and write the log and the figures into ``folder``."""
     torch.manual_seed(0)
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
@@ -64,7 +64,7 @@ def main(folder: str = "log-out") -> None:
         board.close()
 
     figures = {"cosines": plots.cosine_matrix, "conflict": plots.conflict_share, "weights": plots.weights}
-    for name, draw in figures.items():  # of the list, or later of the file: plots.weights("log-out/log.jsonl")
+    for name, draw in figures.items():  # they also read the file: plots.weights("log-out/log.jsonl")
         draw(run).savefig(out / f"{name}.png", dpi=150)
 
     tenth = len(run) // 10

@@ -1,8 +1,8 @@
-"""Checkpoints: a run that was interrupted in the middle of an epoch goes on to the same bits.
+"""Checkpoints: a run that is interrupted in the middle of an epoch resumes to the same bits.
 
-Everything with a ``state_dict`` is saved. That of a SurgeryOptimizer holds the optimizer's and the surgery's: GradVac's
-targets, the tasks' remembered gradients and the state of the generator that draws its orders. What is left is torch's
-own generator, from which dropout draws; on a GPU it is ``torch.cuda.get_rng_state``.
+The checkpoint holds every ``state_dict``. The one of a SurgeryOptimizer includes the inner optimizer's state and the
+surgery's: GradVac's targets, the tasks' remembered gradients and the state of the generator that draws the orders. Save
+torch's default generator too, because dropout draws from it; on a GPU use ``torch.cuda.get_rng_state``.
 """
 
 import tempfile
@@ -21,7 +21,7 @@ EPOCHS = 2
 
 
 def build(seed: int) -> dict[str, Any]:
-    """All that has a state."""
+    """Return all parts of a run that have a state."""
     torch.manual_seed(seed)
     model = Model()
     model.trunk.append(nn.Dropout(0.1))
@@ -40,16 +40,16 @@ def build(seed: int) -> dict[str, Any]:
 
 
 def scaled_loss(run: dict[str, Any], task: int, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of one task on its batch."""
+    """Return the scaled loss of one task on its batch."""
     return run["scaler"].scale(nn.functional.mse_loss(run["model"](x)[task], y))
 
 
 def train(run: dict[str, Any], stop: int | None = None) -> None:
-    """To the end, or until ``stop`` steps of an epoch have been taken."""
+    """Train to the end, or until ``stop`` steps of an epoch have been taken."""
     for _ in range(run["sampler"].epoch, EPOCHS):
-        for drawn in run["sampler"]:
+        for task_batches in run["sampler"]:
             run["opt"].update(
-                [None if batch is None else scaled_loss(run, task, *batch) for task, batch in enumerate(drawn)],
+                [None if batch is None else scaled_loss(run, task, *batch) for task, batch in enumerate(task_batches)],
                 max_norm=1.0,
                 scaler=run["scaler"],
             )
@@ -65,7 +65,7 @@ def save(run: dict[str, Any], path: Path) -> None:
 
 
 def load(run: dict[str, Any], path: Path) -> None:
-    """Take up a checkpoint in a run built anew."""
+    """Load a checkpoint into a newly built run."""
     state = torch.load(path)
     for name, part in run.items():
         part.load_state_dict(state[name])
@@ -73,7 +73,7 @@ def load(run: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """One run without a break, and one with."""
+    """Train one run without interruption and one with, and compare their parameters."""
     whole, first, second = build(0), build(0), build(1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"

@@ -1,4 +1,4 @@
-"""A learning-rate scheduler: a SurgeryOptimizer is a torch optimizer, so it takes any, as the one inside would."""
+"""A learning-rate scheduler: a SurgeryOptimizer is a torch optimizer, so any scheduler works on it."""
 
 import math
 
@@ -12,21 +12,21 @@ N_STEPS, N_WARM_UP = 50, 10
 
 
 def warm_up_then_cosine(step: int) -> float:
-    """What the learning rate is multiplied by: up in a line, down in half a cosine."""
+    """Return the factor of the learning rate: a linear rise, then a fall along half a cosine."""
     if step < N_WARM_UP:
         return (step + 1) / N_WARM_UP
     return 0.5 + 0.5 * math.cos(math.pi * (step - N_WARM_UP) / (N_STEPS - N_WARM_UP))
 
 
 def build() -> tuple[Model, gk.SurgeryOptimizer]:
-    """Model and optimizer."""
+    """Return the model and the optimizer."""
     torch.manual_seed(0)
     model = Model()
     return model, gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-2), gk.PCGrad())
 
 
 def train(model: Model, opt: gk.SurgeryOptimizer, scheduler: LRScheduler) -> list[float]:
-    """N_STEPS steps; the learning rate of each."""
+    """Train for N_STEPS steps; return the learning rate of each."""
     rates = []
     for x, y in batches(N_STEPS):
         opt.zero_grad()
@@ -38,10 +38,10 @@ def train(model: Model, opt: gk.SurgeryOptimizer, scheduler: LRScheduler) -> lis
 
 
 def main() -> None:
-    """The whole schedule."""
+    """Train through the whole schedule."""
     model, opt = build()
     rates = train(model, opt, LambdaLR(opt, warm_up_then_cosine))
-    print(f"learning rate {rates[0]:g} at first, {max(rates):g} after the warm-up, {rates[-1]:.1e} at last")
+    print(f"learning rate {rates[0]:g} at first, {max(rates):g} after the warm-up, {rates[-1]:.1e} at the end")
 
 
 if __name__ == "__main__":

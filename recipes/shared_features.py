@@ -1,8 +1,8 @@
-"""One forward pass through an encoder for all tasks: the heads go back to its output, and the encoder once per task.
+"""One encoder pass for all tasks: backward runs through each head first, then through the encoder once per task.
 
-``features=`` names what the heads share. Each head's graph is freed before the next one's runs, and with
-``batched=True`` the tasks go back through the encoder together, in one vectorized pass: faster where one task's pass is
-too small to keep the device busy, and only then.
+``features=`` names the output that the heads share. Each head's graph is freed before the next head runs. With
+``batched=True`` all tasks go back through the encoder in one vectorized pass. This is faster only if one task's pass is
+too small to keep the device busy.
 """
 
 import time
@@ -15,7 +15,7 @@ import gradkern as gk
 
 
 def train_step(model: Model, opt: gk.SurgeryOptimizer, x: Tensor, y: Tensor, batched: bool) -> gk.SurgeryInfo:
-    """One step, with losses as callables: no head runs before its turn."""
+    """Take one step, with losses as callables, so that each head runs only when its loss is needed."""
     h = model.trunk(x)
 
     def loss(t: int) -> Tensor:
@@ -28,7 +28,7 @@ def train_step(model: Model, opt: gk.SurgeryOptimizer, x: Tensor, y: Tensor, bat
 
 
 def train(n: int, batched: bool) -> tuple[Model, gk.SurgeryInfo]:
-    """The model after n steps, and what the last one told."""
+    """Train for n steps; return the model and the info of the last step."""
     torch.manual_seed(0)
     model = Model()
     opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-2), gk.PCGrad(order=range(3)))
@@ -38,15 +38,15 @@ def train(n: int, batched: bool) -> tuple[Model, gk.SurgeryInfo]:
 
 
 def main() -> None:
-    """Fifty steps in either way."""
-    taken = []
+    """Train for fifty steps in both ways."""
+    times = []
     for batched in (False, True):
-        train(1, batched)  # what is loaded and set up at first use takes longer than all the rest
+        train(1, batched)  # setup at first use takes longer than all steps
         start = time.perf_counter()
         _, info = train(50, batched)
-        taken.append(1e3 * (time.perf_counter() - start) / 50)
-    each, together = taken
-    print(f"losses {info.losses.tolist()} after 50 steps; one took {each:.1f} ms, batched {together:.1f} ms")
+        times.append(1e3 * (time.perf_counter() - start) / 50)
+    one_by_one, together = times
+    print(f"losses {info.losses.tolist()} after 50 steps; a step took {one_by_one:.1f} ms, batched {together:.1f} ms")
 
 
 if __name__ == "__main__":

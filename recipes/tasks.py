@@ -1,4 +1,4 @@
-"""What the recipes train: three small regression tasks on one trunk, which pull it in different directions."""
+"""The model and data of the recipes: three small regression tasks whose gradients conflict on a common trunk."""
 
 from collections.abc import Iterator
 
@@ -15,18 +15,21 @@ class Model(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(16, 1) for _ in range(3))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Each task's prediction, (B,), from x, (B, 8); stacked, every loss would reach every head."""
+        """Return each task's prediction, (B,), from x, (B, 8).
+
+        The result is a list: if it were a stacked tensor, every loss would reach every head.
+        """
         h = self.trunk(x)
         return [head(h).squeeze(-1) for head in self.heads]
 
 
 def task_losses(predictions: list[Tensor], y: Tensor) -> list[Tensor]:
-    """One loss per task."""
+    """Return one loss per task."""
     return [nn.functional.mse_loss(p, target) for p, target in zip(predictions, y, strict=True)]
 
 
 def batches(n: int, device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
-    """n batches of inputs (32, 8) and targets (3, 32), the same in every run."""
+    """Yield n batches of inputs (32, 8) and targets (3, 32), the same in every run."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(3, 8, generator=generator)
     directions[1] -= directions[0]

@@ -1,1 +1,1 @@
-"""``python -m bench.step``: a whole training step, by gradkern, by other libraries, and with no surgery at all."""
+"""``python -m bench.step``: a whole training step with gradkern, with other libraries, and without surgery."""

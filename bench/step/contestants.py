@@ -1,8 +1,8 @@
-"""Who takes a step, each as its users write it: one forward pass for each task, and AdamW at the end.
+"""The contestants of a training step, written as their users would: a forward pass for each task, and AdamW at the end.
 
-All train one model, in turn, and all who step by torch's AdamW share it, moments too: its arithmetic takes as long
-whatever the numbers, and a model for each would fit few machines. Each leaves no ``.grad``, so that each begins with as
-much memory.
+All train the same model in turn, because a model for each would not fit on most machines. Those that use torch's AdamW
+also share its state, because the time of a step does not depend on the values. No contestant leaves a ``.grad``, so
+that all start with the same memory.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ Step = Callable[[], None]
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """By name: arguments of ``gradkern.SurgeryOptimizer``, made anew, for they have a state."""
+    """Return new arguments of ``gradkern.SurgeryOptimizer`` by name; they are new because they have a state."""
     return {
         "Sum": {"aggregator": gk.Sum()},
         "PCGrad": {"aggregator": gk.PCGrad()},
@@ -35,13 +35,13 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 def contestants(model: MultiTask, peers: Peers) -> dict[str, Step]:
-    """Their steps by name, the baseline first and the others last.
+    """Return the contestants' steps by name, the baseline first and other libraries last.
 
     Args:
-        model: what all train.
-        peers: beside whom.
+        model: model that all contestants train.
+        peers: peers to compare with.
     """
-    capturable = model.batches.device.type == "cuda"  # torch's has no such thing elsewhere
+    capturable = model.batches.device.type == "cuda"  # torch's AdamW accepts it on GPUs only
     adamw = torch.optim.AdamW(model.parameters(), LR, fused=True, capturable=capturable)
 
     def baseline() -> None:
@@ -93,10 +93,10 @@ def _pytorch_optimizer(model: MultiTask, adamw: torch.optim.Optimizer) -> Step:
 
 
 def _torchjd(model: MultiTask, adamw: torch.optim.Optimizer) -> Step:
-    """As its documentation has it, with the features of each task's own pass.
+    """Return TorchJD's step as its documentation writes it, with the features of each task's own pass.
 
-    Each row of the Jacobian goes through all tasks' passes, though it is zero in all but one; and a row at a time, for
-    ``torch.vmap`` has no batched attention on a CPU, and takes longer.
+    Each row of the Jacobian goes back through all tasks' passes, although it is zero in all but one. Rows are computed
+    one at a time, because ``torch.vmap`` has no batched attention on a CPU and takes longer.
     """
     from torchjd.aggregation import PCGrad
     from torchjd.autojac import jac_to_grad, mtl_backward
@@ -114,7 +114,7 @@ def _torchjd(model: MultiTask, adamw: torch.optim.Optimizer) -> Step:
 
 
 def _torchjd_per_task(model: MultiTask, adamw: torch.optim.Optimizer) -> Step:
-    """As who knows that a task's row needs the task's pass alone would use it."""
+    """Return TorchJD's step written by an expert user: a task's row goes back through that task's pass only."""
     from torchjd.aggregation import PCGrad
     from torchjd.autojac import jac, jac_to_grad
 

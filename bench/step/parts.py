@@ -1,13 +1,12 @@
-"""Where the time of a step goes, by one rule for all contestants: whose code is running.
+"""The time of a step, split into parts by the code that runs, in the same way for all contestants.
 
-- forward: the model's.
-- backward: autograd's, in ``torch.autograd.grad`` and ``torch.autograd.backward``.
-- update: that of ``AdamW.step``, torch's or gradkern's. A fused step combines the task gradients in it.
-- surgery: all other code, as it comes between: checks, packing, dot products, projections, writing ``.grad``, clearing
-  it.
+- forward: the model's code.
+- backward: autograd's code, in ``torch.autograd.grad`` and ``torch.autograd.backward``.
+- update: the code of ``AdamW.step``, torch's or gradkern's. A fused step combines the task gradients in it.
+- surgery: all other code: checks, packing, dot products, projections, writing and clearing ``.grad``.
 
-GradAttention's network learns by autograd too, which is surgery. On a GPU a part is the time from when it got to the
-first launch of that code until it was done with the last.
+GradAttention's network also trains by autograd, which counts as surgery. On a GPU a part lasts from the start of its
+first launch to the end of its last.
 """
 
 from collections.abc import Callable
@@ -36,12 +35,12 @@ PARTS = ("forward", "backward", "surgery", "update")
 def parts(
     step: Callable[[], object], device: torch.device, forward: tuple[type, str] = (MultiTask, "forward")
 ) -> dict[str, float]:
-    """Seconds of each of ``PARTS`` in one call, which takes some microseconds longer for being watched.
+    """Return the seconds of each of ``PARTS`` in one call. Watching adds some microseconds to it.
 
     Args:
-        step: what is called.
-        device: where it runs.
-        forward: the class, and its method, that are the model.
+        step: step to call.
+        device: device it runs on.
+        forward: class and method name of the model's forward pass.
     """
     spent: list[tuple[str, Moment, Moment]] = []
     inside = False

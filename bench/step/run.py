@@ -1,11 +1,11 @@
-"""One run: the whole step in turn, its parts in rounds of their own, and as a CUDA graph where there are such."""
+"""One run: the whole step in turn, its parts in separate rounds, and on a GPU the step as a CUDA graph."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from bench.measure import Measured, measured, quantiles, ratio
+from bench.measure import Measurements, measure, quantiles, ratio
 from bench.peers import Peers
 from bench.step.captured import Captured
 from bench.step.contestants import BASELINE, Step, contestants
@@ -19,27 +19,27 @@ def run(
     peers: Peers,
     seconds: float,
     results: dict[str, Any],
-    tell: Callable[[str], object],
+    progress: Callable[[str], object],
 ) -> None:
     """Measure all contestants on one model.
 
     Args:
-        size: the encoder's.
-        device: where.
-        peers: beside whom.
-        seconds: about how long the whole step is measured; its parts and its graph take about as long each.
-        results: to which what was measured is added.
-        tell: is told what comes next.
+        size: size of the encoder.
+        device: device to measure on.
+        peers: peers to compare with.
+        seconds: approximate time to measure the whole step; its parts and its graph take about as long each.
+        results: results that are extended.
+        progress: called with a line that says what comes next.
     """
     with device:
         model = MultiTask(size.config)
     steps = contestants(model, peers)
-    whole = measured(steps, BASELINE, seconds, device, lambda text: tell(f"whole step: {text}"))
-    split = _split({name: steps[name] for name in whole.seconds}, whole, device, tell)
-    graphs = Measured()
+    whole = measure(steps, BASELINE, seconds, device, lambda text: progress(f"whole step: {text}"))
+    split = _split({name: steps[name] for name in whole.seconds}, whole, device, progress)
+    graphs = Measurements()
     if device.type == "cuda":
         captured = {name: Captured(steps[name]) for name in whole.seconds}
-        graphs = measured(captured, BASELINE, seconds, device, lambda text: tell(f"as a CUDA graph: {text}"))
+        graphs = measure(captured, BASELINE, seconds, device, lambda text: progress(f"as a CUDA graph: {text}"))
     P = sum(p.numel() for p in model.parameters())
     results |= {"size": size.name, "P": P}
     for name in whole.seconds:
@@ -55,20 +55,20 @@ def run(
 
 
 def _split(
-    steps: dict[str, Step], whole: Measured, device: torch.device, tell: Callable[[str], object]
+    steps: dict[str, Step], whole: Measurements, device: torch.device, progress: Callable[[str], object]
 ) -> dict[str, list[dict[str, float]]]:
-    """The parts of as many steps of each contestant as it had rounds, in turn."""
+    """Measure the parts of each contestant's step in turn, once for each round it had."""
     found: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     rounds = max(map(len, whole.seconds.values()))
     for k in range(rounds):
-        tell(f"parts: round {k + 1} of {rounds}")
+        progress(f"parts: round {k + 1} of {rounds}")
         for name, step in steps.items():
             if k < len(whole.seconds[name]):
                 found[name].append(parts(step, device))
     return found
 
 
-def _timed(found: Measured, name: str) -> dict[str, Any]:
-    """Seconds, and how many times as long as the baseline."""
+def _timed(found: Measurements, name: str) -> dict[str, Any]:
+    """Return the seconds, and the ratio to the baseline's."""
     seconds = found.seconds[name]
     return {"seconds": quantiles(seconds), "rounds": len(seconds), "ratio": ratio(seconds, found.seconds[BASELINE])}

@@ -1,4 +1,4 @@
-"""Raw results as a Markdown table, in the terminal and in the README."""
+"""A Markdown table of raw results, for the terminal and the README."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ peak above the baseline's, in bytes and in rows of P float32 numbers."""
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line for each contestant; below, who was left out, and what the columns mean."""
+    """Return a table with a line for each contestant, the meaning of the columns, and the contestants left out."""
     machine, rows = results["machine"], results["rows"]
     threads = f", threads: {machine['threads']}" if machine["device"] == "cpu" else ""
     software = {"torch": results["versions"]["torch"]} | results["peers"]

@@ -1,1 +1,1 @@
-"""The reports' experiment from end to end: one BERT encoder, three heads, and the methods that train them."""
+"""Fine-tuning of one BERT encoder on three tasks, with the heads and methods of five course reports."""

@@ -1,4 +1,4 @@
-"""Examples as batches of tokens, in an order that can be resumed."""
+"""Batches of tokenized examples, in an order that can be resumed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ class Batch:
     """B examples of one task.
 
     Attributes:
-        tokens: one, or two of a task of pairs: ``ids`` (B, L) int64 and ``mask`` (B, L) bool, L the longest of the B.
+        tokens: one entry, or two for a task of pairs: ``ids`` (B, L) int64 and ``mask`` (B, L) bool, where L is the
+            length of the longest sentence.
         labels: (B,), int64 classes (sst) or float32 (para: 0 or 1; sts: 0 to 5).
     """
 
@@ -26,7 +27,7 @@ class Batch:
 
 
 class Tokenized(Dataset[Batch]):
-    """A task's examples, tokenized once, on the device they train on; whole batches are drawn from it."""
+    """A task's examples, tokenized once, on the device they train on. It is indexed by whole batches."""
 
     def __init__(
         self,
@@ -36,20 +37,20 @@ class Tokenized(Dataset[Batch]):
         device: torch.device,
     ) -> None:
         self.labels = torch.tensor([example.label for example in examples], dtype=dtype, device=device)
-        whole = [encode(list(sentences)) for sentences in zip(*(e.sentences for e in examples), strict=True)]
-        self.lengths = [tokens.mask.sum(1).cpu() for tokens in whole]  # on the host, that no batch waits for the device
-        self.tokens = [Tokens(tokens.ids.to(device), tokens.mask.to(device)) for tokens in whole]
+        encoded = [encode(list(sentences)) for sentences in zip(*(e.sentences for e in examples), strict=True)]
+        self.lengths = [tokens.mask.sum(1).cpu() for tokens in encoded]  # on the host: no batch waits for the device
+        self.tokens = [Tokens(tokens.ids.to(device), tokens.mask.to(device)) for tokens in encoded]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, places: list[int]) -> Batch:
-        rows = torch.tensor(places)
-        of_sentences = []
+    def __getitems__(self, indices: list[int]) -> Batch:
+        rows = torch.tensor(indices)
+        batch_tokens = []
         for tokens, lengths in zip(self.tokens, self.lengths, strict=True):
             longest = int(lengths[rows].max())
-            of_sentences.append(Tokens(tokens.ids[rows, :longest], tokens.mask[rows, :longest]))
-        return Batch(tuple(of_sentences), self.labels[rows])
+            batch_tokens.append(Tokens(tokens.ids[rows, :longest], tokens.mask[rows, :longest]))
+        return Batch(tuple(batch_tokens), self.labels[rows])
 
 
 def loaders(
@@ -59,19 +60,19 @@ def loaders(
     seed: int | None,
     device: torch.device,
 ) -> list[DataLoader[Batch]]:
-    """A loader of batches for each task, as ``TaskSampler`` takes them: a state of its resumes them to the bit.
+    """Return a loader of batches for each task, for ``TaskSampler``, whose state resumes them to the bit.
 
-    None of them draws from torch's default generator, so that looking at scores leaves dropout as it was.
+    The loaders do not draw from torch's default generator, so that an evaluation does not change dropout.
 
     Args:
-        examples: of each of ``TASKS``.
-        encode: sentences to tokens, padded on the right to the longest.
-        batch_sizes: of each task.
-        seed: of the order, another in each pass; None for the order of ``examples``.
-        device: where batches are.
+        examples: examples of each of ``TASKS``.
+        encode: function from sentences to tokens, padded on the right to the longest.
+        batch_sizes: batch size of each task.
+        seed: seed of the order, which differs from pass to pass; None for the order of ``examples``.
+        device: device of the batches.
 
     Raises:
-        ValueError: not a batch size for each task.
+        ValueError: the number of batch sizes is not the number of tasks.
     """
     if len(batch_sizes) != len(TASKS):
         raise ValueError(f"batch_sizes must be {len(TASKS)} numbers, one for each of {TASKS}; got {batch_sizes!r}")

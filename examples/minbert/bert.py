@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ONLY = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
-"""What a ``config.json`` may say of the kind of model."""
+REQUIRED = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute"}
+"""Values that ``config.json`` must have for these keys, if it has them."""
 KEYS = {
     "layers": "num_hidden_layers",
     "hidden": "hidden_size",
@@ -21,22 +21,22 @@ KEYS = {
     "kinds": "type_vocab_size",
     "epsilon": "layer_norm_eps",
 }
-"""What it calls the sizes."""
+"""Keys of ``config.json`` for the sizes."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of an encoder: of BERT-base where nothing is said.
+    """Sizes of an encoder. The defaults are those of BERT-base.
 
     Attributes:
-        layers: how many.
-        hidden: H, numbers per token.
-        heads: of attention in each layer.
+        layers: number of layers.
+        hidden: H, length of a token's vector.
+        heads: attention heads in each layer.
         inner: width of each layer's feed-forward network.
-        vocabulary: how many tokens there are.
-        positions: the most tokens that a sentence may have.
-        kinds: of segments that the weights know. Here all are of the first.
-        epsilon: of the layer normalisations.
+        vocabulary: number of tokens.
+        positions: most tokens of a sentence.
+        kinds: number of segment kinds in the weights. All sentences here are of the first kind.
+        epsilon: epsilon of the layer normalisations.
     """
 
     layers: int = 12
@@ -50,27 +50,27 @@ class Config:
 
     @classmethod
     def read(cls, file: Path) -> "Config":
-        """From a ``config.json`` of Hugging Face's.
+        """Read a ``config.json`` of Hugging Face.
 
         Raises:
-            ValueError: it is not of the one kind of model that is here, or leaves out a size.
+            ValueError: it describes another kind of model, or lacks a size.
         """
-        found = json.loads(file.read_text())
-        for name, only in ONLY.items():
-            if found.get(name, only) != only:
-                raise ValueError(f"{file}: {name} must be {only!r}, got {found[name]!r}")
-        missing = [key for key in KEYS.values() if key not in found]
+        config = json.loads(file.read_text())
+        for name, required in REQUIRED.items():
+            if config.get(name, required) != required:
+                raise ValueError(f"{file}: {name} must be {required!r}, got {config[name]!r}")
+        missing = [key for key in KEYS.values() if key not in config]
         if missing:
             raise ValueError(f"{file} has no {', no '.join(missing)}")
-        return cls(**{name: found[key] for name, key in KEYS.items()})
+        return cls(**{name: config[key] for name, key in KEYS.items()})
 
 
 class Encoded(NamedTuple):
-    """What the encoder makes of B sentences of L tokens: a vector for each token, and one for each sentence.
+    """Output of the encoder for B sentences of L tokens: a vector for each token, and one for each sentence.
 
     Attributes:
-        hidden: (B, L, H). Where there is padding the numbers mean nothing.
-        pooled: (B, H), read off the first token.
+        hidden: token vectors, (B, L, H). The values at padding are meaningless.
+        pooled: sentence vectors, (B, H), computed from the first token.
     """
 
     hidden: Tensor
@@ -78,7 +78,7 @@ class Encoded(NamedTuple):
 
 
 class Layer(nn.Module):
-    """Attention, then a network for each token by itself."""
+    """A layer of the encoder: attention, then a feed-forward network on each token."""
 
     def __init__(self, config: Config, dropout: float) -> None:
         super().__init__()
@@ -89,20 +89,20 @@ class Layer(nn.Module):
         self.after_all = nn.LayerNorm(config.hidden, config.epsilon)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
-        """(B, L, H) of the same; ``seen``, (B, 1, 1, L) bool, the tokens to attend to."""
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the next vectors, (B, L, H); ``mask``, (B, 1, 1, L) bool, is True at the tokens to attend to."""
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
-        found = F.scaled_dot_product_attention(q, k, v, seen, self.p if self.training else 0.0)
-        x = self.after_attention(x + self.dropout(self.output(found.transpose(1, 2).flatten(-2))))
+        attended = F.scaled_dot_product_attention(q, k, v, mask, self.p if self.training else 0.0)
+        x = self.after_attention(x + self.dropout(self.output(attended.transpose(1, 2).flatten(-2))))
         return self.after_all(x + self.dropout(self.down(F.gelu(self.up(x)))))
 
 
 class Bert(nn.Module):
-    """The encoder with random weights, as torch's layers draw them. Its parameters are listed in BERT's order.
+    """BERT's encoder, with the random initial weights of torch's layers. Its parameters are listed in BERT's order.
 
     Args:
-        config: its sizes.
-        dropout: the share of numbers that training drops: of embeddings, of attention and of what each layer adds.
+        config: sizes of the encoder.
+        dropout: dropout probability for embeddings, attention weights and the output of each sublayer.
     """
 
     def __init__(self, config: Config, dropout: float) -> None:
@@ -117,11 +117,11 @@ class Bert(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, ids: Tensor, mask: Tensor | None = None) -> Encoded:
-        """Encode sentences by themselves.
+        """Encode each sentence.
 
         Args:
-            ids: (B, L) int64, each sentence from the first column on.
-            mask: (B, L) bool, False where there is padding; None where there is none.
+            ids: tokens, (B, L) int64; each sentence starts in the first column.
+            mask: (B, L) bool, False at padding; None if there is no padding.
 
         Raises:
             ValueError: L is more than the model has positions.
@@ -133,7 +133,7 @@ class Bert(nn.Module):
             )
         x = self.words(ids) + self.positions.weight[:length] + self.kinds.weight[0]
         x = self.dropout(self.norm(x))
-        seen = None if mask is None else mask[:, None, None]
+        attention_mask = None if mask is None else mask[:, None, None]
         for layer in self.layers:
-            x = layer(x, seen)
+            x = layer(x, attention_mask)
         return Encoded(x, torch.tanh(self.pooler(x[:, 0])))

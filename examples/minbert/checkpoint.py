@@ -1,4 +1,4 @@
-"""What an interrupted run leaves behind, and how it is interrupted: between two steps, never within one."""
+"""Checkpoints, and interrupts that wait for the end of a step."""
 
 import os
 import signal
@@ -12,45 +12,47 @@ import torch
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state`` to ``path``, all of it or nothing."""
-    written = path.with_suffix(".new")
-    torch.save(state, written)
-    os.replace(written, path)
+    """Write ``state`` to ``path`` atomically."""
+    temporary = path.with_suffix(".new")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What :func:`save` wrote, on the CPU."""
+    """Return the state that :func:`save` wrote, on the CPU."""
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def random() -> dict[str, Any]:
-    """Where torch's own random number generators are, which dropout draws from."""
+def rng_state() -> dict[str, Any]:
+    """Return the states of torch's default generators, from which dropout draws."""
     return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
 
 
-def set_random(state: Mapping[str, Any]) -> None:
-    """Put them where :func:`random` said."""
+def set_rng_state(state: Mapping[str, Any]) -> None:
+    """Restore the states that :func:`rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     torch.cuda.set_rng_state_all(state["cuda"])
 
 
 @contextmanager
 def interruptible() -> Iterator[SimpleNamespace]:
-    """Within the block the first Ctrl-C is only noted, in ``came``, and answered; a second one interrupts at once.
+    """Delay the first Ctrl-C within the block; a second one interrupts at once.
 
-    An optimizer that is interrupted has stepped some parameters and not others, which nobody could go on from.
+    The yielded object's ``requested`` becomes True at the first Ctrl-C, and the block must then end the run. An
+    interrupt within an optimizer's step would leave some parameters stepped and others not, so that the run could not
+    be resumed.
     """
-    noted = SimpleNamespace(came=False)
+    interrupt = SimpleNamespace(requested=False)
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if noted.came:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if interrupt.requested:
             raise KeyboardInterrupt
-        noted.came = True
-        os.write(2, b"\nending soon; once more to end now\n")  # print may be what was interrupted
+        interrupt.requested = True
+        os.write(2, b"\nstopping after this step; press Ctrl-C again to stop now\n")  # print may itself be interrupted
 
-    before = signal.signal(signal.SIGINT, note)
+    previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield noted
+        yield interrupt
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)

@@ -1,16 +1,16 @@
-"""The three tasks, and what an example of one is."""
+"""The three tasks and their examples."""
 
 from dataclasses import dataclass
 
 TASKS = ("sst", "para", "sts")
-"""Sentiment in five classes, paraphrase or not, similarity from 0 to 5; in this order everywhere."""
+"""Sentiment in five classes, paraphrase or not, similarity from 0 to 5. This order is used everywhere."""
 CLASSES = {"sst": 5, "para": 2}
-"""Of the tasks that classify; the third predicts a number."""
+"""Number of classes of the tasks that classify; the third task predicts a number."""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sentence, or a pair of them, and what people said of it: a class, or a similarity from 0 to 5."""
+    """One sentence or a pair, with its label: a class, or a similarity from 0 to 5."""
 
     id: str
     sentences: tuple[str, ...]
@@ -18,4 +18,4 @@ class Example:
 
 
 Examples = dict[str, list[Example]]
-"""Of each task."""
+"""Examples of each task."""

@@ -1,4 +1,4 @@
-"""The three tasks' sentences from the course project's files; rows that are malformed are told by file and line."""
+"""Reader of the course project's files. Malformed rows are reported by file and line."""
 
 import csv
 import math
@@ -11,74 +11,75 @@ from examples.minbert.examples import Example, Examples
 
 @dataclass(frozen=True)
 class Layout:
-    """Of a task's files: how their names begin, the columns that are read, and what a label may be."""
+    """Layout of a task's files: start of the file name, columns to read, and range of the label."""
 
     name: str
     sentences: tuple[str, ...]
     label: str
-    most: int
-    whole: bool
+    maximum: int
+    integer: bool
 
     def __str__(self) -> str:
-        return f"{self.label} must be {'a whole number' if self.whole else 'a number'} from 0 to {self.most}"
+        return f"{self.label} must be {'a whole number' if self.integer else 'a number'} from 0 to {self.maximum}"
 
 
 LAYOUTS = {
-    "sst": Layout("ids-sst", ("sentence",), "sentiment", 4, whole=True),
-    "para": Layout("quora", ("sentence1", "sentence2"), "is_duplicate", 1, whole=True),
-    "sts": Layout("sts", ("sentence1", "sentence2"), "similarity", 5, whole=False),
+    "sst": Layout("ids-sst", ("sentence",), "sentiment", 4, integer=True),
+    "para": Layout("quora", ("sentence1", "sentence2"), "is_duplicate", 1, integer=True),
+    "sts": Layout("sts", ("sentence1", "sentence2"), "similarity", 5, integer=False),
 }
-SHOWN = 20
-"""Malformed rows that a message lists; the others it counts."""
+MAX_LISTED = 20
+"""Most malformed rows that a message lists; it counts the others."""
 
 
 def read(directory: Path, split: str, on_malformed: Callable[[str], object] | None = None) -> Examples:
-    """The course project's files: tab-separated, quoted as CSV, in UTF-8, with a header that names the columns.
+    """Read the course project's files: tab-separated, quoted as CSV, in UTF-8, with a header that names the columns.
 
     A row is malformed if its quotes do not close, it has more or fewer fields than the header, a sentence is empty, or
-    the label is none: 0 … 4 (sst), 0 or 1 (para), 0 to 5 (sts).
+    the label is not valid: 0 … 4 (sst), 0 or 1 (para), 0 to 5 (sts).
 
     Args:
-        directory: with ``ids-sst-{split}.csv``, ``quora-{split}.csv`` and ``sts-{split}.csv``.
+        directory: folder with ``ids-sst-{split}.csv``, ``quora-{split}.csv`` and ``sts-{split}.csv``.
         split: "train" or "dev".
-        on_malformed: is told of malformed rows, by file and line, which are then left out; None to raise instead.
+        on_malformed: called with a message that lists the malformed rows, which are then left out; None to raise.
 
     Raises:
-        FileNotFoundError: of all files that are not there.
-        ValueError: a file lacks a column or has no example, or rows are malformed: of all files in one message.
+        FileNotFoundError: files are missing; the message names all of them.
+        ValueError: a file lacks a column or has no example, or rows are malformed; one message lists those of all
+            files.
     """
     paths = {task: Path(directory) / f"{layout.name}-{split}.csv" for task, layout in LAYOUTS.items()}
     missing = [path.name for path in paths.values() if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"directory={str(directory)!r} has no {', '.join(missing)}")
-    found: Examples = {}
+    examples: Examples = {}
     malformed: list[str] = []
     for task, path in paths.items():
-        found[task], wrong = _read(path, LAYOUTS[task])
-        malformed += wrong
+        examples[task], errors = _read(path, LAYOUTS[task])
+        malformed += errors
     if malformed:
-        told = f"{len(malformed)} malformed row{'s' * (len(malformed) > 1)}:"
-        told = "\n  ".join([told, *malformed[:SHOWN]])
-        told += f"\n  and {len(malformed) - SHOWN} more" if len(malformed) > SHOWN else ""
+        message = f"{len(malformed)} malformed row{'s' * (len(malformed) > 1)}:"
+        message = "\n  ".join([message, *malformed[:MAX_LISTED]])
+        message += f"\n  and {len(malformed) - MAX_LISTED} more" if len(malformed) > MAX_LISTED else ""
         if on_malformed is None:
-            raise ValueError(told)
-        on_malformed(f"left out {told}")
+            raise ValueError(message)
+        on_malformed(f"left out {message}")
     for task, path in paths.items():
-        if not found[task]:
+        if not examples[task]:
             raise ValueError(f"{path} has no example")
-    return found
+    return examples
 
 
 def _read(path: Path, layout: Layout) -> tuple[list[Example], list[str]]:
-    """The examples of a file, and what is wrong with its other rows."""
+    """Return the examples of a file, and a message for each malformed row."""
     examples: list[Example] = []
     malformed: list[str] = []
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # so that a bad byte has its line
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:  # to find a bad byte's line
         rows = csv.reader(file, delimiter="\t", strict=True)
         header = next(rows, [])
-        absent = [name for name in ("id", *layout.sentences, layout.label) if name not in header]
-        if absent:
-            raise ValueError(f"{path}:1: no column {', '.join(map(repr, absent))}; the columns are {header}")
+        missing = [name for name in ("id", *layout.sentences, layout.label) if name not in header]
+        if missing:
+            raise ValueError(f"{path}:1: no column {', '.join(map(repr, missing))}; the columns are {header}")
         while True:
             line = rows.line_num + 1
             try:
@@ -86,7 +87,7 @@ def _read(path: Path, layout: Layout) -> tuple[list[Example], list[str]]:
             except StopIteration:
                 return examples, malformed
             except (csv.Error, ValueError) as error:
-                to = f" to {rows.line_num}" if rows.line_num > line else ""  # an open quote swallows lines
+                to = f" to {rows.line_num}" if rows.line_num > line else ""  # an open quote spans several lines
                 malformed.append(f"{path}:{line}{to}: {error}")
 
 
@@ -103,6 +104,6 @@ def _example(header: list[str], fields: list[str], layout: Layout) -> Example:
         label = float(row[layout.label])
     except ValueError:
         label = math.nan
-    if not 0 <= label <= layout.most or (layout.whole and label != int(label)):
+    if not 0 <= label <= layout.maximum or (layout.integer and label != int(label)):
         raise ValueError(f"{layout}, got {row[layout.label]!r:.200}")
     return Example(row["id"], tuple(row[name] for name in layout.sentences), label)

@@ -1,4 +1,4 @@
-"""The reports' figures: what each method reached, the grids, the way there, and what a step took."""
+"""The figures of a report: scores, grids of two settings, curves over training, and the cost of a step."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -11,35 +11,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from examples.minbert.comparisons import Grid, experiments, grids, labelled, value_text
 from examples.minbert.examples import TASKS
-from examples.minbert.outcomes import (
-    MEASURES,
-    OVER,
-    PAIRS,
-    RELATIVE,
-    SCORES,
-    Grid,
-    Row,
-    Run,
-    experiments,
-    grids,
-    grouped,
-    labelled,
-    mean,
-    reported,
-    shown,
-    values,
-)
+from examples.minbert.outcomes import MEASURES, OVER, PAIRS, RELATIVE, SCORES, Row, Run, grouped, mean, reported, values
 from examples.minbert.training import PARTS
 from gradkern.plots import COLORS, STYLES, count_along
 
 Series = Callable[[Run], list[float | None]]
-"""What a run was like, time after time; None where there is no number."""
+"""A run's numbers over time, with None for missing ones."""
 
 
 def write_plots(folder: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[Path]:
-    """A PNG for each figure that there are numbers for; the paths."""
-    of_folder = {str(run.folder): run for run in runs}
+    """Write a PNG for each figure that has numbers; return the paths."""
+    by_folder = {str(run.folder): run for run in runs}
     figures = {"scores": _scores(rows)}
     for name, found in (
         ("sampling", grids(rows, "sampling", "method")),
@@ -47,8 +31,8 @@ def write_plots(folder: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[
     ):
         if found:
             figures[name] = _heat_maps(found)
-    for title, of in _families(rows).items():
-        trials = {label: [of_folder[row["folder"]] for row in trial] for label, trial in of.items()}
+    for title, family in _families(rows).items():
+        trials = {label: [by_folder[row["folder"]] for row in trial] for label, trial in family.items()}
         name = re.sub(r"[^\w.]+", "-", title)
         figures[f"curves-{name}"] = _curves(title, trials)
         if any(_with_cosines(run) for runs in trials.values() for run in runs):
@@ -61,34 +45,34 @@ def write_plots(folder: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[
 
 
 def _families(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
-    """What has a figure of its own, so that lines can be told apart: all methods, and each method's other choices."""
+    """Group trials into figures with few lines: one for all methods, and one for the variants of each method."""
     families: dict[str, dict[str, list[Row]]] = {}
-    for title, of in experiments(rows).items():
-        of_methods: dict[str, dict[str, list[Row]]] = {method: {} for (method,) in grouped(of, ("method",))}
-        for label, trial in labelled(of).items():
-            of_methods[trial[0]["method"]][label] = trial
+    for title, members in experiments(rows).items():
+        by_method: dict[str, dict[str, list[Row]]] = {method: {} for (method,) in grouped(members, ("method",))}
+        for label, trial in labelled(members).items():
+            by_method[trial[0]["method"]][label] = trial
         families[title] = {}
-        for method, trials in of_methods.items():
+        for method, trials in by_method.items():
             first = method if method in trials else next(iter(trials))
             families[title][first] = trials[first]
-        families |= {f"{title}, {method}": trials for method, trials in of_methods.items() if len(trials) > 1}
+        families |= {f"{title}, {method}": trials for method, trials in by_method.items() if len(trials) > 1}
     return families
 
 
 def _scores(rows: Sequence[Row]) -> Figure:
-    """A line of panels for each experiment: a dot for each seed, a diamond for the mean; unitary's is drawn through."""
-    of = {title: labelled(members) for title, members in experiments(rows).items()}
-    figure, grid = _panels([len(trials) for trials in of.values()], [1] * len(SCORES), 2.6)
-    for panels, (title, trials) in zip(grid, of.items(), strict=True):
+    """Plot a row of panels for each experiment: a dot per seed, a diamond for the mean, a line at unitary's mean."""
+    by_title = {title: labelled(members) for title, members in experiments(rows).items()}
+    figure, grid = _panels([len(trials) for trials in by_title.values()], [1] * len(SCORES), 2.6)
+    for panels, (title, trials) in zip(grid, by_title.items(), strict=True):
         for axes, column in zip(panels, SCORES, strict=True):
             for place, trial in enumerate(trials.values()):
                 found = values(trial, column)
                 axes.plot(found, [place] * len(found), "o", color=COLORS[0], alpha=0.4, markersize=4, markeredgewidth=0)
                 if found:
                     axes.plot(mean(found), place, "D", color=COLORS[0], markersize=4)
-            through = mean(values(trials.get("unitary", []), column))
-            if through is not None:
-                axes.axvline(through, color="0.5", linewidth=0.8, zorder=0)
+            unitary = mean(values(trials.get("unitary", []), column))
+            if unitary is not None:
+                axes.axvline(unitary, color="0.5", linewidth=0.8, zorder=0)
             axes.set_title(column, fontsize="small")
             axes.grid(axis="x", alpha=0.3)
         _name_lines(panels, list(trials), title)
@@ -97,7 +81,7 @@ def _scores(rows: Sequence[Row]) -> Figure:
 
 
 def _heat_maps(found: Sequence[Grid]) -> Figure:
-    """A map for each grid, of the average score in colour and in digits; a dash where no run is."""
+    """Plot a heat map of the average score for each grid, with the digits, and a dash for a missing run."""
     wide = max(len(grid.across[1]) for grid in found)
     figure = Figure(
         figsize=(2.5 + 0.9 * wide, sum(1.9 + 0.45 * len(grid.down[1]) for grid in found)), layout="constrained"
@@ -109,7 +93,7 @@ def _heat_maps(found: Sequence[Grid]) -> Figure:
             [[mean(values(grid.cells.get((a, b), []), "average")) for b in columns] for a in lines], float
         )
         least, most = np.nanmin(averages), np.nanmax(averages)
-        middle, half = (least + most) / 2, max(0.05, (most - least) / 2)  # what hardly differs looks so
+        middle, half = (least + most) / 2, max(0.05, (most - least) / 2)  # small differences get similar colours
         axes.imshow(np.ma.masked_invalid(averages), "Blues", aspect="auto", vmin=middle - half, vmax=middle + half)
         axes.set_facecolor("0.95")
         for (i, j), average in np.ndenumerate(averages):
@@ -117,8 +101,8 @@ def _heat_maps(found: Sequence[Grid]) -> Figure:
             color = "w" if average > middle + half / 3 else "k"
             axes.text(j, i, digits, ha="center", va="center", color=color, fontsize="small")
         rotation = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if across == "method" else {}
-        axes.set_xticks(range(len(columns)), [shown(value) for value in columns], fontsize="small", **rotation)
-        axes.set_yticks(range(len(lines)), [shown(value) for value in lines], fontsize="small")
+        axes.set_xticks(range(len(columns)), [value_text(value) for value in columns], fontsize="small", **rotation)
+        axes.set_yticks(range(len(lines)), [value_text(value) for value in lines], fontsize="small")
         axes.set_xlabel(across)
         axes.set_ylabel(down)
         axes.tick_params(length=0)
@@ -129,13 +113,13 @@ def _heat_maps(found: Sequence[Grid]) -> Figure:
 
 
 def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
-    """Total loss by step; the score of each task by epoch, on dev above and on a part of the training set below."""
+    """Plot the total loss by step, and each task's score by epoch: dev above, a part of the training set below."""
     figure = Figure(figsize=(14, max(6.0, 0.44 * len(trials) + 1.0)), layout="constrained")
     grid = figure.subplots(2, 1 + len(TASKS))
     for above, below in grid[:, 1:].T:
         below.sharey(above)
-    window = max(1, max(len(run.told["total_loss"]) for of in trials.values() for run in of) // 20)
-    _lines(grid[0, 0], trials, lambda run: run.told["total_loss"], window)
+    window = max(1, max(len(run.results["total_loss"]) for of in trials.values() for run in of) // 20)
+    _lines(grid[0, 0], trials, lambda run: run.results["total_loss"], window)
     grid[0, 0].set_title(f"total loss of a batch, mean of {window}", fontsize="medium")
     count_along(grid[0, 0], "step")
     for panels, part, where in zip(grid[:, 1:], ("dev", "train"), ("dev", "part of the training set"), strict=True):
@@ -150,7 +134,7 @@ def _curves(title: str, trials: dict[str, list[Run]]) -> Figure:
 
 
 def _cosines(title: str, trials: dict[str, list[Run]]) -> Figure:
-    """The mean cosine over all pairs, that of each pair, and the share in conflict, by epoch."""
+    """Plot by epoch the mean cosine over all pairs, that of each pair, and the share of pairs in conflict."""
     panels: dict[str, Series] = {
         "mean cosine, all pairs": lambda run: [e["cosine"] for e in _with_cosines(run)],
         **{
@@ -175,10 +159,10 @@ def _cosines(title: str, trials: dict[str, list[Run]]) -> Figure:
 
 
 def _times(rows: Sequence[Row]) -> Figure:
-    """For each experiment the parts of a step beside what a report measured, and memory, relative to unitary's."""
-    of = {title: labelled(members) for title, members in experiments(rows).items()}
-    figure, grid = _panels([len(trials) for trials in of.values()], [3, 1], 5)
-    for panels, (title, trials) in zip(grid, of.items(), strict=True):
+    """Plot each experiment's step parts and memory relative to unitary's, with the time that a report measured."""
+    by_title = {title: labelled(members) for title, members in experiments(rows).items()}
+    figure, grid = _panels([len(trials) for trials in by_title.values()], [3, 1], 5)
+    for panels, (title, trials) in zip(grid, by_title.items(), strict=True):
         for place, trial in enumerate(trials.values()):
             left = 0.0
             for color, part in zip(COLORS, PARTS, strict=False):
@@ -200,20 +184,22 @@ def _times(rows: Sequence[Row]) -> Figure:
         panels[1].margins(x=0.25)
         _name_lines(panels, list(trials), title)
     pairs = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    drawn = {label: handle for handle, label in pairs}
-    figure.legend(drawn.values(), drawn, loc="outside lower center", ncols=len(drawn), frameon=False, fontsize="small")
+    entries = {label: handle for handle, label in pairs}
+    figure.legend(
+        entries.values(), entries, loc="outside lower center", ncols=len(entries), frameon=False, fontsize="small"
+    )
     return figure
 
 
 def _panels(lines: Sequence[int], widths: Sequence[float], inches: float) -> tuple[Figure, NDArray[Any]]:
-    """A line of panels for each experiment, as high as it has lines."""
+    """Make a row of panels for each experiment, with a height proportional to its number of lines."""
     heights = [1 + 0.28 * n for n in lines]
     figure = Figure(figsize=(2.5 + inches * len(widths), 0.6 + sum(heights)), layout="constrained")
     return figure, figure.subplots(len(lines), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths)
 
 
 def _name_lines(panels: Sequence[Axes], names: Sequence[str], title: str) -> None:
-    """The names beside the first panel, from above, and the experiment's beside them."""
+    """Write the names beside the first panel, from top to bottom, and the experiment's title beside them."""
     for axes in panels:
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize="small")
@@ -221,7 +207,7 @@ def _name_lines(panels: Sequence[Axes], names: Sequence[str], title: str) -> Non
 
 
 def _lines(axes: Axes, trials: dict[str, list[Run]], series: Series, window: int = 1) -> None:
-    """A line for each trial: the mean over its seeds of those that got so far, and over ``window`` times up to each."""
+    """Plot a line for each trial: the mean over the seeds that got so far, smoothed over the last ``window`` times."""
     for k, (label, runs) in enumerate(trials.items()):
         times = zip_longest(*map(series, runs))
         each = np.array([mean([value for value in at if value is not None]) for at in times], float)
@@ -242,7 +228,7 @@ def _lines(axes: Axes, trials: dict[str, list[Run]], series: Series, window: int
 
 
 def _with_cosines(run: Run) -> list[dict[str, Any]]:
-    return [entry for entry in run.told["epochs_log"] if entry["cosines"]]
+    return [entry for entry in run.results["epochs_log"] if entry["cosines"]]
 
 
 def _over_seeds(trials: dict[str, list[Run]]) -> str:

@@ -1,4 +1,4 @@
-"""What is kept of a run: steps in ``steps.jsonl``, epochs in ``epochs.csv``, and all that follows in ``run.json``."""
+"""The files of a run: steps in ``steps.jsonl``, epochs in ``epochs.csv``, and settings and results in ``run.json``."""
 
 import json
 import os
@@ -28,18 +28,18 @@ Line = dict[str, Any]
 
 
 class Record:
-    """A run's, as it grows.
+    """The record of a run, extended while it trains.
 
     Args:
-        out: the folder.
-        settings: of the run.
-        scheme: what they come to.
-        parameters: how many numbers the model has.
-        trained: how many of them those phases train that times and memory are of.
+        out: folder of the run.
+        settings: settings of the run.
+        scheme: scheme that the settings resolve to.
+        parameters: number of the model's parameters.
+        trained: number of parameters trained by the scheme's main phases, whose time and memory are reported.
 
     Attributes:
-        lines: of all steps.
-        log: of all epochs.
+        lines: a line for each step.
+        log: an entry for each epoch.
     """
 
     def __init__(self, out: Path, settings: Settings, scheme: Scheme, parameters: int, trained: int) -> None:
@@ -50,15 +50,15 @@ class Record:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Within the block the file of steps is open, with those that were taken up to where the run goes on."""
+        """Keep the file of steps open within the block, truncated to the steps before the resumed one."""
         self.out.mkdir(parents=True, exist_ok=True)
-        self.write(complete=False)  # before the steps of a complete run that was here are lost
+        self.write(complete=False)  # an earlier run here must not count as complete once its steps are overwritten
         _replace(self.out / STEPS, "".join(json.dumps(line) + "\n" for line in self.lines))
         with (self.out / STEPS).open("a", buffering=1) as self._file:
             yield
 
-    def go_on(self, steps: int, log: list[dict[str, Any]]) -> None:
-        """After so many steps, and the epochs of ``log``.
+    def resume(self, steps: int, log: list[dict[str, Any]]) -> None:
+        """Resume after ``steps`` steps and the epochs of ``log``.
 
         Raises:
             ValueError: the file has fewer steps.
@@ -66,22 +66,22 @@ class Record:
         with (self.out / STEPS).open() as file:
             self.lines = [json.loads(line) for line in islice(file, steps)]
         if len(self.lines) < steps:
-            raise ValueError(f"{self.out / STEPS} has {len(self.lines)} steps, the checkpoint is of {steps}")
+            raise ValueError(f"{self.out / STEPS} has {len(self.lines)} steps, but the checkpoint has {steps}")
         self.log = log
 
-    def step(self, phase: Phase, told: dict[str, float]) -> Line:
-        """A step has been taken."""
-        line = {"step": len(self.lines) + 1, "phase": phase.name, "epoch": len(self.log) + 1, **told}
+    def step(self, phase: Phase, scalars: dict[str, float]) -> Line:
+        """Add a step; return its line."""
+        line = {"step": len(self.lines) + 1, "phase": phase.name, "epoch": len(self.log) + 1, **scalars}
         self.lines.append(line)
         self._file.write(json.dumps(line) + "\n")
         return line
 
     def epoch(self, phase: Phase, dev: Measured, train: Measured) -> dict[str, Any]:
-        """An epoch has ended, and been evaluated."""
+        """Add an epoch with its measures; return its entry."""
         epoch = len(self.log) + 1
         lines = [line for line in self.lines if line["epoch"] == epoch]
-        found = scores(dev)
-        together = phase.tasks == TASKS  # else there are heads that nobody has trained
+        dev_scores = scores(dev)
+        all_tasks = phase.tasks == TASKS  # otherwise some heads are untrained
         cosines = [value for line in lines for tag, value in line.items() if tag.startswith("cosine/")]
         pairs = {f"{a}-{b}": _mean(lines, f"cosine/{a}-{b}") for a, b in combinations(TASKS, 2)}
         entry = {
@@ -91,8 +91,8 @@ class Record:
             "train_loss": [_mean(lines, f"loss/{task}") for task in TASKS],
             "dev": dev,
             "train": train,
-            "average": found.average if together else None,
-            "overall": found.overall if together else None,
+            "average": dev_scores.average if all_tasks else None,
+            "overall": dev_scores.overall if all_tasks else None,
             "cosine": fmean(cosines) if cosines else None,
             "cosines": {pair: cosine for pair, cosine in pairs.items() if cosine is not None},
             "conflict": _mean(lines, "conflict"),
@@ -100,17 +100,17 @@ class Record:
         self.log.append(entry)
         return entry
 
-    def of_phase(self, phase: Phase) -> list[dict[str, Any]]:
-        """The epochs of that phase."""
+    def phase_epochs(self, phase: Phase) -> list[dict[str, Any]]:
+        """Return the epochs of that phase."""
         return [entry for entry in self.log if entry["phase"] == phase.name]
 
     def write(self, complete: bool) -> None:
-        """``run.json`` and ``epochs.csv``, as far as the run has come."""
+        """Write ``run.json`` and ``epochs.csv`` with the results so far."""
         s, scheme = self.settings, self.scheme
         main = [[line for line in self.lines if line["phase"] == phase.name] for phase in scheme.main]
-        spent = {part: _together([_median(lines[WARM_UP:], f"seconds/{part}") for lines in main]) for part in PARTS}
-        weighed = [line["peak_bytes"] for lines in main for line in lines if "peak_bytes" in line]
-        told = {
+        seconds = {part: _sum([_median(lines[WARM_UP:], f"seconds/{part}") for lines in main]) for part in PARTS}
+        peaks = [line["peak_bytes"] for lines in main for line in lines if "peak_bytes" in line]
+        results = {
             "name": self.out.name,
             "scheme": s.scheme,
             "method": s.method,
@@ -146,75 +146,78 @@ class Record:
             "total_loss": [line.get("total_loss") for line in self.lines],
             "epochs_log": self.log,
             "best": self._best(),
-            "seconds_per_step": spent,
-            "peak_bytes": max(weighed, default=None),
+            "seconds_per_step": seconds,
+            "peak_bytes": max(peaks, default=None),
             "settings": as_json(s),
             "complete": complete,
         }
-        _replace(self.out / RUN, json.dumps(told, indent=1) + "\n")
+        _replace(self.out / RUN, json.dumps(results, indent=1) + "\n")
         if self.log:
-            write_csv(self.out / "epochs.csv", outcomes.Run(self.out, told).epochs())
+            write_csv(self.out / "epochs.csv", outcomes.Run(self.out, results).epochs())
 
     def _best(self) -> dict[str, Any] | None:
-        """Of the epochs that train all tasks the one with the best average; else each task's best of its own."""
+        """Return the scores of the best epoch by average, among those that train all tasks.
+
+        If no epoch does, return each task's best score, once every task has one.
+        """
         phases = [phase for phase in self.scheme.phases if phase.tasks == TASKS]
-        entries = [entry for phase in phases for entry in self.of_phase(phase)]
+        entries = [entry for phase in phases for entry in self.phase_epochs(phase)]
         if entries:
             best = max(entries, key=lambda entry: entry["average"])
-            return {"epoch": best["epoch"], **_told(scores(best["dev"]))}
-        found = {
-            task: max(asdict(scores(entry["dev"]))[task] for entry in self.of_phase(phase))
+            return {"epoch": best["epoch"], **_as_dict(scores(best["dev"]))}
+        best_scores = {
+            task: max(asdict(scores(entry["dev"]))[task] for entry in self.phase_epochs(phase))
             for phase in self.scheme.phases
             for task in phase.tasks
-            if self.of_phase(phase)
+            if self.phase_epochs(phase)
         }
-        return {"epoch": None, **_told(Scores(**found))} if len(found) == len(TASKS) else None
+        return {"epoch": None, **_as_dict(Scores(**best_scores))} if len(best_scores) == len(TASKS) else None
 
 
 def is_complete(out: Path, settings: Settings) -> bool:
-    """Whether the folder has that run, at its end.
+    """Return whether the folder has a complete run with these settings.
 
     Raises:
-        ValueError: it has a run of other settings.
+        ValueError: it has a complete run with other settings.
     """
     if not has_complete(out):
         return False
-    refuse_other(out / RUN, json.loads((out / RUN).read_text())["settings"], settings)
+    check_settings(out / RUN, json.loads((out / RUN).read_text())["settings"], settings)
     return True
 
 
 def has_complete(out: Path) -> bool:
-    """Whether the folder has a run, at its end."""
+    """Return whether the folder has a complete run."""
     return (out / RUN).exists() and bool(json.loads((out / RUN).read_text())["complete"])
 
 
-def refuse_other(file: Path, told: dict[str, Any], settings: Settings) -> None:
-    """Raise ValueError unless ``file`` is of a run with these settings, which it tells as JSON has them."""
+def check_settings(file: Path, stored: dict[str, Any], settings: Settings) -> None:
+    """Raise ValueError unless the settings stored in ``file`` are ``settings``."""
     ours = as_json(settings)
-    differ = [f"{name} = {told.get(name)!r}, not {ours[name]!r}" for name in ours if told.get(name) != ours[name]]
+    differ = [f"{name} = {stored.get(name)!r}, not {ours[name]!r}" for name in ours if stored.get(name) != ours[name]]
     if differ:
-        raise ValueError(f"{file} is of a run with {', '.join(differ)}")
+        raise ValueError(f"{file} belongs to a run with {', '.join(differ)}")
 
 
 def as_json(settings: Settings) -> dict[str, Any]:
-    """The settings, as they come back from a file."""
+    """Return the settings in the form in which JSON returns them."""
     found: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
     return found
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write all of it or nothing."""
-    written = file.with_name(f"{file.name}.new")
-    written.write_text(text)
-    os.replace(written, file)
+    """Write the file atomically."""
+    temporary = file.with_name(f"{file.name}.new")
+    temporary.write_text(text)
+    os.replace(temporary, file)
 
 
-def _told(found: Scores) -> dict[str, float]:
+def _as_dict(found: Scores) -> dict[str, float]:
     return {"average": found.average, "overall": found.overall, **asdict(found)}
 
 
 def _mean(lines: Sequence[Line], tag: str) -> float | None:
-    """Over the lines that have it."""
+    """Return the mean over the lines that have the tag, or None."""
     values = [line[tag] for line in lines if tag in line]
     return fmean(values) if values else None
 
@@ -224,7 +227,7 @@ def _median(lines: Sequence[Line], tag: str) -> float | None:
     return median(values) if values else None
 
 
-def _together(seconds: Sequence[float | None]) -> float | None:
-    """A step of each phase."""
+def _sum(seconds: Sequence[float | None]) -> float | None:
+    """Return the time of one step of each phase, or None if one is unknown."""
     known = [each for each in seconds if each is not None]
     return sum(known) if len(known) == len(seconds) else None

@@ -1,4 +1,7 @@
-"""The five reports' ways to train, by the first words of their titles: heads, loss, sampling, batch sizes, phases."""
+"""The training schemes of the five reports, named by the first words of their titles.
+
+A scheme has heads, losses, sampling, batch sizes, a learning rate and phases.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -7,13 +10,14 @@ from examples.minbert.examples import TASKS
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training with an optimizer of its own, for as many epochs as the run is told.
+    """A part of training with its own optimizer. The run's settings give its number of epochs.
 
     Attributes:
-        tasks: that train, of ``TASKS``.
-        copy: begin with the weights of the run's beginning, and lay the outcome aside. The next phase that is no copy
-            begins with the mean of what was laid aside; heads as their own tasks' copies have them.
-        frozen: BERT stays as it is.
+        name: name of the phase.
+        tasks: tasks that train, from ``TASKS``.
+        copy: whether the phase trains a copy of the model from the initial weights. The next phase that is no copy
+            starts from the mean of the copies' encoders; each head comes from its own task's copy.
+        frozen: whether BERT is frozen.
     """
 
     name: str
@@ -24,17 +28,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One report's.
+    """The training scheme of one report.
 
     Attributes:
-        heads: of each task, as ``heads.py`` names them.
-        similarity: the loss of that task, "mse" or "pearson".
+        heads: names of the tasks' heads, from ``HEADS``.
+        similarity: loss of the similarity task, "mse" or "pearson".
         layer: whether all tasks share a layer between BERT and their heads.
-        sampling: of ``TaskSampler``. Other than "joint", a step trains one task, and the others' last gradients are
-            kept for surgery.
-        batch_sizes: by task.
-        lr: learning rate for BERT-base, the course project's.
-        phases: one after another.
+        sampling: scheme of ``TaskSampler``. Unless it is "joint", a step trains one task, and the others' last
+            gradients are kept for surgery.
+        batch_sizes: batch size of each task.
+        lr: learning rate for BERT-base, from the course project.
+        phases: phases in their order.
     """
 
     heads: tuple[str, str, str]
@@ -47,48 +51,50 @@ class Scheme:
 
     @property
     def heads_by_task(self) -> dict[str, str]:
-        """As ``heads.py`` takes them."""
+        """Name of each task's head."""
         return dict(zip(TASKS, self.heads, strict=True))
 
     @property
     def losses(self) -> dict[str, str]:
-        """By task, as ``heads.py`` takes them."""
+        """Name of each task's loss."""
         return dict(zip(TASKS, ("cross-entropy", "binary-cross-entropy", self.similarity), strict=True))
 
     @property
     def main(self) -> tuple[Phase, ...]:
-        """What a run's times and memory are of: the first phase that trains all tasks, or where none does, all."""
+        """Phases whose times and memory are reported: the first that trains all tasks, or else every phase."""
         return next(((phase,) for phase in self.phases if phase.tasks == TASKS), self.phases)
 
     def alone(self) -> "Scheme":
-        """The same with a model for each task, which sees no other."""
+        """Return the scheme with a separate model for each task."""
         frozen = self.main[0].frozen
         return replace(self, phases=tuple(replace(phase, frozen=frozen) for phase in ALONE), sampling="joint")
 
 
 ALONE = tuple(Phase(f"{task} alone", (task,), copy=True) for task in TASKS)
 
-# With MiniLM's weights and eight pairs in a batch, similarity's gradient is at first 2 to 3 times as long as
-# sentiment's under the multiplicative head and squared error, 5 times under the joint one and the sigmoid, and 30 under
-# the cosine: so the multiplicative head is chosen where all tasks train BERT.
+# With MiniLM's weights and eight pairs in a batch, the similarity gradient is initially 2 to 3 times as long as
+# sentiment's with the multiplicative head and squared error, 5 times with the joint head and the sigmoid, and 30 times
+# with the cosine. The multiplicative head is therefore our choice wherever all tasks train BERT.
+#
+# "Report" marks what a report states. "Choice" marks what it leaves open and we chose.
 SCHEMES = {
-    # The report's: one task a step, sampled, against the others' last gradients. Chosen: the heads, the first sampler.
+    # Report: a step trains one sampled task, against the others' last gradients. Choice: the heads; the first sampler.
     "rhapsody": Scheme(("linear", "joint", "multiplicative"), sampling="annealed"),
-    # The report's: all tasks in a step. Chosen: the heads; and that its loss is 1 - r, which at chance is what the
-    # report's weights make as large as the other two losses.
+    # Report: a step trains all tasks. Choice: the heads; the loss 1 - r, which is 1 at chance level, so that the
+    # report's weights make all three losses equal at chance level.
     "unitary-scalarization": Scheme(("linear", "concatenated", "multiplicative"), similarity="pearson"),
-    # The report's: all tasks in a step. Chosen: the heads, and that the batch sizes of 8, 20 and 8 are this one's.
+    # Report: a step trains all tasks. Choice: the heads; the batch sizes of 8, 20 and 8 for this scheme.
     "gradattention": Scheme(("two-layer-tanh", "multiplicative", "multiplicative"), batch_sizes=(8, 20, 8)),
-    # The report's: BERT is frozen under a linear and a non-linear layer, and linear heads. Chosen: that the tasks share
-    # the layer, for else there were nothing to do surgery on; ReLU; and the sigmoid after the similarity's head.
+    # Report: BERT is frozen under a linear and a non-linear layer and linear heads. Choice: the tasks share the layer,
+    # because surgery needs shared parameters; ReLU; the sigmoid after the similarity head.
     "gradient-descent": Scheme(
         ("linear", "concatenated", "sigmoid"), layer=True, lr=1e-3, phases=(Phase("on frozen BERT", frozen=True),)
     ),
-    # The report's: the phases. Chosen: the heads, and that 1 - r is this one's loss, which copies learn each by itself.
+    # Report: the phases. Choice: the heads; the loss 1 - r, which here is also trained alone, in a copy.
     "single-task-pretraining": Scheme(
         ("two-layer-relu", "mean-pooled", "multiplicative"),
         similarity="pearson",
         phases=(*ALONE, Phase("fine-tuning"), Phase("heads alone", frozen=True)),
     ),
 }
-"""By name on the command line."""
+"""Schemes by their name on the command line."""

@@ -1,52 +1,51 @@
-"""What decides a run."""
+"""The settings of a run."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from examples.minbert.examples import TASKS
 from examples.minbert.heads import HEADS, LOSSES
-from examples.minbert.methods import METHODS
+from examples.minbert.methods import METHODS, OPTIMIZERS
 from examples.minbert.schemes import SCHEMES, Scheme
-from examples.minbert.training import OPTIMIZERS
 from gradkern.sampling import SCHEMES as SAMPLINGS
 
-LEAST = {"epochs": 1, "steps": 1, "judged": 1, "patience": 1, "max_length": 3, "seed": 0}
-"""Of whole numbers."""
-MOST = 2**63 - 1
-"""Of the same, and what fits into every random number generator."""
+MINIMUM = {"epochs": 1, "steps": 1, "judged": 1, "patience": 1, "max_length": 3, "seed": 0}
+"""Smallest values of the integer settings."""
+MAXIMUM = 2**63 - 1
+"""Largest value of the integer settings, the largest seed that every random number generator accepts."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the outcome of a run, but for the machine. None is for what the scheme says.
+    """All settings that determine the results of a run. Where a scheme has the same setting, None selects its value.
 
     Raises:
-        ValueError: one of them is not what it can be, or has no meaning beside another.
+        ValueError: a setting is not valid, or has no effect together with another.
 
     Attributes:
-        scheme: in ``SCHEMES``.
-        method: in ``METHODS``.
-        data: folder of the course project's files; None for made-up sentences.
-        skip_malformed: leave out rows that are, and tell; else they raise.
-        weights: as ``weights.find`` takes it.
-        device: of torch.
-        epochs: of each phase.
-        steps: of an epoch.
-        heads: of each task.
-        similarity: the loss of that task, "mse" or "pearson".
-        batch_sizes: of each task.
-        max_length: tokens of a sentence, [CLS] and [SEP] among them; those beyond are cut off.
+        scheme: key of ``SCHEMES``.
+        method: key of ``METHODS``.
+        data: folder of the course project's files; None for synthetic sentences.
+        skip_malformed: whether to leave out malformed rows and list them; otherwise they raise.
+        weights: name or folder for ``weights.find``.
+        device: name of a torch device.
+        epochs: epochs of each phase.
+        steps: steps per epoch; None for one pass over the data.
+        heads: name of each task's head.
+        similarity: loss of the similarity task, "mse" or "pearson".
+        batch_sizes: batch size of each task.
+        max_length: most tokens of a sentence, including [CLS] and [SEP]; longer sentences are truncated.
         lr: learning rate.
-        optimizer: in ``OPTIMIZERS``.
-        task_weights: of the losses in the sum of unitary scalarization.
-        sampling: of ``TaskSampler``.
-        suppression: the probability to drop an entry of a shared parameter's gradient; None for no masks.
-        dropout: of BERT and of the heads.
-        amp: forward passes under autocast to bfloat16.
-        seed: of all random choices.
-        judged: how many examples of each task's dev set are judged after an epoch, and of training a quarter as many;
-            None for all of dev and a fixed part of training.
-        patience: epochs without a better score, after which a phase ends; None to go on.
+        optimizer: key of ``OPTIMIZERS``.
+        task_weights: weights of the losses in unitary scalarization; None for ones.
+        sampling: scheme of ``TaskSampler``.
+        suppression: probability to drop an entry of a shared parameter's gradient; None for no suppression.
+        dropout: dropout probability in BERT and in the heads.
+        amp: whether forward passes run under autocast to bfloat16.
+        seed: seed of all random choices.
+        judged: dev examples of each task that an epoch is evaluated on, and a quarter as many of the training set;
+            None for all of dev and a fixed part of the training set.
+        patience: number of epochs without a better score that ends a phase; None to train all epochs.
     """
 
     scheme: str
@@ -78,10 +77,10 @@ class Settings:
         self._check_names("optimizer", OPTIMIZERS)
         self._check_names("sampling", SAMPLINGS)
         self._check_names("similarity", LOSSES["sts"])
-        for name, least in LEAST.items():
+        for name, minimum in MINIMUM.items():
             value = getattr(self, name)
-            if value is not None and not least <= value <= MOST:
-                raise ValueError(f"{name} must be from {least} to 2**63 - 1, got {value!r}")
+            if value is not None and not minimum <= value <= MAXIMUM:
+                raise ValueError(f"{name} must be from {minimum} to 2**63 - 1, got {value!r}")
         for name in ("suppression", "dropout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -94,35 +93,35 @@ class Settings:
         for name in ("heads", "batch_sizes", "task_weights"):
             value = getattr(self, name)
             if value is not None and len(value) != len(TASKS):
-                raise ValueError(f"{name} must be {len(TASKS)}, one for each of {TASKS}; got {value!r}")
+                raise ValueError(f"{name} must have {len(TASKS)} entries, one for each of {TASKS}; got {value!r}")
         for task, name in zip(TASKS, self.heads or (), strict=False):
             if name not in HEADS[task]:
                 raise ValueError(f"heads[{task!r}] must be one of {', '.join(map(repr, HEADS[task]))}; got {name!r}")
-        self._check_meaning()
+        self._check_effects()
 
     def _check_names(self, name: str, known: Collection[str]) -> None:
         value = getattr(self, name)
         if value is not None and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
 
-    def _check_meaning(self) -> None:
-        """What would be left without any effect is refused, lest a report tell of it."""
+    def _check_effects(self) -> None:
+        """Reject settings that would have no effect, because a report would list them as if they had one."""
         if self.task_weights is not None and self.method != "unitary":
             raise ValueError(
-                f"task_weights are of the method 'unitary', not of {self.method!r}; surgery weighs by itself"
+                f"task_weights apply to the method 'unitary' only, not to {self.method!r}, which finds its own weights"
             )
         for name in ("suppression", "sampling"):
             if self.method == "single-task" and getattr(self, name) is not None:
                 raise ValueError(
-                    f"{name} is of tasks that train together, not of 'single-task'; got {getattr(self, name)!r}"
+                    f"{name} applies to tasks that train together, not to 'single-task'; got {getattr(self, name)!r}"
                 )
         scheme = self.resolved()
         if scheme.similarity == "pearson" and scheme.batch_sizes[TASKS.index("sts")] == 1:
-            raise ValueError(f"batch_sizes of 1 have no correlation to learn similarity by, got {scheme.batch_sizes!r}")
+            raise ValueError(f"the loss 'pearson' needs at least 2 pairs per batch, got {scheme.batch_sizes!r}")
 
     def resolved(self) -> Scheme:
-        """The scheme with what is set here in place of its own."""
+        """Return the scheme, with the values that are set here."""
         scheme = SCHEMES[self.scheme]
-        own = {name: getattr(self, name) for name in ("heads", "similarity", "sampling", "batch_sizes", "lr")}
-        scheme = replace(scheme, **{name: value for name, value in own.items() if value is not None})
+        changed = {name: getattr(self, name) for name in ("heads", "similarity", "sampling", "batch_sizes", "lr")}
+        scheme = replace(scheme, **{name: value for name, value in changed.items() if value is not None})
         return scheme.alone() if self.method == "single-task" else scheme

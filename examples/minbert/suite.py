@@ -1,4 +1,4 @@
-"""Each report's experiment, one after another: which runs it is made of, and how large they are."""
+"""The suite: the runs of each report's experiment, at full or small size."""
 
 import math
 from dataclasses import dataclass, replace
@@ -16,15 +16,15 @@ from examples.minbert.settings import Settings
 
 @dataclass(frozen=True)
 class Size:
-    """Of all runs.
+    """Size of all runs in a suite.
 
     Attributes:
-        epochs: of each phase.
-        steps: of an epoch; twice as many where tasks take turns. None for one pass over the data.
-        judged: as in ``Settings``.
-        batch_sizes: of each task; None for the schemes'.
-        max_length: tokens of a sentence.
-        lr: learning rate; ten times this where BERT is frozen. None for the schemes', which are for BERT-base.
+        epochs: epochs of each phase.
+        steps: steps per epoch, doubled if a step trains one task; None for one pass over the data.
+        judged: same as in ``Settings``.
+        batch_sizes: batch size of each task; None for the schemes' values.
+        max_length: most tokens of a sentence.
+        lr: learning rate, ten times this if BERT is frozen; None for the schemes' values, which suit BERT-base.
     """
 
     epochs: int = 10
@@ -36,18 +36,18 @@ class Size:
 
 
 SMALL = Size(epochs=2, steps=30, judged=200, batch_sizes=(16, 4, 16), max_length=40, lr=1e-4)
-"""Of ``--small``. At the rate of 1e-4 MiniLM learns sentiment and similarity in sixty such steps. What decides it is
-similarity's batch: of four pairs its gradient is ten times as long as sentiment's, most of it noise, and in the sum
-nothing else is heard."""
+"""Size of ``--small``. At a rate of 1e-4 MiniLM learns sentiment and similarity in sixty such steps. The batch size of
+similarity matters most: with four pairs its gradient is ten times as long as sentiment's and mostly noise, and it
+dominates the sum."""
 
 
 def methods(*names: str) -> list[dict[str, Any]]:
-    """Runs that differ in the method."""
+    """Return runs that differ in the method."""
     return [{"method": name} for name in names]
 
 
 REPORT_WEIGHTS = (1.0, math.log(1 / 5) / math.log(1 / 2), -math.log(1 / 5))
-"""Of the losses in "Unitary Scalarization or Gradient Surgery?"."""
+"""Weights of the losses in "Unitary Scalarization or Gradient Surgery?"."""
 
 EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "unitary-scalarization": [
@@ -69,14 +69,14 @@ EXPERIMENTS: dict[str, list[dict[str, Any]]] = {
     "gradient-descent": methods("single-task", "unitary", "pcgrad"),
     "single-task-pretraining": methods("pcgrad"),
 }
-"""By scheme."""
+"""Runs of each scheme's experiment."""
 
 
 def runs(size: Size, **common: Any) -> dict[str, Settings]:
-    """All of ``EXPERIMENTS`` at that size, by name."""
+    """Return the settings of all runs of ``EXPERIMENTS`` at that size, by name."""
     made = {}
-    for scheme, several in EXPERIMENTS.items():
-        for own in several:
+    for scheme, variants in EXPERIMENTS.items():
+        for variant in variants:
             settings = Settings(
                 scheme=scheme,
                 epochs=size.epochs,
@@ -84,41 +84,41 @@ def runs(size: Size, **common: Any) -> dict[str, Settings]:
                 batch_sizes=size.batch_sizes,
                 max_length=size.max_length,
                 **common,
-                **own,
+                **variant,
             )
             resolved = settings.resolved()
-            frozen, turns = resolved.main[0].frozen, resolved.sampling != "joint"
+            frozen, one_task = resolved.main[0].frozen, resolved.sampling != "joint"
             lr = None if size.lr is None else size.lr * (10 if frozen else 1)
-            steps = None if size.steps is None else size.steps * (2 if turns else 1)
-            beside = (f"{name}-{_shown(value)}" for name, value in own.items() if name != "method")
-            made["-".join([scheme, own["method"], *beside])] = replace(settings, lr=lr, steps=steps)
+            steps = None if size.steps is None else size.steps * (2 if one_task else 1)
+            others = (f"{name}-{_folder_text(value)}" for name, value in variant.items() if name != "method")
+            made["-".join([scheme, variant["method"], *others])] = replace(settings, lr=lr, steps=steps)
     return made
 
 
-def _shown(value: Any) -> str:
-    """A setting's value in the name of a folder."""
+def _folder_text(value: Any) -> str:
+    """Return the text of a setting's value in a folder's name."""
     return "-".join(f"{number:.3g}" for number in value) if isinstance(value, tuple) else str(value)
 
 
 def suite(small: bool, out: Path, console: Console, **common: Any) -> None:
-    """Run what is not complete in ``out``, from its checkpoint if it has one; then report on all.
+    """Run what is not complete in ``out``, from its checkpoint if it has one; then report on all runs.
 
     Args:
-        small: at the size of ``SMALL``.
-        out: a folder for each run's folder, and for the report.
-        console: is told of progress.
-        common: of all runs, as ``Settings`` takes them: where the data and the weights are, and the device.
+        small: whether to use the size ``SMALL``.
+        out: folder for the runs' folders and the report.
+        console: console that shows progress.
+        common: settings of all runs: data, weights and device.
 
     Raises:
-        ValueError: a run that ``out`` has is of other settings.
+        ValueError: ``out`` has a run with other settings.
     """
-    several = runs(SMALL if small else Size(), **common)
-    for k, (name, settings) in enumerate(several.items()):
-        console.print(f"run {k + 1} of {len(several)}: {name}")
+    by_name = runs(SMALL if small else Size(), **common)
+    for k, (name, settings) in enumerate(by_name.items()):
+        console.print(f"run {k + 1} of {len(by_name)}: {name}")
         if is_complete(out / name, settings):
             continue
         run = Run(settings, out / name, console)
         if run.checkpoint.exists():
-            run.go_on()
+            run.resume()
         run.train()
-    console.print(report([out / name for name in several], out), markup=False, soft_wrap=True)
+    console.print(report([out / name for name in by_name], out), markup=False, soft_wrap=True)

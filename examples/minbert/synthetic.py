@@ -1,4 +1,4 @@
-"""Made-up sentences for the three tasks, so that there is something to learn with nothing at hand."""
+"""Synthetic sentences for the three tasks, for runs without data."""
 
 import random
 from collections.abc import Callable
@@ -7,18 +7,18 @@ from examples.minbert.examples import Example, Examples
 
 
 def synthetic(seed: int, n: int = 256) -> dict[str, Examples]:
-    """Made-up sentences that can be learned: "train" with n examples of each task, "dev" with a quarter as many others.
+    """Return learnable sentences: "train" with n examples of each task, "dev" with a quarter as many others.
 
-    - sst: how good something is said to be, by one of ten adjectives or a neutral one, weakly or strongly.
-    - para: two questions on one topic, or on two.
-    - sts: how many of the five things in one sentence the other has too.
+    - sst: an opinion in one of ten adjectives or a neutral one, weak or strong.
+    - para: two questions on the same topic, or on different topics.
+    - sts: two sentences with five things each, labelled by the number of things they share.
 
-    Pairs that belong together are the more often on the first half of the topics, so that something can be learned by
-    heads too that add up what they find in either sentence and cannot compare them.
+    Pairs with a high label are more often on the first half of the topics. Heads that only add what they find in each
+    sentence, and cannot compare them, can therefore learn something too.
 
     Args:
-        seed: another one, other sentences.
-        n: from 4 to 4,000; of pairs on one topic there are not many more.
+        seed: seed of the sentences.
+        n: number from 4 to 4,000; there are not many more pairs on the same topic.
 
     Raises:
         ValueError: ``n`` is too small or too large.
@@ -34,7 +34,7 @@ def synthetic(seed: int, n: int = 256) -> dict[str, Examples]:
 
 
 Maker = Callable[[int, random.Random], tuple[tuple[str, ...], int]]
-"""The k-th example's sentences and label: labels take turns, so that none is rare."""
+"""Function that returns the k-th example's sentences and label; the labels cycle with k, so that none is rare."""
 
 NEGATIVE = ("awful", "boring", "clumsy", "dreadful", "stupid")
 NEUTRAL = ("average", "familiar", "long", "quiet", "usual")
@@ -95,7 +95,7 @@ MAKERS: dict[str, Maker] = {"sst": _sentiment, "para": _paraphrase, "sts": _simi
 
 
 def _distinct(task: str, make: Maker, n: int, rng: random.Random) -> list[Example]:
-    """``n`` examples with no two alike, so that none to learn from is among those to be judged by."""
+    """Return ``n`` different examples, so that no training example is in the dev set."""
     found: dict[tuple[str, ...], Example] = {}
     while len(found) < n:
         k = len(found)

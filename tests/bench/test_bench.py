@@ -1,4 +1,4 @@
-"""``python -m bench``: all contestants do the same work, and what is told of them is what was measured."""
+"""``python -m bench``: all contestants do the same work, and the reported figures are the measured ones."""
 
 import csv
 import importlib.util
@@ -36,18 +36,19 @@ PNG = b"\x89PNG\r\n\x1a\n"
 INSTALLED = Peers({name: "?" for name, package in PACKAGES.items() if importlib.util.find_spec(package)})
 ORDERS = list(product(permutations((1, 2)), permutations((0, 2)), permutations((0, 1))))
 
-# Of the longest row: float32 arithmetic over some thousand numbers, and TorchJD's 1e-8 added to each product of norms.
+# Relative to the longest row: float32 sums of some thousand numbers, and the 1e-8 that TorchJD adds to each product of
+# norms.
 NEAR = 1e-5
 
 
 def opposed(T: int, P: int) -> Tensor:
-    """Rows of which each two conflict, so that every order of projections has a result of its own."""
+    """Return rows that conflict pairwise, so that every order of projections has a different result."""
     J = torch.randn(T, P)
     return J - 0.9 * J.mean(0)
 
 
 def inputs(case: Case) -> Inputs:
-    """The case's, with opposed rows."""
+    """Return the inputs of a case, with opposed rows."""
     x = Inputs(case, CPU)
     rows = opposed(case.T, case.P or 64)
     x.J = rows
@@ -57,7 +58,7 @@ def inputs(case: Case) -> Inputs:
 
 
 def updates(grads: Sequence[Tensor]) -> list[Tensor]:
-    """PCGrad's, in all orders."""
+    """Return PCGrad's updates for all orders."""
     return [torch.stack(reference.pcgrad(grads, order)).sum(0) for order in ORDERS]
 
 
@@ -65,20 +66,20 @@ def assert_one_of(actual: Tensor, candidates: Sequence[Tensor]) -> None:
     scale = max(float(c.abs().max()) for c in candidates)
     errors = [float((actual.double() - c).abs().max()) for c in candidates]
     assert min(errors) <= NEAR * scale
-    assert max(errors) == min(errors) or max(errors) > 100 * NEAR * scale  # they differ by more than may be forgiven
+    assert max(errors) == min(errors) or max(errors) > 100 * NEAR * scale  # candidates differ by more
 
 
 def expected(x: Inputs) -> list[Tensor]:
-    """What the operation may give, by the reference; one of several where it draws orders."""
+    """Return the reference's possible results of the operation; there are several if it draws orders."""
     rows, operation = list(x.J), x.case.operation
-    everyone_onto = [reference.pcgrad_onto(rows, partners) for partners in product((1, 2), (0, 2), (0, 1))]
+    onto_partners = [reference.pcgrad_onto(rows, partners) for partners in product((1, 2), (0, 2), (0, 1))]
     return {
         "gramian": lambda: [reference.gramian(rows)],
         "combine": lambda: [reference.combine(rows, x.w.tolist())],
         "project": lambda: [reference.project(rows, x.W.tolist())],
         "pcgrad": lambda: updates(rows),
         "gradvac": lambda: updates(rows),  # at the first step all targets are 0
-        "pcgrad-random": lambda: [torch.stack(modified).sum(0) for modified in everyone_onto],
+        "pcgrad-random": lambda: [torch.stack(modified).sum(0) for modified in onto_partners],
         "pcgrad-average": lambda: [torch.stack(reference.pcgrad_average(rows)).sum(0)],
         "pcgrad-similar": lambda: [sum(reference.pcgrad_onto(rows, reference.most_similar(rows)))],
         "pcgrad-different": lambda: [sum(reference.pcgrad_onto(rows, reference.most_different(rows)))],
@@ -106,7 +107,7 @@ def test_contestants_of_gramians_do_the_same(operation: str, S: int) -> None:
     runs = contestants(x, INSTALLED)
     for name in runs.keys() - {floors.COPY}:
         found = runs[name]()
-        weights = found.sum(-2) if found.ndim > 1 else found  # TorchJD's are summed over tasks already
+        weights = found.sum(-2) if found.ndim > 1 else found  # TorchJD's weights are already summed over tasks
         for w in weights.reshape(-1, 3):
             assert_one_of(w @ x.J, updates(list(x.J)))
 
@@ -126,7 +127,7 @@ def test_contestants_of_a_step_do_the_same(groups: str, form: cases.Suppressed) 
     ours, naive = runs[OURS](), runs["naive"]()
     for name, result in ((OURS, torch.cat([g for _, g in ours[0]])), ("naive", torch.cat(naive))):
         keep = result != 0
-        # Five standard deviations of as many draws.
+        # The tolerance is five standard deviations of that many draws.
         draws = P if name == "naive" else P / form.block
         assert abs(float(keep.float().mean()) - (1 - form.p)) <= 5 * math.sqrt(form.p * (1 - form.p) / draws)
         scope = "update" if name == "naive" else form.scope
@@ -147,7 +148,7 @@ def test_one_launch_takes_part_on_nvidias_gpus_alone(operation: str, monkeypatch
     assert ONE_LAUNCH not in contestants(cuda, INSTALLED)
 
 
-def test_one_launch_is_taken_by_the_table_and_by_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_one_launch_contestant_runs_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     x, before = Inputs(Case("pcgrad", 3, 1000, "bfloat16"), torch.device("cuda")), dict(settings.ONE_LAUNCH)
     seen = []
 
@@ -156,13 +157,13 @@ def test_one_launch_is_taken_by_the_table_and_by_nobody_else(monkeypatch: pytest
 
     runs = {OURS: see} | _one_launch(x, see)
     monkeypatch.setattr(measure, "peak", lambda run, device: run())
-    measure.measured(runs, OURS, 0.0, CPU)
+    measure.measure(runs, OURS, 0.0, CPU)
     first, each = 3, [[False, False], [True, False]]
     assert seen == first * each[:1] + first * each[1:] + measure.FEWEST * each
     assert before == settings.ONE_LAUNCH
 
 
-def test_what_a_contestant_enters_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entering_a_contestants_context_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, gradkern=0.5, naive=0.5)
 
     class Entered(SimpleNamespace):
@@ -173,11 +174,12 @@ def test_what_a_contestant_enters_is_not_timed(monkeypatch: pytest.MonkeyPatch) 
             clock.timed.append(("left", 0))
 
     clock.runs["naive"] = Entered(**vars(clock.runs["naive"]))
-    measure.measured(clock.runs, OURS, 0.0, CPU)  # type: ignore[arg-type]
+    measure.measure(clock.runs, OURS, 0.0, CPU)  # type: ignore[arg-type]
     assert clock.timed == [(OURS, 1), ("entered", 0), ("naive", 1), ("left", 0)] * 3
 
 
-# Of the terms of a sum: as above; and three roundings to bfloat16's 8 bits, of weights, products and sums.
+# Relative to the terms of a sum: for float32 as above; for bfloat16 three roundings to 8 bits, of weights, products and
+# sums.
 CLOSE = {"float32": NEAR, "bfloat16": 3 * 2**-8}
 
 
@@ -202,13 +204,13 @@ def test_contestants_of_adamw_step_along_the_same(T: int, form: cases.Suppressed
         assert all(p.grad is None for p in x.stepped)
         state = optimizers[-1].state
         m, v = (torch.cat([state[p][key] for p in x.stepped]).double() for key in ("exp_avg", "exp_avg_sq"))
-        keep = m != 0 if form.p else torch.ones(P, dtype=torch.bool)  # where 16-bit numbers may cancel
-        draws = P / form.block if name == OURS else P  # as above, five standard deviations
+        keep = m != 0 if form.p else torch.ones(P, dtype=torch.bool)  # 16-bit sums may cancel to 0
+        draws = P / form.block if name == OURS else P  # five standard deviations, as above
         assert abs(float(keep.double().mean()) - (1 - form.p)) <= 5 * math.sqrt(form.p * (1 - form.p) / draws)
         size = sum(term.abs() for term in terms)
         assert bool(((m - 0.1 * keep * sum(terms)).abs() <= 0.1 * CLOSE[dtype] * size).all())
         assert bool(((v - 0.001 * keep * sum(terms) ** 2).abs() <= 0.002 * CLOSE[dtype] * size**2).all())
-        # A first step is as long as the learning rate, whatever the gradient; a parameter is rounded.
+        # A first step is as long as the learning rate for any gradient, and the parameter is rounded.
         zeros = [torch.zeros(P)] * 2
         expected, *_ = reference.adamw(torch.cat(start), zeros, m / 0.1, 1, 1e-3, (0.9, 0.999), 0.01, 1e-8)
         rounding = torch.finfo(getattr(torch, dtype)).eps * expected.abs()
@@ -229,7 +231,7 @@ def test_contestants_of_entries_do_the_same() -> None:
         assert torch.equal(torch.cat(x.target[:16]), torch.zeros(16_000).index_copy(0, x.index, x.values))
 
 
-def test_the_copy_is_one() -> None:
+def test_the_copy_copies_the_input() -> None:
     x = inputs(Case("surgery", 3, 160, shapes="pieces"))
     for tensor in x.target:
         tensor.zero_()
@@ -252,7 +254,7 @@ def test_a_sweep_has_every_operation_once(sweep: list[Case]) -> None:
 
 def test_bert_base_is_that_of_the_paper() -> None:
     assert len(BERT_BASE) == 199
-    assert numbers(BERT_BASE) == 109_482_240  # "110M" in Devlin et al. 2019; this is what its released weights hold
+    assert numbers(BERT_BASE) == 109_482_240  # "110M" in Devlin et al. 2019, exact by its weights
 
 
 def test_floors_by_hand() -> None:
@@ -282,13 +284,13 @@ def test_floors_by_hand() -> None:
 def test_quantiles_and_ratios_by_hand() -> None:
     assert measure.quantiles([float(k) for k in range(11)]) == {"p20": 2.0, "p50": 5.0, "p80": 8.0}
     assert measure.quantiles([7.0]) == {"p20": 7.0, "p50": 7.0, "p80": 7.0}
-    # Round by round 2, 2, 3, and not the ratio of medians; of rounds that one did not take part in, none.
+    # The ratios per round are 2, 2 and 3; this is not the ratio of medians. Rounds that only one ran are left out.
     assert measure.ratio([2.0, 4.0, 12.0], [1.0, 2.0, 4.0])["p50"] == 2.0
     assert measure.ratio([30.0], [1.0, 2.0])["p50"] == 30.0
 
 
 class Clock:
-    """Contestants that take as long as they say, and who was timed, how often in a row."""
+    """Contestants with given times, and a record of the timed calls: name and number of calls in a row."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
         self.timed: list[tuple[str, int]] = []
@@ -303,33 +305,33 @@ class Clock:
 
 def test_contestants_take_turns_for_equal_times(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, gradkern=1e-3, naive=1e-2)
-    found = measure.measured(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
+    found = measure.measure(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
     assert clock.timed == [(OURS, 20), ("naive", 2)] * 15
     assert found.seconds == {OURS: [1e-3] * 15, "naive": [1e-2] * 15}
 
 
 def test_long_calls_have_fewer_rounds_and_very_long_ones_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, TorchJD=30.0, gradkern=0.5, naive=2.9)
-    found = measure.measured(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
+    found = measure.measure(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
     assert clock.timed == [("TorchJD", 1), *[(OURS, 1), ("naive", 1)] * 3]
     assert found.seconds["TorchJD"] == [30.0]
 
 
-def test_ours_and_who_comes_near_it_have_rounds_however_slow_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ours_and_contestants_of_similar_speed_always_have_three_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch, gradkern=100.0, naive=499.0, TorchJD=501.0)
-    found = measure.measured(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
+    found = measure.measure(clock.runs, OURS, 0.6, CPU)  # type: ignore[arg-type]
     assert {name: len(t) for name, t in found.seconds.items()} == {OURS: 3, "naive": 3, "TorchJD": 1}
 
 
-def test_what_others_cannot_do_is_told_and_what_ours_cannot_is_raised() -> None:
+def test_errors_of_others_are_recorded_and_ours_are_raised() -> None:
     def broken() -> None:
         raise RuntimeError("no such thing\nat all")
 
-    found = measure.measured({OURS: list, "naive": broken}, OURS, 0.01, CPU)
+    found = measure.measure({OURS: list, "naive": broken}, OURS, 0.01, CPU)
     assert found.failed == {"naive": "RuntimeError: no such thing"}
     assert found.seconds.keys() == found.peaks.keys() == {OURS}
     with pytest.raises(RuntimeError, match="no such thing"):
-        measure.measured({OURS: broken, "naive": list}, OURS, 0.01, CPU)
+        measure.measure({OURS: broken, "naive": list}, OURS, 0.01, CPU)
 
 
 def test_peak_memory_by_hand() -> None:
@@ -357,7 +359,7 @@ SMALL = [
 ]
 
 
-def test_a_run_prints_and_keeps_what_it_measured(
+def test_a_run_prints_and_saves_its_measurements(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(cases, "quick", lambda: SMALL)
@@ -404,7 +406,7 @@ def _case(line: dict[str, str]) -> Case:
     return Case(**{name: kinds.get(name, str)(line[name]) for name in Case.__dataclass_fields__})
 
 
-def test_who_would_take_too_long_is_left_out() -> None:
+def test_a_contestant_that_would_take_too_long_is_left_out() -> None:
     def row(P: int, **seconds: float) -> dict[str, Any]:
         figures = {name: {"p50": t} for name, t in seconds.items()}
         return {"case": asdict(Case("pcgrad", 40, P)), "contestants": figures}
@@ -412,10 +414,10 @@ def test_who_would_take_too_long_is_left_out() -> None:
     rows = [row(100, naive=9.0), row(1000, gradkern=2.0, naive=2.0, matmul=0.9, copy=2.0)]
     assert run.too_long(Case("pcgrad", 40, 10_000), rows) == {"naive": "about 20 s a call"}
     assert run.too_long(Case("pcgrad", 40, 4000), rows) == {}
-    assert run.too_long(Case("pcgrad", 16, 10_000), rows) == {}  # nothing is known
-    left = run.measure_case(Case("gramian", 2, 100), CPU, INSTALLED, 0.01, {"naive": "no time"})
-    assert left["contestants"].keys() == {OURS, "matmul", floors.COPY}
-    assert left["absent"] == {"naive": "no time"}
+    assert run.too_long(Case("pcgrad", 16, 10_000), rows) == {}  # there is no earlier time
+    row_without = run.measure_case(Case("gramian", 2, 100), CPU, INSTALLED, 0.01, {"naive": "no time"})
+    assert row_without["contestants"].keys() == {OURS, "matmul", floors.COPY}
+    assert row_without["absent"] == {"naive": "no time"}
 
 
 def test_the_summary_by_hand() -> None:
@@ -443,14 +445,14 @@ def test_the_summary_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["abacus", "cuda:99"])
-def test_a_device_that_is_not_there_is_named(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_device_is_a_usage_error(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--device", name])
     assert stopped.value.code == 2
     assert "argument --device: " in capsys.readouterr().err
 
 
-def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_peer_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(function: object) -> None:
         raise RuntimeError("No working C++ compiler found\nand much more")
 
@@ -459,14 +461,14 @@ def test_a_peer_that_is_missing_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     monkeypatch.setattr(peers, "version", no_package)
-    found = peers.find(CPU)
+    found = peers.find_peers(CPU)
     assert found.found == {}
     assert found.missing[peers.COMPILE] == "RuntimeError: No working C++ compiler found"
     assert "torchjd" in found.missing[peers.TORCHJD]
     assert "pytorch_optimizer" in found.missing[peers.PYTORCH_OPTIMIZER]
 
 
-def test_what_was_measured_before_an_interruption_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measurements_before_an_interruption_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured: Callable[..., dict[str, Any]] = run.measure_case
 
     def interrupted(case: Case, *rest: Any) -> dict[str, Any]:

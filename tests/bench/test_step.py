@@ -1,6 +1,7 @@
-"""``python -m bench.step``: every contestant takes the step that it should, and what is told of it was measured."""
+"""``python -m bench.step``: every contestant takes the right step, and the reported figures are the measured ones."""
 
 import json
+import math
 from functools import partial
 from itertools import count, permutations, product
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bench import device as machine
-from bench.peers import PYTORCH_OPTIMIZER, TORCHJD, Peers, installed
+from bench import measure
+from bench.peers import PYTORCH_OPTIMIZER, TORCHJD, Peers, installed_peers
 from bench.shapes import BERT_BASE, bert, numbers
 from bench.step.__main__ import main
 from bench.step.captured import Captured
@@ -26,18 +28,18 @@ from tests.models import flat, task_gradients
 TINY = Config(layers=2, hidden=32, heads=4, inner=64, vocabulary=50, positions=64)
 CPU = torch.device("cpu")
 T = len(OUTPUTS)
-INSTALLED = installed()
+INSTALLED = installed_peers()
 NAMES = list(contestants(MultiTask(TINY), INSTALLED))
 ORDERS = list(product(permutations((1, 2)), permutations((0, 2)), permutations((0, 1))))
 
-# Of the learning rate, which is about how far AdamW moves a parameter. Gradients round at 1e-17, and Adam divides by
-# as little as 1e-8.
+# Relative to the learning rate, which is about how far AdamW moves a parameter. Gradients round at 1e-17, and Adam
+# divides by as little as 1e-8.
 NEAR = 1e-6
 
 
 @pytest.fixture
 def model(float64_by_default: None) -> MultiTask:
-    """With numbers drawn so that each two of the tasks conflict."""
+    """A model with a seed at which all pairs of tasks conflict."""
     torch.manual_seed(53)
     return MultiTask(TINY)
 
@@ -49,7 +51,7 @@ class Naive:
         self.theta, self.m, self.v, self.t = theta, torch.zeros_like(theta), torch.zeros_like(theta), 0
 
     def after(self, g: Tensor) -> "Naive":
-        """One step on."""
+        """Return the state one step later."""
         after = Naive(self.theta * (1 - LR * 0.01))
         after.t, after.m, after.v = self.t + 1, 0.9 * self.m + 0.1 * g, 0.999 * self.v + 0.001 * g * g
         after.theta -= LR * after.m / (1 - 0.9**after.t) / ((after.v / (1 - 0.999**after.t)).sqrt() + 1e-8)
@@ -57,10 +59,10 @@ class Naive:
 
 
 def updates(name: str, step: int, model: MultiTask) -> list[Tensor]:
-    """The gradients, heads' and all, that the contestant may give to AdamW: one, or one for each choice of orders."""
+    """Return the gradients that the contestant may give to AdamW, heads included; one for each choice of orders."""
     params, trunk = list(model.parameters()), sum(p.numel() for p in model.encoder.parameters())
     rows = [flat(row, params) for row in task_gradients(model().losses, params)]
-    if name == PYTORCH_OPTIMIZER:  # heads too, as if all tasks had them
+    if name == PYTORCH_OPTIMIZER:  # it treats heads as if all tasks shared them
         return [torch.stack(reference.pcgrad(rows, order)).sum(0) for order in ORDERS]
     shared, heads = [row[:trunk] for row in rows], torch.stack(rows).sum(0)[trunk:]
     if name == BASELINE or "Sum" in name:
@@ -74,7 +76,7 @@ def updates(name: str, step: int, model: MultiTask) -> list[Tensor]:
         keeps = [reference.kept(0, step, 0.45, block, u, n) for u, n in zip(firsts, numels, strict=True)]
         keep = torch.cat(keeps)[:trunk]
         found = [reference.suppressed(shared, keep, scope, partial(reference.pcgrad, order=order)) for order in ORDERS]
-    elif "GradVac" in name:  # at the first step its targets are 0, and it does what PCGrad does to each parameter
+    elif "GradVac" in name:  # at the first step its targets are 0, so it does PCGrad on each parameter
         pieces = [row.split([p.numel() for p in model.encoder.parameters()]) for row in shared]
         columns = list(zip(*pieces, strict=True))
         found = [torch.cat([torch.stack(reference.pcgrad(c, order)).sum(0) for c in columns]) for order in ORDERS]
@@ -84,7 +86,7 @@ def updates(name: str, step: int, model: MultiTask) -> list[Tensor]:
 
 
 def groups(name: str, model: MultiTask) -> list[int]:
-    """How many numbers each group has that draws orders of its own."""
+    """Return the sizes of the groups that draw their own orders."""
     params = [p.numel() for p in model.parameters()]
     return params if "GradVac" in name else [sum(params)]
 
@@ -94,7 +96,7 @@ def theta(model: MultiTask) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_are_as_the_reference_takes_them(name: str, model: MultiTask) -> None:
+def test_steps_are_those_of_the_reference(name: str, model: MultiTask) -> None:
     step = contestants(model, INSTALLED)[name]
     naive = Naive(theta(model))
     for k in range(1 if "GradVac" in name or "GradAttention" in name else 3):
@@ -111,7 +113,7 @@ def test_steps_are_as_the_reference_takes_them(name: str, model: MultiTask) -> N
 
 
 def test_the_tasks_conflict(model: MultiTask) -> None:
-    """And by so much that the order of projections, and all else that a method does, moves AdamW's step."""
+    """The tasks conflict so much that the order of projections and the choice of method change AdamW's step."""
     naive = Naive(theta(model))
     pcgrad = [naive.after(g).theta for g in updates("PCGrad", 0, model)]
     for other in ("Sum", "GradAttention", "GradVac", "suppressed", "suppressed in blocks", PYTORCH_OPTIMIZER):
@@ -121,7 +123,7 @@ def test_the_tasks_conflict(model: MultiTask) -> None:
 
 
 def test_all_contestants_step_the_same_parameters(model: MultiTask) -> None:
-    """In turn, as they are measured: each moves every one of them."""
+    """Contestants that step in turn, as when measured, each move every parameter."""
     for step in contestants(model, INSTALLED).values():
         before = [p.detach().clone() for p in model.parameters()]
         step()
@@ -135,12 +137,12 @@ def test_encoders_are_those_of_the_papers() -> None:
 
     assert shapes(SIZES["bert-base"]) == BERT_BASE
     assert shapes(SIZES["minilm"]) == bert(30522, 512, 384, 6, 1536)
-    assert numbers(shapes(SIZES["minilm"])) == 22_713_216  # "22.7M" of its released weights
+    assert numbers(shapes(SIZES["minilm"])) == 22_713_216  # "22.7M" in the released weights
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parts_are_told_by_whose_code_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that goes on by 1 whenever it is read: twice for each call that is watched, and at start and end."""
+def test_parts_are_split_by_the_code_that_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock advances by 1 at each reading: twice for each watched call, and at the start and the end."""
     step = contestants(MultiTask(TINY), INSTALLED)[name]
     step()
     ticks = count()
@@ -148,18 +150,19 @@ def test_parts_are_told_by_whose_code_runs(name: str, monkeypatch: pytest.Monkey
     functions = torch.autograd.grad, torch.autograd.backward, torch.optim.AdamW.step, MultiTask.forward
     found = parts(step, CPU)
     one_pass = name == BASELINE or "Sum" in name
-    backward = 1 if one_pass else 2 * T if name == TORCHJD else T  # TorchJD's: the heads', then all below them
-    network = 2 if "GradAttention" in name else 0  # it and what follows; its own backward pass is surgery
+    backward = 1 if one_pass else 2 * T if name == TORCHJD else T  # TorchJD: heads, then encoder
+    network = 2 if "GradAttention" in name else 0  # weights() and the code after it; its own backward pass is surgery
     surgery = 1 + backward + 1 + 1 + network
     assert found == {"forward": 1, "backward": backward, "update": 1, "surgery": surgery}
     assert functions == (torch.autograd.grad, torch.autograd.backward, torch.optim.AdamW.step, MultiTask.forward)
 
 
 @pytest.mark.parametrize("peers", [False, True])
-def test_a_run_prints_and_keeps_what_it_measured(
+def test_a_run_prints_and_saves_its_measurements(
     peers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(SIZES, "tiny", Size("tiny", TINY))
+    monkeypatch.setattr(measure, "SLOW", math.inf)  # on a busy machine even a tiny step may count as slow
     main(["--size", "tiny", "--seconds", "0.01", "--out", str(tmp_path / "new"), *(["--peers"] if peers else [])])
     printed = capsys.readouterr().out
     results = json.loads((tmp_path / "new" / "step.json").read_text())
@@ -169,10 +172,10 @@ def test_a_run_prints_and_keeps_what_it_measured(
     rows = {row["contestant"]: row for row in results["rows"]}
     assert list(rows) == list(names)
     assert {s["contestant"]: s["why"] for s in results["skipped"]} == among.missing
-    told = table(results)
-    assert all(f"| {name} | " in told for name in names)
-    assert all(name in told and why in told for name, why in among.missing.items())
-    assert told in printed
+    text = table(results)
+    assert all(f"| {name} | " in text for name in names)
+    assert all(name in text and why in text for name, why in among.missing.items())
+    assert text in printed
     base = rows[BASELINE]
     assert base["ratio"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0}
     for name, row in rows.items():
@@ -185,7 +188,7 @@ def test_a_run_prints_and_keeps_what_it_measured(
         assert row["over in rows"] == row["over"] / 4 / results["P"]
 
     main(["--show", str(tmp_path / "new" / "step.json")])
-    assert capsys.readouterr().out == f"{told}\n"
+    assert capsys.readouterr().out == f"{text}\n"
 
 
 def test_the_table_by_hand() -> None:
@@ -220,11 +223,11 @@ def test_the_table_by_hand() -> None:
     assert {line.count("|") for line in table(results).splitlines()[2:6]} == {10}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.usefixtures("float64_by_default")
 @pytest.mark.parametrize("name", contestants(MultiTask(TINY), Peers()))
 def test_a_captured_step_is_a_step(name: str) -> None:
-    """Each replay moves the parameters as far as a step does; and to the same place, where no step draws numbers."""
+    """Each replay moves the parameters as far as a step does, and to the same values if no step draws numbers."""
     ends = []
     for captured in (False, True):
         torch.manual_seed(0)
@@ -235,7 +238,7 @@ def test_a_captured_step_is_a_step(name: str) -> None:
         replay = Captured(step) if captured else step
         replay()
         if not captured:
-            replay()  # what a capture does before it
+            replay()  # a capture runs the step once more before it
         before = theta(model)
         replay()
         assert 0.1 * LR < float((theta(model) - before).abs().max()) < 10 * LR

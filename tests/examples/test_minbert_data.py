@@ -1,4 +1,4 @@
-"""The three tasks' data and measures: files, made-up sentences, batches, and scores."""
+"""The three tasks' data and measures: files, synthetic sentences, batches, and scores."""
 
 import math
 from pathlib import Path
@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-pytest.importorskip("tokenizers", reason="sentences become tokens by it")
-pytest.importorskip("safetensors", reason="weights are read by it")
+pytest.importorskip("tokenizers", reason="tokenizes the sentences")
+pytest.importorskip("safetensors", reason="reads the weights")
 
 from examples.minbert.batches import Batch, loaders
 from examples.minbert.examples import TASKS, Example, Examples
-from examples.minbert.files import SHOWN, read
-from examples.minbert.measures import Scores, classified, evaluate, pearson, scores
+from examples.minbert.files import MAX_LISTED, read
+from examples.minbert.measures import Scores, classification_measures, evaluate, pearson, scores
 from examples.minbert.synthetic import synthetic
 from examples.minbert.tokens import Tokens
 from gradkern.sampling import TaskSampler
@@ -29,14 +29,14 @@ GOOD = {
 
 
 def written(folder: Path, **changed: list[str]) -> Path:
-    """The three files of a training set; underscores in names of those changed stand for their hyphens."""
+    """Write the three files of a training set, some changed; underscores in their names replace hyphens."""
     for name, lines in (GOOD | {name.replace("_", "-"): lines for name, lines in changed.items()}).items():
         folder.joinpath(f"{name}-train.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
 def encode(sentences: list[str]) -> Tokens:
-    """A number for each word, its length, padded with -1."""
+    """Encode each word as its length, padded with -1."""
     words = [[len(word) for word in sentence.split()] for sentence in sentences]
     longest = max(map(len, words))
     ids = torch.tensor([row + [-1] * (longest - len(row)) for row in words])
@@ -71,16 +71,16 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("row", "why"), MALFORMED.items())
-def test_a_malformed_row_is_told_by_file_and_line(tmp_path: Path, row: str, why: str) -> None:
+def test_a_malformed_row_is_reported_by_file_and_line(tmp_path: Path, row: str, why: str) -> None:
     lines = GOOD["ids-sst"]
     folder = written(tmp_path, ids_sst=[*lines[:2], row, lines[2]])
     with pytest.raises(ValueError, match="1 malformed row:") as raised:
         read(folder, "train")
     assert f"{folder / 'ids-sst-train.csv'}:3: " in str(raised.value)
     assert why in str(raised.value)
-    told: list[str] = []
-    assert [e.id for e in read(folder, "train", on_malformed=told.append)["sst"]] == ["a1", "a2"]
-    assert told == [f"left out {raised.value}"]
+    messages: list[str] = []
+    assert [e.id for e in read(folder, "train", on_malformed=messages.append)["sst"]] == ["a1", "a2"]
+    assert messages == [f"left out {raised.value}"]
 
 
 def test_labels_of_pairs_have_their_own_range(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_labels_of_pairs_have_their_own_range(tmp_path: Path) -> None:
     assert message[3].endswith("sts-train.csv:5: sentence2 is empty")
 
 
-def test_a_quote_that_swallows_lines_tells_which(tmp_path: Path) -> None:
+def test_a_quote_that_spans_lines_is_reported_with_all_of_them(tmp_path: Path) -> None:
     folder = written(tmp_path, ids_sst=[*GOOD["ids-sst"], '2\ta3\t"open\t3', "3\ta4\tlost\t3"])
     with pytest.raises(ValueError, match=r"ids-sst-train\.csv:4 to 5: unexpected end of data"):
         read(folder, "train")
@@ -108,19 +108,19 @@ def test_bytes_that_are_not_utf_8_have_their_line(tmp_path: Path) -> None:
 
 
 def test_many_malformed_rows_are_listed_in_part_and_counted(tmp_path: Path) -> None:
-    folder = written(tmp_path, ids_sst=[*GOOD["ids-sst"], *["x"] * (SHOWN + 7)])
-    with pytest.raises(ValueError, match=f"{SHOWN + 7} malformed rows:") as raised:
+    folder = written(tmp_path, ids_sst=[*GOOD["ids-sst"], *["x"] * (MAX_LISTED + 7)])
+    with pytest.raises(ValueError, match=f"{MAX_LISTED + 7} malformed rows:") as raised:
         read(folder, "train")
     lines = str(raised.value).splitlines()
-    assert len(lines) == 1 + SHOWN + 1
+    assert len(lines) == 1 + MAX_LISTED + 1
     assert lines[-1].strip() == "and 7 more"
 
 
-def test_what_is_missing_is_told(tmp_path: Path) -> None:
+def test_missing_files_columns_and_examples_raise(tmp_path: Path) -> None:
     folder = written(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"ids-sst-dev\.csv, quora-dev\.csv, sts-dev\.csv"):
         read(folder, "dev")
-    written(folder, sts=["\tid\tsentence1\tsentence2", "0\tc1\tA\tB"])  # as the files for the course's test are
+    written(folder, sts=["\tid\tsentence1\tsentence2", "0\tc1\tA\tB"])  # like the course's test files
     with pytest.raises(ValueError, match=r"sts-train\.csv:1: no column 'similarity'"):
         read(folder, "train")
     written(folder, sts=GOOD["sts"][:1])
@@ -128,12 +128,12 @@ def test_what_is_missing_is_told(tmp_path: Path) -> None:
         read(folder, "train")
 
 
-def test_made_up_sentences_are_a_function_of_the_seed() -> None:
+def test_synthetic_sentences_are_a_function_of_the_seed() -> None:
     assert synthetic(1, 40) == synthetic(1, 40)
     assert synthetic(1, 40)["train"] != synthetic(2, 40)["train"]
 
 
-def test_made_up_sentences_are_balanced_and_none_is_in_both_parts() -> None:
+def test_synthetic_sentences_are_balanced_and_none_is_in_both_parts() -> None:
     made = synthetic(0, 120)
     for task, classes in zip(TASKS, (5, 2, 6), strict=True):
         train, dev = made["train"][task], made["dev"][task]
@@ -145,7 +145,7 @@ def test_made_up_sentences_are_balanced_and_none_is_in_both_parts() -> None:
         synthetic(0, 3)
 
 
-def test_made_up_similarity_is_what_two_sentences_share() -> None:
+def test_synthetic_similarity_counts_the_things_that_two_sentences_share() -> None:
     function_words = {"there", "is", "the", ",", "and"}
     for example in synthetic(0, 60)["train"]["sts"]:
         a, b = (set(sentence.split()) - function_words for sentence in example.sentences)
@@ -154,10 +154,11 @@ def test_made_up_similarity_is_what_two_sentences_share() -> None:
 
 
 @pytest.mark.parametrize(("task", "least"), [("sst", 0.99), ("para", 0.65), ("sts", 0.4)])
-def test_made_up_labels_can_be_learned_from_the_words(task: str, least: float) -> None:
-    """A linear model of the words finds the sentiment, and half of what there is to know of pairs.
+def test_synthetic_labels_can_be_learned_from_the_words(task: str, least: float) -> None:
+    """A linear model on the words learns the sentiment, and half of what can be known of pairs.
 
-    Of pairs 80 % are where their label has them, and words tell where; by chance it were 50 %, and a Pearson of 0.
+    80 % of the pairs are on the half of the topics that fits their label, and the words reveal the topics. Chance
+    level is 50 %, and a Pearson of 0.
     """
     made = synthetic(0, 1000)
     vocabulary = sorted({word for e in made["train"][task] for s in e.sentences for word in s.split()})
@@ -214,7 +215,7 @@ def test_each_sentence_is_tokenized_once() -> None:
 
 
 def order(made: list[torch.utils.data.DataLoader[Batch]]) -> list[list[int]]:
-    """Of labels that number the examples: a pass through each loader."""
+    """Return the labels, which number the examples, in a pass through each loader."""
     return [[int(label) for batch in loader for label in batch.labels] for loader in made]
 
 
@@ -227,7 +228,7 @@ def test_the_order_is_a_function_of_the_seed_and_another_in_each_pass() -> None:
     first, second = order(made), order(made)
     assert first == order(loaders(numbered(30), encode, (4, 7, 30), 5, CPU))
     different = {tuple(o) for o in first + second + order(loaders(numbered(30), encode, (4, 7, 30), 6, CPU))}
-    assert len(different) == 9  # tasks, passes and seeds: no two alike, which by chance are so once in 30!
+    assert len(different) == 9  # over tasks, passes and seeds; two are equal by chance once in 30!
     assert all(sorted(o) == list(range(30)) for o in different)
     assert order(loaders(numbered(30), encode, (4, 7, 30), None, CPU)) == [list(range(30))] * 3
 
@@ -240,14 +241,14 @@ def test_batches_leave_the_default_generator_alone(seed: int | None) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["joint", "annealed"])
-def test_a_sampler_over_loaders_made_anew_goes_on_with_the_same_batches(scheme: str) -> None:
+def test_a_sampler_over_new_loaders_resumes_with_the_same_batches(scheme: str) -> None:
     def sampler() -> TaskSampler:
         return TaskSampler(loaders(numbered(11), encode, (2, 3, 4), 0, CPU), scheme, epochs=3, seed=0)
 
-    def drawn(s: TaskSampler) -> list[list[list[float] | None]]:
+    def labels(s: TaskSampler) -> list[list[list[float] | None]]:
         return [[b and b.labels.tolist() for b in batches] for _ in range(s.epoch, 3) for batches in s]
 
-    whole = drawn(sampler())
+    whole = labels(sampler())
     for stop in (1, 4, 9):
         cut = sampler()
         while cut.epoch * len(cut) + cut.step < stop:
@@ -256,23 +257,23 @@ def test_a_sampler_over_loaders_made_anew_goes_on_with_the_same_batches(scheme: 
                     break
         resumed = sampler()
         resumed.load_state_dict(cut.state_dict())
-        assert drawn(resumed) == whole[stop:]
+        assert labels(resumed) == whole[stop:]
 
 
-def test_a_batch_size_for_each_task() -> None:
+def test_the_number_of_batch_sizes_is_checked() -> None:
     with pytest.raises(ValueError, match=r"batch_sizes must be 3 numbers.*got \(8, 20\)"):
         loaders(numbered(3), encode, (8, 20), 0, CPU)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 5), st.data())
-def test_classification_is_measured_as_scikit_learn_does(classes: int, data: st.DataObject) -> None:
+def test_classification_measures_are_those_of_scikit_learn(classes: int, data: st.DataObject) -> None:
     sklearn = pytest.importorskip("sklearn.metrics")
     sklearn_dummy = pytest.importorskip("sklearn.dummy")
     each = st.lists(st.tuples(*[st.integers(0, classes - 1)] * 2), min_size=1, max_size=12)
     labels, predicted = zip(*data.draw(each), strict=True)
     always = sklearn_dummy.DummyClassifier(strategy="most_frequent").fit(labels, labels)
-    found = classified(torch.tensor(predicted), torch.tensor(labels), classes)
+    found = classification_measures(torch.tensor(predicted), torch.tensor(labels), classes)
     wanted = {
         "accuracy": sklearn.accuracy_score(labels, predicted),
         "precision": sklearn.precision_score(labels, predicted, average="macro", zero_division=0),
@@ -289,8 +290,8 @@ def test_pearson_is_that_of_numpy() -> None:
         x, noise = torch.randn(2, n, generator=generator)
         for scale in (1e-6, 1.0, 1e6):
             y = scale * (x + noise) + 3
-            # The float32 numbers are the same for both: what differs are roundings of float64, larger where the mean
-            # is a million times the spread.
+            # Both get the same float32 numbers and differ by roundings of float64, which are larger if the mean is a
+            # million times the spread.
             assert pearson(x, y) == pytest.approx(numpy.corrcoef(x.double(), y.double())[0, 1], abs=1e-9)
     assert pearson(x, x) == pytest.approx(1, abs=1e-12)
     assert pearson(x, -x) == pytest.approx(-1, abs=1e-12)
@@ -299,7 +300,7 @@ def test_pearson_is_that_of_numpy() -> None:
 @pytest.mark.parametrize(
     "useless", [torch.full((7,), 0.1, dtype=torch.float64), torch.tensor([1.0, 2, math.nan, 3, 4, 5, 6])]
 )
-def test_pearson_of_what_has_none_is_zero(useless: Tensor) -> None:
+def test_pearson_is_zero_where_it_is_undefined(useless: Tensor) -> None:
     assert pearson(useless, torch.arange(7)) == 0
     assert pearson(torch.arange(7), useless) == 0
     assert pearson(useless, useless) == 0
@@ -312,7 +313,7 @@ def test_overall_scores_are_the_reports() -> None:
 
 
 class Parrot(nn.Module):
-    """In place of a model: says the first token of each first sentence, and its loss is the mean of the labels."""
+    """A fake model that predicts the first token of each first sentence; its loss is the mean of the labels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,15 +328,15 @@ class Parrot(nn.Module):
         assert not torch.is_grad_enabled()
         return self.trained(batch.tokens[0].ids[:, 0].float() * self.scale)
 
-    def predicted(self, task: int, found: Tensor) -> Tensor:
-        return found if TASKS[task] == "sts" else found.long()
+    def prediction(self, task: int, output: Tensor) -> Tensor:
+        return output if TASKS[task] == "sts" else output.long()
 
-    def loss_of(self, task: int, found: Tensor, labels: Tensor) -> Tensor:
+    def output_loss(self, task: int, output: Tensor, labels: Tensor) -> Tensor:
         return self.scale * labels.float().mean()
 
 
 def test_evaluation_goes_over_all_examples_and_restores_modes() -> None:
-    # The first word's length is what Parrot predicts.
+    # Parrot predicts the first word's length.
     examples = {
         "sst": [Example("", ("aa b",), 2.0), Example("", ("a b",), 4.0), Example("", ("aaaa",), 4.0)],
         "para": [Example("", ("a b", "c"), 1.0), Example("", ("a", "c d"), 0.0), Example("", ("a", "b"), 1.0)],
@@ -346,12 +347,12 @@ def test_evaluation_goes_over_all_examples_and_restores_modes() -> None:
     assert model.training
     assert model.trained.training
     assert not model.frozen.training
-    # sst: right, wrong, right; 1 is predicted and never right. para: 1 is predicted for all. Means over 3 examples, not
-    # over the batches of 2 and 1.
-    of_sst = {"accuracy": 2 / 3, "precision": 2 / 3, "recall": 1.5 / 3, "majority": 2 / 3, "loss": 10 / 3}
-    assert found["sst"] == pytest.approx(of_sst)
-    of_para = {"accuracy": 2 / 3, "precision": 1 / 3, "recall": 1 / 2, "majority": 2 / 3, "loss": 2 / 3}
-    assert found["para"] == pytest.approx(of_para)
+    # sst: right, wrong, right; 1 is predicted but never right. para: 1 is predicted for all. The means are over 3
+    # examples, not over the batches of 2 and 1.
+    sst = {"accuracy": 2 / 3, "precision": 2 / 3, "recall": 1.5 / 3, "majority": 2 / 3, "loss": 10 / 3}
+    assert found["sst"] == pytest.approx(sst)
+    para = {"accuracy": 2 / 3, "precision": 1 / 3, "recall": 1 / 2, "majority": 2 / 3, "loss": 2 / 3}
+    assert found["para"] == pytest.approx(para)
     assert found["sts"] == pytest.approx({"pearson": -1.0, "loss": 4.0})
     assert scores(found) == Scores(found["sst"]["accuracy"], found["para"]["accuracy"], found["sts"]["pearson"])
 

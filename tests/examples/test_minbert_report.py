@@ -1,4 +1,4 @@
-"""``python -m examples.minbert report``: tables and figures from folders that were written by hand."""
+"""``python -m examples.minbert report``: tables and figures from made-up folders of runs."""
 
 import csv
 import json
@@ -9,30 +9,31 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-pytest.importorskip("tokenizers", reason="sentences become tokens by it")
-pytest.importorskip("safetensors", reason="weights are read by it")
+pytest.importorskip("tokenizers", reason="tokenizes the sentences")
+pytest.importorskip("safetensors", reason="reads the weights")
 
+from examples.minbert.comparisons import experiments, grids, labelled
 from examples.minbert.examples import TASKS
-from examples.minbert.outcomes import experiments, found, grids, labelled, rows
+from examples.minbert.outcomes import found, rows
 from examples.minbert.report import report
 
 PNG = b"\x89PNG\r\n\x1a\n"
-Told = dict[str, Any]
+Json = dict[str, Any]
 
 
-NONE: Told = {"cosine": None, "cosines": {}, "conflict": None}
-"""Of an epoch in which no task has a gradient of its own."""
+NONE: Json = {"cosine": None, "cosines": {}, "conflict": None}
+"""Values of an epoch without task gradients."""
 
 
-def measured(sst: float, para: float, sts: float) -> Told:
-    """Of one part of the data: precision is a tenth below accuracy, recall a tenth above, the majority a quarter."""
+def measured(sst: float, para: float, sts: float) -> Json:
+    """Return measures of one part of the data: precision is accuracy - 0.1, recall accuracy + 0.1, majority 0.25."""
     classified = [
         {"accuracy": a, "precision": a - 0.1, "recall": a + 0.1, "majority": 0.25, "loss": 1 - a} for a in (sst, para)
     ]
     return dict(zip(TASKS, (*classified, {"pearson": sts, "loss": 1 - sts}), strict=True))
 
 
-def epoch(number: int, dev: tuple[float, float, float], trained: tuple[str, ...] = TASKS, **changed: object) -> Told:
+def epoch(number: int, dev: tuple[float, float, float], trained: tuple[str, ...] = TASKS, **changed: object) -> Json:
     sst, para, sts = dev
     return {
         "phase": "fine-tuning",
@@ -49,12 +50,12 @@ def epoch(number: int, dev: tuple[float, float, float], trained: tuple[str, ...]
     } | changed
 
 
-def told(
-    name: str, log: list[Told], best: int | None, milliseconds: float | None, peak: int, **changed: object
-) -> Told:
-    """A ``run.json``; ``best`` is the number of the epoch. 10 ms are surgery, and 20 ms the update."""
+def run_json(
+    name: str, log: list[Json], best: int | None, milliseconds: float | None, peak: int, **changed: object
+) -> Json:
+    """Return a ``run.json``; ``best`` is the epoch's number. Surgery takes 10 ms of a step, and the update 20 ms."""
     entry = next((e for e in log if e["epoch"] == best), None)
-    of_best = entry and {
+    best_scores = entry and {
         "epoch": best,
         "average": entry["average"],
         "overall": entry["overall"],
@@ -90,9 +91,9 @@ def told(
         "parameters": 1000,
         "trained": 1000,
         "phases": ["fine-tuning"],
-        "total_loss": [None if k == 8 else 3 / k for k in range(1, 41)],  # once it was not finite
+        "total_loss": [None if k == 8 else 3 / k for k in range(1, 41)],  # one is not finite
         "epochs_log": log,
-        "best": of_best,
+        "best": best_scores,
         "seconds_per_step": {
             "forward_backward": spent and spent - 0.03,
             "surgery": spent and 0.01,
@@ -104,27 +105,27 @@ def told(
     } | changed
 
 
-def written(folder: Path, run: Told) -> Path:
-    of_run = folder / run["name"]
-    of_run.mkdir(parents=True)
-    (of_run / "run.json").write_text(json.dumps(run))
-    return of_run
+def written(folder: Path, run: Json) -> Path:
+    run_folder = folder / run["name"]
+    run_folder.mkdir(parents=True)
+    (run_folder / "run.json").write_text(json.dumps(run))
+    return run_folder
 
 
-def unitary(seed: int, milliseconds: float) -> Told:
+def unitary(seed: int, milliseconds: float) -> Json:
     log = [epoch(k, (0.3 + 0.1 * k + 0.02 * seed, 0.6, 0.2), **NONE) for k in (1, 2)]
-    return told(f"unitary-{seed}", log, 2, milliseconds, 100_000, seed=seed)
+    return run_json(f"unitary-{seed}", log, 2, milliseconds, 100_000, seed=seed)
 
 
-def surgery(name: str, milliseconds: float, score: float = 0.4, **changed: object) -> Told:
-    """The first epoch is the better one."""
+def surgery(name: str, milliseconds: float, score: float = 0.4, **changed: object) -> Json:
+    """Return a run whose first epoch is the better one."""
     log = [epoch(1, (score, 0.7, 0.3)), epoch(2, (score - 0.1, 0.7, 0.2))]
-    return told(name, log, 1, milliseconds, 112_000, **changed)
+    return run_json(name, log, 1, milliseconds, 112_000, **changed)
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of two schemes, two seeds, two grids, one that has only begun, and one with a model for each task."""
+    """A folder of runs: two schemes, two seeds, two grids, a run without epochs, and one with a model for each task."""
     folder = tmp_path_factory.mktemp("suite")
     for run in (unitary(0, 100), unitary(1, 140)):
         written(folder, run)
@@ -140,7 +141,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone += [epoch(k + 4, (0.6, 0.4, 0.7), (task,), **NONE, phase=f"{task} alone") for k, task in enumerate(TASKS)]
     best = {"epoch": None, "average": 1.8 / 3, "overall": 1.95 / 3, "sst": 0.6, "para": 0.5, "sts": 0.7}
     phases = [f"{task} alone" for task in TASKS]
-    written(folder, told("alone", alone, None, 50, 50_000, method="single-task", phases=phases) | {"best": best})
+    written(folder, run_json("alone", alone, None, 50, 50_000, method="single-task", phases=phases) | {"best": best})
     of_other = {"scheme": "rhapsody", "batch_sizes": [8, 8, 8]}
     for method, sampling in (("unitary", "joint"), ("pcgrad", "joint"), ("pcgrad", "annealed")):
         written(folder / "other", surgery(f"{method}-{sampling}", 300, method=method, sampling=sampling, **of_other))
@@ -152,7 +153,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def written_report(suite: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Figure]]:
-    """Its folder, and all figures by name."""
+    """The folder of the suite's report, and all figures by name."""
     folder = tmp_path_factory.mktemp("out") / "new"
     figures: dict[str, Figure] = {}
     save = Figure.savefig
@@ -178,7 +179,7 @@ def figures(written_report: tuple[Path, dict[str, Figure]]) -> dict[str, Figure]
 
 
 def lines(out: Path, heading: str, experiment: str) -> dict[str, dict[str, str]]:
-    """A table of the report by its first column and its heading."""
+    """Return the lines of a table of the report, by first column and heading."""
     text = (out / "report.md").read_text(encoding="utf-8")
     part = text.split(f"\n## {heading}\n")[1].split(f"### {experiment}\n")[1].split("\n#")[0]
     cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in part.splitlines() if line[:1] == "|"]
@@ -191,13 +192,13 @@ def table(out: Path, name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_scores_are_of_the_best_epoch_and_both_overall_scores_are_there(out: Path) -> None:
+def test_scores_are_those_of_the_best_epoch_with_both_overall_scores(out: Path) -> None:
     pcgrad = lines(out, "Scores", "gradattention")["pcgrad"]
     assert [pcgrad[f"sst {name}"] for name in ("accuracy", "precision", "recall")] == ["0.400", "0.300", "0.500"]
     assert (pcgrad["para accuracy"], pcgrad["sts pearson"], pcgrad["best epoch"]) == ("0.700", "0.300", "1")
     assert pcgrad["average"] == f"{(0.4 + 0.7 + 0.3) / 3:.3f}"
     assert pcgrad["overall"] == f"{(0.4 + 0.7 + 0.65) / 3:.3f}"
-    # Over two epochs and three pairs: 0.1, -0.1, 0.3 and 0.05, -0.1, 0.3; of the pairs 25 % and 50 % conflict.
+    # The cosines of three pairs in two epochs are 0.1, -0.1, 0.3 and 0.05, -0.1, 0.3; 25 % and 50 % of pairs conflict.
     assert (pcgrad["cosine"], pcgrad["conflict"]) == (f"{(0.3 + 0.25) / 6:.2f}", f"{0.375:.2f}")
 
 
@@ -224,19 +225,19 @@ def test_seeds_become_mean_and_standard_deviation(out: Path) -> None:
     assert unitary["cosine"] == "–"
 
 
-def test_a_model_for_each_task_is_judged_by_each_tasks_best_epoch(out: Path) -> None:
+def test_a_model_for_each_task_is_scored_in_each_tasks_best_epoch(out: Path) -> None:
     alone = lines(out, "Scores", "gradattention")["single-task"]
     reached = [alone[name] for name in ("sst recall", "para recall", "sts pearson", "average", "best epoch")]
     assert reached == ["0.700", "0.600", "0.700", "0.600", "–"]
 
 
-def test_what_is_not_complete_is_marked(out: Path) -> None:
+def test_incomplete_runs_are_marked(out: Path) -> None:
     assert "attention*" in lines(out, "Scores", "gradattention")
     begun = lines(out, "Scores", "rhapsody")["gradvac*"]
     assert {cell for name, cell in begun.items() if name != "method"} == {"–"}
 
 
-def test_labels_tell_what_is_other_than_usual(out: Path) -> None:
+def test_labels_list_values_that_are_not_the_most_frequent(out: Path) -> None:
     assert list(lines(out, "Scores", "gradattention")) == [
         *(
             "most frequent class",
@@ -250,10 +251,13 @@ def test_labels_tell_what_is_other_than_usual(out: Path) -> None:
         *("pcgrad, optimizer gradkern", "attention*"),
     ]
     text = (out / "report.md").read_text(encoding="utf-8")
-    assert "nothing else: task weights none, optimizer adamw, sampling joint, suppression none, dropout 0.1." in text
+    assert (
+        "states nothing else: task weights none, optimizer adamw, sampling joint, suppression none, dropout 0.1."
+        in text
+    )
 
 
-def test_experiments_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_experiments_are_named_by_the_settings_that_differ(tmp_path: Path) -> None:
     for k, lr in enumerate((1e-5, 1e-4)):
         written(tmp_path, surgery(f"a{k}", 100, lr=lr))
     written(tmp_path, surgery("b", 100, scheme="rhapsody"))
@@ -288,11 +292,11 @@ def test_a_grid_needs_two_values_down(suite: Path) -> None:
     assert [grid.title for grid in grids(made, "suppression", "dropout")] == of_surgery
 
 
-def test_time_and_memory_are_told_over_unitary_scalarization(out: Path) -> None:
+def test_time_and_memory_are_relative_to_unitary_scalarization(out: Path) -> None:
     of = lines(out, "Time and memory", "gradattention")
     assert of["unitary"]["× unitary"] == f"1.00 ±{(140 - 100) / 120 / math.sqrt(2):.2f}"
     assert of["pcgrad"]["× unitary"] == f"{150 / 120:.2f}"
-    assert of["unitary, task weights 1/2.3219/1.6094"]["× unitary"] == f"{170 / 120:.2f}"  # no baseline itself
+    assert of["unitary, task weights 1/2.3219/1.6094"]["× unitary"] == f"{170 / 120:.2f}"  # it is not a baseline itself
     assert of["attention"]["× unitary"] == f"{180 / 120:.2f}"
     assert (of["pcgrad"]["the report's ×"], of["attention"]["the report's ×"]) == ("2.4", "5.41")
     parts = [of["pcgrad"][f"{part}, ms"] for part in ("forward, backward", "surgery", "update", "total")]
@@ -301,13 +305,13 @@ def test_time_and_memory_are_told_over_unitary_scalarization(out: Path) -> None:
     assert of["pcgrad, optimizer gradkern"]["× unitary"] == f"{130 / 120:.2f}"
 
 
-def test_there_is_no_ratio_without_a_run_that_is_alike(out: Path) -> None:
+def test_there_is_no_ratio_without_a_run_with_the_same_other_settings(out: Path) -> None:
     of = lines(out, "Time and memory", "gradattention")
-    for label in ("pcgrad, dropout 0.3", "single-task"):  # another dropout; other phases
+    for label in ("pcgrad, dropout 0.3", "single-task"):  # their dropout or phases differ
         assert (of[label]["× unitary"], of[label]["rows"]) == ("–", "–")
     assert lines(out, "Time and memory", "rhapsody")["pcgrad, sampling annealed"]["× unitary"] == "–"
     others = ("pcgrad, suppression 0.3, dropout 0.3", "pcgrad, optimizer gradkern")
-    assert [of[label]["the report's ×"] for label in others] == ["–", "–"]  # it measured PCGrad without
+    assert [of[label]["the report's ×"] for label in others] == ["–", "–"]  # the report measured PCGrad without these
 
 
 def test_runs_are_a_table_of_numbers(out: Path) -> None:
@@ -334,7 +338,7 @@ def test_epochs_are_a_table_of_numbers(out: Path) -> None:
 def test_every_figure_is_a_png_that_the_report_shows(out: Path) -> None:
     families = ("gradattention", "gradattention-pcgrad", "rhapsody", "rhapsody-pcgrad")
     by_epoch = [f"{what}-{family}" for what in ("curves", "cosines") for family in families]
-    by_epoch.append("curves-gradattention-unitary")  # which has no task gradients
+    by_epoch.append("curves-gradattention-unitary")  # it has no task gradients
     names = {f"{name}.png" for name in ("scores", "sampling", "suppression", "time", *by_epoch)}
     assert {path.name for path in out.glob("*.png")} == names
     text = (out / "report.md").read_text(encoding="utf-8")
@@ -353,11 +357,11 @@ def test_curves_are_means_over_seeds_by_epoch(figures: dict[str, Figure]) -> Non
     dev, train = (panel(figure, f"sst accuracy, {where}") for where in ("dev", "part of the training set"))
     assert dev["unitary"] == ([1, 2], pytest.approx([0.41, 0.51]))
     assert train["unitary"] == ([1, 2], pytest.approx([0.46, 0.56]))
-    assert dev["single-task"] == ([1, 2], pytest.approx([0.5, 0.6]))  # the epochs that trained the others left out
-    # The total loss is 3 / k at step k, and each point of 40 the mean of two.
+    assert dev["single-task"] == ([1, 2], pytest.approx([0.5, 0.6]))  # without epochs that trained other tasks
+    # The total loss is 3 / k at step k, and each point is the mean of two steps.
     steps, total = panel(figure, "total loss of a batch, mean of 2")["pcgrad"]
     wanted = [(3 / (k - 1) + 3 / k) / 2 for k in range(2, 41)]
-    wanted[6] = wanted[7] = math.nan  # with step 8, whose loss was not finite
+    wanted[6] = wanted[7] = math.nan  # step 8 has no finite loss
     assert steps == list(range(2, 41))
     assert total == pytest.approx(wanted, nan_ok=True)
 
@@ -376,11 +380,11 @@ def test_no_line_leaves_its_panel(figures: dict[str, Figure]) -> None:
     for name in ("curves-gradattention", "cosines-gradattention"):
         for axes in figures[name].axes:
             least, most = axes.get_ylim()
-            drawn = [y for line in axes.lines for y in line.get_ydata() if not math.isnan(y)]
-            assert all(least <= y <= most for y in drawn)
+            points = [y for line in axes.lines for y in line.get_ydata() if not math.isnan(y)]
+            assert all(least <= y <= most for y in points)
 
 
-def test_cosines_are_drawn_where_there_are_any(figures: dict[str, Figure]) -> None:
+def test_cosines_are_plotted_for_runs_that_have_them(figures: dict[str, Figure]) -> None:
     of = panel(figures["cosines-gradattention"], "mean cosine, all pairs")
     assert "unitary" not in of
     assert of["pcgrad"] == ([1, 2], pytest.approx([0.1, 0.25 / 3]))
@@ -393,29 +397,29 @@ def test_runs_are_found_once_each_and_errors_name_the_path(suite: Path, tmp_path
         found([suite, tmp_path / "empty"])
     file = written(tmp_path, surgery("cut", 1)) / "run.json"
     file.write_text(file.read_text()[:-5])
-    with pytest.raises(ValueError, match=r"cut.run\.json is no JSON"):
+    with pytest.raises(ValueError, match=r"cut.run\.json is not valid JSON"):
         found([tmp_path])
     file.write_text("{}")
-    with pytest.raises(ValueError, match=r"cut.run\.json does not tell name, seed"):
+    with pytest.raises(ValueError, match=r"cut.run\.json lacks name, seed"):
         found([tmp_path])
 
 
 def test_the_same_run_twice_is_no_second_seed(tmp_path: Path) -> None:
     for name in ("a", "b"):
         written(tmp_path, surgery(name, 100))
-    with pytest.raises(ValueError, match=r"a and .*b are runs of the same settings and seed"):
+    with pytest.raises(ValueError, match=r"a and .*b are runs with the same settings and seed"):
         rows(found([tmp_path]))
 
 
 def test_a_task_that_never_had_a_finite_loss_has_no_score(tmp_path: Path) -> None:
     log = [epoch(1, (0.5, 0.5, 0.5), ("sst",), **NONE), epoch(2, (0.5, 0.5, 0.5), ("para",), **NONE)]
     best = {"epoch": None, "average": 0.5, "overall": 0.5, "sst": 0.5, "para": 0.5, "sts": 0.5}
-    written(tmp_path, told("alone", log, None, 50, 1, method="single-task") | {"best": best})
+    written(tmp_path, run_json("alone", log, None, 50, 1, method="single-task") | {"best": best})
     (row,) = rows(found([tmp_path]))
     assert (row["para accuracy"], row["sts pearson"]) == (0.5, None)
 
 
-def test_rows_of_memory_are_of_what_is_trained(tmp_path: Path) -> None:
+def test_memory_is_counted_in_gradients_of_the_trained_parameters(tmp_path: Path) -> None:
     written(tmp_path, unitary(0, 100) | {"trained": 250})
     written(tmp_path, surgery("frozen", 100, method="pcgrad", trained=250))
     assert [row["rows over unitary"] for row in rows(found([tmp_path]))] == [0, 12]  # 12,000 bytes of 250 numbers
@@ -428,6 +432,6 @@ def test_a_report_needs_an_epoch(suite: Path, tmp_path: Path) -> None:
 
 
 def test_a_best_epoch_may_not_have_trained_all_tasks(tmp_path: Path) -> None:
-    written(tmp_path, told("few-steps", [epoch(1, (0.5, 0.6, 0.7), ("sst", "para"))], 1, 100, 1))
+    written(tmp_path, run_json("few-steps", [epoch(1, (0.5, 0.6, 0.7), ("sst", "para"))], 1, 100, 1))
     (row,) = rows(found([tmp_path]))
     assert row["sts pearson"] == 0.7

@@ -1,4 +1,4 @@
-"""The recipes for frameworks and other libraries: each does what a loop written by hand, or the original, does."""
+"""The recipes for frameworks and other libraries: each trains like a loop written by hand, or like the original."""
 
 import importlib
 import sys
@@ -20,12 +20,12 @@ from tests.problems import PROBLEMS
 from tests.tolerances import TOLERANCES, assert_near
 
 IN_ORDER = partial(gk.PCGrad, order=range(3))
-VACCINE = partial(gk.GradVac, beta=0.5)  # has a state that a resumed run needs, and draws random orders
+GRADVAC = partial(gk.GradVac, beta=0.5)  # it has a state that a resumed run needs, and draws random orders
 NEEDS = {
     "accelerate_loop": "accelerate",
     "conflictfree_operator": "conflictfree",
     "hf_trainer": "transformers",
-    "libmtl_weighting": "torch",  # and LibMTL, which has a stand-in here
+    "libmtl_weighting": "torch",  # and LibMTL, which a fixture replaces here
     "lightning_module": "lightning",
 }
 
@@ -37,7 +37,7 @@ def recipe(name: str) -> Any:
 
 @pytest.fixture
 def float64() -> Iterator[None]:
-    """So that a step by hand differs by roundings alone, which Adam makes nothing of."""
+    """Make float64 the default, so that a step by hand differs only by roundings, which Adam does not amplify."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -49,12 +49,12 @@ def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def vaccine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gk, "PCGrad", VACCINE)
+def with_gradvac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gk, "PCGrad", GRADVAC)
 
 
 def by_hand(losses: Sequence[Tensor], trunk: nn.Module, heads: nn.Module) -> None:
-    """Add to ``.grad``: the reference's PCGrad of the tasks in their order for the trunk, the sum for the heads."""
+    """Add the reference's gradients to ``.grad``: PCGrad in task order for the trunk, the sum for the heads."""
     shared, own = list(trunk.parameters()), list(heads.parameters())
     rows = [flat(g, shared) for g in task_gradients(losses, shared)]
     g = torch.stack(reference.pcgrad(rows, [range(3)] * 3)).sum(0)
@@ -65,22 +65,22 @@ def by_hand(losses: Sequence[Tensor], trunk: nn.Module, heads: nn.Module) -> Non
 
 
 def big_batch(losses: list[list[Tensor]]) -> list[Tensor]:
-    """The losses of several batches of one size taken together."""
-    return [sum(of_task) / len(losses) for of_task in zip(*losses, strict=True)]
+    """Return the losses of one big batch, from those of several batches of equal size."""
+    return [sum(task_losses) / len(losses) for task_losses in zip(*losses, strict=True)]
 
 
 def accumulated(params: list[nn.Parameter], batches: list[Callable[[], list[Tensor]]]) -> None:
-    """``.grad`` from batches in bfloat16, with nothing of a framework around."""
+    """Fill ``.grad`` from batches in bfloat16, without a framework."""
     surgery = gk.SurgeryOptimizer(torch.optim.SGD(params), gk.PCGrad())
     with surgery.accumulate():
-        for losses_of in batches:
+        for batch_losses in batches:
             with torch.autocast("cpu", torch.bfloat16):
-                losses = losses_of()
+                losses = batch_losses()
             surgery.backward([loss.float() / len(batches) for loss in losses])
 
 
 def assert_trained_alike(one: nn.Module, other: nn.Module, start: nn.Module) -> None:
-    """To float64's roundings through some ten steps, and not by standing still."""
+    """Check that both models agree up to float64's roundings over about ten steps, and that they moved."""
     moved = 0.0
     for p, q, s in zip(one.parameters(), other.parameters(), start.parameters(), strict=True):
         assert p.dtype == torch.float64
@@ -124,7 +124,7 @@ def lightning_fit(model: Any, dataset: Any, epochs: int, **options: Any) -> Any:
 
 
 def lightning_loop(model: Any, dataset: Any, epochs: int, backward: Callable[[Any, Any], None]) -> None:
-    """What the recipe does, without Lightning."""
+    """Train like the recipe, without Lightning."""
     opt = torch.optim.AdamW(model.parameters(), lr=0.01)
     for epoch in range(epochs):
         opt.param_groups[0]["lr"] = 0.01 * 0.9**epoch
@@ -170,7 +170,7 @@ def test_lightning_in_bfloat16(in_order: None) -> None:
 SCALE = 2.0**12  # the first step overflows float16, the others do not
 
 
-def test_lightning_scales_losses_and_leaves_out_what_overflows(in_order: None) -> None:
+def test_lightning_scales_losses_and_skips_steps_that_overflow(in_order: None) -> None:
     r = recipe("lightning_module")
     from lightning.pytorch.plugins import MixedPrecision
 
@@ -194,14 +194,14 @@ def test_lightning_scales_losses_and_leaves_out_what_overflows(in_order: None) -
     assert same(model, hand)
 
 
-def test_lightning_resumes_to_the_bit(tmp_path: Path, vaccine: None) -> None:
+def test_lightning_resumes_to_the_bit(tmp_path: Path, with_gradvac: None) -> None:
     r = recipe("lightning_module")
     (whole, half), dataset = lightning_models(r, 2)
     torch.manual_seed(0)
     lightning_fit(whole, dataset, 2)
     torch.manual_seed(0)
     trainer = lightning_fit(half, dataset, 1)
-    generator = torch.get_rng_state()  # Lightning's checkpoint is without it
+    generator = torch.get_rng_state()  # Lightning's checkpoint does not hold it
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed = r.MultiTask()
     torch.set_rng_state(generator)
@@ -213,7 +213,7 @@ def test_lightning_resumes_to_the_bit(tmp_path: Path, vaccine: None) -> None:
 
 
 @pytest.mark.parametrize("call", ["backward", "accumulate", "update"])
-def test_what_a_backward_pass_leaves_for_the_step_passes_lightnings_wrapper(call: str) -> None:
+def test_state_between_backward_and_step_survives_lightnings_wrapper(call: str) -> None:
     r = recipe("lightning_module")
 
     class Other(r.MultiTask):
@@ -249,8 +249,9 @@ def test_what_a_backward_pass_leaves_for_the_step_passes_lightnings_wrapper(call
         train(opt, hand, batch)
     assert trainer.global_step == 4
     for p, q, s in zip(model.parameters(), hand.parameters(), start.parameters(), strict=True):
-        # Without the conflict's scale, 1e-3. An update around the wrapper is not one pass: it clips by a norm that is
-        # the gradient's own, and rounds otherwise, of which Adam makes up to 1e-3 of a step of 0.01.
+        # Without the conflict's scale the difference would be 1e-3. Under the wrapper an update is not one pass: it
+        # clips by the norm of the gradient itself and rounds differently. Adam turns this into up to 1e-3 of a step of
+        # 0.01.
         assert_near(p, q, 1.0, 2e-5)
         assert not torch.equal(p, s)
 
@@ -273,7 +274,7 @@ def test_a_step_within_accumulate_raises_under_lightning_too() -> None:
 
 
 def accelerate_loop(model: Any, dataset: Any, epochs: int, backward: Callable[[list[Any]], None]) -> None:
-    """What the recipe does with two batches a step, without Accelerate."""
+    """Train like the recipe with two batches per step, without Accelerate."""
     opt = torch.optim.AdamW(model.parameters(), lr=0.01)
     batches = list(torch.utils.data.DataLoader(dataset, batch_size=16))
     for step in range(epochs * len(batches) // 2):
@@ -323,7 +324,7 @@ def test_accelerate_in_bfloat16(in_order: None) -> None:
     assert same(model, hand)
 
 
-def test_accelerate_resumes_to_the_bit(tmp_path: Path, vaccine: None) -> None:
+def test_accelerate_resumes_to_the_bit(tmp_path: Path, with_gradvac: None) -> None:
     r = recipe("accelerate_loop")
     dataset = r.data()
     _, whole = accelerate_run(r, dataset, 4)
@@ -336,7 +337,7 @@ def test_accelerate_resumes_to_the_bit(tmp_path: Path, vaccine: None) -> None:
 
 
 def test_accelerates_scaler_scales_the_losses(in_order: None) -> None:
-    """It makes a scaler on GPUs only, so here it is given one."""
+    """Accelerate makes a scaler only on GPUs, so the test sets one."""
     r = recipe("accelerate_loop")
     from accelerate import Accelerator
 
@@ -352,9 +353,9 @@ def test_accelerates_scaler_scales_the_losses(in_order: None) -> None:
         r.backward(accelerator, model, opt, [(x, y)])
         results.append((model.heads[0].weight.grad.clone(), model))
         opt.step()
-    (plain, unscaled), (scaled, stepped) = results
-    assert torch.equal(scaled, 2.0**10 * plain)
-    assert same(unscaled, stepped)
+    (grad, model), (scaled_grad, unscaled_model) = results
+    assert torch.equal(scaled_grad, 2.0**10 * grad)
+    assert same(model, unscaled_model)
 
 
 # --- Transformers ------------------------------------------------------------------------------------------------
@@ -389,10 +390,10 @@ def hf_model(r: Any, dropout: float = 0.0) -> Any:
 
 
 def hf_loop(model: Any, batches: list[Any], backward: Callable[[list[Any]], None]) -> None:
-    """What the Trainer does with the arguments above and five batches an epoch, two a step."""
+    """Train like the Trainer with the arguments above: five batches per epoch, two per step."""
     opt = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
     for step in range(6):
-        # Linear: up in two steps, down to 0 after six.
+        # The rate rises linearly in two steps, then falls to 0 after six.
         opt.param_groups[0]["lr"] = 0.01 * (step / 2 if step < 2 else (6 - step) / 4)
         first = 5 * (step // 3) + 2 * (step % 3)
         opt.zero_grad()
@@ -402,7 +403,7 @@ def hf_loop(model: Any, batches: list[Any], backward: Callable[[list[Any]], None
 
 
 def recorded(model: Any) -> list[Any]:
-    """The batches that ``model`` will have seen: the Trainer shuffles them."""
+    """Return a list that collects the batches ``model`` sees, because the Trainer shuffles them."""
     batches: list[Any] = []
     model.register_forward_pre_hook(lambda module, args, kwargs: batches.append(dict(kwargs)), with_kwargs=True)
     return batches
@@ -430,7 +431,7 @@ def test_hf_trainer_in_bfloat16(tmp_path: Path, in_order: None) -> None:
     batches = recorded(model)
     trainer = hf_trainer(r, tmp_path, model, r.data(80), bf16=True, optim="adamw_torch")
     trainer.train()
-    decayed = set(trainer.get_decay_parameter_names(hand))  # the Trainer's optimizer has them first
+    decayed = set(trainer.get_decay_parameter_names(hand))  # these come first in the Trainer's optimizer
     params = [p for _, p in sorted(hand.named_parameters(), key=lambda pair: pair[0] not in decayed)]
 
     def backward(batches: list[Any]) -> None:
@@ -440,8 +441,8 @@ def test_hf_trainer_in_bfloat16(tmp_path: Path, in_order: None) -> None:
     assert same(model, hand)
 
 
-def test_hf_trainer_resumes_to_the_bit(tmp_path: Path, vaccine: None) -> None:
-    """With dropout: the Trainer keeps the state of the generator."""
+def test_hf_trainer_resumes_to_the_bit(tmp_path: Path, with_gradvac: None) -> None:
+    """Dropout is on, because the Trainer saves the state of the generator."""
     r = recipe("hf_trainer")
     dataset = r.data(80)
     whole, resumed = hf_model(r, 0.1), hf_model(r, 0.1)
@@ -481,7 +482,7 @@ def test_hf_trainer_trains_again_after_an_interruption_within_a_step(tmp_path: P
 
 @pytest.fixture
 def libmtl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As much of LibMTL as a weighting meets; its release needs a torchvision older than this torch."""
+    """The parts of LibMTL that a weighting uses; its release needs a torchvision older than this torch."""
 
     class AbsWeighting(nn.Module):
         def init_param(self) -> None:
@@ -512,7 +513,7 @@ def libmtl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def libmtl_model(r: Any, rep_grad: bool = False) -> tuple[Any, Callable[[], Tensor]]:
-    """A model, and its losses as LibMTL's Trainer makes them: written into one tensor."""
+    """Return a model and its losses, which are written into one tensor as LibMTL's Trainer does."""
     network, x, y = problem()
     decoders = nn.ModuleDict({str(t): head for t, head in enumerate(network.heads)})
     model = r.MTLModel(list(decoders), lambda: network.trunk, decoders, rep_grad, False, torch.device("cpu"))
@@ -560,7 +561,7 @@ def test_conflictfrees_own_operator(T: int, problem: str) -> None:
 
 
 def test_conflictfrees_update_gradient() -> None:
-    """Inherited; of one network that all losses reach, in float64."""
+    """The inherited method works on a network that all losses reach, in float64."""
     r = recipe("conflictfree_operator")
     from conflictfree.grad_operator import PCGradOperator
     from conflictfree.utils import get_gradient_vector
@@ -591,7 +592,7 @@ def test_conflictfrees_training_goes_the_same_way(dtype: torch.dtype) -> None:
 
     x, y = torch.randn(64, 6).to(dtype), torch.randn(64, 3).to(dtype)
     ours, theirs = (torch.tensor(r.train(o, x, y, 200)) for o in (r.PCGradOperator(), PCGradOperator()))
-    assert_near(ours, theirs, theirs, 1e-4 if dtype == torch.float32 else 1e-10)  # roundings that Adam lets grow
+    assert_near(ours, theirs, theirs, 1e-4 if dtype == torch.float32 else 1e-10)  # roundings that Adam amplifies
     assert ours[-1] < 0.8 * ours[0]
 
 

@@ -1,4 +1,4 @@
-"""Each recipe does what it promises: compared with plain PyTorch, with the reference, or with a second run."""
+"""Each recipe keeps its promise, compared with pure PyTorch, with the reference, or with a second run."""
 
 import copy
 import importlib
@@ -42,7 +42,7 @@ ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 
 
 def recipe(name: str) -> ModuleType:
-    """A recipe, imported as if by a script beside it."""
+    """Import a recipe as a script beside it would."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "recipes")
         return importlib.import_module(name)
@@ -54,7 +54,7 @@ tasks = RECIPES["tasks"]
 
 @pytest.fixture(autouse=True)
 def _quick_to_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No C++ compiler, and settings of torch's as they are at first."""
+    """Compile without a C++ compiler, from torch's default settings."""
     monkeypatch.setattr(RECIPES["compile"], "BACKEND", "aot_eager")
     with torch._functorch.config.patch(donated_buffer=True), torch.compiler.config.patch(cache_key_tag=""):
         yield
@@ -69,7 +69,7 @@ def float64() -> Iterator[None]:
 
 
 def bits(state: Any) -> Any:
-    """A copy of nested state in which tensors are their bytes, so that == compares to the bit."""
+    """Copy nested state with tensors as bytes, so that == compares bits."""
     if isinstance(state, Tensor):
         return state.dtype, tuple(state.shape), state.detach().cpu().numpy().tobytes()
     if isinstance(state, dict):
@@ -85,7 +85,7 @@ def grads(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_says_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_prints_one_line(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     RECIPES[name].main()
     out = capsys.readouterr().out
     assert len(out.splitlines()) == 1
@@ -114,11 +114,11 @@ def test_amp_an_overflow_in_one_task_changes_nothing(device: torch.device) -> No
             assert info.losses.isfinite().all()
             assert (~info.gramian.isfinite()).tolist() == [[i == 1 or j == 1 for j in range(3)] for i in range(3)]
             assert bits([model.state_dict(), opt.state_dict()]) == before
-            assert opt.aggregator.targets.any()  # there was something to lose
+            assert opt.aggregator.targets.any()  # GradVac had a state to keep
         else:
             scaler.update(2.0**15)
         assert scaler.get_scale() == 2.0**15
-        torch.manual_seed(1)  # the order in which tasks visit each other; the overflowed step has drawn one too
+        torch.manual_seed(1)  # for the random order; the overflowed step has drawn one too
         amp.train_step(model, opt, scaler, x2, y2)
         ends.append(bits([model.state_dict(), opt.state_dict()]))
     assert ends[0] == ends[1] != before
@@ -134,22 +134,22 @@ def test_amp_the_gradient_is_the_one_without_it(device: torch.device) -> None:
     torch.manual_seed(1)
     gk.backward(tasks.task_losses(plain(x), y), plain, aggregator=gk.GradVac())
     nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-    # Of length 1; each number is a sum of some products of float16 numbers, which are rounded by 5e-4.
+    # The clipped gradient has length 1. Each entry is a sum of products of float16 numbers, which round by 5e-4.
     assert_near(grads(model), grads(plain), 1.0, 5e-3)
 
 
-def test_clipping_is_the_same_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_ways_of_clipping_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     clipping = RECIPES["clipping"]
-    (a, norms), (b, norms_in_one) = clipping.by_hand(20), clipping.in_one(20)
+    (a, norms), (b, norms_in_one) = clipping.before_step(20), clipping.within_step(20)
     norms = torch.stack(norms)
     assert 0 < (norms > clipping.MAX_NORM).sum() < 20
-    # Norms by float32 sums of squares, in two orders; after that Adam's steps of 1e-3, whose direction a rounding of a
-    # gradient near zero can turn: a tenth of one.
+    # The norms are float32 sums of squares in two orders. The parameters move by Adam's steps of 1e-3, whose direction
+    # a rounding can turn if a gradient is near zero: the tolerance is a tenth of a step.
     assert_near(torch.stack(norms_in_one), norms, norms, 1e-4)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         assert_near(p.detach(), q.detach(), 1.0, 1e-4)
     monkeypatch.setattr(clipping, "MAX_NORM", 1e6)
-    unclipped, _ = clipping.by_hand(20)
+    unclipped, _ = clipping.before_step(20)
     assert max((p - q).abs().max() for p, q in zip(a.parameters(), unclipped.parameters(), strict=True)) > 1e-3
 
 
@@ -179,7 +179,7 @@ def flat_parameters(model: nn.Module) -> Tensor:
 
 
 def test_accumulation_trains_as_one_big_batch(float64: None) -> None:
-    """The twin takes the whole batch, a step by the reference and torch alone."""
+    """The twin model takes the whole batch in one step, with the reference and torch only."""
     r = RECIPES["accumulation"]
     model, opt = r.build()
     twin = copy.deepcopy(model)
@@ -196,7 +196,7 @@ def test_accumulation_trains_as_one_big_batch(float64: None) -> None:
         info = r.train_step(model, opt, x, y)
         adamw.step()
         assert_near(info.losses, torch.stack(losses).detach(), 1.0, 1e-8)
-    # 1e-8: float64 sums in another order, which ten steps of Adam divide by small roots.
+    # 1e-8 allows for float64 sums in another order, which ten steps of Adam divide by small roots.
     assert_near(flat_parameters(model), flat_parameters(twin), 1.0, 1e-8)
 
 
@@ -210,7 +210,7 @@ def test_shared_features_train_as_a_pass_per_task(float64: None) -> None:
         opt.backward([lambda t=t, x=x, y=y: tasks.task_losses(twin(x), y)[t] for t in range(3)])
         opt.step()
     for batched in (False, True):
-        # 1e-8: as above.
+        # 1e-8 has the same reason as above.
         assert_near(flat_parameters(r.train(10, batched)[0]), flat_parameters(twin), 1.0, 1e-8)
 
 
@@ -238,14 +238,14 @@ def test_activation_checkpointing_of_the_reentrant_kind_raises() -> None:
     model = RECIPES["activation_checkpointing"].Checkpointed()
     model.use_reentrant = True
     ((x, y),) = tasks.batches(1)
-    x.requires_grad_()  # or torch trains nothing below a reentrant checkpoint, and warns
+    x.requires_grad_()  # otherwise torch warns, and trains nothing below a reentrant checkpoint
     with pytest.raises(ValueError, match=r"losses\[0\] runs through reentrant .* use_reentrant=False"):
         gk.backward(tasks.task_losses(model(x), y), model, aggregator=gk.PCGrad())
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_freezing_leaves_the_frozen_alone_and_every_target_in_its_place() -> None:
-    """Against the reference, which keeps the targets of each layer by its name."""
+    """The reference keeps the targets of each layer under its name."""
     freezing, beta = RECIPES["freezing"], 0.3
     model, opt = freezing.build()
     opt.aggregator = gk.GradVac(beta, order=ORDER)
@@ -270,12 +270,12 @@ def test_freezing_leaves_the_frozen_alone_and_every_target_in_its_place() -> Non
             params = list(layer.parameters())
             if name in frozen:
                 assert all(p.grad is None for p in params)
-            else:  # a float32 Gramian, whose roundings the targets carry on
+            else:  # the tolerance is that of a float32 Gramian, whose roundings stay in the targets
                 assert_near(flat([p.grad for p in params], params), *expected[name], 1e-4)
         for target, name in zip(info.targets, layers, strict=False):
             assert_near(target, targets[name], 1.0, 1e-4)
         assert info.targets.shape == (5, 3, 3)
-        assert not info.targets[2:].any()  # the heads, which are under no surgery
+        assert not info.targets[2:].any()  # the heads have no surgery
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -295,27 +295,27 @@ def test_missing_task_takes_part_by_its_last_gradient_or_not_at_all(memory: bool
         absent = [model.heads[t].state_dict() for t in range(3) if t not in present]
         before = bits(absent)
         info = RECIPES["missing_task"].train_step(model, opt, x, [y[t] if t in present else None for t in range(3)])
-        # A float32 Gramian, whose roundings nearly parallel rows magnify.
+        # The tolerance is that of a float32 Gramian, whose roundings nearly parallel rows magnify.
         assert_near(flat([p.grad for p in trunk], trunk), expected, sum(row.norm() for row in remembered.rows), 1e-4)
         assert bits(absent) == before
         assert info.losses.isnan().tolist() == [t not in present for t in range(3)]
 
 
-def test_every_kth_step_the_others_are_plain_training_to_the_bit() -> None:
-    """A plain twin takes each step from where the recipe is."""
+def test_every_kth_step_the_others_are_ordinary_training_to_the_bit() -> None:
+    """A twin without surgery takes each step from the recipe's state."""
     every = RECIPES["every_kth_step"]
     model, opt = every.build()
-    plain = tasks.Model()
-    inner = torch.optim.AdamW(plain.named_parameters(), lr=1e-2)
+    twin = tasks.Model()
+    inner = torch.optim.AdamW(twin.named_parameters(), lr=1e-2)
     differ = []
     for step, (x, y) in enumerate(tasks.batches(24)):
-        plain.load_state_dict(model.state_dict())
-        inner.load_state_dict(copy.deepcopy(opt.optimizer.state_dict()))  # torch would take the tensors themselves
+        twin.load_state_dict(model.state_dict())
+        inner.load_state_dict(copy.deepcopy(opt.optimizer.state_dict()))  # torch would use the same tensors
         inner.zero_grad()
-        sum(tasks.task_losses(plain(x), y)).backward()
+        sum(tasks.task_losses(twin(x), y)).backward()
         inner.step()
         info = every.train_step(model, opt, step, x, y)
-        if bits([model.state_dict(), opt.optimizer.state_dict()]) != bits([plain.state_dict(), inner.state_dict()]):
+        if bits([model.state_dict(), opt.optimizer.state_dict()]) != bits([twin.state_dict(), inner.state_dict()]):
             differ.append(step)
             assert info.conflicts.any()
     assert differ == [10, 14, 18, 22]
@@ -329,7 +329,7 @@ def test_resume_goes_on_to_the_same_bits(stop: int, tmp_path: Path) -> None:
         torch.manual_seed(0)
         resume.train(run, until)
     resume.save(first, tmp_path / "checkpoint.pt")
-    torch.manual_seed(5)  # whatever happened to torch's generator since
+    torch.manual_seed(5)  # the state of torch's generator must not matter
     resume.load(second, tmp_path / "checkpoint.pt")
     resume.train(second)
     assert whole["sampler"].epoch == 2
@@ -351,7 +351,7 @@ def test_compile_changes_no_gradient(way: str) -> None:
         assert_near(grads(model), grads(plain), info.norms.sum(), 3e-6)  # float32, summed in another order
 
 
-def test_compile_without_the_setting_raises_and_says_what_to_set() -> None:
+def test_compile_without_the_setting_raises_and_names_the_setting() -> None:
     model = tasks.Model()
     ((x, y),) = tasks.batches(1)
     compiled = torch.compile(model, backend="aot_eager")
@@ -366,8 +366,8 @@ def test_compile_without_the_setting_raises_and_says_what_to_set() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles for the CPU with a C++ compiler")
 @pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning")  # torch's own use of it
-def test_compile_after_plain_training_takes_no_code_from_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By inductor, for ReLU's backward pass is then one that overwrites. Quick once torch's cache on disk has it."""
+def test_compile_after_ordinary_training_takes_no_code_from_its_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor compiles ReLU's backward pass to code that overwrites. The test is quick once the disk cache has it."""
     monkeypatch.setattr(RECIPES["compile"], "BACKEND", "inductor")
     model = tasks.Model()
     model.trunk = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -382,7 +382,7 @@ def test_compile_after_plain_training_takes_no_code_from_its_cache(monkeypatch: 
 
 
 def test_compile_hides_which_loss_reaches_which_head() -> None:
-    """Why the recipe says ``shared=``: without it, the heads come into the dot products."""
+    """Without ``shared=``, which the recipe gives, the heads enter the dot products."""
     model = tasks.Model()
     ((x, y),) = tasks.batches(1)
     compiled = torch.compile(model, backend="aot_eager")

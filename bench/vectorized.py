@@ -1,4 +1,4 @@
-"""The same operations in the fewest calls of plain PyTorch: what there is to do without a library, also compiled."""
+"""The same operations in the fewest PyTorch calls: the best without a library, also measured compiled."""
 
 from collections.abc import Sequence
 
@@ -7,29 +7,29 @@ from torch import Tensor
 
 
 def gramian(J: Tensor) -> Tensor:
-    """J Jᵀ."""
+    """Return J Jᵀ."""
     return J @ J.T
 
 
 def combine(J: Tensor, w: Tensor) -> Tensor:
-    """wᵀ J."""
+    """Return wᵀ J."""
     return w @ J
 
 
 def project(J: Tensor, W: Tensor) -> Tensor:
-    """W J."""
+    """Return W J."""
     return W @ J
 
 
 def pcgrad(J: Tensor) -> Tensor:
-    """PCGrad's update by way of the Gramian."""
+    """Return PCGrad's update, computed through the Gramian."""
     return coefficients(J @ J.T).sum(0) @ J
 
 
 def coefficients(M: Tensor) -> Tensor:
-    """PCGrad's coefficients of Gramians (..., T, T), all tasks a step together, with no branch on the device's numbers.
+    """Return PCGrad's coefficients for Gramians (..., T, T), all tasks together, without branching on device values.
 
-    Every task takes part in its own order, by a step of 0.
+    Every task also visits itself in its order, with a step of 0.
     """
     T = M.shape[-1]
     own = torch.arange(T, device=M.device).unsqueeze(-1)
@@ -44,7 +44,7 @@ def coefficients(M: Tensor) -> Tensor:
 
 
 def combined(grads: Sequence[Sequence[Tensor]], w: Tensor, p: float) -> list[Tensor]:
-    """``naive.combined``, of all tensors at once."""
+    """Compute the same as ``naive.combined``, for all tensors at once."""
     results = list(grads[0])
     if len(grads) > 1:
         results = torch._foreach_mul(results, w[0])
