@@ -291,4 +291,4 @@ def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, object], err
 def test_one_operator_serves_all_groups(groups: str, triton_serves_the_cpu: list[str]) -> None:
     model, x, y = problem()
     gk.backward(model.losses(x, y), model, aggregator=gk.GradVac(), groups=groups)
-    assert triton_serves_the_cpu == ["gramian_tensors", "gradvac", "combine_tensors"]
+    assert triton_serves_the_cpu == ["gramian.tensors", "gradvac", "combine.tensors"]

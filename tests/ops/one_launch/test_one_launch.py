@@ -391,7 +391,7 @@ def test_a_matrix(T: int, partner: str, mean: bool, one_launch: None) -> None:
 
 @interpreter.interpreted
 def test_the_table_says_who_takes_one_launch(triton_serves_the_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    P, steps = 14, ["gramian_tensors", "pcgrad", "combine_tensors"]
+    P, steps = 14, ["gramian.tensors", "pcgrad", "combine.tensors"]
     for begin, taken in ((P, []), (P + 1, steps)):
         monkeypatch.setattr(settings, "ONE_LAUNCH", {(3, 4): range(begin, 2 * P), (2, 4): range(P)})
         for T, dtype, expected in ((3, F32, taken), (2, F32, steps), (3, F64, steps), (5, F32, steps)):
@@ -420,7 +420,7 @@ def test_amd_takes_a_launch_for_each_step(
 ) -> None:
     monkeypatch.setattr(torch.version, "hip", "6.0")
     check_pcgrad(Problem(3, F32, [5, 9], [0, -1], 1, missing=False), cuda_surgery)
-    assert triton_serves_the_cpu == ["gramian_tensors", "pcgrad", "combine_tensors"]
+    assert triton_serves_the_cpu == ["gramian.tensors", "pcgrad", "combine.tensors"]
 
 
 def test_bad_arguments_are_named_before_anything_changes(one_launch: None) -> None:
@@ -584,17 +584,17 @@ def test_two_streams_at_once(one_launch: None, replayed: bool) -> None:
 
 
 STEPS: dict[str, tuple[Callable[[], gk.Aggregator], str, Callable[[], dict[str, Any]], str]] = {
-    "pcgrad": (lambda: gk.PCGrad(order=ORDER), "model", dict, "pcgrad_tensors"),
-    "mean over groups": (lambda: gk.PCGrad("random", ORDER, "mean"), "module", dict, "pcgrad_tensors"),
-    "average over groups": (lambda: gk.PCGrad("average"), "parameter", dict, "pcgrad_tensors"),
+    "pcgrad": (lambda: gk.PCGrad(order=ORDER), "model", dict, "surgery"),
+    "mean over groups": (lambda: gk.PCGrad("random", ORDER, "mean"), "module", dict, "surgery"),
+    "average over groups": (lambda: gk.PCGrad("average"), "parameter", dict, "surgery"),
     "most similar": (
         lambda: gk.PCGrad("most_similar"),
         "model",
         lambda: {"suppression": suppression("all")},
         "pcgrad_masked",
     ),
-    "most different": (lambda: gk.PCGrad("most_different"), "module", lambda: {"memory": True}, "pcgrad_tensors"),
-    "gradvac": (lambda: gk.GradVac(0.5, ORDER), "parameter", dict, "gradvac_tensors"),
+    "most different": (lambda: gk.PCGrad("most_different"), "module", lambda: {"memory": True}, "surgery"),
+    "gradvac": (lambda: gk.GradVac(0.5, ORDER), "parameter", dict, "surgery"),
     "update": (
         lambda: gk.PCGrad(order=ORDER),
         "model",
@@ -602,8 +602,8 @@ STEPS: dict[str, tuple[Callable[[], gk.Aggregator], str, Callable[[], dict[str, 
         "pcgrad_masked",
     ),
     "all": (lambda: gk.GradVac(0.5, ORDER), "model", lambda: {"suppression": suppression("all")}, "gradvac_masked"),
-    "kappa": (lambda: gk.PCGrad(order=ORDER), "model", lambda: {"conflict_lr": gk.ConflictLR()}, "pcgrad_tensors"),
-    "memory": (lambda: gk.GradVac(0.5, ORDER), "model", lambda: {"memory": True}, "gradvac_tensors"),
+    "kappa": (lambda: gk.PCGrad(order=ORDER), "model", lambda: {"conflict_lr": gk.ConflictLR()}, "surgery"),
+    "memory": (lambda: gk.GradVac(0.5, ORDER), "model", lambda: {"memory": True}, "surgery"),
 }
 
 
@@ -645,8 +645,8 @@ def test_other_methods_go_step_by_step(made: Callable[[], gk.Aggregator], reques
     request.getfixturevalue("one_launch")
     calls = request.getfixturevalue("triton_serves_the_cpu")
     step(made(), suppression=gk.Suppression(0.4, seed=1))
-    assert "gramian_tensors" in calls
-    assert "combine_masked" in calls
+    assert "gramian.tensors" in calls
+    assert "combine.tensors" in calls
 
 
 @interpreter.interpreted
@@ -654,4 +654,4 @@ def test_an_update_combines_in_its_own_step(request: pytest.FixtureRequest) -> N
     request.getfixturevalue("one_launch")
     calls = request.getfixturevalue("triton_serves_the_cpu")
     update(gk.PCGrad(), "model", None)
-    assert calls == ["gramian_tensors", "pcgrad", "adamw"]
+    assert calls == ["gramian.tensors", "pcgrad", "adamw"]
