@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradkern as gk
+from gradkern.ops import capture
+from gradkern.ops.layout import Tables
+from tests import interpreter
+from tests.interpreter import serving_the_cpu
 from tests.models import MultiHead, problem
+from tests.step.test_no_host_reads import RefusesReads
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -105,18 +110,42 @@ def common() -> Names:
 
 
 @contextmanager
-def graphs_that_are_none(names: Names) -> Iterator[None]:
-    """Streams and graphs that need no GPU: a replay is a call of ``step``."""
+def graphs_without_a_gpu(names: Names) -> Iterator[None]:
+    """Streams and graphs that need no GPU: a replay is a call of ``step``.
+
+    Where Triton's interpreter runs, the kernels serve the CPU, and a capture refuses what a real one refuses: reading
+    the device, and using a table that no earlier step has copied there.
+    """
+    kernels, refusing = (nullcontext, nullcontext) if interpreter.why_not() else (serving_the_cpu, RefusesReads)
+    copied: set[Tables] = set()
+    capturing = False
+
+    def copy_once(tables: Tables, *arguments: Any) -> Any:
+        copied.add(tables)
+        return really_copy(tables, *arguments)
+
+    @contextmanager
+    def graph(of: Any) -> Iterator[None]:
+        nonlocal capturing
+        capturing = True
+        with refusing():
+            yield
+        capturing = False
+
     stand_ins = {
         "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "current_stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
         "stream": lambda stream: nullcontext(),
-        "graph": lambda graph: nullcontext(),
+        "graph": graph,
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: names["step"]()),
     }
-    with pytest.MonkeyPatch.context() as patch:
+    really_copy = Tables._once
+    with pytest.MonkeyPatch.context() as patch, kernels():
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(Tables, "_once", copy_once)
+        patch.setattr(Tables, "is_on", lambda tables, device: tables in copied)
+        patch.setattr(capture, "capturing", lambda device: capturing)
         yield
 
 
@@ -247,30 +276,52 @@ AFTER: dict[str, Callable[[Names], None]] = {
 TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}
 
 
-@pytest.mark.parametrize("title", SECTIONS)
-def test_its_examples_run(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every Python block, one after another within its section, on a small model."""
-    monkeypatch.chdir(tmp_path)  # some write files
-    for name in ("LibMTL", "LibMTL.weighting", "LibMTL.weighting.abstract_weighting"):  # asks for more than it needs
+@pytest.fixture
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working directory, for some examples write files, and a LibMTL, which asks for more than it needs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("LibMTL", "LibMTL.weighting", "LibMTL.weighting.abstract_weighting"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(AbsWeighting=nn.Module))
+
+
+def ran(title: str, blocks: list[str]) -> Names:
+    """The names after all blocks of a section, run one after another."""
     names = common()
     GIVEN.get(title, lambda names: None)(names)
     names["before"] = [p.detach().clone() for p in names["model"].parameters()]
-    for block in SECTIONS[title]:
+    for block in blocks:
         # Gradients are freed with their graph, so each block has losses of its own.
         losses = task_losses(names["model"], names["x"], names["y"])
         names |= {"losses": losses} | dict(zip(("loss_a", "loss_b", "loss_c"), losses, strict=True))
         with (
-            graphs_that_are_none(names) if "CUDAGraph" in block else nullcontext(),
+            graphs_without_a_gpu(names) if "CUDAGraph" in block else nullcontext(),
             torch._functorch.config.patch(donated_buffer=torch._functorch.config.donated_buffer),  # put back afterwards
             torch.compiler.config.patch(cache_key_tag=torch.compiler.config.cache_key_tag),
         ):
             exec(block.replace('"cuda"', '"cpu"'), names)
+    return names
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_its_examples_run(title: str, somewhere: None) -> None:
+    """Every Python block runs, one after another within its section, on a small model."""
+    names = ran(title, SECTIONS[title])
     AFTER.get(title, lambda names: None)(names)
     if title not in TRAINS_NOTHING:
         after = list(names["model"].parameters())
         moved = any(not torch.equal(a, b) for a, b in zip(names["before"], after, strict=True))
         assert moved or any(p.grad is not None for p in after)
+
+
+@interpreter.interpreted
+def test_its_cuda_graph_needs_the_steps_before(somewhere: None) -> None:
+    """Without its warm-up the example fails, so the README cannot lose it unnoticed."""
+    blocks = list(SECTIONS["Use it"])
+    i = next(i for i, block in enumerate(blocks) if "CUDAGraph" in block)
+    warm_up = blocks[i][blocks[i].index("side = ") : blocks[i].index("graph = ")]
+    blocks[i] = blocks[i].replace(warm_up, "")
+    with pytest.raises(RuntimeError, match="run the same step once before, to lay out its work"):
+        ran("Use it", blocks)
 
 
 def test_every_recipe_has_its_section() -> None:

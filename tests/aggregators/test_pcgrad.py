@@ -190,7 +190,7 @@ gradients = hnp.arrays(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(gradients)
 def test_two_tasks_never_conflict_with_the_result(rows: np.ndarray) -> None:
     J = torch.from_numpy(rows[:2])
@@ -199,7 +199,7 @@ def test_two_tasks_never_conflict_with_the_result(rows: np.ndarray) -> None:
     assert (J @ g >= -1e-12 * (1 + J.norm(dim=1) ** 2 + J.norm() * g.norm())).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(gradients, st.sampled_from([2.0**-20, 0.5, 4.0, 2.0**20]))
 def test_scaling_all_losses_scales_the_result(rows: np.ndarray, scale: float) -> None:
     J = torch.from_numpy(rows)
@@ -207,7 +207,7 @@ def test_scaling_all_losses_scales_the_result(rows: np.ndarray, scale: float) ->
     assert torch.equal(method(scale * J), scale * method(J))  # powers of two round nothing
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(gradients, st.randoms(use_true_random=False))
 def test_permuting_tasks_and_order_changes_nothing(rows: np.ndarray, random) -> None:
     J = torch.from_numpy(rows)
@@ -221,14 +221,14 @@ def test_permuting_tasks_and_order_changes_nothing(rows: np.ndarray, random) -> 
     assert_near(result, expected, 1 + J.norm() * T, 1e-9)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(gradients)
 def test_without_conflict_it_is_the_sum(rows: np.ndarray) -> None:
     J = torch.from_numpy(rows).abs()
     assert torch.equal(gk.PCGrad()(J), gk.Sum()(J))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(gradients, st.integers(0, 5))
 def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
     J = torch.from_numpy(rows)

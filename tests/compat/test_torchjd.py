@@ -309,6 +309,7 @@ def test_attributes_are_theirs() -> None:
 def test_mistakes_raise_what_theirs_raise(attempt: Callable[[Any], object]) -> None:
     with pytest.raises(Exception) as its:  # noqa: PT011  (whatever theirs is)
         attempt(theirs)
+    assert its.type is not AttributeError  # a name that neither has is no mistake of the user's
     with pytest.raises(its.type):
         attempt(ours)
 

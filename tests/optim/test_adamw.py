@@ -137,7 +137,9 @@ def test_its_own_state_loses_nothing() -> None:
     other = AdamW(parameters(torch.bfloat16))
     other.register_load_state_dict_pre_hook(lambda _, state: dict(state))
     other.load_state_dict(optimizer.state_dict())
+    assert len(optimizer.state) == len(params)
     for state, loaded in zip(optimizer.state.values(), other.state.values(), strict=True):
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.float32
         assert all(torch.equal(state[k], loaded[k]) and state[k].dtype == loaded[k].dtype for k in state)
         assert all(state[k].data_ptr() != loaded[k].data_ptr() for k in state)
 
