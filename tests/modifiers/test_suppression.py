@@ -15,19 +15,20 @@ from torch.library import opcheck
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.ops import operators
+from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.philox import dropped, dropped_at
 from tests.interpreter import interpreted
 from tests.models import MultiHead, flat, problem, task_gradients
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
-ops = torch.ops.gradkern
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 BLOCKS = [1, 3, 4, 64, 100, 4096]
 HUGE = 2**64 - 3
 
 
-def words(seed: int, step: int, p: float) -> Tensor:
-    """The operators' ``mask``."""
+def mask_state(seed: int, step: int, p: float) -> Tensor:
+    """The state of the operators' mask."""
     signed = [v - 2**64 if v >= 2**63 else v for v in (seed, step)]
     return torch.tensor([*signed, round(p * 2**32)])
 
@@ -53,8 +54,8 @@ def test_philox_gives_the_words_of_its_authors() -> None:
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (1, 2**31), (2**63 + 5, HUGE), (HUGE, 2**32 - 1)])
 def test_the_bits_are_the_references(seed: int, step: int, first: int) -> None:
     expected = ~reference.kept(seed, step, 0.45, 1, first, 1001)
-    assert torch.equal(dropped(first, 1001, words(seed, step, 0.45)), expected)
-    assert torch.equal(dropped_at(first + torch.arange(1001), words(seed, step, 0.45)), expected)
+    assert torch.equal(dropped(first, 1001, mask_state(seed, step, 0.45)), expected)
+    assert torch.equal(dropped_at(first + torch.arange(1001), mask_state(seed, step, 0.45)), expected)
 
 
 def test_first_units() -> None:
@@ -67,8 +68,11 @@ def test_first_units() -> None:
 @pytest.mark.parametrize("first", [0, 2**33, 2**34 + 4])
 def test_the_rate_and_the_independence_of_the_mask(first: int, p: float) -> None:
     n = 400_000
-    a, b = (dropped(first, n, words(7, step, p)).double() for step in (3, 4))
-    other_seed, far = dropped(first, n, words(8, 3, p)).double(), dropped(first + 2**34, n, words(7, 3, p)).double()
+    a, b = (dropped(first, n, mask_state(7, step, p)).double() for step in (3, 4))
+    other_seed, far = (
+        dropped(first, n, mask_state(8, 3, p)).double(),
+        dropped(first + 2**34, n, mask_state(7, 3, p)).double(),
+    )
     bound = 5 * math.sqrt(p * (1 - p) / n)  # five standard deviations of a mean
     assert abs(a.mean().item() - p) < bound
     # Pairs of independent bits: both dropped with p², of variance p² (1 - p²).
@@ -113,7 +117,8 @@ def test_masked_operators(dtype: torch.dtype, block: int, back_end: str) -> None
     grads: list[Tensor | None] = [g for row in rows for g in row]
     grads[len(numels)] = None
 
-    M = ops.gramian(grads, segments, 2, units, block, words(seed, step, p))
+    task_grads, mask = TaskGrads(grads, segments, 2), Mask(units, block, mask_state(seed, step, p))
+    M = operators.gramian_tensors(task_grads, mask)
     for s in range(2):
         J = [torch.cat([g for g, n in zip(row, segments, strict=True) if n == s]) for row in erased]
         expected = reference.gramian(J)
@@ -122,8 +127,9 @@ def test_masked_operators(dtype: torch.dtype, block: int, back_end: str) -> None
         assert_near(M[s], expected, torch.outer(norms, norms), TOLERANCES[M.dtype])
     w = torch.randn(2, 3, dtype=torch.float64).to(torch.float64 if dtype == torch.float64 else torch.float32)
     out = [torch.full((n,), torch.nan, dtype=dtype) for n in numels]
-    count = ops.combine(grads, w, segments, units, block, words(seed, step, p), out)
-    assert count.item() == sum(int(k.sum()) for i, k in enumerate(keep) if i != unmasked)
+    n_kept = torch.zeros((), dtype=torch.int64)
+    operators.combine_tensors(task_grads, w, out, mask, n_kept)
+    assert n_kept.item() == sum(int(k.sum()) for i, k in enumerate(keep) if i != unmasked)
     for k, (result, s) in enumerate(zip(out, segments, strict=True)):
         column = [row[k] for row in erased]
         size = reference.combine([g.abs() for g in column], w[s].abs().tolist())
@@ -132,15 +138,12 @@ def test_masked_operators(dtype: torch.dtype, block: int, back_end: str) -> None
         assert (result[~keep[k]] == 0).all()
 
 
-def test_operators_keep_torchs_contract() -> None:
+def test_operators_on_entries_keep_torchs_contract() -> None:
     grads = [torch.randn(50), torch.randn(9), None, torch.randn(9)]
-    mask = words(1, 2, 0.5)
-    opcheck(ops.gramian.masked, (grads, [0, 1], 2, [0, -1], 4, mask))
     out = [torch.zeros(50), torch.zeros(9)]
-    opcheck(ops.combine.masked, (grads, torch.randn(2, 2), [0, 1], [0, -1], 4, mask, out))
     index = torch.tensor([3, 49, 50, 58])
-    opcheck(ops.gather.default, (grads, [50, 9], index))
-    opcheck(ops.scatter.default, (torch.randn(4), [50, 9], index, out))
+    opcheck(operators.gather.overload, (grads, [50, 9], index))
+    opcheck(operators.scatter.overload, (torch.randn(4), [50, 9], index, out))
 
 
 def expected_step(

@@ -87,7 +87,10 @@ def test_a_list_of_tensors_has_the_bits_of_the_matrix(T: int, dtype: torch.dtype
         pieces = [piece.clone() for row in J for piece in row.split(lengths)]
         out = [torch.empty(n, dtype=dtype) for n in lengths]
         operators.combine_tensors(TaskGrads(pieces, [0, 0, 0], 1), w.unsqueeze(0), out)
-        assert_same_bits([operators.gramian_tensors(TaskGrads(pieces, [0, 0, 0], 1))[0], torch.cat(out)], [gk.gramian(J), gk.combine(J, w)])
+        assert_same_bits(
+            [operators.gramian_tensors(TaskGrads(pieces, [0, 0, 0], 1))[0], torch.cat(out)],
+            [gk.gramian(J), gk.combine(J, w)],
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
