@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.library import opcheck
 
 import gradkern as gk
 from gradkern import reference
@@ -282,16 +281,6 @@ def test_a_bad_number_of_a_later_group_raises_before_the_first_has_stepped() -> 
         optimizer.step()
     assert_same(params, parameters(), 0.0)
     assert not optimizer.state
-
-
-def test_operators_keep_torchs_contract(device: torch.device) -> None:
-    p, grads = [torch.randn(6, device=device)], [torch.randn(6, device=device) for _ in range(2)]
-    moments = [torch.rand(6, device=device) for _ in range(2)]
-    step = (p, moments, [torch.ones((), device=device)], None, None, [1e-3, 0.9, 0.999, 0.01, 1e-8])
-    mask = torch.tensor([5, 0, 1 << 31], device=device)
-    w = torch.randn(1, 2, device=device)
-    opcheck(torch.ops.gradkern.adamw.default, (grads, w, [0], *step))
-    opcheck(torch.ops.gradkern.adamw.masked, (grads, w, [0], [0], 2, mask, *step))
 
 
 def test_a_closure_is_called_with_gradients_on_and_returned() -> None:
