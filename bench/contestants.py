@@ -11,10 +11,11 @@ import torch
 
 import gradkern as gk
 from bench import naive, plain
-from bench.cases import NETWORK
+from bench.cases import NETWORK, VARIANTS
 from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
+from gradkern.aggregators.methods import METHODS, Method
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
 from gradkern.step import rows
@@ -81,14 +82,14 @@ def gradvac(x: Inputs, peers: Peers) -> Runs:
 
 
 @dataclass(frozen=True)
-class Method:
+class Alone:
     """The whole surgery by a method that nobody else has; GradAttention's network learns a step by it."""
 
-    make: Callable[[], gk.Aggregator]
+    method: Method
 
     def __call__(self, x: Inputs, peers: Peers) -> Runs:
         """Ours alone."""
-        aggregator = self.make()
+        aggregator = self.method.make()
         return {OURS: lambda: aggregator(x.J)}
 
 
@@ -261,12 +262,7 @@ OPERATIONS: dict[str, Callable[[Inputs, Peers], Runs]] = {
     "project": project,
     "pcgrad": pcgrad,
     "gradvac": gradvac,
-    "pcgrad-random": Method(lambda: gk.PCGrad("random")),
-    "pcgrad-average": Method(lambda: gk.PCGrad("average")),
-    "pcgrad-similar": Method(lambda: gk.PCGrad("most_similar")),
-    "pcgrad-different": Method(lambda: gk.PCGrad("most_different")),
-    "gradattention": Method(gk.GradAttention),
-    "sum": Method(gk.Sum),
+    **{name: Alone(METHODS[name]) for name in VARIANTS},
     "surgery": surgery,
     "adamw": adamw,
     "gather": gather,

@@ -1,6 +1,8 @@
 """What a case must move through memory at least, and what it holds there."""
 
 from bench.cases import NETWORK, Case
+from gradkern.aggregators import Scalarization
+from gradkern.aggregators.methods import METHODS
 
 ENTRIES = 4096
 """What GradAttention takes of each task gradient, unless it is told otherwise."""
@@ -31,7 +33,9 @@ def _words(case: Case) -> float:
     T, kept = case.T, _kept(case)
     gramian = kept * T if case.scope == "all" else T
     combine = kept * T + 1
-    of_matrix = {"gramian": gramian, "combine": combine, "sum": combine, "project": T + T}
+    of_matrix = {"gramian": gramian, "combine": combine, "project": T + T}
+    if case.operation in METHODS and issubclass(METHODS[case.operation].aggregator, Scalarization):
+        return combine
     return of_matrix.get(case.operation, gramian + combine)
 
 

@@ -1,6 +1,8 @@
 """gradkern: the fast backend for gradient surgery in multi-task learning."""
 
-from gradkern.aggregators import Aggregator, Constant, GradAttention, GradVac, Mean, PCGrad, Sum
+from gradkern.aggregators import Aggregator
+from gradkern.aggregators import methods as _methods
+from gradkern.aggregators.methods import *  # noqa: F403  # the methods' classes: a new one needs no edit here
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR
 from gradkern.modifiers.suppression import Suppression
@@ -13,12 +15,6 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregator",
     "ConflictLR",
-    "Constant",
-    "GradAttention",
-    "GradVac",
-    "Mean",
-    "PCGrad",
-    "Sum",
     "Suppression",
     "SurgeryInfo",
     "SurgeryOptimizer",
@@ -27,3 +23,5 @@ __all__ = [
     "gramian",
     "project",
 ]
+__all__ += _methods.__all__
+__all__.sort()

@@ -31,6 +31,16 @@ def project(grads: Sequence[Tensor], W: Sequence[Sequence[float]]) -> Tensor:
     return torch.stack([sum((w * g.double() for g, w in zip(grads, row, strict=True)), zero) for row in W])
 
 
+def weighted_sum(grads: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Unitary scalarization (Kurin et al. 2022): the sum of the gradients, or their weighted sum."""
+    return combine(grads, [1.0] * len(grads) if weights is None else weights)
+
+
+def mean(grads: Sequence[Tensor]) -> Tensor:
+    """The mean of the gradients."""
+    return weighted_sum(grads) / len(grads)
+
+
 def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
     """PCGrad (Yu et al. 2020, Algorithm 1): the modified gradients of the T tasks; the update is their sum.
 
@@ -88,6 +98,13 @@ def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[in
     return pcgrad_onto(grads, {"most_similar": most_similar, "most_different": most_different}[partner](grads))
 
 
+def pcgrad_update(
+    grads: Sequence[Tensor], order: Sequence[Sequence[int]] | None = None, partner: str = "all"
+) -> Tensor:
+    """The sum of PCGrad's modified gradients; ``order`` is as for :func:`pcgrad_of`, None if nothing depends on it."""
+    return torch.stack(pcgrad_of(partner, grads, order or [[] for _ in grads])).sum(0)
+
+
 def gradvac(
     grads: Sequence[Tensor], order: Sequence[Sequence[int]], targets: Tensor, beta: float, eps: float
 ) -> tuple[list[Tensor], Tensor]:
@@ -127,6 +144,18 @@ def gradvac(
     if not M.isfinite().all():
         moved = targets.double().clone()
     return modified, moved
+
+
+def gradvac_updates(
+    steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], beta: float = 0.01
+) -> list[Tensor]:
+    """The updates of GradVac in several steps, whose targets start from zero; ``order`` is as for :func:`pcgrad`."""
+    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64)
+    updates = []
+    for grads in steps:
+        modified, targets = gradvac(grads, order, targets, beta, torch.finfo(torch.float64).eps)
+        updates.append(torch.stack(modified).sum(0))
+    return updates
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -207,6 +236,11 @@ def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
     """softmax(r / τ), r_i = Σ_j φ_ij: what GradAttention's objective Σ_i α_i r_i + τ H(α) is largest at."""
     r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
     return torch.softmax(r / entropy, 0)
+
+
+def gradattention_updates(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The first update of GradAttention, whose network starts from equal weights; later ones follow from training."""
+    return [mean(steps[0])]
 
 
 def adamw(

@@ -1,8 +1,8 @@
-"""``gradkern info``: what is installed, what serves which device and why, and whether every operator is right here.
+"""``gradkern info``: what is installed, what serves which device and why, and whether all of it computes right here.
 
-Each operator runs on every device in every dtype and is compared with :mod:`gradkern.reference`, which computes in
-float64 on the CPU. An error is measured against the size of the terms that were summed, not against their sum, which
-may cancel.
+Each operator and each method runs on every device in every dtype and is compared with :mod:`gradkern.reference`,
+which computes in float64 on the CPU. An error is measured against the size of the terms that were summed, not against
+their sum, which may cancel.
 """
 
 import importlib.metadata
@@ -16,9 +16,13 @@ from torch import Tensor
 import gradkern
 from gradkern.check import processor
 from gradkern.check.bits import differences
-from gradkern.check.cases import CHECKS
+from gradkern.check.cases import CHECKS as OPERATORS
+from gradkern.check.methods import CHECKS as METHODS
 from gradkern.ops import backend
 from gradkern.ops.schema import DTYPES
+
+CHECKS = OPERATORS | METHODS
+"""All that is checked, by name."""
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """How far a result may be off, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to 2048
@@ -47,7 +51,7 @@ def info() -> int:
             print(f"{_line(operator, str(device), errors)}  {outcome.verdict}", flush=True)
     difference = other_bits()
     told = "the same" if difference is None else f"DIFFERENT, {difference}"
-    print(f"{'bits':17}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {told}")
+    print(f"{'bits':25}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {told}")
     n = len(CHECKS) * len(devices())
     print(
         f"{failed} of {n} checks FAILED"
@@ -100,7 +104,7 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the check of an operator found.
+    """Result of the check of an operator or a method.
 
     Attributes:
         errors: the largest error in each dtype that was reached.
@@ -117,7 +121,7 @@ class Outcome:
 
 
 def check(operator: str, device: torch.device) -> Outcome:
-    """Compare an operator, one of ``CHECKS``, with the reference. Whatever it raises is a failure too."""
+    """Compare an operator or a method, one of ``CHECKS``, with the reference. Whatever it raises is a failure too."""
     errors: dict[torch.dtype, float] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -159,7 +163,7 @@ def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
 
 
 def _line(operator: str, device: str, errors: Sequence[str]) -> str:
-    return f"{operator:17}{device:8}" + "".join(f"{error:>10}" for error in errors)
+    return f"{operator:25}{device:8}" + "".join(f"{error:>10}" for error in errors)
 
 
 def _short(dtype: torch.dtype) -> str:

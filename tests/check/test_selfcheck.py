@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import gradkern
+import gradkern as gk
 from gradkern import cli
+from gradkern.aggregators.methods import METHODS
 from gradkern.check import processor, selfcheck
 
 DEVICES = [str(device) for device in selfcheck.devices()]
@@ -49,7 +51,7 @@ def test_info_tells_versions_devices_and_back_ends(capsys: pytest.CaptureFixture
 
 def test_every_operator_is_checked() -> None:
     registered = torch._C._dispatch_get_all_op_names()
-    assert set(selfcheck.CHECKS) == {name.removeprefix("gradkern::") for name in registered if "gradkern::" in name}
+    assert set(selfcheck.OPERATORS) == {name.removeprefix("gradkern::") for name in registered if "gradkern::" in name}
 
 
 def slightly_off(J: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -86,10 +88,22 @@ def test_a_broken_operator_fails_the_check(  # type: ignore[no-untyped-def]
     with broken(operator, wrong):
         assert cli.main(["info"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    failed = [line for line in lines if "FAILED:" in line]
+    everything = [line for line in lines if "FAILED:" in line]
+    failed = [line for line in everything if line.split()[0] not in selfcheck.METHODS]  # methods fail with an operator
     assert [line.split()[0] for line in failed] == [operator] * len(DEVICES)
     assert all(why in line for line in failed)
-    assert lines[-1] == f"{len(DEVICES)} of {len(DEVICES) * len(selfcheck.CHECKS)} checks FAILED"
+    assert lines[-1] == f"{len(everything)} of {len(DEVICES) * len(selfcheck.CHECKS)} checks FAILED"
+
+
+def test_every_method_is_checked() -> None:
+    assert {f"method:{name}" for name in METHODS} == set(selfcheck.METHODS)
+
+
+def test_a_broken_method_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = gk.Sum.weights_like
+    monkeypatch.setattr(gk.Sum, "weights_like", lambda *arguments: weights(*arguments) * (1 + 1e-4))
+    assert "allowed" in selfcheck.check("method:sum", torch.device("cpu")).verdict
+    assert selfcheck.check("method:mean", torch.device("cpu")).verdict == "OK"
 
 
 def depends_on_addresses(J: Tensor, offsets: Tensor | None = None) -> Tensor:
