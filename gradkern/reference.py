@@ -5,6 +5,7 @@ Nothing here is fast, and nothing here is shared with what it checks. Arithmetic
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -156,6 +157,39 @@ def gradvac_updates(
         modified, targets = gradvac(grads, order, targets, beta, torch.finfo(torch.float64).eps)
         updates.append(torch.stack(modified).sum(0))
     return updates
+
+
+def mgda(grads: Sequence[Tensor], normalize: str | None = None) -> Tensor:
+    """MGDA (Désidéri 2012): the shortest vector of the gradients' convex hull, by trying every support.
+
+    The shortest vector is that of the affine hull of some affinely independent gradients, inside their convex hull.
+
+    Args:
+        grads: T vectors of P numbers; time grows as 2^T.
+        normalize: "l2" to find the weights for gradients of length 1 and apply them to the gradients as they are.
+    """
+    rows = [g.double() for g in grads]
+    lengths = [_length(g) for g in rows]
+    if 0 in lengths or not all(math.isfinite(n) for n in lengths):
+        return torch.stack(rows).sum(0) * 0
+    hull = [g / n for g, n in zip(rows, lengths, strict=True)] if normalize == "l2" else rows
+    best, update = math.inf, torch.zeros_like(rows[0])
+    for size in range(1, len(rows) + 1):
+        for support in combinations(range(len(rows)), size):
+            first, *others = (hull[i] for i in support)
+            w = torch.ones(size, dtype=torch.float64)
+            if others:
+                # Distances from the first gradient, made of length 1, so that long ones do not drown short ones.
+                edges = torch.stack([g - first for g in others], 1)
+                scale = edges.norm(dim=0)
+                if (scale == 0).any():
+                    continue
+                w[1:] = torch.linalg.lstsq(edges / scale, -first, driver="gelsd").solution / scale
+                w[0] = 1 - w[1:].sum()
+            length = _length(torch.stack([hull[i] for i in support], 1) @ w)
+            if (w >= 0).all() and length < best:
+                best, update = length, combine([rows[i] for i in support], w.tolist())
+    return update
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -14,11 +14,12 @@ from gradkern import reference
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.mgda import MGDA
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.scalarization import Constant, Mean, Sum
 
 # The public classes, which ``gradkern`` takes over. METHODS and its types are imported by name.
-__all__ = ["Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
+__all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
 
 Twin = Callable[..., list[Tensor]]
 """Gives the updates of several steps, one after another, from the task gradients of each step. It takes the arguments
@@ -111,6 +112,7 @@ SCALARIZATION = Paper("Kurin et al.", 2022, "In Defense of the Unitary Scalariza
 PCGRAD = Paper("Yu et al.", 2020, "Gradient Surgery for Multi-Task Learning")
 PARTNERS = Paper(None, None, "Rhapsody on a Theme of Gradient Surgery")
 GRADVAC = Paper("Wang et al.", 2021, "Gradient Vaccine: Investigating and Improving Multi-task Optimization")
+MGDA_PAPER = Paper("Sener & Koltun", 2018, "Multi-Task Learning as Multi-Objective Optimization")
 GRADATTENTION = Paper(None, None, "GradAttention: Attention-Based Gradient Surgery")
 
 
@@ -154,6 +156,7 @@ METHODS: dict[str, Method] = {
             draws="order",
             state=True,
         ),
+        Method("mgda", MGDA, stateless(reference.mgda), MGDA_PAPER, Laws(zero_row="stops")),
         Method(
             "gradattention",
             GradAttention,
