@@ -13,7 +13,7 @@ from gradkern.aggregators.methods import Method
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a method is, as ``SurgeryOptimizer`` takes it.
+    """Arguments of a ``SurgeryOptimizer`` around any inner optimizer.
 
     Attributes:
         aggregator: makes one, whose random numbers come from the ``generator`` it is given.
@@ -71,5 +71,5 @@ BASELINE = "sum"
 
 
 def family(method: str) -> str:
-    """What comes before a dash in its name."""
+    """Return the part of a name before its first dash."""
     return method.partition("-")[0]
