@@ -6,6 +6,7 @@ from itertools import product
 from typing import NamedTuple
 
 from bench.shapes import BERT_BASE, numbers
+from gradkern.aggregators.methods import METHODS
 
 TASKS = (2, 3, 4, 8, 16, 40)
 SIZES = tuple(10**k for k in range(3, 9))
@@ -26,7 +27,7 @@ SUPPRESSED = [
     for block, scope in ((1, "update"), (128, "update"), (128, "all"))
 ]
 MAIN = ("gramian", "combine", "project", "pcgrad", "gradvac")
-VARIANTS = ("pcgrad-random", "pcgrad-average", "pcgrad-similar", "pcgrad-different", "gradattention", "sum")
+VARIANTS = tuple(name for name in METHODS if name not in MAIN)
 PROGRAMS = ("pcgrad-program", "gradvac-program")
 NETWORK = "gradattention-network"
 

@@ -11,15 +11,16 @@ import torch
 
 import gradkern as gk
 from bench import naive, vectorized
-from bench.cases import NETWORK
+from bench.cases import NETWORK, VARIANTS
 from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
+from gradkern.aggregators.methods import METHODS, Method
+from gradkern.gradients.param_grads import ParamGrads, Placement, by_parameter, readable
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
-from gradkern.step import rows
-from gradkern.step.rows import Column
-from gradkern.step.surgery import solve
+from gradkern.step.rows import Rows
+from gradkern.step.surgery import surgery as step_surgery
 
 OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH = "gradkern", "one launch", "naive", "matmul", "foreach"
 NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
@@ -81,14 +82,14 @@ def gradvac(x: Inputs, peers: Peers) -> Runs:
 
 
 @dataclass(frozen=True)
-class Method:
+class Alone:
     """The whole surgery by a method that only gradkern has. GradAttention's network also trains in the call."""
 
-    make: Callable[[], gk.Aggregator]
+    method: Method
 
     def __call__(self, x: Inputs, peers: Peers) -> Runs:
         """Return gradkern as the only contestant."""
-        aggregator = self.make()
+        aggregator = self.method.make()
         return {OURS: lambda: aggregator(x.J)}
 
 
@@ -97,19 +98,18 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
 
     Surgery may overwrite the gradients, so gradkern works on the copy.
     """
-    aggregator, n = gk.PCGrad(), len(x.shapes)
+    aggregator, n, suppression = gk.PCGrad(), len(x.shapes), x.suppression
+    units = [-1] * n if suppression is None else suppression.first_units(x.numels)
 
     @torch.no_grad()
     def ours() -> Any:
-        left = [rows.readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
-        if x.suppression is None:
-            columns = rows.columns(x.params, left, x.segments, [-1] * n, overwrite=True)
-            return solve(columns, len(x.groups), aggregator, None, None, None).combine()
-        columns = rows.columns(x.params, left, x.segments, x.suppression.first_units(x.numels), overwrite=True)
-        mask = x.suppression.mask(x.device)
-        of_products = mask if x.case.scope == "all" else None
-        results = solve(columns, len(x.groups), aggregator, None, of_products, mask).combine()
-        mask.advance()
+        left = [readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
+        columns = by_parameter(x.params, left, Placement(x.segments, units), overwrite=True)
+        mask = None if suppression is None else suppression.mask(x.device)
+        rows = Rows(columns, len(x.groups), mask, products_masked=x.case.scope == "all")
+        results = step_surgery(rows, aggregator, unshared=False, combines=True).combine()
+        if mask is not None:
+            mask.advance()
         return results
 
     return {OURS: ours, NAIVE: lambda: naive.surgery(x.grads, x.groups, x.case.p)} | _one_launch(x, ours)
@@ -126,9 +126,9 @@ def adamw(x: Inputs, peers: Peers) -> Runs:
         return gk.optim.AdamW(x.stepped)
 
     @cache
-    def columns() -> list[Column]:
+    def columns() -> list[ParamGrads]:
         units = [-1] * len(x.shapes) if x.suppression is None else x.suppression.first_units(x.numels)
-        return rows.columns(x.stepped, x.grads, x.segments, units, overwrite=False)
+        return by_parameter(x.stepped, x.grads, Placement(x.segments, units), overwrite=False)
 
     def ours() -> None:
         mask = None if x.suppression is None else x.suppression.mask(x.device)
@@ -181,8 +181,8 @@ def gradvac_program(x: Inputs, peers: Peers) -> Runs:
     """Return the contestants that compute GradVac's coefficients from Gramians and targets, and update the targets."""
     shape = (x.case.S, x.case.T, x.case.T)
     targets = torch.zeros(shape, dtype=torch.float64, device=x.device)
-    moving = torch.ones(x.case.T, dtype=torch.bool, device=x.device)
-    runs: Runs = {OURS: lambda: ops.gradvac(x.M, x.keys, targets, moving, 0.01)}
+    update_mask = torch.ones(x.case.T, dtype=torch.bool, device=x.device)
+    runs: Runs = {OURS: lambda: ops.gradvac(x.M, x.keys, targets, update_mask, 0.01)}
     if x.case.S == 1 and TORCHJD in peers.found:
         from torchjd.aggregation import GradVacWeighting
 
@@ -270,12 +270,7 @@ OPERATIONS: dict[str, Callable[[Inputs, Peers], Runs]] = {
     "project": project,
     "pcgrad": pcgrad,
     "gradvac": gradvac,
-    "pcgrad-random": Method(lambda: gk.PCGrad("random")),
-    "pcgrad-average": Method(lambda: gk.PCGrad("average")),
-    "pcgrad-similar": Method(lambda: gk.PCGrad("most_similar")),
-    "pcgrad-different": Method(lambda: gk.PCGrad("most_different")),
-    "gradattention": Method(gk.GradAttention),
-    "sum": Method(gk.Sum),
+    **{name: Alone(METHODS[name]) for name in VARIANTS},
     "surgery": surgery,
     "adamw": adamw,
     "gather": gather,

@@ -1,6 +1,7 @@
 """The least memory traffic of a case, and an estimate of the memory it takes."""
 
 from bench.cases import NETWORK, Case
+from gradkern.aggregators.methods import METHODS
 
 ENTRIES = 4096
 """Entries that GradAttention samples of each task gradient by default."""
@@ -31,7 +32,9 @@ def _words(case: Case) -> float:
     T, share = case.T, _read_share(case)
     gramian = share * T if case.scope == "all" else T
     combine = share * T + 1
-    of_matrix = {"gramian": gramian, "combine": combine, "sum": combine, "project": T + T}
+    of_matrix = {"gramian": gramian, "combine": combine, "project": T + T}
+    if case.operation in METHODS and METHODS[case.operation].aggregator.has_fixed_weights:
+        return combine
     return of_matrix.get(case.operation, gramian + combine)
 
 

@@ -5,6 +5,7 @@ Nothing here is fast, and nothing here is shared with what it checks. Arithmetic
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ def project(grads: Sequence[Tensor], W: Sequence[Sequence[float]]) -> Tensor:
     """Row r is Σ_i W_ri g_i: (R, P) float64."""
     zero = torch.zeros_like(grads[0], dtype=torch.float64)
     return torch.stack([sum((w * g.double() for g, w in zip(grads, row, strict=True)), zero) for row in W])
+
+
+def weighted_sum(grads: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """Unitary scalarization (Kurin et al. 2022): the sum of the gradients, or their weighted sum."""
+    return combine(grads, [1.0] * len(grads) if weights is None else weights)
+
+
+def mean(grads: Sequence[Tensor]) -> Tensor:
+    """The mean of the gradients."""
+    return weighted_sum(grads) / len(grads)
 
 
 def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -88,6 +99,13 @@ def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[in
     return pcgrad_onto(grads, {"most_similar": most_similar, "most_different": most_different}[partner](grads))
 
 
+def pcgrad_update(
+    grads: Sequence[Tensor], order: Sequence[Sequence[int]] | None = None, partner: str = "all"
+) -> Tensor:
+    """The sum of PCGrad's modified gradients; ``order`` is as for :func:`pcgrad_of`, None if nothing depends on it."""
+    return torch.stack(pcgrad_of(partner, grads, order or [[] for _ in grads])).sum(0)
+
+
 def gradvac(
     grads: Sequence[Tensor], order: Sequence[Sequence[int]], targets: Tensor, beta: float, eps: float
 ) -> tuple[list[Tensor], Tensor]:
@@ -127,6 +145,51 @@ def gradvac(
     if not M.isfinite().all():
         moved = targets.double().clone()
     return modified, moved
+
+
+def gradvac_updates(
+    steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], beta: float = 0.01
+) -> list[Tensor]:
+    """The updates of GradVac in several steps, whose targets start from zero; ``order`` is as for :func:`pcgrad`."""
+    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64)
+    updates = []
+    for grads in steps:
+        modified, targets = gradvac(grads, order, targets, beta, torch.finfo(torch.float64).eps)
+        updates.append(torch.stack(modified).sum(0))
+    return updates
+
+
+def mgda(grads: Sequence[Tensor], normalize: str | None = None) -> Tensor:
+    """MGDA (Désidéri 2012): the shortest vector of the gradients' convex hull, by trying every support.
+
+    The shortest vector is that of the affine hull of some affinely independent gradients, inside their convex hull.
+
+    Args:
+        grads: T vectors of P numbers; time grows as 2^T.
+        normalize: "l2" to find the weights for gradients of length 1 and apply them to the gradients as they are.
+    """
+    rows = [g.double() for g in grads]
+    lengths = [_length(g) for g in rows]
+    if 0 in lengths or not all(math.isfinite(n) for n in lengths):
+        return torch.stack(rows).sum(0) * 0
+    hull = [g / n for g, n in zip(rows, lengths, strict=True)] if normalize == "l2" else rows
+    best, update = math.inf, torch.zeros_like(rows[0])
+    for size in range(1, len(rows) + 1):
+        for support in combinations(range(len(rows)), size):
+            first, *others = (hull[i] for i in support)
+            w = torch.ones(size, dtype=torch.float64)
+            if others:
+                # Distances from the first gradient, made of length 1, so that long ones do not drown short ones.
+                edges = torch.stack([g - first for g in others], 1)
+                scale = edges.norm(dim=0)
+                if (scale == 0).any():
+                    continue
+                w[1:] = torch.linalg.lstsq(edges / scale, -first, driver="gelsd").solution / scale
+                w[0] = 1 - w[1:].sum()
+            length = _length(torch.stack([hull[i] for i in support], 1) @ w)
+            if (w >= 0).all() and length < best:
+                best, update = length, combine([rows[i] for i in support], w.tolist())
+    return update
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
@@ -207,6 +270,11 @@ def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
     """softmax(r / τ), r_i = Σ_j φ_ij: what GradAttention's objective Σ_i α_i r_i + τ H(α) is largest at."""
     r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
     return torch.softmax(r / entropy, 0)
+
+
+def gradattention_updates(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The first update of GradAttention, whose network starts from equal weights; later ones follow from training."""
+    return [mean(steps[0])]
 
 
 def adamw(

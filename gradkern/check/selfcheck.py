@@ -1,8 +1,8 @@
-"""``gradkern info``: versions, the back end of each device and why, and a check of every operator.
+"""``gradkern info``: versions, the back end of each device and why, and a check of every operator and method.
 
-Each operator runs on every device in every dtype and is compared with :mod:`gradkern.reference`, which computes in
-float64 on the CPU. An error is measured against the size of the terms that were summed, not against their sum, which
-may cancel.
+Each operator and each method runs on every device in every dtype and is compared with :mod:`gradkern.reference`,
+which computes in float64 on the CPU. An error is measured against the size of the terms that were summed, not against
+their sum, which may cancel.
 """
 
 import importlib.metadata
@@ -19,8 +19,10 @@ from gradkern.check import (
     processor,
 )
 from gradkern.check.bits import differences
+from gradkern.check.methods import CASES as METHODS
 from gradkern.ops import backend, registry
 from gradkern.ops.dtypes import DTYPES
+from gradkern.ops.registry import Cases
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to 2048
@@ -42,15 +44,15 @@ def info() -> int:
     print(_line("", "", [_short(dtype) for dtype in DTYPES]))
     failed = 0
     for device in devices():
-        for operator in implemented(device.type):
+        for operator in checks(device.type):
             outcome = check(operator, device)
             failed += outcome.problem is not None
             errors = [f"{outcome.errors[d]:.1e}" if d in outcome.errors else "-" for d in DTYPES]
             print(f"{_line(operator, str(device), errors)}  {outcome.verdict}", flush=True)
     difference = other_bits()
     verdict = "the same" if difference is None else f"DIFFERENT, {difference}"
-    print(f"{'bits':17}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {verdict}")
-    n = sum(len(implemented(device.type)) for device in devices())
+    print(f"{'bits':25}{'cpu':8}at other addresses, in other layouts, by other numbers of threads: {verdict}")
+    n = sum(len(checks(device.type)) for device in devices())
     print(
         f"{failed} of {n} checks FAILED"
         if failed
@@ -102,7 +104,7 @@ def describe(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of an operator's check.
+    """Result of the check of an operator or a method.
 
     Attributes:
         errors: the largest error in each dtype that was reached.
@@ -118,17 +120,17 @@ class Outcome:
         return "OK" if self.problem is None else f"FAILED: {self.problem}"
 
 
-def implemented(device_type: str) -> list[str]:
-    """Return the names of the operators that some back end computes on devices of a type."""
-    return [
-        name
+def checks(device_type: str) -> dict[str, Cases]:
+    """Return everything that is checked on devices of a type, by name: operators that they have, and all methods."""
+    return {
+        name: op.cases
         for name, op in registry.operators.items()
-        if device_type in op.implementations or registry.DEFAULT in op.implementations
-    ]
+        if op.cases is not None and {device_type, registry.DEFAULT} & set(op.implementations)
+    } | METHODS
 
 
 def check(operator: str, device: torch.device) -> Outcome:
-    """Compare an operator with the reference. An exception is a failure too."""
+    """Compare an operator or a method with the reference. An exception is a failure too."""
     errors: dict[torch.dtype, float] = {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -150,8 +152,7 @@ def other_bits() -> str | None:
 
 def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:
     """Give the results whose error is too large, in words. ``errors`` takes the largest error of each dtype so far."""
-    compare = registry.operators[operator].cases
-    assert compare is not None, f"{operator} has no cases"
+    compare = checks(device.type)[operator]
     for dtype in DTYPES:
         for result, expected, size in compare(dtype, device):
             error, allowed = _error(result, expected, size), ALLOWED[result.dtype]
@@ -172,7 +173,7 @@ def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
 
 
 def _line(operator: str, device: str, errors: Sequence[str]) -> str:
-    return f"{operator:17}{device:8}" + "".join(f"{error:>10}" for error in errors)
+    return f"{operator:25}{device:8}" + "".join(f"{error:>10}" for error in errors)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The methods that the demo compares: one line each."""
+"""The methods that the demo compares: every row of METHODS, and what else can stand beside or around a method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,14 +7,16 @@ from functools import partial
 import torch
 
 import gradkern as gk
+from gradkern.aggregators import methods
+from gradkern.aggregators.methods import Method
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a method is, as ``SurgeryOptimizer`` takes it.
+    """Arguments of a ``SurgeryOptimizer`` around any inner optimizer.
 
     Attributes:
-        aggregator: makes one, which draws its random numbers from the ``generator`` it is given.
+        aggregator: makes one, whose random numbers come from the ``generator`` it is given.
         groups: what has a Gramian of its own.
         suppression: makes one, whose masks follow from the ``seed`` it is given.
         conflict_lr: has no state, so it serves every optimizer.
@@ -46,23 +48,21 @@ class Recipe:
         )
 
 
+def recipe(method: Method) -> Recipe:
+    """A row of METHODS with nothing beside it."""
+    return Recipe(lambda generator: method.make(generator=generator) if method.draws else method.make())
+
+
 METHODS: dict[str, Recipe] = {
-    "sum": Recipe(lambda generator: gk.Sum()),
-    "pcgrad": Recipe(gk.PCGrad),
-    "pcgrad-random": Recipe(partial(gk.PCGrad, "random")),
-    "pcgrad-average": Recipe(partial(gk.PCGrad, "average")),
-    "pcgrad-similar": Recipe(partial(gk.PCGrad, "most_similar")),
-    "pcgrad-different": Recipe(partial(gk.PCGrad, "most_different")),
+    **{name: recipe(method) for name, method in methods.METHODS.items()},
     "pcgrad-memory": Recipe(gk.PCGrad, memory=True),
-    "gradvac": Recipe(partial(gk.GradVac, 0.01)),
-    "gradvac-module": Recipe(partial(gk.GradVac, 0.01), groups="module"),
+    "gradvac-module": Recipe(gk.GradVac, groups="module"),
     "lr-attenuate": Recipe(gk.PCGrad, conflict_lr=gk.ConflictLR("attenuate")),
     "lr-amplify": Recipe(gk.PCGrad, conflict_lr=gk.ConflictLR("amplify")),
     "suppression-0.30": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.30)),
     "suppression-0.45": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.45)),
     "suppression-0.60": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.60)),
     "suppression-block": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.60, block=128, scope="all")),
-    "gradattention": Recipe(gk.GradAttention),
 }
 """By name on the command line, and in the order of the table."""
 
@@ -71,5 +71,5 @@ BASELINE = "sum"
 
 
 def family(method: str) -> str:
-    """What comes before a dash in its name."""
+    """Return the part of a name before its first dash."""
     return method.partition("-")[0]

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 import gradkern
+import gradkern as gk
 from gradkern import cli
+from gradkern.aggregators.methods import METHODS
 from gradkern.check import processor, selfcheck
 from gradkern.ops import operators, registry
 
@@ -47,9 +49,9 @@ def test_info_tells_versions_devices_and_back_ends(capsys: pytest.CaptureFixture
     (bits,) = [line for line in printed.splitlines() if line.split()[:2] == ["bits", "cpu"]]
     assert bits.endswith(": the same")
     assert "FAILED" not in printed
-    for operator in registry.operators:
+    for operator in (*registry.operators, *selfcheck.METHODS):
         lines = [line for line in printed.splitlines() if line.split()[:1] == [operator]]
-        serving = [str(d) for d in selfcheck.devices() if operator in selfcheck.implemented(d.type)]
+        serving = [str(d) for d in selfcheck.devices() if operator in selfcheck.checks(d.type)]
         assert [line.split()[1] for line in lines] == serving
         assert all(line.endswith("OK") for line in lines)
 
@@ -60,7 +62,7 @@ def test_every_operator_is_checked() -> None:
     assert set(registry.operators) == names
     assert all(op.cases is not None for op in registry.operators.values())
     # One launch does the whole surgery on some GPUs, and nowhere else.
-    assert {*selfcheck.implemented("cpu"), "surgery"} == names
+    assert {*selfcheck.checks("cpu"), "surgery"} - set(selfcheck.METHODS) == names
 
 
 def slightly_off(J: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -92,7 +94,8 @@ def test_broken_operators_fail_their_checks_and_no_other(capsys: pytest.CaptureF
     ):
         assert cli.main(["info"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    failed = [line for line in lines if "FAILED:" in line]
+    everything = [line for line in lines if "FAILED:" in line]
+    failed = [line for line in everything if line.split()[0] not in selfcheck.METHODS]  # methods fail with an operator
     why = {
         "gramian": "allowed",
         "combine.tensors": "nan",
@@ -101,9 +104,19 @@ def test_broken_operators_fail_their_checks_and_no_other(capsys: pytest.CaptureF
     }
     assert sorted(line.split()[0] for line in failed) == sorted([*why] * len(DEVICES))
     assert all(why[line.split()[0]] in line for line in failed)
-    n_failed = len(why) * len(DEVICES)
-    n = sum(len(selfcheck.implemented(device.type)) for device in selfcheck.devices())
-    assert lines[-1] == f"{n_failed} of {n} checks FAILED"
+    n = sum(len(selfcheck.checks(device.type)) for device in selfcheck.devices())
+    assert lines[-1] == f"{len(everything)} of {n} checks FAILED"
+
+
+def test_every_method_is_checked() -> None:
+    assert {f"method:{name}" for name in METHODS} == set(selfcheck.METHODS)
+
+
+def test_a_broken_method_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = gk.Sum.weights_like
+    monkeypatch.setattr(gk.Sum, "weights_like", lambda *arguments: weights(*arguments) * (1 + 1e-4))
+    assert "allowed" in selfcheck.check("method:sum", torch.device("cpu")).verdict
+    assert selfcheck.check("method:mean", torch.device("cpu")).verdict == "OK"
 
 
 def depends_on_addresses(J: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -121,7 +134,7 @@ def test_bits_that_depend_on_addresses_are_found() -> None:
 
 
 def test_bits_that_differ_fail_the_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(selfcheck, "implemented", lambda device_type: [])
+    monkeypatch.setattr(selfcheck, "checks", lambda device_type: {})
     monkeypatch.setattr(selfcheck, "differences", lambda: iter(["float32: other bits"]))
     assert cli.main(["info"]) == 1
     lines = capsys.readouterr().out.splitlines()

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import gradkern as gk
 from gradkern import cli
+from gradkern.aggregators import Scalarization, methods
 from gradkern.demo import training
 from gradkern.demo.data import OFFSET, SIDE, Digits, overlaid_pairs, split_digits
 from gradkern.demo.methods import METHODS
@@ -23,6 +24,7 @@ from gradkern.demo.training import Run, Settings, compare, make_data
 
 CPU = torch.device("cpu")
 SMALL = Settings(train_pairs=256, test_pairs=256, batch_size=32, probe_every=2, warm_up=2)
+PLAIN = [name for name, m in methods.METHODS.items() if issubclass(m.aggregator, Scalarization)]
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -78,6 +80,7 @@ def test_labels_belong_to_the_digits_in_the_picture() -> None:
     torch.testing.assert_close(overlap, ((torch.maximum(left, right) + 1) / 10)[:, None].expand_as(overlap))
 
 
+FAMILIES = {"pcgrad": gk.PCGrad, "gradvac": gk.GradVac, "lr": gk.PCGrad, "suppression": gk.PCGrad}
 PARTNERS = {"random": "random", "average": "average", "similar": "most_similar", "different": "most_different"}
 
 
@@ -87,7 +90,8 @@ def test_a_method_is_what_its_name_says(method: str) -> None:
     images, labels = run.train.images[:64], [label[:64] for label in run.train.labels]
     info = run.opt.backward(run.task_losses(images, labels))
     family, _, variant = method.partition("-")
-    assert type(run.opt.aggregator).__name__.lower() == {"lr": "pcgrad", "suppression": "pcgrad"}.get(family, family)
+    expected = methods.METHODS[method].aggregator if method in methods.METHODS else FAMILIES[family]
+    assert type(run.opt.aggregator) is expected
     if isinstance(run.opt.aggregator, gk.PCGrad):
         assert run.opt.aggregator.partner == PARTNERS.get(variant, "all")
     if family == "suppression":
@@ -184,11 +188,12 @@ def test_the_table_has_every_method_whole(results: list[Result], width: int) -> 
             ([r.step_ms / b.step_ms for r, b in zip(of_method, results[:: len(METHODS)], strict=True)], 2),
         ):
             assert f"{np.mean(values):.{digits}f}" in line.split()
-        assert ("-" in line.split()) == (method == "sum")
+        assert ("-" in line.split()) == (method in PLAIN)
         if width == 120:
-            assert line.count("±") == (7 if method == "sum" else 8)
+            assert line.count("±") == (7 if method in PLAIN else 8)
     assert "…" not in printed
-    assert printed.count("±") == 8 * len(METHODS)  # one in the caption, and none for the surgery of the sum
+    # One in the caption, and none for the surgery of methods that have none.
+    assert printed.count("±") == 8 * len(METHODS) + 1 - len(PLAIN)
 
 
 def test_demo_writes_table_and_plots(
@@ -210,8 +215,9 @@ def test_demo_writes_table_and_plots(
         relative = float(row["step ms"]) / float(rows[0]["step ms"])
         assert float(row["step relative to sum"]) == pytest.approx(relative, rel=1e-4)
         assert row["method"] in printed
-    assert rows[0]["surgery ms"] == ""
-    assert all(0 < float(row["surgery ms"]) < float(row["step ms"]) for row in rows[1:])
+    plain = {row["method"]: row["surgery ms"] for row in rows if row["method"] in PLAIN}
+    assert plain == dict.fromkeys(PLAIN, "")
+    assert all(0 < float(row["surgery ms"]) < float(row["step ms"]) for row in rows if row["method"] not in PLAIN)
 
     with (out / "epochs.csv").open() as file:
         epochs = list(csv.DictReader(file))

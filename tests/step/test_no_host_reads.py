@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.aggregators import methods
 from gradkern.ops.partners import PARTNERS
 from tests.interpreter import interpreted, triton_implementation
 from tests.models import MultiHead, flat, problem
@@ -35,7 +36,9 @@ class ReadsTheHost(gk.Aggregator):
         return w if M.sum() > 0 else 2 * w
 
 
+SEVERAL_WAYS = (gk.PCGrad, gk.GradVac, gk.GradAttention, gk.aggregators.Scalarization)
 METHODS: dict[str, Callable[[], gk.Aggregator]] = {
+    **{name: row.make for name, row in methods.METHODS.items() if not issubclass(row.aggregator, SEVERAL_WAYS)},
     **{partner: partial(gk.PCGrad, partner) for partner in PARTNERS},
     "gradvac": gk.GradVac,
     "attention": partial(gk.GradAttention, 16, 8, 1),

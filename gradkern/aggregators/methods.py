@@ -1,0 +1,171 @@
+"""The methods, one row each. The package, the demo, the benchmark, the self-check and the tests read these rows.
+
+A new method is its class, its naive twin in :mod:`gradkern.reference`, a row here and a page in ``docs/methods``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradkern import reference
+from gradkern.aggregators.attention.grad_attention import GradAttention
+from gradkern.aggregators.base import Aggregator
+from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.mgda import MGDA
+from gradkern.aggregators.pcgrad import PCGrad
+from gradkern.aggregators.scalarization import Constant, Mean, Sum
+
+# The public classes, which ``gradkern`` takes over. METHODS and its types are imported by name.
+__all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
+
+Twin = Callable[..., list[Tensor]]
+"""Gives the updates of several steps, one after another, from the task gradients of each step. It takes the arguments
+of its class by name, and ``order`` if the method draws orders. It may know fewer steps than it is given."""
+
+
+def stateless(update: Callable[..., Tensor]) -> Twin:
+    """Make a twin of a function that gives the update of one step: every step is on its own."""
+    return lambda steps, **arguments: [update(grads, **arguments) for grads in steps]
+
+
+class Paper(NamedTuple):
+    """Source of a method. A report without a known author has a title alone."""
+
+    author: str | None
+    year: int | None
+    title: str
+
+
+class Laws(NamedTuple):
+    """Laws that the first update of a method obeys. The tests hold every method to them.
+
+    Attributes:
+        degree: gradients that are s > 0 times as long make the update s**degree times as long.
+        invariant: what stays as it is when one task's gradient gets longer: all "weights", the "update", or None.
+        equivariant: tasks in another order give the same update.
+        no_conflict: the update of gradients without conflict is their "sum", their "mean", or None of these.
+        zero_row: a task whose gradient is zero is "ignored", it "stops" the update, or None of these.
+    """
+
+    degree: int = 1
+    invariant: Literal["weights", "update"] | None = None
+    equivariant: bool = True
+    no_conflict: Literal["sum", "mean"] | None = None
+    zero_row: Literal["ignored", "stops"] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of gradient surgery: how it is called, made, checked and cited.
+
+    Attributes:
+        name: on the command line and in tables.
+        aggregator: its class.
+        twin: the same method written naively.
+        paper: where it was published.
+        laws: what its updates obey.
+        arguments: of the class, by name, that make it this method.
+        tasks: the number of tasks it is made for; None for any.
+        draws: random "order" of partners, which ``order=`` fixes; random "entries" of the gradients; or None.
+        state: steps leave something behind that later steps depend on.
+    """
+
+    name: str
+    aggregator: type[Aggregator]
+    twin: Twin
+    paper: Paper
+    laws: Laws
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    tasks: int | None = None
+    draws: Literal["order", "entries"] | None = None
+    state: bool = False
+
+    def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
+        """Make an aggregator. A method that draws no orders ignores ``order``."""
+        if self.draws == "order" and order is not None:
+            more["order"] = order
+        return self.aggregator(**self.arguments, **more)
+
+    def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
+        """Make an aggregator whose random decisions follow from ``seed``."""
+        if self.draws is None:
+            return self.make()
+        return self.make(generator=torch.Generator(device).manual_seed(seed))
+
+    def expected(self, steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], **more: Any) -> list[Tensor]:
+        """The twin's updates: float64 vectors, one for each step that it knows.
+
+        Args:
+            steps: the task gradients of each step.
+            order: row i is the order in which task i visits the others.
+            more: arguments besides those of the row.
+        """
+        if self.draws == "order":
+            more["order"] = order
+        return self.twin(steps, **self.arguments, **more)
+
+
+SCALARIZATION = Paper("Kurin et al.", 2022, "In Defense of the Unitary Scalarization for Deep Multi-Task Learning")
+PCGRAD = Paper("Yu et al.", 2020, "Gradient Surgery for Multi-Task Learning")
+PARTNERS = Paper(None, None, "Rhapsody on a Theme of Gradient Surgery")
+GRADVAC = Paper("Wang et al.", 2021, "Gradient Vaccine: Investigating and Improving Multi-task Optimization")
+MGDA_PAPER = Paper("Sener & Koltun", 2018, "Multi-Task Learning as Multi-Objective Optimization")
+GRADATTENTION = Paper(None, None, "GradAttention: Attention-Based Gradient Surgery")
+
+
+def _pcgrad(name: str, partner: str, paper: Paper, zero_row: Literal["ignored"] | None, **more: Any) -> Method:
+    """PCGrad with one kind of partner."""
+    twin, laws = stateless(reference.pcgrad_update), Laws(no_conflict="sum", zero_row=zero_row)
+    return Method(name, PCGrad, twin, paper, laws, {"partner": partner}, **more)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "sum",
+            Sum,
+            stateless(reference.weighted_sum),
+            SCALARIZATION,
+            Laws(invariant="weights", no_conflict="sum", zero_row="ignored"),
+        ),
+        Method("mean", Mean, stateless(reference.mean), SCALARIZATION, Laws(invariant="weights", no_conflict="mean")),
+        Method(
+            "constant",
+            Constant,
+            stateless(reference.weighted_sum),
+            SCALARIZATION,
+            Laws(invariant="weights", equivariant=False),
+            arguments={"weights": (1.0, 2.32, 1.61)},
+            tasks=3,
+        ),
+        _pcgrad("pcgrad", "all", PCGRAD, "ignored", draws="order"),
+        _pcgrad("pcgrad-random", "random", PARTNERS, None, draws="order"),
+        _pcgrad("pcgrad-average", "average", PARTNERS, None),
+        _pcgrad("pcgrad-similar", "most_similar", PARTNERS, None),
+        _pcgrad("pcgrad-different", "most_different", PARTNERS, "ignored"),
+        Method(
+            "gradvac",
+            GradVac,
+            reference.gradvac_updates,
+            GRADVAC,
+            Laws(no_conflict="sum", zero_row="ignored"),
+            draws="order",
+            state=True,
+        ),
+        Method("mgda", MGDA, stateless(reference.mgda), MGDA_PAPER, Laws(zero_row="stops")),
+        Method(
+            "gradattention",
+            GradAttention,
+            reference.gradattention_updates,
+            GRADATTENTION,
+            Laws(invariant="weights", no_conflict="mean"),
+            draws="entries",
+            state=True,
+        ),
+    )
+}
+"""By name, in the order of the tables."""

@@ -1,0 +1,29 @@
+"""Every method beside its naive twin: a part of the self-check that comes with a row of METHODS."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from gradkern.aggregators.methods import METHODS, Method
+from gradkern.ops.registry import Cases, Comparison
+
+SHAPES = [(1, 5), (2, 1001), (3, 1001), (6, 1001)]
+"""T x P. Twins may take 2**T times as long as their method, so T is small."""
+STEPS = 3
+"""The number of steps of a method that are compared: its state may change the next one."""
+
+
+def _method(method: Method, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for T, P in SHAPES if method.tasks is None else [(method.tasks, 1001)]:
+        order = [torch.randperm(T).tolist() for _ in range(T)]
+        # Rows with a common direction that points both ways: about half of the pairs conflict, and clearly.
+        steps = [(torch.randn(T, P) + torch.randn(T, 1)).to(dtype) for _ in range(STEPS)]
+        aggregator = method.make(order)
+        for J, expected in zip(steps, method.expected([list(J) for J in steps], order), strict=False):
+            # Each projection passes the roundings of the rows before it on: T of them.
+            yield aggregator(J.to(device)), expected, T * J.double().abs().sum(0)
+
+
+CASES: dict[str, Cases] = {f"method:{name}": partial(_method, method) for name, method in METHODS.items()}
+"""Every row of METHODS, by its name after "method:", since an operator may have the same name."""

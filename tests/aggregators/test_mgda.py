@@ -1,0 +1,199 @@
+"""MGDA: the shortest vector of the hull, exactly, however badly scaled or degenerate the gradients are."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import gradkern as gk
+from gradkern import reference
+from gradkern.aggregators.solvers import min_norm as solver
+from gradkern.aggregators.solvers.min_norm import min_norm
+from tests.problems import PROBLEMS, conflicting
+from tests.tolerances import assert_near
+
+EXACT = 1e-11
+"""Of the terms summed. Rows are solved for in float64; a condition of 1e5 is left to what is nearly degenerate."""
+
+
+def shortfall(M: Tensor, w: Tensor) -> Tensor:
+    """How far the worst task falls short of (Mw)_i >= wᵀMw, in proportion to the terms of both, row by unit row."""
+    n = M.diagonal(dim1=-2, dim2=-1).sqrt()
+    n = torch.where(n == 0, 1.0, n)
+    K, v = M / n.unsqueeze(-1) / n.unsqueeze(-2), w * n
+    products, terms = (K @ v.unsqueeze(-1)).squeeze(-1), (K.abs() @ v.unsqueeze(-1)).squeeze(-1)
+    short = (v * products).sum(-1, keepdim=True) / n - products
+    return (short / (terms + (v * terms).sum(-1, keepdim=True) / n)).nan_to_num(0.0).amax(-1)
+
+
+def assert_optimal(M: Tensor, tolerance: float = EXACT) -> None:
+    w = min_norm(M)
+    assert (w >= 0).all()
+    assert_near(w.sum(-1), torch.ones(w.shape[:-1]), 1.0, 1e-14)
+    assert shortfall(M, w).max() <= tolerance
+
+
+def degenerate(kind: str, n: int, T: int, P: int) -> Tensor:
+    """n matrices of T rows."""
+    J = torch.randn(n, T, P, dtype=torch.float64)
+    spread = 10 ** (6 * torch.rand(n, T, 1, dtype=torch.float64) - 3)
+    before = J[:, : T - 1 : 2]
+    if kind.startswith("antiparallel"):
+        J[:, 1::2] = -before + 10 ** (-6 * torch.rand(n, 1, 1, dtype=torch.float64)) * J[:, 1::2]
+    if kind.startswith("duplicate"):
+        J[:, 1::2] = before
+    if kind.startswith("integer"):
+        J = torch.randint(-2, 3, (n, T, 4)).double()
+    if kind.startswith("common"):
+        J = J + 3 * torch.randn(n, 1, P, dtype=torch.float64)
+    return J * spread if kind.endswith("scaled") else J
+
+
+OF_ONE_SCALE = ("any", "antiparallel", "duplicate", "integer", "common")
+KINDS = [*OF_ONE_SCALE, *(f"{kind}-scaled" for kind in OF_ONE_SCALE)]
+
+
+@pytest.mark.parametrize("P", [3, 30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_task_falls_short(kind: str, P: int) -> None:
+    torch.manual_seed(0)
+    for T in (1, 2, 3, 6, 12):
+        J = degenerate(kind, 100, T, P)
+        assert_optimal(J @ J.mT)
+
+
+def test_no_task_falls_short_of_what_hypothesis_finds() -> None:
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=200)
+    @hypothesis.given(st.data())
+    def check(data: object) -> None:
+        T, P = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))  # type: ignore[attr-defined]
+        entries = st.lists(st.integers(-4, 4), min_size=T * P, max_size=T * P)
+        powers = st.lists(st.integers(-3, 3), min_size=T, max_size=T)
+        J = torch.tensor(data.draw(entries), dtype=torch.float64).view(T, P)  # type: ignore[attr-defined]
+        J = J * 10.0 ** torch.tensor(data.draw(powers), dtype=torch.float64).unsqueeze(-1)  # type: ignore[attr-defined]
+        # 1e-8: shortest vectors of length 0 among rows of all lengths, whose own equations are singular.
+        assert_optimal(J @ J.mT, 1e-8)
+
+    check()
+
+
+@pytest.mark.parametrize("normalize", [None, "l2"])
+@pytest.mark.parametrize("problem", ["conflicting", "duplicate", "zero", "tiny", "huge", "antiparallel"])
+def test_as_its_twin(problem: str, normalize: str | None) -> None:
+    for T in range(1, 7):
+        torch.manual_seed(T)
+        J = PROBLEMS[problem](T, 40)
+        expected = reference.mgda(list(J), normalize)
+        assert_near(gk.MGDA(normalize)(J), expected, J.norm(dim=1).max(), 1e-9)
+
+
+def test_nearly_antiparallel_and_badly_scaled_rows_as_its_twin() -> None:
+    """The length found is within 1e-7 of the shortest row's: the Gramian holds squares, and they 16 digits."""
+    for T in (2, 3, 4, 5):
+        torch.manual_seed(T)
+        J = PROBLEMS["ill-conditioned"](T, 40)
+        ours, shortest = gk.MGDA()(J).norm(), reference.mgda(list(J)).norm()
+        assert abs(ours - shortest) <= 1e-7 * J.norm(dim=1).min()
+
+
+def test_two_tasks_by_hand() -> None:
+    """w_1 = (g_2 - g_1) · g_2 / ‖g_1 - g_2‖², cut to [0, 1]."""
+    torch.manual_seed(0)
+    J = torch.randn(500, 2, 3, dtype=torch.float64) * torch.tensor([[1.0], [3.0]])
+    a, b = J.unbind(1)
+    first = (((b - a) * b).sum(-1) / (a - b).square().sum(-1)).clamp(0, 1)
+    assert_near(min_norm(J @ J.mT), torch.stack((first, 1 - first), -1), 1.0, 1e-12)
+
+
+def test_a_long_frank_wolfe_comes_no_lower() -> None:
+    torch.manual_seed(0)
+    J = degenerate("any-scaled", 20, 5, 10)
+    M = J @ J.mT
+    w = torch.full((20, 5), 0.2, dtype=torch.float64)
+    for _ in range(2000):
+        slopes = (M @ w.unsqueeze(-1)).squeeze(-1)
+        vertex = torch.nn.functional.one_hot(slopes.argmin(-1), 5).double()
+        d = vertex - w
+        curvature = (d * (M @ d.unsqueeze(-1)).squeeze(-1)).sum(-1)
+        step = (-(d * slopes).sum(-1) / curvature.clamp_min(1e-300)).clamp(0, 1)
+        w = w + step.unsqueeze(-1) * d
+    square, ours = ((v.unsqueeze(-2) @ M @ v.unsqueeze(-1)).flatten() for v in (w, min_norm(M)))
+    assert (ours <= square * (1 + 1e-12)).all()
+
+
+def test_more_rounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    J = degenerate("antiparallel", 100, 12, 20)
+    w = min_norm(J @ J.mT)
+    monkeypatch.setattr(solver, "ROUNDS_PER_TASK", 8)
+    assert torch.equal(w, min_norm(J @ J.mT))
+
+
+def test_a_zero_gradient_takes_all_the_weight() -> None:
+    M = torch.stack([gk.gramian(conflicting(4, 9)) for _ in range(2)])
+    M[0, [1, 3]] = M[0, :, [1, 3]] = 0
+    w = gk.MGDA().weights(M)
+    assert w[0].tolist() == [0, 0.5, 0, 0.5]
+    assert torch.equal(w[1], gk.MGDA().weights(M[1]))
+    assert gk.MGDA("l2").weights(M)[0].tolist() == [0, 0.5, 0, 0.5]
+
+
+def test_absent_tasks_have_no_part_in_the_hull() -> None:
+    M = torch.stack([gk.gramian(conflicting(5, 9)) for _ in range(2)])
+    present = torch.tensor([True, False, True, True, False])
+    expected = min_norm(M[:, present][:, :, present])
+    M[:, 1], M[:, :, 1] = 0, 0  # one has no gradient yet
+    w = gk.MGDA().solution(M, present).weights
+    assert_near(w[:, present], expected, 1.0, 1e-12)
+    assert (w[:, ~present] == 0).all()
+    assert (gk.MGDA().solution(M, torch.zeros(5, dtype=torch.bool)).weights.nan_to_num(0.0) == 0).all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gramian_that_is_not_finite(bad: float) -> None:
+    M = torch.stack([gk.gramian(conflicting(3, 9)) for _ in range(2)])
+    expected = min_norm(M[1])
+    M[0, 2, 2] = bad
+    w = min_norm(M)
+    assert w[0].isnan().all()
+    assert torch.equal(w[1], expected)
+    assert min_norm(M[0], torch.tensor([True, True, False])).isfinite().all()
+
+
+def test_float32_gramians_that_rounding_left_indefinite() -> None:
+    torch.manual_seed(0)
+    J = degenerate("antiparallel-scaled", 200, 8, 20)
+    M = (J @ J.mT).float().double()
+    w = min_norm(M)
+    assert (w >= 0).all()
+    assert shortfall(M, w).max() <= 1e-5
+
+
+def test_normalized_gradients_have_weights_of_their_directions_alone() -> None:
+    J = conflicting(4, 9)
+    longer = J * torch.tensor([[1.0], [1e3], [1e-3], [1e6]])
+    w, w_longer = (gk.MGDA("l2").weights(gk.gramian(x)) for x in (J, longer))
+    assert_near(w_longer, w, 1.0, 1e-9)
+    assert not torch.allclose(gk.MGDA().weights(gk.gramian(longer)), w, atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3), (2, 0, 3, 3), (1, 1)])
+def test_few_problems_and_small_ones(shape: tuple[int, ...]) -> None:
+    assert torch.equal(gk.MGDA().weights(torch.ones(shape)), torch.ones(shape[:-1]))
+
+
+def test_nothing_is_read() -> None:
+    with FakeTensorMode():
+        assert gk.MGDA("l2").weights(torch.ones(2, 4, 4)).shape == (2, 4)
+    assert gk.MGDA().weights(torch.ones(2, 4, 4, device="meta")).shape == (2, 4)
+
+
+@pytest.mark.parametrize("normalize", ["loss", "loss+", "L2", 2, True])
+def test_what_cannot_be_normalized_by_is_named(normalize: object) -> None:
+    with pytest.raises(ValueError, match="normalize must be None or 'l2'.*got " + repr(normalize).replace("+", r"\+")):
+        gk.MGDA(normalize)  # type: ignore[arg-type]

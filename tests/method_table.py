@@ -1,0 +1,36 @@
+"""The table of ``docs/methods.md``, from the rows of METHODS. ``python -m tests.method_table`` writes it."""
+
+from pathlib import Path
+
+from gradkern.aggregators.methods import METHODS, Method
+
+PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
+START = "<!-- python -m tests.method_table -->\n"
+
+
+def table() -> str:
+    """One line for each method."""
+    head = (
+        "| Name | Class | Source | Task gradients without conflict give "
+        "| A longer gradient of one task leaves as it is | Draws | State |\n|---|---|---|---|---|---|---|\n"
+    )
+    return head + "".join(f"| {' | '.join(_cells(method))} |\n" for method in METHODS.values())
+
+
+def _cells(method: Method) -> list[str]:
+    laws, name = method.laws, method.aggregator.__name__
+    arguments = ", ".join(f"{key}={value!r}" for key, value in method.arguments.items())
+    author, year, title = method.paper
+    return [
+        f"`{method.name}`",
+        f"[`{name}({arguments})`](methods/{name.lower()}.md)",
+        f"{author} {year}, “{title}”" if author else f"“{title}”",
+        f"their {laws.no_conflict}" if laws.no_conflict else "",
+        f"the {laws.invariant}" if laws.invariant else "",
+        method.draws or "",
+        "yes" if method.state else "",
+    ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(PAGE.read_text().partition(START)[0] + START + table())
