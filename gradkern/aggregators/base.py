@@ -46,6 +46,8 @@ class Aggregator(nn.Module, ABC):
 
     has_fixed_weights = False
     """Whether the weights depend on no gradient."""
+    leaves_out_absent = False
+    """Whether an absent task is no part of the problem. Other methods take its gradient for zeros."""
     samples_entries = False
     """Whether ``weights`` takes sampled entries of the gradients besides their Gramian."""
 

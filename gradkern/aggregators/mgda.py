@@ -37,6 +37,8 @@ class MGDA(Aggregator):
         """The weights of the hull's shortest vector; see :meth:`Aggregator.weights`."""
         return self._solved(M, None)
 
+    leaves_out_absent = True
+
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
         """The same of the hull of the present tasks' gradients alone; see :meth:`Aggregator.solution`."""
         return Solution(self._solved(M, present))

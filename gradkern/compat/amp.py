@@ -145,7 +145,7 @@ class _Accumulating:
         return [p for p in self._params() if p.requires_grad]
 
     def _host_params(self) -> list[Tensor]:
-        """Return for each trained parameter one in host memory, to which its rows belong; its own values are not read."""
+        """Return for each trained parameter one in host memory, to which its rows belong; its values are not read."""
         trained = self._trained()
         for p in trained:
             if p not in self._hosts:

@@ -97,7 +97,8 @@ class LossesOnFeatures(Losses):
     ) -> Iterator[tuple[int, Sequence[Tensor | None]]]:
         """Give each task's number and its gradients by the trunk.
 
-        Only features that a task reaches make it reach a target. So tasks that reach the same features go together; the graph is freed by the last of them.
+        Only features that a task reaches make it reach a target. So tasks that reach the same features go together, and
+        the last of them frees the graph.
         """
         reached = {i: [k for k, g in enumerate(found) if g is not None] for i, found in tangents.items()}
         reach = reached.__getitem__

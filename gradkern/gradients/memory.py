@@ -80,7 +80,10 @@ def _alone(g: Tensor) -> Tensor:
 
 
 def bools_on(values: Sequence[bool], device: torch.device) -> Tensor:
-    """Return ``values`` as (T,) bool on ``device``, by fills: a copy from the host waits, and a captured graph loses it."""
+    """Return ``values`` as (T,) bool on ``device``.
+
+    It is filled there: a copy from the host waits, and a captured graph loses it.
+    """
     often = sum(values) > len(values) / 2
     result = torch.full((len(values),), often, dtype=torch.bool, device=device)
     for i, value in enumerate(values):

@@ -82,7 +82,7 @@ def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tens
 
 @operator("scatter", writes=("out",))
 def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
-    """Write ``values`` (d,) to the entries at ``index`` of ``out``; all others stay, also all of a tensor of no size."""
+    """Write ``values`` (d,) to the entries at ``index`` of ``out``; all others stay, and tensors of no size."""
 
 
 @operator("pcgrad")

@@ -8,7 +8,7 @@ ORDERED = ("all", "random")
 
 
 def check_partner(order_keys: Tensor | None, partner: str) -> None:
-    """Raise unless ``partner`` is one of those that there are, with order_keys if it depends on an order, else without."""
+    """Raise unless ``partner`` is known, with ``order_keys`` if it depends on an order, else without."""
     if partner not in PARTNERS:
         raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
     if (order_keys is not None) != (partner in ORDERED):

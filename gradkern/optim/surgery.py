@@ -78,7 +78,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
-        # κ of the last backward pass, until a step takes it; and the sums of gradients, within accumulate(). They are in
+        # κ of the last backward pass, until a step takes it; and the sums of gradients, within accumulate(). They have
         # an object of their own: Lightning's wrapper runs these methods with itself as self, and attributes that they
         # bind to that self do not reach a step.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
@@ -196,7 +196,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return replace(info, total_norm=sink.total_norm)
 
     def _is_fused(self, measured: bool) -> bool:
-        """Return whether the step can take the combination, whose norm is ``measured``, with no ``.grad`` in between."""
+        """Return whether the step takes the combination, whose norm may be ``measured``, with no ``.grad`` between."""
         method, suppression = self.aggregator, self.suppression
         return (
             type(self.optimizer) is AdamW

@@ -75,12 +75,13 @@ def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], opti
         first_units = suppression.first_units(targets.numels)
         units = [first_units[k] for k in targets.places]
     columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
+    matters = memory is not None or options.aggregator.leaves_out_absent
     return Rows(
         columns,
         targets.n_segments,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=None if memory is None or all(present) else bools_on(present, targets.device),
+        present=bools_on(present, targets.device) if matters and not all(present) else None,
     )
 
 

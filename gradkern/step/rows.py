@@ -39,8 +39,8 @@ class Rows:
         n_segments: S, the number of groups.
         mask: drops entries of the results; None for none.
         products_masked: whether the mask drops them from the dot products too.
-        present: (T,) bool, the tasks whose gradients belong to this step, while the others' are remembered; None for
-            all.
+        present: (T,) bool, the tasks whose gradients belong to this step; None for all, or where the method takes an
+            absent task's gradient for zeros.
     """
 
     columns: Sequence[ParamGrads]

@@ -132,7 +132,7 @@ class GradAttention(Aggregator):
     # public, would import the compiler with this library, and take half a second.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _learn(self, M: Tensor, X: Tensor) -> Tensor:
-        """Return α (B, T) float64 of the network as it is; then take one step of Adam, unless a number is not finite."""
+        """Return α (B, T) float64 of the network; then take one step of Adam, unless a number is not finite."""
         with torch.inference_mode(False), torch.enable_grad():
             M, X = M.detach(), X.detach()
             adam = self._ready(M)
@@ -193,7 +193,7 @@ class GradAttention(Aggregator):
         self._begin(state["tasks"], state["adam"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as every Aggregator does; ``assign`` must be False: the optimizer holds the parameters that there are."""
+        """Load as every Aggregator does; ``assign`` must be False, because the optimizer holds the parameters."""
         if assign:
             raise ValueError("assign must be False, got True: the optimizer holds the parameters that there are")
         return super().load_state_dict(state_dict, strict)

@@ -31,7 +31,7 @@ T = 12 and for eight segments of T = 3 both take the same."""
 
 @implements(operators.pcgrad)
 def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
-    """PCGrad's coefficients, of M's dtype."""
+    """Compute PCGrad's coefficients, of M's dtype."""
     return _like(pcgrad_coefficients(M, order_keys, partner), M)
 
 
@@ -112,8 +112,10 @@ def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> li
 
 @implements(operators.gradvac)
 def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
-    """GradVac's coefficients (Wang et al. 2021); ``targets`` (S, T, T) move in the rows that ``update_mask`` (T,) names."""
+    """Compute GradVac's coefficients (Wang et al. 2021), and move the ``targets`` in the rows of ``update_mask``."""
     S, T, _ = M.shape
+    if S == 0:
+        return M.clone()
     eps = torch.finfo(M.dtype).eps
     if S * T <= FEW_OF_GRADVAC:
         held = targets.tolist()

@@ -20,8 +20,8 @@ from gradkern.ops.arguments import OptionalTensors
 from gradkern.ops.capture import capturing, keep
 
 TABLES = 1024
-"""The number of tables that are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its parameter
-groups, of which there may be one for each layer, and allocators take turns among a few addresses."""
+"""The number of tables that are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its
+parameter groups, of which there may be one for each layer, and allocators take turns among a few addresses."""
 
 
 def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:
