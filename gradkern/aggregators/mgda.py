@@ -25,6 +25,8 @@ class MGDA(Aggregator):
             gradient is short. As in Sener & Koltun's code, the weights then apply to the gradients as they are.
     """
 
+    leaves_out_absent = True
+
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
         if normalize in ("loss", "loss+"):
@@ -36,8 +38,6 @@ class MGDA(Aggregator):
     def weights(self, M: Tensor) -> Tensor:
         """The weights of the hull's shortest vector; see :meth:`Aggregator.weights`."""
         return self._solved(M, None)
-
-    leaves_out_absent = True
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
         """The same of the hull of the present tasks' gradients alone; see :meth:`Aggregator.solution`."""

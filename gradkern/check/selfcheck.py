@@ -26,8 +26,9 @@ from gradkern.ops.registry import Cases
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """Largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to
-2048 random terms at a time, whose roundings cancel but for some sqrt(2048) of 6e-8. bfloat16 and float16: the arithmetic is
-float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is allowed."""
+2048 random terms at a time, whose roundings cancel but for some sqrt(2048) of 6e-8. bfloat16 and float16: the
+arithmetic is float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is
+allowed."""
 
 
 def info() -> int:
