@@ -21,6 +21,7 @@ from gradkern.check import (
 from gradkern.check.bits import differences
 from gradkern.check.methods import CASES as METHODS
 from gradkern.ops import backend, registry
+from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.registry import Cases
 
@@ -90,7 +91,7 @@ def on_the_cpu() -> dict[str, str]:
 
 def devices() -> list[torch.device]:
     """Return the CPU and every CUDA (or ROCm) device."""
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    return [torch.device("cpu"), *(torch.device(GPU, i) for i in range(torch.cuda.device_count()))]
 
 
 def describe(device: torch.device) -> str:

@@ -39,6 +39,7 @@ from torch import Tensor
 from gradkern.aggregators.base import check_gramian
 from gradkern.ops import combine, gramian, operators
 from gradkern.ops.capture import capturing
+from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import arithmetic_dtype
 
 try:
@@ -193,6 +194,6 @@ def _keys(order: Tensor, device: torch.device) -> Tensor:
     if capturing(device):
         raise RuntimeError("a CUDA graph cannot draw on the CPU as TorchJD does: take the method of gradkern itself")
     keys = order.argsort(-1).float().unsqueeze(0)
-    if device.type == "cuda" and not keys.is_cuda:
+    if device.type == GPU and not keys.is_cuda:
         keys = keys.pin_memory()  # or the host would wait for the copy
     return keys.to(device, non_blocking=True)

@@ -5,6 +5,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gradkern.ops.devices import GPU
 from gradkern.ops.layout import Tables
 
 AnyTables = TypeVar("AnyTables", bound=Tables)
@@ -12,7 +13,7 @@ AnyTables = TypeVar("AnyTables", bound=Tables)
 
 def capturing(device: torch.device) -> bool:
     """Whether work on ``device`` is now recorded instead of done."""
-    if device.type != "cuda":
+    if device.type != GPU:
         return False
     if device.index == torch.cuda.current_device():  # as nearly always; to change the device costs more than to ask
         return torch.cuda.is_current_stream_capturing()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads, numels, sample
+from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.pytorch.backend import implements
@@ -188,7 +189,7 @@ def work_dtype(rows: Tensor) -> torch.dtype:
     """
     if rows.dtype == torch.float64:
         return torch.float64
-    setting = _matmul_precision("mkldnn" if rows.device.type == "cpu" else "cuda", "matmul")
+    setting = _matmul_precision("mkldnn" if rows.is_cpu else GPU, "matmul")
     return torch.float32 if setting in ("none", "ieee") else torch.float64
 
 
