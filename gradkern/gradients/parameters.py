@@ -153,19 +153,19 @@ class Targets:
     """The trained parameters of a step: their groups, and whether tasks share them.
 
     Attributes:
+        given: all parameters given, frozen ones too.
         tensors: n parameters that require grad.
         places: the place of each among all parameters given.
         segments: the group of each.
         n_segments: S, the number of groups of all parameters given.
-        numels: the number of elements of all parameters given, frozen ones too.
         named: the shared parameters, where the user names them; None for those that two tasks reach.
     """
 
+    given: list[Tensor]
     tensors: list[Tensor]
     places: list[int]
     segments: list[int]
     n_segments: int
-    numels: list[int]
     named: set[Tensor] | None
 
     @classmethod
@@ -180,8 +180,7 @@ class Targets:
         named = None if shared is None else subset(shared, given)
         places = [k for k, p in enumerate(given.tensors) if p.requires_grad]
         tensors = [given.tensors[k] for k in places]
-        numels = [p.numel() for p in given.tensors]
-        return cls(tensors, places, [numbers[k] for k in places], n_segments, numels, named)
+        return cls(given.tensors, tensors, places, [numbers[k] for k in places], n_segments, named)
 
     @property
     def device(self) -> torch.device:

@@ -72,7 +72,7 @@ def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], opti
     segments = [s if m else None for s, m in zip(targets.segments, shared, strict=True)]
     units = [-1] * len(segments)
     if suppression is not None:
-        first_units = suppression.first_units(targets.numels)
+        first_units = suppression.first_units([p.numel() for p in targets.given])
         units = [first_units[k] for k in targets.places]
     columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
     matters = memory is not None or options.aggregator.leaves_out_absent
