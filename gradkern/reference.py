@@ -159,20 +159,24 @@ def gradvac_updates(
     return updates
 
 
-def mgda(grads: Sequence[Tensor], normalize: str | None = None) -> Tensor:
+def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence[float] | None = None) -> Tensor:
     """MGDA (Désidéri 2012): the shortest vector of the gradients' convex hull, by trying every support.
 
     The shortest vector is that of the affine hull of some affinely independent gradients, inside their convex hull.
 
     Args:
         grads: T vectors of P numbers; time grows as 2^T.
-        normalize: "l2" to find the weights for gradients of length 1 and apply them to the gradients as they are.
+        normalize: what gradients are divided by while the weights are found: None, "l2" for their lengths, "loss" for
+            their losses, "loss+" for both. The weights apply to the gradients as they are.
+        losses: T numbers greater than 0, for "loss" and "loss+".
     """
     rows = [g.double() for g in grads]
     lengths = [_length(g) for g in rows]
     if 0 in lengths or not all(math.isfinite(n) for n in lengths):
         return torch.stack(rows).sum(0) * 0
-    hull = [g / n for g, n in zip(rows, lengths, strict=True)] if normalize == "l2" else rows
+    hull = [g / n for g, n in zip(rows, lengths, strict=True)] if normalize in ("l2", "loss+") else rows
+    if losses is not None:
+        hull = [g / loss for g, loss in zip(hull, losses, strict=True)]
     best, update = math.inf, torch.zeros_like(rows[0])
     for size in range(1, len(rows) + 1):
         for support in combinations(range(len(rows)), size):

@@ -48,6 +48,8 @@ class Aggregator(nn.Module, ABC):
     """Whether the weights depend on no gradient."""
     leaves_out_absent = False
     """Whether an absent task is no part of the problem. Other methods take its gradient for zeros."""
+    needs_losses = False
+    """Whether ``solution`` takes the losses."""
     samples_entries = False
     """Whether ``weights`` takes sampled entries of the gradients besides their Gramian."""
 
@@ -71,13 +73,14 @@ class Aggregator(nn.Module, ABC):
             TypeError, ValueError: ``M`` is not as said above, or does not fit the method's own arguments.
         """
 
-    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+    def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return the weights of a step, of which some tasks may be absent; :func:`gradkern.backward` asks for it.
 
         Args:
             M: (S, T, T), as for :meth:`weights`.
             present: (T,) bool on M's device, the tasks whose gradients are of this step while the others' are
                 remembered: only the modified gradients of the present ones add up. None for all.
+            losses: (T,) on M's device, NaN for absent tasks; None for a method that does not need them.
         """
         w = self.weights(M)
         return Solution(w if present is None else torch.where(present, w, 0.0))

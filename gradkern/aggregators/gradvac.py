@@ -50,7 +50,7 @@ class GradVac(Projection):
         self.beta = float(beta)
         self.register_buffer("targets", None)
 
-    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+    def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return the present tasks' weights, and the targets after the step; only present tasks' targets move."""
         return self._reported(M, super().solution(M, present).weights)
 

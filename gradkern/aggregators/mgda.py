@@ -7,11 +7,14 @@ exact, from an active-set method. Frank-Wolfe, the usual choice, ends at vectors
 are nearly antiparallel or of very different lengths.
 """
 
+import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, Solution, check_gramian
 from gradkern.aggregators.solvers.min_norm import min_norm
 from gradkern.ops.cosines import cosines
+
+NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
 
 class MGDA(Aggregator):
@@ -21,33 +24,66 @@ class MGDA(Aggregator):
     weight, and the update is zero. A task that is absent in a step has no part in the hull.
 
     Args:
-        normalize: None, or "l2" to find the weights for gradients of length 1, so that no task wins because its
-            gradient is short. As in Sener & Koltun's code, the weights then apply to the gradients as they are.
+        normalize: the weights are found for gradients divided by 1 (None), by their lengths ("l2"), by their losses
+            ("loss"), or by both ("loss+"), so that no task wins because its gradient is short. As in Sener & Koltun's
+            code, the weights then apply to the gradients as they are.
     """
 
     leaves_out_absent = True
 
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
-        if normalize in ("loss", "loss+"):
-            raise ValueError(f"normalize must be None or 'l2': a Gramian does not tell the losses; got {normalize!r}")
-        if normalize not in (None, "l2"):
-            raise ValueError(f"normalize must be None or 'l2', got {normalize!r}")
+        if normalize is not None and (not isinstance(normalize, str) or normalize not in NORMALIZATIONS):
+            raise ValueError(f"normalize must be None, 'l2', 'loss' or 'loss+', got {normalize!r}")
         self.normalize = normalize
 
-    def weights(self, M: Tensor) -> Tensor:
-        """The weights of the hull's shortest vector; see :meth:`Aggregator.weights`."""
-        return self._solved(M, None)
+    @property
+    def needs_losses(self) -> bool:  # type: ignore[override]  # it depends on the instance
+        """Whether gradients are divided by their losses."""
+        return self.normalize in ("loss", "loss+")
 
-    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
-        """The same of the hull of the present tasks' gradients alone; see :meth:`Aggregator.solution`."""
-        return Solution(self._solved(M, present))
+    def weights(self, M: Tensor, losses: Tensor | None = None) -> Tensor:
+        """Return the weights of the hull's shortest vector; see :meth:`Aggregator.weights`.
 
-    def _solved(self, M: Tensor, present: Tensor | None) -> Tensor:
+        Args:
+            M: (..., T, T), Gramians.
+            losses: (..., T), for "loss" and "loss+", on M's device. They must be greater than 0: any other one gives
+                weights that are not a number.
+
+        Raises:
+            ValueError: ``losses`` is missing, or its last dimension is not T.
+        """
+        return self._hull_weights(M, None, losses)
+
+    def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
+        """Return the weights of the present tasks' hull; see :meth:`Aggregator.solution`."""
+        return Solution(self._hull_weights(M, present, losses))
+
+    def _hull_weights(self, M: Tensor, present: Tensor | None, losses: Tensor | None) -> Tensor:
         check_gramian(M)
-        M = M.detach()
-        hull = cosines(M.double()) if self.normalize == "l2" else M
+        hull = M.detach().double()
+        if self.normalize in ("l2", "loss+"):
+            hull = cosines(hull)
+        if self.needs_losses:
+            hull = _divided(hull, self._checked(losses, M), present)
         return min_norm(hull, present).to(M.dtype)
+
+    def _checked(self, losses: Tensor | None, M: Tensor) -> Tensor:
+        if losses is None:
+            raise ValueError(f"losses must be given with normalize={self.normalize!r}, got None")
+        if losses.shape[-1:] != M.shape[-1:]:
+            raise ValueError(
+                f"losses must have shape (..., {M.shape[-1]}) for M {tuple(M.shape)}, got {tuple(losses.shape)}"
+            )
+        return losses
 
     def __repr__(self) -> str:
         return f"MGDA(normalize={self.normalize!r})"
+
+
+def _divided(M: Tensor, losses: Tensor, present: Tensor | None) -> Tensor:
+    """Return the Gramian of the rows divided by their losses."""
+    scale = torch.where(losses > 0, losses.detach().double(), torch.nan)
+    if present is not None:
+        scale = torch.where(present, scale, 1.0)
+    return M / scale.unsqueeze(-1) / scale.unsqueeze(-2)

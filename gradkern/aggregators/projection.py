@@ -46,7 +46,7 @@ class Projection(Aggregator):
         """Return the sum (or mean) of the coefficients over tasks; see :meth:`Aggregator.weights`."""
         return self._reduced(self._modified(M, None))
 
-    def solution(self, M: Tensor, present: Tensor | None) -> Solution:
+    def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return the sum (or mean) of the present tasks' coefficients; see :meth:`Aggregator.solution`."""
         C = self._modified(M, present)
         return Solution(self._reduced(C if present is None else torch.where(present.unsqueeze(-1), C, 0.0)))

@@ -82,6 +82,7 @@ def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], opti
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
         present=bools_on(present, targets.device) if matters and not all(present) else None,
+        losses=stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None,
     )
 
 

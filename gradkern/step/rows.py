@@ -41,6 +41,7 @@ class Rows:
         products_masked: whether the mask drops them from the dot products too.
         present: (T,) bool, the tasks whose gradients belong to this step; None for all, or where the method takes an
             absent task's gradient for zeros.
+        losses: (T,), NaN for an absent task; None where the method does not need them.
     """
 
     columns: Sequence[ParamGrads]
@@ -48,6 +49,7 @@ class Rows:
     mask: MaskState | None = None
     products_masked: bool = False
     present: Tensor | None = None
+    losses: Tensor | None = None
 
     @property
     def n_tasks(self) -> int:

@@ -65,7 +65,7 @@ def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) 
     products = source.gramian(unshared)
     M = _usable(products[: rows.n_segments], rows.present)
     if sampled is None:
-        solution = aggregator.solution(M, rows.present)
+        solution = _solution(aggregator, M, rows)
         _check_weights(aggregator, solution.weights, M)
     else:
         solution = sampled.solution(M)
@@ -105,6 +105,12 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     combined = [(c.param, results[c.param]) for c in rows.columns]
     share = None if kept is None else kept_share(kept, summed)
     return Outcome(M, None, program.solution(M, w), None, lambda: (combined, share))
+
+
+def _solution(aggregator: Aggregator, M: Tensor, rows: Rows) -> Solution:
+    if aggregator.needs_losses:
+        return aggregator.solution(M, rows.present, rows.losses)
+    return aggregator.solution(M, rows.present)
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:

@@ -193,7 +193,37 @@ def test_nothing_is_read() -> None:
     assert gk.MGDA().weights(torch.ones(2, 4, 4, device="meta")).shape == (2, 4)
 
 
-@pytest.mark.parametrize("normalize", ["loss", "loss+", "L2", 2, True])
-def test_what_cannot_be_normalized_by_is_named(normalize: object) -> None:
-    with pytest.raises(ValueError, match="normalize must be None or 'l2'.*got " + repr(normalize).replace("+", r"\+")):
+@pytest.mark.parametrize("normalize", ["loss", "loss+"])
+def test_gradients_are_divided_by_their_losses(normalize: str) -> None:
+    """On a matrix and in a step; an absent task's loss counts nowhere."""
+    J = torch.randn(4, 9, dtype=torch.float64)
+    p = torch.nn.Parameter(torch.ones(9, dtype=torch.float64))
+    scale = torch.tensor([0.1, 2.0, 30.0, 1.0], dtype=torch.float64)
+    losses = [(p * J[t]).sum().square().add(1.0) * scale[t] for t in range(4)]
+    grads = [torch.autograd.grad(loss, p, retain_graph=True)[0] for loss in losses]
+    values = [loss.item() for loss in losses]
+    method = gk.MGDA(normalize)
+    w = method.weights(reference.gramian(grads), torch.stack(losses))
+    expected = reference.mgda(grads, normalize, values)
+    size = max(g.norm() for g in grads)
+    assert_near(reference.combine(grads, w.tolist()), expected, size, 1e-9)
+    info = gk.backward([losses[0], losses[1], None, losses[3]], [p], aggregator=method)
+    some = [0, 1, 3]
+    assert_near(p.grad, reference.mgda([grads[t] for t in some], normalize, [values[t] for t in some]), size, 1e-9)
+    assert info.weights[2] == 0
+
+
+def test_losses_that_cannot_divide_give_no_number_and_missing_ones_are_named() -> None:
+    M = reference.gramian(list(torch.randn(3, 5)))
+    for bad in (0.0, -1.0, math.nan):
+        assert gk.MGDA("loss").weights(M, torch.tensor([1.0, bad, 2.0])).isnan().all()
+    with pytest.raises(ValueError, match="losses must be given with normalize='loss', got None"):
+        gk.MGDA("loss")(torch.randn(3, 5))
+    with pytest.raises(ValueError, match=r"losses must have shape \(..., 3\) for M \(3, 3\), got \(2,\)"):
+        gk.MGDA("loss+").weights(M, torch.ones(2))
+
+
+@pytest.mark.parametrize("normalize", ["L2", 2, True])
+def test_an_unknown_normalization_is_named(normalize: object) -> None:
+    with pytest.raises(ValueError, match=f"normalize must be None, 'l2', 'loss' or 'loss\\+', got {normalize!r}"):
         gk.MGDA(normalize)  # type: ignore[arg-type]
