@@ -49,7 +49,7 @@ N_SEGMENTS = 4
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where the kernels run: Triton interprets or compiles, never both in one process."""
+    """The device of the kernels: Triton interprets or compiles, never both in one process."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -60,7 +60,7 @@ def _poison() -> Iterator[None]:
 
 
 def matrix(T: int, P: int, dtype: torch.dtype, device: torch.device, pad: int = 0) -> Tensor:
-    """(T, P), every row on a 16-byte boundary, where 128-bit loads are; or ``pad`` numbers after one, where not."""
+    """Return (T, P), every row on a 16-byte boundary, where 128-bit loads are; or ``pad`` numbers after one."""
     pitch = -(-(pad + P) // 16) * 16
     J = torch.randn(T, pitch, dtype=torch.float64).to(dtype).to(device)[:, pad : pad + P]
     assert P == 0 or (J.data_ptr() % 16 == 0) == (pad == 0)
@@ -68,12 +68,12 @@ def matrix(T: int, P: int, dtype: torch.dtype, device: torch.device, pad: int = 
 
 
 def tensors(J: Tensor, numels: list[int]) -> list[Tensor | None]:
-    """The rows of ``J`` as a list of tensors, each in a storage of its own."""
+    """Return the rows of ``J`` as a list of tensors, each in a storage of its own."""
     return [part.clone() for row in J for part in row.split(numels)]
 
 
 def columns_of(segment: int) -> Tensor:
-    """Which columns of the matrix of ``NUMELS`` are in a segment."""
+    """Return (P,) bool: the columns of a segment in the matrix of ``NUMELS``."""
     return torch.repeat_interleave(torch.tensor(SEGMENTS) == segment, torch.tensor(NUMELS))
 
 
@@ -113,7 +113,7 @@ def test_gramian_of_any_size(T: int, dtype: torch.dtype, pad: int, device: torch
 
 @pytest.mark.parametrize("T", [3, 13])
 def test_gramian_of_many_pieces(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pieces of several tiles, and more of them than one block of the second stage."""
+    """The pieces have several tiles, and are more than one block of the second stage takes."""
     monkeypatch.setattr("gradkern.ops.triton.gramian.PROGRAMS", 3)
     J = matrix(T, 8 * TILE + 9, torch.float32, device)
     assert_gramian(gramian(J), J)
@@ -207,7 +207,7 @@ def test_project_multiplies_by_zero_as_any_product_does(device: torch.device) ->
 
 @pytest.mark.parametrize(("T", "dtype"), [(3, torch.float32), (3, torch.float16), (13, torch.float16)])
 def test_lists_of_tensors(T: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Segments whose tensors lie apart; missing tensors count as zeros."""
+    """The tensors of a segment lie apart, and missing ones count as zeros."""
     P = sum(NUMELS)
     J = matrix(T, P, dtype, device)
     n = len(NUMELS)
@@ -263,7 +263,7 @@ def test_rows_may_overlap(T: int, device: torch.device) -> None:
 
 
 def test_columns_may_be_expanded(device: torch.device) -> None:
-    """What autograd hands to a backward formula as the gradient of a sum."""
+    """Autograd hands such a matrix to a backward formula as the gradient of a sum."""
     J = torch.ones(2, 1, device=device).expand(2, 9)
     assert_gramian(gramian(J), J)
 
@@ -289,7 +289,7 @@ def test_no_tensors_at_all(device: torch.device) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a sparse file for memory, which no GPU reads")
 @pytest.mark.parametrize("T", [2, 13])
 def test_addresses_have_64_bits(T: int, tmp_path: Path) -> None:
-    """Rows 4 GiB apart and a tile that starts 2³² elements into its row; of all that only what is touched is real."""
+    """Rows are 4 GiB apart, and a tile starts 2³² elements into its row; only the pages touched take memory."""
     far, stride, P = 1 << 32, 1 << 30, 40
     with (tmp_path / "sparse").open("wb+") as file:
         file.truncate(4 * (far + T * stride))
@@ -326,7 +326,7 @@ def test_addresses_have_64_bits(T: int, tmp_path: Path) -> None:
 
 
 def test_pcgrad_of_many_tasks_is_the_loop_over_vectors(device: torch.device) -> None:
-    """Of more than a warp has threads, in float32; ``test_method_kernels.py`` has fewer."""
+    """The tasks are more than the threads of a warp, in float32; ``test_method_kernels.py`` has fewer."""
     T = 33
     J = torch.randn(T, 7 * T, dtype=torch.float64)
     keys = torch.rand(1, T, T)

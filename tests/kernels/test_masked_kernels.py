@@ -178,7 +178,7 @@ def test_gramian_of_many_rows(T: int, dtype: torch.dtype, block: int) -> None:
 @pytest.mark.parametrize("pad", [0, 1])
 @pytest.mark.parametrize("block", [1, 2, 3, 100, 128, 130, 512, 4096, 5000, 8192])
 def test_combine(block: int, pad: int) -> None:
-    """Tensors of several tiles: units that end within one, and that go on in the next."""
+    """Tensors have several tiles: some units end within one, and some go on in the next."""
     parameters = PARAMETERS._replace(numels=[2 * TILE + 9, 7, 0, 5001, 130])
     check_combined(problem(3, F32, block, parameters, pad=pad))
 

@@ -37,7 +37,7 @@ def _poison() -> Iterator[None]:
 
 
 def gramians(S: int, T: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
-    """J (S, T, P) float64 and its Gramians; the tasks agree and conflict at random."""
+    """Return J (S, T, P) float64 and its Gramians; the tasks agree and conflict at random."""
     J = torch.randn(S, T, 3 * T, dtype=F64)
     return J, (J @ J.mT).to(dtype)
 
@@ -92,7 +92,7 @@ def test_of_partners_of_equal_cosine_the_first(pcgrad: Callable[..., Tensor]) ->
 @back_ends
 @pytest.mark.parametrize("partner", FOLLOWING)
 def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[..., Tensor]) -> None:
-    """A cosine that is NaN comes last, that with a zero row is 0; neither row is ever projected onto."""
+    """A cosine that is NaN comes last, and one with a zero row is 0; no task is projected onto either row."""
     nan = torch.nan
     M = torch.tensor([[4.0, nan, -2.0, 0.0], [nan, nan, nan, nan], [-2.0, nan, 1.0, 0.0], [0.0, nan, 0.0, 0.0]])
     C = pcgrad(M[None].to(DEVICE), None, partner)[0].cpu()
@@ -105,7 +105,7 @@ def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[...
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("partner", FOLLOWING)
 def test_both_back_ends_choose_the_same_partners(partner: str, dtype: torch.dtype) -> None:
-    """To the last bit, on small integers below zero, which make many cosines equal, or equal but for their rounding."""
+    """The bits are equal on small integers below zero, which make many cosines equal, or equal but for rounding."""
     M = torch.randint(-3, 1, (12, 5, 5)).to(dtype)
     M += M.mT.clone()
     M.diagonal(dim1=-2, dim2=-1).copy_(torch.randint(0, 30, (12, 5)))
@@ -143,7 +143,7 @@ def test_kernels_number_the_partners_there_are() -> None:
 def gradvac_loop(
     M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """METHODS as a loop over numbers, for one segment: coefficients and moved targets."""
+    """Return coefficients and moved targets of one segment, by a loop over numbers."""
     T = len(M)
     m = M.double().tolist()
     C, moved = torch.zeros(T, T, dtype=F64), targets.clone()
@@ -175,7 +175,7 @@ def gradvac_loop(
 def check_gradvac(
     M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernel and compare; returns its coefficients and targets."""
+    """Run the kernel, compare it with the loop, and return its coefficients and targets."""
     S = len(M)
     moved = targets.to(DEVICE, copy=True)
     C = methods.gradvac(M.to(DEVICE), order_keys.to(DEVICE), moved, update_mask.to(DEVICE), beta).cpu()
@@ -226,7 +226,7 @@ def test_gradvac_to_targets_of_zero_is_pcgrad() -> None:
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.1])
 def test_gradvac_moves_targets_by_beta_to_the_last_bit(beta: float) -> None:
-    """With two tasks both cosines are those of the rows; a beta rounded to float32 would show in the ninth digit."""
+    """Both cosines of two tasks are those of the rows; a beta rounded to float32 would show in the ninth digit."""
     M = torch.tensor([[[4.0, 1.0], [1.0, 16.0]]], dtype=F64)
     targets = torch.tensor([[[0.3, -0.25], [0.5, 0.3]]], dtype=F64)
     _, moved = check_gradvac(M, torch.zeros(1, 2, 2), targets, torch.ones(2, dtype=torch.bool), beta)
@@ -254,7 +254,7 @@ def test_gradvac_of_rows_that_coincide_oppose_or_vanish(target: float, dtype: to
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradvac_of_what_is_not_finite_leaves_everything_alone(value: float) -> None:
-    """No length of a combination is a number then, not even with a coefficient of zero."""
+    """No combination has a length that is a number then, not even one with a coefficient of zero."""
     _, M = gramians(2, 4)
     M[0, 1], M[0, :, 1] = value, value
     targets = torch.rand(2, 4, 4, dtype=F64) - 0.5

@@ -1,4 +1,4 @@
-"""What the kernels read and write, held against the least there is: 2T + 1 words for each parameter.
+"""Bytes that the kernels read and write, compared with the least possible: 2T + 1 words for each parameter.
 
 In words per parameter of T rows: a Gramian reads T, a combination reads T and writes 1. Where a share of the blocks is
 kept, only that share of the rows is read.
@@ -71,7 +71,7 @@ def test_a_dense_step_moves_each_row_twice_and_the_result_once(given: Problem) -
 
 
 def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(given: Problem) -> None:
-    """The second row of three, in memory that nothing is allocated for."""
+    """The result overwrites the second row of three, and nothing is allocated."""
     second = given.rows.grads[len(NUMELS) : 2 * len(NUMELS)]
     expected = [sum(w * g for w, g in zip(given.w[0], given.rows.column(k), strict=True)) for k in range(len(NUMELS))]
     with watching(given.rows.grads) as moved:
@@ -116,7 +116,7 @@ def test_of_dropped_blocks_nothing_is_read(given: Problem, block: int, p: float)
 
 
 def test_single_elements_are_dropped_without_reading_less(given: Problem) -> None:
-    """A sector is read for one kept element of its eight; loads stay whole."""
+    """One kept element of eight is enough for its sector to be read; loads stay whole."""
     with watching(given.tensors) as moved:
         gramian_tensors(given.rows, mask(1, 0.6))
         combine_tensors(given.rows, given.w, given.out, mask(1, 0.6))
@@ -126,7 +126,7 @@ def test_single_elements_are_dropped_without_reading_less(given: Problem) -> Non
 
 @pytest.mark.parametrize("n_moments", [2, 3])
 def test_an_update_reads_each_row_and_moves_parameter_and_moments(given: Problem, n_moments: int) -> None:
-    """The combined gradient, a word to write and one to read where it is not made in passing, moves nowhere."""
+    """The combined gradient goes to no memory, which saves a word to write and one to read."""
     params = [aligned(numel) for numel in NUMELS]
     moments = [aligned(numel).abs_() for _ in range(n_moments) for numel in NUMELS]
     steps = [torch.ones(()) for _ in NUMELS]
