@@ -24,7 +24,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on 
 NUMELS = [500, 1, 300, 77, 90]
 
 
-def arguments(op: Operator[..., Any]) -> list[Any]:
+def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
     """Return an operator's arguments, the same numbers each time: T = 3 tasks, S = 2 segments, one gradient missing."""
     torch.manual_seed(2)
     T, S, P = 3, 2, sum(NUMELS)
@@ -45,7 +45,7 @@ def arguments(op: Operator[..., Any]) -> list[Any]:
         "numels": NUMELS,
         "index": torch.tensor([3, 500, 807, 900]),
         "values": torch.randn(4),
-        "mask": Mask([0, -1, 500, 804, 884], 1, torch.tensor([1, 2, 1 << 31])),
+        "mask": Mask([0, -1, 500, 804, 884], 1, torch.tensor([1, 2, 1 << 31])) if masked else None,
         "products_masked": True,
         "kept": torch.tensor(0),
         "out": [torch.zeros(n) for n in NUMELS],
@@ -98,8 +98,11 @@ def roads(op: Operator[..., Any], monkeypatch: pytest.MonkeyPatch) -> Roads:
     return taken
 
 
-def test_both_roads_lead_to_the_same(op: Operator[..., Any], back_end: str, request: pytest.FixtureRequest) -> None:
-    straight, dispatched = arguments(op), arguments(op)
+@pytest.mark.parametrize("masked", [True, False])
+def test_both_roads_lead_to_the_same(
+    op: Operator[..., Any], masked: bool, back_end: str, request: pytest.FixtureRequest
+) -> None:
+    straight, dispatched = arguments(op, masked), arguments(op, masked)
     if not {DEFAULT, "cpu"} & op.implementations.keys():
         for call in (lambda: op(*straight), lambda: op.overload(*op.flattened(*dispatched))):
             with pytest.raises(NotImplementedError, match=op.name.split(".")[0]):
@@ -107,9 +110,8 @@ def test_both_roads_lead_to_the_same(op: Operator[..., Any], back_end: str, requ
         return
     results = op(*straight), op.overload(*op.flattened(*dispatched))
     assert_same(tensors(results[0], straight), tensors(results[1], dispatched))
-    assert all(
-        argument > 0 for name, argument in zip(signature(op).parameters, straight, strict=True) if name == "kept"
-    )
+    for name, argument in zip(signature(op).parameters, straight, strict=True):
+        assert name != "kept" or (argument > 0) == masked
     if back_end == "triton" and "cpu" in op.implementations:
         assert request.getfixturevalue("triton_serves_the_cpu") == [op.name] * 2
 
