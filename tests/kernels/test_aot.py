@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
-    """Built in a process of its own: this one may have told Triton to interpret."""
+    """Return the reports of builds in a process of its own, because this one may have told Triton to interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     brief = ["--brief"] if os.environ.get("GRADKERN_AOT") == "brief" else []
@@ -54,7 +54,7 @@ def test_no_streaming_loop_spills(reports: list[dict[str, Any]]) -> None:
 
 
 def test_programs_on_gramians_fuse_nothing(reports: list[dict[str, Any]]) -> None:
-    """Where rows coincide their comparisons hang on the last bit; what streams rows gains from fusing."""
+    """Comparisons of rows that coincide depend on the last bit. Kernels that stream rows gain from fusing."""
     apart = {"pcgrad", "gradvac", "reduce", "surgery"}
     of_nvidia = [r for r in reports if "fused" in r]
     assert not [name(r) for r in of_nvidia if r["kernel"] in apart and r["fused"]]
@@ -62,5 +62,5 @@ def test_programs_on_gramians_fuse_nothing(reports: list[dict[str, Any]]) -> Non
 
 
 def test_shared_memory_fits(reports: list[dict[str, Any]]) -> None:
-    """64 KB is what a workgroup of gfx942 has; NVIDIA's blocks have more than twice that."""
+    """A workgroup of gfx942 has 64 KB, and NVIDIA's blocks have more than twice that."""
     assert not [name(r) for r in reports if r["shared"] > 64 * 1024]

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gradkern.ops.schema import arithmetic_dtype
 from torch import Tensor
 
 from gradkern import reference
-from gradkern.ops import eager as direct
+from gradkern.ops import operators
+from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.partners import ORDERED, PARTNERS
-from gradkern.ops.pytorch import host_programs as methods
+from gradkern.ops.pytorch import host_programs
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
@@ -20,7 +20,8 @@ if (reason := interpreter.why_not()) and not torch.cuda.is_available():
     pytest.skip(reason, allow_module_level=True)
 
 from gradkern.kernels.pcgrad import PARTNERS as kernels_partners
-from gradkern.ops.triton import rows as cuda
+from gradkern.ops.triton import methods
+from gradkern.ops.triton.entries import gather, scatter
 
 # NumPy, in the interpreter, which divides what will not be used.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
@@ -36,7 +37,7 @@ def _poison() -> Iterator[None]:
 
 
 def gramians(S: int, T: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
-    """J (S, T, P) float64 and its Gramians; the tasks agree and conflict at random."""
+    """Return J (S, T, P) float64 and its Gramians; the tasks agree and conflict at random."""
     J = torch.randn(S, T, 3 * T, dtype=F64)
     return J, (J @ J.mT).to(dtype)
 
@@ -49,10 +50,10 @@ def gramians(S: int, T: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("T", [1, 2, 5])
 def test_pcgrad_with_every_partner(T: int, partner: str, keys_dtype: torch.dtype) -> None:
     J, M = gramians(2, T)
-    keys = torch.rand(2, T, T, dtype=keys_dtype)
-    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE) if partner in ORDERED else None, partner).cpu()
+    order_keys = torch.rand(2, T, T, dtype=keys_dtype)
+    C = methods.pcgrad(M.to(DEVICE), order_keys.to(DEVICE) if partner in ORDERED else None, partner).cpu()
     for s in range(2):
-        expected = torch.stack(reference.pcgrad_of(partner, list(J[s]), keys[s].argsort(-1).tolist()))
+        expected = torch.stack(reference.pcgrad_of(partner, list(J[s]), order_keys[s].argsort(-1).tolist()))
         # The same operations in float64, on a Gramian instead of vectors.
         assert_near(C[s] @ J[s], expected, J[s].norm(dim=-1).max(), 10 * TOLERANCES[F64])
 
@@ -61,15 +62,15 @@ def test_pcgrad_with_every_partner(T: int, partner: str, keys_dtype: torch.dtype
 @pytest.mark.parametrize("smallest", [0.5, torch.inf])
 def test_pcgrad_visits_partners_of_infinite_key_last_and_by_number(smallest: float, partner: str) -> None:
     J, M = gramians(1, 4)
-    keys = torch.full((1, 4, 4), torch.inf)
-    keys[0, :, 2] = smallest
-    C = cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), partner).cpu()
+    order_keys = torch.full((1, 4, 4), torch.inf)
+    order_keys[0, :, 2] = smallest
+    C = methods.pcgrad(M.to(DEVICE), order_keys.to(DEVICE), partner).cpu()
     order = [2, 0, 1, 3] if smallest == 0.5 else [0, 1, 2, 3]
     expected = torch.stack(reference.pcgrad_of(partner, list(J[0]), [order] * 4))
     assert_near(C[0] @ J[0], expected, J[0].norm(dim=-1).max(), 10 * TOLERANCES[F64])
 
 
-back_ends = pytest.mark.parametrize("pcgrad", [cuda.pcgrad, methods.pcgrad])
+back_ends = pytest.mark.parametrize("pcgrad", [methods.pcgrad, host_programs.pcgrad])
 FOLLOWING = [partner for partner in PARTNERS if partner not in ORDERED]
 
 
@@ -91,7 +92,7 @@ def test_of_partners_of_equal_cosine_the_first(pcgrad: Callable[..., Tensor]) ->
 @back_ends
 @pytest.mark.parametrize("partner", FOLLOWING)
 def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[..., Tensor]) -> None:
-    """A cosine that is NaN comes last, that with a zero row is 0; neither row is ever projected onto."""
+    """A cosine that is NaN comes last, and one with a zero row is 0; no task is projected onto either row."""
     nan = torch.nan
     M = torch.tensor([[4.0, nan, -2.0, 0.0], [nan, nan, nan, nan], [-2.0, nan, 1.0, 0.0], [0.0, nan, 0.0, 0.0]])
     C = pcgrad(M[None].to(DEVICE), None, partner)[0].cpu()
@@ -104,32 +105,32 @@ def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[...
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("partner", FOLLOWING)
 def test_both_back_ends_choose_the_same_partners(partner: str, dtype: torch.dtype) -> None:
-    """To the last bit, on small integers below zero, which make many cosines equal, or equal but for their rounding."""
+    """The bits are equal on small integers below zero, which make many cosines equal, or equal but for rounding."""
     M = torch.randint(-3, 1, (12, 5, 5)).to(dtype)
     M += M.mT.clone()
     M.diagonal(dim1=-2, dim2=-1).copy_(torch.randint(0, 30, (12, 5)))
     M[1::3] *= 1e36  # roots of squares whose products would overflow float32
     M[2::3, 0], M[2::3, :, 0] = torch.inf, -torch.inf
-    C = cuda.pcgrad(M.to(DEVICE), None, partner).cpu()
-    expected = methods.pcgrad(M, None, partner)
+    C = methods.pcgrad(M.to(DEVICE), None, partner).cpu()
+    expected = host_programs.pcgrad(M, None, partner)
     assert torch.equal(C.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert len(C.unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize("pcgrad", [cuda.pcgrad, methods.pcgrad, direct.pcgrad])
+@pytest.mark.parametrize("pcgrad", [methods.pcgrad, host_programs.pcgrad, operators.pcgrad])
 @pytest.mark.parametrize(
-    ("keys", "partner", "message"),
+    ("order_keys", "partner", "message"),
     [
         (None, "nobody", "partner must be one of 'all', 'random', .*got 'nobody'"),
-        (None, "random", "keys must be given with partner='random', got None"),
-        (torch.zeros(1, 2, 2), "average", "keys must be None with partner='average', got some"),
+        (None, "random", "order_keys must be given with partner='random', got None"),
+        (torch.zeros(1, 2, 2), "average", "order_keys must be None with partner='average', got some"),
     ],
 )
 def test_bad_arguments_of_pcgrad_are_named(
-    keys: Tensor | None, partner: str, message: str, pcgrad: Callable[..., Tensor]
+    order_keys: Tensor | None, partner: str, message: str, pcgrad: Callable[..., Tensor]
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        pcgrad(torch.eye(2)[None], keys, partner)
+        pcgrad(torch.eye(2)[None], order_keys, partner)
 
 
 def test_kernels_number_the_partners_there_are() -> None:
@@ -140,16 +141,16 @@ def test_kernels_number_the_partners_there_are() -> None:
 
 
 def gradvac_loop(
-    M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float, eps: float
+    M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """METHODS as a loop over numbers, for one segment: coefficients and moved targets."""
+    """Return coefficients and moved targets of one segment, by a loop over numbers."""
     T = len(M)
     m = M.double().tolist()
     C, moved = torch.zeros(T, T, dtype=F64), targets.clone()
     for i in range(T):
         c = [float(a == i) for a in range(T)]
         d, e = list(m[i]), [abs(x) for x in m[i]]
-        for j in sorted((j for j in range(T) if j != i), key=lambda j: (keys[i, j].item(), j)):
+        for j in sorted((j for j in range(T) if j != i), key=lambda j: (order_keys[i, j].item(), j)):
             square = sum(x * y for x, y in zip(c, d, strict=True))
             bound = eps * sum(abs(x) * y for x, y in zip(c, e, strict=True))
             n = math.sqrt(square) if square > bound else 0.0
@@ -165,22 +166,26 @@ def gradvac_loop(
                 e = [x + (abs(c[j] + a) - abs(c[j])) * abs(y) for x, y in zip(e, m[j], strict=True)]
                 c[j] += a
                 d = [x + a * y for x, y in zip(d, m[j], strict=True)]
-            if moving[i]:
+            if update_mask[i]:
                 moved[i, j] = (1 - beta) * target + beta * phi
         C[i] = torch.tensor(c, dtype=F64)
     return C, moved
 
 
-def check_gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Run the kernel and compare; returns its coefficients and targets."""
+def check_gradvac(
+    M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel, compare it with the loop, and return its coefficients and targets."""
     S = len(M)
     moved = targets.to(DEVICE, copy=True)
-    C = cuda.gradvac(M.to(DEVICE), keys.to(DEVICE), moved, moving.to(DEVICE), beta).cpu()
+    C = methods.gradvac(M.to(DEVICE), order_keys.to(DEVICE), moved, update_mask.to(DEVICE), beta).cpu()
     moved = moved.cpu()
     eps = torch.finfo(M.dtype).eps
     assert C.dtype == M.dtype
     for s in range(S):
-        expected, expected_moved = gradvac_loop(M[s], keys[s % len(keys)], targets[s], moving, beta, eps)
+        expected, expected_moved = gradvac_loop(
+            M[s], order_keys[s % len(order_keys)], targets[s], update_mask, beta, eps
+        )
         # The loop is float64 on both sides, in another order of sums; C is then stored as M is.
         torch.testing.assert_close(C[s].double(), expected, rtol=TOLERANCES[M.dtype], atol=1e-10, equal_nan=True)
         torch.testing.assert_close(moved[s], expected_moved, rtol=0, atol=1e-12, equal_nan=True)
@@ -192,10 +197,10 @@ def check_gradvac(M: Tensor, keys: Tensor, targets: Tensor, moving: Tensor, beta
 )
 def test_gradvac_is_the_loop(S: int, T: int, dtype: torch.dtype) -> None:
     _, M = gramians(S, T, dtype)
-    moving = torch.rand(T) < 0.7
+    update_mask = torch.rand(T) < 0.7
     targets = torch.rand(S, T, T, dtype=F64) - 0.5
-    _, moved = check_gradvac(M, torch.rand(S, T, T, dtype=dtype), targets, moving, 0.01)
-    assert torch.equal(moved[:, ~moving], targets[:, ~moving])
+    _, moved = check_gradvac(M, torch.rand(S, T, T, dtype=dtype), targets, update_mask, 0.01)
+    assert torch.equal(moved[:, ~update_mask], targets[:, ~update_mask])
     assert torch.equal(moved.diagonal(dim1=1, dim2=2), targets.diagonal(dim1=1, dim2=2))
 
 
@@ -211,15 +216,17 @@ def test_gradvac_of_two_tasks_reaches_its_target() -> None:
 
 def test_gradvac_to_targets_of_zero_is_pcgrad() -> None:
     _, M = gramians(2, 6)
-    keys = torch.rand(1, 6, 6)
-    C, moved = check_gradvac(M, keys, torch.zeros(2, 6, 6, dtype=F64), torch.ones(6, dtype=torch.bool), 0.0)
-    assert_near(C, cuda.pcgrad(M.to(DEVICE), keys.to(DEVICE), "all").cpu(), C.abs().max(), 10 * TOLERANCES[F64])
+    order_keys = torch.rand(1, 6, 6)
+    C, moved = check_gradvac(M, order_keys, torch.zeros(2, 6, 6, dtype=F64), torch.ones(6, dtype=torch.bool), 0.0)
+    assert_near(
+        C, methods.pcgrad(M.to(DEVICE), order_keys.to(DEVICE), "all").cpu(), C.abs().max(), 10 * TOLERANCES[F64]
+    )
     assert not moved.any()
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 0.1])
 def test_gradvac_moves_targets_by_beta_to_the_last_bit(beta: float) -> None:
-    """With two tasks both cosines are those of the rows; a beta rounded to float32 would show in the ninth digit."""
+    """Both cosines of two tasks are those of the rows; a beta rounded to float32 would show in the ninth digit."""
     M = torch.tensor([[[4.0, 1.0], [1.0, 16.0]]], dtype=F64)
     targets = torch.tensor([[[0.3, -0.25], [0.5, 0.3]]], dtype=F64)
     _, moved = check_gradvac(M, torch.zeros(1, 2, 2), targets, torch.ones(2, dtype=torch.bool), beta)
@@ -247,7 +254,7 @@ def test_gradvac_of_rows_that_coincide_oppose_or_vanish(target: float, dtype: to
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_gradvac_of_what_is_not_finite_leaves_everything_alone(value: float) -> None:
-    """No length of a combination is a number then, not even with a coefficient of zero."""
+    """No combination has a length that is a number then, not even one with a coefficient of zero."""
     _, M = gramians(2, 4)
     M[0, 1], M[0, :, 1] = value, value
     targets = torch.rand(2, 4, 4, dtype=F64) - 0.5
@@ -259,15 +266,15 @@ def test_gradvac_of_what_is_not_finite_leaves_everything_alone(value: float) -> 
 
 def test_bad_arguments_of_gradvac_are_named() -> None:
     M = torch.eye(2, device=DEVICE)[None]
-    moving = torch.ones(2, dtype=torch.bool, device=DEVICE)
+    update_mask = torch.ones(2, dtype=torch.bool, device=DEVICE)
     targets = torch.zeros(1, 2, 2, dtype=F64, device=DEVICE)
-    with pytest.raises(ValueError, match=r"keys must be \(1, 2, 2\), got \(2, 2, 2\)"):
-        cuda.gradvac(M, M.expand(2, 2, 2), targets, moving, 0.1)
+    with pytest.raises(ValueError, match=r"order_keys must be \(1, 2, 2\), got \(2, 2, 2\)"):
+        methods.gradvac(M, M.expand(2, 2, 2), targets, update_mask, 0.1)
     with pytest.raises(ValueError, match=r"targets must be \(1, 2, 2\), got \(1, 2, 1\)"):
-        cuda.gradvac(M, M, targets[..., :1], moving, 0.1)
+        methods.gradvac(M, M, targets[..., :1], update_mask, 0.1)
     for bad in (targets.float(), targets.mT):
         with pytest.raises(ValueError, match="targets must be contiguous float64"):
-            cuda.gradvac(M, M, bad, moving, 0.1)
+            methods.gradvac(M, M, bad, update_mask, 0.1)
 
 
 # Single entries
@@ -285,7 +292,7 @@ def test_gather(dtype: torch.dtype, d: int) -> None:
     grads[n + 2] = None
     J[1, 5:705] = 0
     index = torch.randperm(P)[:d].sort().values
-    X = cuda.gather(grads, NUMELS, index.to(DEVICE))
+    X = gather(grads, NUMELS, index.to(DEVICE))
     assert X.dtype == arithmetic_dtype(dtype)
     assert torch.equal(X.cpu(), J[:, index].to(X.dtype))
 
@@ -293,7 +300,7 @@ def test_gather(dtype: torch.dtype, d: int) -> None:
 def test_gather_the_same_position_twice_and_of_one_tensor() -> None:
     g = torch.randn(9, device=DEVICE)
     index = torch.tensor([0, 0, 8, 8], device=DEVICE)
-    assert torch.equal(cuda.gather([g], [9], index)[0], g[index])
+    assert torch.equal(gather([g], [9], index)[0], g[index])
 
 
 @pytest.mark.parametrize("d", [0, 1, 129, 1006])
@@ -304,7 +311,7 @@ def test_scatter(dtype: torch.dtype, d: int) -> None:
     before = torch.randn(sum(NUMELS), dtype=F64).to(dtype)
     out = [part.to(DEVICE, copy=True) for part in before.split(NUMELS)]
     out[2] = torch.full((3,), torch.nan, dtype=dtype, device=DEVICE)[1:1]  # skipped, and not at address 0
-    cuda.scatter(values.to(DEVICE), NUMELS, index.to(DEVICE), out)
+    scatter(values.to(DEVICE), NUMELS, index.to(DEVICE), out)
     expected = before.clone()
     expected[index] = values.to(dtype)
     parts = [p for k, p in enumerate(expected.split(NUMELS)) if k != 2]
@@ -316,4 +323,4 @@ def test_scatter(dtype: torch.dtype, d: int) -> None:
 def test_scatter_needs_a_value_for_each_position() -> None:
     index = torch.tensor([0, 1], device=DEVICE)
     with pytest.raises(ValueError, match=r"values must have the shape of index, \(2,\), got \(3,\)"):
-        cuda.scatter(torch.ones(3, device=DEVICE), [4], index, [torch.ones(4, device=DEVICE)])
+        scatter(torch.ones(3, device=DEVICE), [4], index, [torch.ones(4, device=DEVICE)])

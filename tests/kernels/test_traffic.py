@@ -1,4 +1,4 @@
-"""What the kernels read and write, held against the least there is: 2T + 1 words for each parameter.
+"""Bytes that the kernels read and write, compared with the least possible: 2T + 1 words for each parameter.
 
 In words per parameter of T rows: a Gramian reads T, a combination reads T and writes 1. Where a share of the blocks is
 kept, only that share of the rows is read.
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, Projection, TaskGrads
 from gradkern.ops.layout import TILE
 from tests import interpreter
 from tests.tolerances import TOLERANCES, assert_near
@@ -17,131 +18,138 @@ from tests.tolerances import TOLERANCES, assert_near
 if reason := interpreter.why_not():
     pytest.skip(reason, allow_module_level=True)
 
-from gradkern.kernels import settings
-from gradkern.ops.one_launch import surgery as cuda_surgery
-from gradkern.ops.triton import rows as cuda
+from gradkern.ops.one_launch.surgery import surgery
+from gradkern.ops.triton.adamw import adamw
+from gradkern.ops.triton.combine import combine_tensors
+from gradkern.ops.triton.entries import gather, scatter
+from gradkern.ops.triton.gramian import gramian_tensors
 from tests.traffic import SECTOR, aligned, watching
 
 T = 3
 NUMELS = [TILE, TILE + 640, 640]
 P = sum(NUMELS)
-SEGMENTS = [0, 0, 0]
 UNITS = [0, 1 << 20, 1 << 21]
 
 
-class Rows(NamedTuple):
+class Problem(NamedTuple):
     """T gradients of the tensors, what they are combined into, and the weights."""
 
-    grads: list[Tensor]
+    rows: TaskGrads
     out: list[Tensor]
     w: Tensor
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The gradients and the results."""
+        return [*self.rows.grads, *self.out]
+
 
 @pytest.fixture
-def rows() -> Rows:
+def given() -> Problem:
     grads = [aligned(numel) for _ in range(T) for numel in NUMELS]
-    return Rows(grads, [aligned(numel) for numel in NUMELS], torch.randn(1, T))
+    return Problem(TaskGrads(grads, [0] * len(NUMELS), 1), [aligned(numel) for numel in NUMELS], torch.randn(1, T))
 
 
-def mask(p: float) -> Tensor:
-    return torch.tensor([11, 5, round(p * (1 << 32))])
+def mask(block: int, p: float) -> Mask:
+    """Return the mask that drops a share ``p`` of the blocks."""
+    return Mask(UNITS, block, torch.tensor([11, 5, round(p * (1 << 32))]))
 
 
-def test_a_dense_step_moves_each_row_twice_and_the_result_once(rows: Rows) -> None:
-    with watching([*rows.grads, *rows.out]) as moved:
-        cuda.gramian_tensors(rows.grads, SEGMENTS, 1)
+def pcgrad() -> Projection:
+    """Return PCGrad in random orders."""
+    return Projection(torch.rand(1, T, T), "all", None, None, 0.0, mean=False)
+
+
+def test_a_dense_step_moves_each_row_twice_and_the_result_once(given: Problem) -> None:
+    with watching(given.tensors) as moved:
+        gramian_tensors(given.rows)
         assert moved.read == 4 * T * P
-        cuda.combine_tensors(rows.grads, rows.w, SEGMENTS, rows.out)
+        combine_tensors(given.rows, given.w, given.out)
     assert (moved.read, moved.written) == (4 * 2 * T * P, 4 * P)
     # Tiles, addresses, weights, partial sums: a sector each, some thirty for a tile.
     assert moved.elsewhere < 32 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
 
 
-def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(rows: Rows) -> None:
-    """The second row of three, in memory that nothing is allocated for."""
-    second = rows.grads[len(NUMELS) : 2 * len(NUMELS)]
-    expected = [
-        sum(w * g for w, g in zip(rows.w[0], rows.grads[k :: len(NUMELS)], strict=True)) for k in range(len(NUMELS))
-    ]
-    with watching(rows.grads) as moved:
-        cuda.combine_tensors(rows.grads, rows.w, SEGMENTS, second)
+def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(given: Problem) -> None:
+    """The result overwrites the second row of three, and nothing is allocated."""
+    second = given.rows.grads[len(NUMELS) : 2 * len(NUMELS)]
+    expected = [sum(w * g for w, g in zip(given.w[0], given.rows.column(k), strict=True)) for k in range(len(NUMELS))]
+    with watching(given.rows.grads) as moved:
+        combine_tensors(given.rows, given.w, second)
     assert (moved.read, moved.written) == (4 * T * P, 4 * P)
     for g, e in zip(second, expected, strict=True):
         assert_near(g, e, e.abs().max(), TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_one_launch_moves_as_much_and_no_more(rows: Rows, in_place: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "ONE_LAUNCH", {(T, 4): range(P, P + 1)})
-    out = rows.grads[: len(NUMELS)] if in_place else rows.out
-    with watching([*rows.grads, *rows.out]) as moved:
-        cuda_surgery.pcgrad_tensors(rows.grads, SEGMENTS, 1, torch.rand(1, T, T), "all", False, None, None, out)
+def test_one_launch_moves_as_much_and_no_more(given: Problem, in_place: bool) -> None:
+    out = given.rows.grads[: len(NUMELS)] if in_place else given.out
+    with watching(given.tensors) as moved:
+        surgery(given.rows, pcgrad(), out)
     assert (moved.read, moved.written) == (4 * 2 * T * P, 4 * P)
     # As above, and for each piece an entry of the work list, and for the segment its solution.
     assert moved.elsewhere < 64 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
 
 
-def test_one_launch_reads_nothing_of_dropped_blocks(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settings, "ONE_LAUNCH", {(T, 4): range(P, P + 1)})
-    keys = torch.rand(1, T, T)
-    for products in (False, True):
-        masking = UNITS, 128, mask(0.45), products
-        with watching([*rows.grads, *rows.out]) as moved:
-            _, _, count = cuda_surgery.pcgrad_masked(
-                rows.grads, SEGMENTS, 1, keys, "all", False, None, None, *masking, rows.out
-            )
-        gramian = 4 * T * (int(count) if products else P)
-        assert (moved.read, moved.written) == (gramian + 4 * T * int(count), 4 * P)
+@pytest.mark.parametrize("products_masked", [False, True])
+def test_one_launch_reads_nothing_of_dropped_blocks(given: Problem, products_masked: bool) -> None:
+    kept = torch.tensor(0)
+    with watching(given.tensors) as moved:
+        surgery(given.rows, pcgrad(), given.out, mask(128, 0.45), products_masked, kept)
+    of_products = 4 * T * (int(kept) if products_masked else P)
+    assert (moved.read, moved.written) == (of_products + 4 * T * int(kept), 4 * P)
 
 
 @pytest.mark.parametrize("p", [0.3, 0.45, 0.6])
 @pytest.mark.parametrize("block", [128, 512])
-def test_of_dropped_blocks_nothing_is_read(rows: Rows, block: int, p: float) -> None:
-    with watching([*rows.grads, *rows.out]) as gramian:
-        cuda.gramian_masked(rows.grads, SEGMENTS, 1, UNITS, block, mask(p))
-    with watching([*rows.grads, *rows.out]) as combine:
-        count = cuda.combine_masked(rows.grads, rows.w, SEGMENTS, UNITS, block, mask(p), rows.out)
-    kept = int(count) / P
-    assert abs(kept - (1 - p)) < 4 * (p * (1 - p) * block / P) ** 0.5  # four standard deviations of so many blocks
+def test_of_dropped_blocks_nothing_is_read(given: Problem, block: int, p: float) -> None:
+    kept = torch.tensor(0)
+    with watching(given.tensors) as products:
+        gramian_tensors(given.rows, mask(block, p))
+    with watching(given.tensors) as sums:
+        combine_tensors(given.rows, given.w, given.out, mask(block, p), kept)
+    share = int(kept) / P
+    assert abs(share - (1 - p)) < 4 * (p * (1 - p) * block / P) ** 0.5  # four standard deviations of so many blocks
     # Blocks and tensors are whole sectors here, so nothing but the kept ones.
-    assert gramian.read == combine.read == 4 * T * int(count)
-    assert (gramian.written, combine.written) == (0, 4 * P)
+    assert products.read == sums.read == 4 * T * int(kept)
+    assert (products.written, sums.written) == (0, 4 * P)
 
 
-def test_single_elements_are_dropped_without_reading_less(rows: Rows) -> None:
-    """A sector is read for one kept element of its eight; loads stay whole."""
-    with watching([*rows.grads, *rows.out]) as moved:
-        cuda.gramian_masked(rows.grads, SEGMENTS, 1, UNITS, 1, mask(0.6))
-        cuda.combine_masked(rows.grads, rows.w, SEGMENTS, UNITS, 1, mask(0.6), rows.out)
+def test_single_elements_are_dropped_without_reading_less(given: Problem) -> None:
+    """One kept element of eight is enough for its sector to be read; loads stay whole."""
+    with watching(given.tensors) as moved:
+        gramian_tensors(given.rows, mask(1, 0.6))
+        combine_tensors(given.rows, given.w, given.out, mask(1, 0.6))
     assert 0.97 * 4 * 2 * T * P < moved.read <= 4 * 2 * T * P  # a short tile leaves out sectors of eight dropped
     assert moved.written == 4 * P
 
 
 @pytest.mark.parametrize("n_moments", [2, 3])
-def test_an_update_reads_each_row_and_moves_parameter_and_moments(rows: Rows, n_moments: int) -> None:
-    """The combined gradient, a word to write and one to read where it is not made in passing, moves nowhere."""
+def test_an_update_reads_each_row_and_moves_parameter_and_moments(given: Problem, n_moments: int) -> None:
+    """The combined gradient goes to no memory, which saves a word to write and one to read."""
     params = [aligned(numel) for numel in NUMELS]
     moments = [aligned(numel).abs_() for _ in range(n_moments) for numel in NUMELS]
     steps = [torch.ones(()) for _ in NUMELS]
-    with watching([*rows.grads, *params, *moments]) as moved:
-        cuda.adamw(rows.grads, rows.w, SEGMENTS, params, moments, steps, None, None, [1e-3, 0.9, 0.999, 0.01, 1e-8])
+    step = AdamWStep(None, None, [1e-3, 0.9, 0.999, 0.01, 1e-8])
+    with watching([*given.rows.grads, *params, *moments]) as moved:
+        adamw(given.rows, given.w, AdamWState(params, moments, steps), step)
     assert (moved.read, moved.written) == (4 * (T + 1 + n_moments) * P, 4 * (1 + n_moments) * P)
 
 
-def test_a_row_of_weight_zero_is_not_read(rows: Rows) -> None:
-    rows.w[0, 1] = 0
-    with watching(rows.grads) as moved:
-        cuda.combine_tensors(rows.grads, rows.w, SEGMENTS, rows.out)
+def test_a_row_of_weight_zero_is_not_read(given: Problem) -> None:
+    given.w[0, 1] = 0
+    with watching(given.rows.grads) as moved:
+        combine_tensors(given.rows, given.w, given.out)
     assert moved.read == 4 * (T - 1) * P
 
 
-def test_entries_cost_a_sector_each(rows: Rows) -> None:
+def test_entries_cost_a_sector_each(given: Problem) -> None:
     d = 300
     index = torch.arange(d) * 31 + 5  # no two in one sector
     values = aligned(T * d)
-    with watching(rows.grads) as moved:
-        values = cuda.gather(rows.grads, NUMELS, index)
+    with watching(given.rows.grads) as moved:
+        values = gather(given.rows.grads, NUMELS, index)
     assert moved.read == SECTOR * T * d
-    with watching(rows.out) as moved:
-        cuda.scatter(values[0], NUMELS, index, rows.out)
+    with watching(given.out) as moved:
+        scatter(values[0], NUMELS, index, given.out)
     assert (moved.read, moved.written) == (0, SECTOR * d)
