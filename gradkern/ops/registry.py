@@ -1,24 +1,21 @@
 """The registry: an operator is declared once, and back ends register the functions that compute it.
 
-A declaration is a Python function under :func:`operator`. Its signature gives the schema for PyTorch's dispatcher, its
-docstring the contract, and its body the result without numbers, for tracing. An argument may be a NamedTuple of values
-that belong together: the schema has its fields one after another.
+A declaration is a Python function under :func:`operator`. Its signature gives the schema for PyTorch's dispatcher
+(``schema.py``), its docstring the contract, and its body the result without numbers, for tracing.
 
 A back end is a folder beside this file whose ``__init__`` makes a :class:`Backend` and imports its implementations.
 """
 
 import importlib
 import pkgutil
-import types
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import update_wrapper
-from inspect import Parameter, signature
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from gradkern.ops.schema import arguments_of, schema_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,17 +27,6 @@ Cases = Callable[[torch.dtype, torch.device], Iterator[Comparison]]
 DEFAULT = "default"
 """The device type of the back end that serves where no other does; the dispatcher's name for it."""
 
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    Sequence[Tensor | None]: "Tensor?[]",
-    Sequence[Tensor]: "Tensor[]",
-    Sequence[int]: "int[]",
-    Sequence[float]: "float[]",
-    int: "int",
-    float: "float",
-    bool: "bool",
-    str: "str",
-}
 _NEED_NO_DISPATCHER = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 """Argument types, and element types of lists, that nothing has to see but the implementation."""
 
@@ -63,10 +49,9 @@ class Operator(Generic[P, R]):
         self.name = name
         self.implementations: dict[str, Callable[P, R]] = {}
         self.cases: Cases | None = None
-        self._groups = [_Group.of(p, hint) for p, hint in _parameters(function)]
+        self._arguments = arguments_of(function)
         update_wrapper(self, function)
-        fields = ", ".join(self._schema_fields(function, writes))
-        torch.library.define(f"gradkern::{name}", f"({fields}) -> {_returned(function)}")
+        torch.library.define(f"gradkern::{name}", schema_of(function, writes))
         torch.library.register_fake(f"gradkern::{name}")(self.on_flat(function))
         packet, _, overload = name.partition(".")
         self.overload = getattr(getattr(torch.ops.gradkern, packet), overload or "default")
@@ -85,11 +70,8 @@ class Operator(Generic[P, R]):
     def flattened(self, *args: Any) -> list[Any]:
         """Return the arguments as the dispatcher takes them."""
         flat: list[Any] = []
-        for group, argument in zip(self._groups, args, strict=False):
-            if group.kind is None:
-                flat.append(argument)
-            else:
-                flat += [None] * group.size if argument is None else argument
+        for argument, value in zip(self._arguments, args, strict=False):  # defaults may be left out
+            flat += argument.flattened(value)
         return flat
 
     def implementation(self, device_type: str) -> Callable[P, R]:
@@ -111,65 +93,17 @@ class Operator(Generic[P, R]):
 
     def on_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return ``function`` with the dispatcher's arguments in place of groups of them."""
-        if all(group.kind is None for group in self._groups):
+        if all(argument.group is None for argument in self._arguments):
             return function
 
         def on_flat(*flat: Any) -> Any:
             args, start = [], 0
-            for group in self._groups:
-                fields = flat[start : start + group.size]
-                args.append(group.joined(fields))
-                start += group.size
+            for argument in self._arguments:
+                args.append(argument.joined(flat[start : start + argument.size]))
+                start += argument.size
             return function(*args)
 
         return on_flat
-
-    def _schema_fields(self, function: Callable[..., Any], writes: Sequence[str]) -> list[str]:
-        aliases = iter("abcdefgh")
-        fields = []
-        for (parameter, _), group in zip(_parameters(function), self._groups, strict=True):
-            default = "" if parameter.default is Parameter.empty else f"={parameter.default}"
-            for name, of_field in group.fields:
-                written = f"({next(aliases)}!)" if name in writes else ""
-                fields.append(f"{of_field.replace('Tensor', 'Tensor' + written, 1)} {name}{default}")
-        return fields
-
-
-@dataclass(frozen=True)
-class _Group:
-    """One argument of a declaration, as fields of the schema.
-
-    Attributes:
-        kind: the NamedTuple that it is, or None for one field.
-        fields: names and types, as the schema has them.
-        default: the default, None where there is none.
-    """
-
-    kind: Callable[..., Any] | None
-    fields: list[tuple[str, str]]
-    default: Any
-
-    @classmethod
-    def of(cls, parameter: Parameter, hint: Any) -> "_Group":
-        default = None if parameter.default is Parameter.empty else parameter.default
-        inner, optional = _without_none(hint)
-        if not hasattr(inner, "_fields"):
-            return cls(None, [(parameter.name, _schema_type(hint))], default)
-        hints = typing.get_type_hints(inner)
-        fields = [(name, _schema_type(hints[name] | None if optional else hints[name])) for name in inner._fields]
-        return cls(inner, fields, default)
-
-    @property
-    def size(self) -> int:
-        return len(self.fields)
-
-    def joined(self, fields: Sequence[Any]) -> Any:
-        """Return the argument of its fields, of which the dispatcher leaves out what equals a default at the end."""
-        if self.kind is None:
-            return fields[0] if fields else self.default
-        if all(field is None for field in fields):
-            return None
-        return self.kind(*fields, *[None] * (self.size - len(fields)))
 
 
 class Backend:
@@ -179,22 +113,23 @@ class Backend:
         name: for messages.
         device_type: of the devices that it serves, or ``DEFAULT``.
         reason: a sentence that says why it serves them.
+
+    Attributes:
         unavailable: why it cannot be used here; None if it can.
     """
 
-    def __init__(self, name: str, device_type: str, reason: str, unavailable: str | None = None) -> None:
+    def __init__(self, name: str, device_type: str, reason: str) -> None:
         self.name = name
         self.device_type = device_type
         self.reason = reason
-        self.unavailable = unavailable
+        self.unavailable: str | None = None
         backends[device_type] = self
 
-    def implements(self, *operators: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    def implements(self, op: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
         """Register the decorated function as the back end's implementation of an operator."""
 
         def register(function: Callable[P, R]) -> Callable[P, R]:
-            for op in operators:
-                op.register(self.device_type, function)
+            op.register(self.device_type, function)
             return function
 
         return register
@@ -226,33 +161,6 @@ def load_backends(folder: Any) -> None:
     for module in pkgutil.iter_modules(folder.__path__):
         if module.ispkg:
             importlib.import_module(f"{folder.__name__}.{module.name}")
-
-
-def _parameters(function: Callable[..., Any]) -> list[tuple[Parameter, Any]]:
-    hints = typing.get_type_hints(function)
-    return [(parameter, hints[name]) for name, parameter in signature(function).parameters.items()]
-
-
-def _without_none(hint: Any) -> tuple[Any, bool]:
-    """Return ``X`` and True for ``X | None``, and ``X`` and False for any other hint."""
-    if isinstance(hint, types.UnionType):
-        inner = [a for a in typing.get_args(hint) if a is not type(None)]
-        if len(inner) == 1:
-            return inner[0], True
-    return hint, False
-
-
-def _schema_type(hint: Any) -> str:
-    inner, optional = _without_none(hint)
-    return _SCHEMA_TYPES[inner] + ("?" if optional else "")
-
-
-def _returned(function: Callable[..., Any]) -> str:
-    hint = typing.get_type_hints(function)["return"]
-    if hint is type(None):
-        return "()"
-    several = typing.get_args(hint)
-    return f"({', '.join(map(_schema_type, several))})" if several else _schema_type(hint)
 
 
 def _is_watched() -> bool:
