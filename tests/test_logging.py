@@ -317,7 +317,12 @@ SUM = [{"loss/0": 1.0, "weight/0": 1.0}]
         (plots.weights, 5, TypeError, "run must be a sequence of dicts, .* got 5"),
         (plots.weights, [*SUM, 3], TypeError, r"run\[1\] must be a dict, .* got 3"),
         (plots.weights, [*SUM, {"step": 1, **SUM[0]}], ValueError, "run has a 'step' in some"),
-        (plots.weights, [{"weight/0": "heavy"}], ValueError, "run has under 'weight/0' or 'step' what is no number"),
+        (
+            plots.weights,
+            [{"weight/0": "heavy"}],
+            ValueError,
+            "run has a value that is not a number under 'weight/0' or 'step'",
+        ),
     ],
 )
 def test_bad_runs_are_named(draw: Callable[..., Figure], run: Any, error: type[Exception], message: str) -> None:
