@@ -11,8 +11,8 @@ START = "<!-- python -m tests.method_table -->\n"
 def table() -> str:
     """Return the table, with one line for each method."""
     head = (
-        "| Name | Class | Source | Task gradients without conflict give "
-        "| A longer gradient of one task leaves as it is | Draws | State |\n|---|---|---|---|---|---|---|\n"
+        "| Name | Class | Source | Update of task gradients without conflict "
+        "| Unchanged if one task's gradient gets longer | Draws at random | State |\n|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(f"| {' | '.join(_cells(method))} |\n" for method in METHODS.values())
 
