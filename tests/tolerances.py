@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 # Tolerances are relative to the size of the terms that were summed, not to the sum, in which terms may cancel.
-# float64: a few hundred roundings of 1e-16. float32: sums of up to 2048 terms at a time, in whatever order. Roundings
+# float64: a few hundred roundings of 1e-16. float32: sums of up to 2048 terms at a time, in any order. Roundings
 # of random terms cancel, so that such a sum is off by some sqrt(2048) of them, 2.7e-6 (Higham and Mary 2019). Tests
 # with terms that are not random take the bound for all terms, ``gradkern.ops.pytorch.chunks.error_bound``.
 # bfloat16, float16: arithmetic is float32, so only the store rounds: half a unit in the last place of 8 and 11 bits,

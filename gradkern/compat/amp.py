@@ -199,7 +199,7 @@ class GradVacAMP(_Accumulating):
 
     Make it by ``opt = GradVacAMP(3, optimizer, device, scaler)``. The method is :class:`gradkern.GradVac`. Each visit
     moves the target of its pair, up or down, as in the paper. A step with a dot product that is not finite moves no
-    target. (An overflow in a head alone lets the scaler skip the step, but heads are in no dot product, so the targets
+    target. (An overflow in a head alone makes the scaler skip the step, but heads are in no dot product, so the targets
     do move.)
 
     Args:

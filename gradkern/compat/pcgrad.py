@@ -42,7 +42,7 @@ class PCGrad(SurgeryOptimizer):
     Args:
         optimizer: as for :class:`gradkern.SurgeryOptimizer`, which keeps it as its attribute.
         reduction: of the modified task gradients, "mean" or "sum".
-        compat: None; "original" to repeat WeiChengTseng/Pytorch-PCGrad, which takes the mean whatever ``reduction`` is,
+        compat: None; "original" to repeat WeiChengTseng/Pytorch-PCGrad, which takes the mean for any ``reduction``,
             and gives parameters that no task reaches a ``.grad`` of zeros; or "pytorch_optimizer" to repeat that
             library.
 
