@@ -7,7 +7,7 @@ from pathlib import Path
 
 if not Path(__file__).with_name("kernels").is_dir():
     # gradkern/kernels is a symlink to kernels/. A checkout without symlinks (Windows, a zip download) has a text file
-    # in its place, so the package is made here from the folder itself.
+    # in its place. The package is then made here, from the folder itself.
     _spec = ModuleSpec("gradkern.kernels", None, is_package=True)
     _spec.submodule_search_locations = [str(Path(__file__).parents[1] / "kernels")]
     kernels = sys.modules["gradkern.kernels"] = module_from_spec(_spec)

@@ -12,7 +12,7 @@ import gradkern
 from gradkern.demo.methods import METHODS
 
 DEMO_EXTRA = ("matplotlib", "rich", "sklearn")
-"""What the demo imports and a base install lacks."""
+"""The packages that the demo imports and a base install lacks."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _demo(args) if args.command == "demo" else _info()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130  # what a shell reports for a process that SIGINT ended
+        return 130  # the status that a shell reports for a process that SIGINT ended
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--epochs", type=_positive, default=3, metavar="N", help="passes over the training pairs (default: %(default)s)"
     )
     demo.add_argument(
-        "--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help="one run each (default: 0 1 2)"
+        "--seeds", nargs="+", type=_seed, default=[0, 1, 2], metavar="N", help="one run for each seed (default: 0 1 2)"
     )
     demo.add_argument(
         "--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_folder,
         default="demo-out",
         metavar="DIR",
-        help="where tables and plots go (default: %(default)s)",
+        help="the folder for tables and plots (default: %(default)s)",
     )
 
     commands.add_parser(

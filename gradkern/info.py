@@ -1,4 +1,4 @@
-"""What a step can tell: tensors on the device, which nobody waits for until they are read."""
+"""The results of one step's surgery, as tensors on the device. The host waits for them only when it reads them."""
 
 import math
 from collections.abc import Sequence
@@ -14,21 +14,25 @@ from gradkern.ops.cosines import cosines
 
 @dataclass(frozen=True, eq=False)
 class SurgeryInfo:
-    """One step's surgery over T tasks. With groups other than "model", S Gramians: a leading dimension (S,).
+    """The results of one step's surgery over T tasks.
+
+    With groups other than "model" there are S Gramians, and most attributes have a leading dimension (S,).
 
     Attributes:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
-        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters: of the kept
-            entries alone under ``Suppression(scope="all")``, of drawn ones under ``GradAttention(update="subset")``.
-            None for a method that needs no task gradients.
+        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters. Under
+            ``Suppression(scope="all")`` they cover the kept entries only, under ``GradAttention(update="subset")`` the
+            drawn ones. None for a method that needs no task gradients.
         weights: (T,) or (S, T), the weights of the task gradients in the update.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for
             other methods.
-        attention: (T,) or (S, T), what GradAttention gives to each task, summing to 1; None for other methods.
-        kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept; of dense
-            gradients alone, and None where there are none.
-        step_scale: (), κ, by which ``ConflictLR`` scales the optimizer's step; None without.
-        total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without.
+        attention: (T,) or (S, T), the weights that GradAttention gives to the tasks, summing to 1; None for other
+            methods.
+        kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept. It counts
+            dense gradients only, and is None where there are none.
+        step_scale: (), the factor κ by which ``ConflictLR`` scales the optimizer's step; None without ``ConflictLR``.
+        total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without
+            ``max_norm``.
     """
 
     losses: Tensor
@@ -42,38 +46,38 @@ class SurgeryInfo:
 
     @cached_property
     def norms(self) -> Tensor | None:
-        """(T,) or (S, T), the task gradients' Euclidean norms."""
+        """The task gradients' Euclidean norms, (T,) or (S, T)."""
         return None if self.gramian is None else self.gramian.diagonal(dim1=-2, dim2=-1).sqrt()
 
     @cached_property
     def cosines(self) -> Tensor | None:
-        """(T, T) or (S, T, T), the cosines of two task gradients; 0 where either gradient is zero."""
+        """The cosine of every two task gradients, (T, T) or (S, T, T); 0 where either gradient is zero."""
         return None if self.gramian is None else cosines(self.gramian)
 
     @cached_property
     def conflicts(self) -> Tensor | None:
-        """(T, T) or (S, T, T) bool: which pairs of task gradients point against each other, cosine < 0."""
+        """True for pairs of task gradients that conflict, cosine < 0: (T, T) or (S, T, T) bool."""
         return None if self.cosines is None else self.cosines < 0
 
     def scalars(self, tasks: Sequence[str] | None = None) -> dict[str, float]:
-        """The step as named numbers, for TensorBoard, W&B or a line of JSON. Waits for the device, once for all.
+        """Return the step as named numbers, for TensorBoard, W&B or a line of JSON. The host waits for the device once.
 
         Args:
             tasks: T names; None for the tasks' positions, "0", "1", ….
 
         Returns:
-            Numbers by tag, those exact that are attributes or entries of them; i and j stand for names of tasks:
+            Numbers by tag. A number that is an attribute's entry is exact. i and j stand for names of tasks:
 
-            - ``loss/i``; ``norm/i``; ``cosine/i-j`` of each pair, once, in the order of tasks;
-            - ``conflict``, the share of the pairs of gradients other than zero whose cosine is below 0;
+            - ``loss/i``; ``norm/i``; ``cosine/i-j``, once for each pair, in the order of tasks;
+            - ``conflict``, the share of pairs with a cosine below 0, among pairs of gradients other than zero;
             - ``weight/i``; ``attention/i``; ``target/i-j``, of i's modified and j's original gradient, so both ways;
             - ``kept``, ``step_scale`` and ``total_norm``.
 
-            Of groups the norms and cosines are the whole model's, from the sum of the Gramians; ``conflict`` counts
-            the pairs of all groups; weights, attention and targets are means over the groups that have a gradient.
+            With groups, the norms and cosines are the whole model's, from the sum of the Gramians. ``conflict`` counts
+            the pairs of all groups. Weights, attention and targets are means over the groups that have a gradient.
 
-            A tag is left out where the method has nothing of the kind, or no finite number: the loss of an absent
-            task, the cosines of a gradient that is zero, and what a step that overflowed has made infinite or NaN.
+            A tag is left out if the method has no such quantity, or if its number is not finite: the loss of an absent
+            task, the cosines of a gradient that is zero, and numbers that a step that overflowed made infinite or NaN.
 
         Raises:
             ValueError: ``tasks`` are not T names, or two pairs of them make the same tag.
@@ -108,7 +112,7 @@ class SurgeryInfo:
         return {tag: number for tag, number in zip(tags, numbers, strict=True) if math.isfinite(number)}
 
     def _mean_of_groups(self, values: Tensor | None) -> Tensor | None:
-        """The mean over the groups with a gradient other than zero: heads, say, have none under surgery."""
+        """Return the mean over the groups with a gradient other than zero. Heads, for one, have none under surgery."""
         if values is None or self.gramian is None or self.gramian.ndim == 2:
             return values
         of_group = (-1, *[1] * (values.ndim - 1))
@@ -117,7 +121,7 @@ class SurgeryInfo:
 
 
 def _pair_cosines(M: Tensor) -> Tensor:
-    """(..., T, T), the cosines of tasks i < j; NaN in all other places, and where either gradient is zero."""
+    """Return the cosines of tasks i < j, (..., T, T); NaN in all other places, and where either gradient is zero."""
     nonzero = M.diagonal(dim1=-2, dim2=-1) != 0
     pairs = (nonzero.unsqueeze(-1) & nonzero.unsqueeze(-2)).triu(1)
     return torch.where(pairs, cosines(M), torch.nan)

@@ -1,7 +1,8 @@
-"""A logged run as figures: which tasks' gradients agree, how often they conflict, and what each task weighs.
+"""Figures of a logged run: which tasks' gradients agree, how often they conflict, and the weight of each task.
 
-A run is what :meth:`gradkern.SurgeryInfo.scalars` gave step by step, in a list or in a file of JSON lines; a number
-under "step" tells which step it was, else its place does. ``figure.savefig("cosines.png", dpi=150)`` writes a figure.
+A run is the sequence of dicts that :meth:`gradkern.SurgeryInfo.scalars` returned step by step, as a list or as a file
+of JSON lines. A number under "step" is the number of the step; without it, the place in the sequence is.
+``figure.savefig("cosines.png", dpi=150)`` writes a figure.
 """
 
 import json
@@ -24,22 +25,22 @@ Run = Sequence[Row] | str | os.PathLike[str]
 Numbers = NDArray[np.float64]
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's, without the yellow: the colour-blind tell them apart, and so does a grey printer most of them."""
+"""Okabe and Ito's colours without the yellow. Colour-blind readers can tell them apart; most differ in grey print."""
 STYLES = ("-", "--", ":", "-.")
-"""For more tasks than colours."""
+"""Line styles for runs with more tasks than colours."""
 
 
 def cosine_matrix(run: Run) -> Figure:
-    """A heat map of the mean cosines of all pairs of tasks, with their numbers: blue where they agree, red in conflict.
+    """Draw a heat map of the mean cosines of all pairs of tasks, with their numbers.
 
-    A pair's mean is over the steps that have its cosine. White is 0, and the largest mean has the full colour, but if
-    it is below a tenth: what is hardly there looks so.
+    Blue pairs agree, and red pairs conflict. A pair's mean is over the steps that have its cosine. White is 0. The
+    colour scale ends at the largest mean, or at 0.1 if that is larger, so that small cosines stay pale.
 
     Args:
-        run: T >= 2 tasks' steps.
+        run: steps of T >= 2 tasks.
 
     Raises:
-        TypeError, ValueError: ``run`` is no run, or has no cosines.
+        TypeError, ValueError: ``run`` is not a run, or has no cosines.
     """
     rows = _rows(run)
     names = list(dict.fromkeys(tag.removeprefix("norm/") for row in rows for tag in row if tag.startswith("norm/")))
@@ -72,14 +73,14 @@ def cosine_matrix(run: Run) -> Figure:
 
 
 def conflict_share(run: Run, window: int | None = None) -> Figure:
-    """The share of conflicting pairs over the steps: each step's, faint, and their running mean.
+    """Draw the share of conflicting pairs over the steps: a faint line for each step, and a strong running mean.
 
     Args:
-        run: T >= 2 tasks' steps.
-        window: logged steps that a running mean is over, centred, fewer at both ends; None for a twentieth of the run.
+        run: steps of T >= 2 tasks.
+        window: number of logged steps in a running mean, centred, fewer at both ends; None for a twentieth of the run.
 
     Raises:
-        TypeError, ValueError: ``run`` is no run or does not tell conflicts, or ``window`` is not a positive integer.
+        TypeError, ValueError: ``run`` is not a run or has no conflicts, or ``window`` is not a positive integer.
     """
     rows = _rows(run)
     window = _window(window, rows)
@@ -94,14 +95,14 @@ def conflict_share(run: Run, window: int | None = None) -> Figure:
 
 
 def weights(run: Run, window: int | None = None) -> Figure:
-    """The weight of each task's gradient in the update over the steps: each step's, faint, and their running mean.
+    """Draw the weight of each task's gradient over the steps: a faint line for each step, and a strong running mean.
 
     Args:
-        run: T tasks' steps.
+        run: steps of T tasks.
         window: as for :func:`conflict_share`.
 
     Raises:
-        TypeError, ValueError: ``run`` is no run or has no weights, or ``window`` is not a positive integer.
+        TypeError, ValueError: ``run`` is not a run or has no weights, or ``window`` is not a positive integer.
     """
     rows = _rows(run)
     window = _window(window, rows)
@@ -118,18 +119,18 @@ def weights(run: Run, window: int | None = None) -> Figure:
 
 
 def count_along(axes: Axes, what: str) -> None:
-    """Label the x axis ``what``, of which there are whole numbers only."""
+    """Label the x axis ``what``, and put its ticks at whole numbers."""
     axes.set_xlabel(what)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def legend_beside(axes: Axes) -> None:
-    """The legend to the right of the axes, where it hides no line."""
+    """Put the legend to the right of the axes, where it hides no line."""
     axes.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize="small")
 
 
 def _over_steps(title: str, window: int, in_legend: int = 0) -> tuple[Figure, Axes]:
-    """Axes with steps along them, and a figure high enough for a legend of so many lines."""
+    """Return a figure and its axes with steps along x. The figure is high enough for ``in_legend`` lines of legend."""
     figure = Figure(figsize=(7, max(3.6, 0.2 * in_legend + 0.6)), layout="constrained")
     axes = figure.subplots()
     smoothed = "" if window == 1 else f": each logged step, and the running mean of {window:,}"
@@ -140,14 +141,14 @@ def _over_steps(title: str, window: int, in_legend: int = 0) -> tuple[Figure, Ax
 
 
 def _line(axes: Axes, steps: Numbers, values: Numbers, window: int, color: str, style: str, label: str | None) -> None:
-    """The running mean, before the values themselves where these are others."""
+    """Draw the running mean, and behind it the values if the mean differs from them."""
     if window > 1:
         axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.3, zorder=1)
     axes.plot(steps, _running_mean(values, window), style, color=color, linewidth=1.8, label=label)
 
 
 def _running_mean(values: Numbers, window: int) -> Numbers:
-    """Of ``window`` values around each, of as many as there are at both ends."""
+    """Return the mean of the ``window`` values around each value; at both ends of those that exist."""
     centred = slice((window - 1) // 2, (window - 1) // 2 + len(values))
     sums, counts = (np.convolve(v, np.ones(window))[centred] for v in (values, np.ones_like(values)))
     return sums / counts
@@ -162,17 +163,17 @@ def _window(window: int | None, rows: Sequence[Row]) -> int:
 
 
 def _series(rows: Sequence[Row], tag: str) -> tuple[Numbers, Numbers]:
-    """The steps that have ``tag``, and its values."""
+    """Return the steps that have ``tag``, and its values."""
     found = [(row.get("step", place), row[tag]) for place, row in enumerate(rows) if tag in row]
     try:
         steps, values = np.array(found, float).reshape(-1, 2).T
     except (TypeError, ValueError) as error:
-        raise ValueError(f"run has under {tag!r} or 'step' what is no number: {error}") from error
+        raise ValueError(f"run has a value that is not a number under {tag!r} or 'step': {error}") from error
     return steps, values
 
 
 def _rows(run: Run) -> list[Row]:
-    """A run's steps, from its file or as they are, each one checked."""
+    """Return a run's steps, from its file or from the list itself, each one checked."""
     if isinstance(run, (str, os.PathLike)):
         rows = [_parsed(line, f"{run}:{n}") for n, line in enumerate(Path(run).read_text().splitlines(), start=1)]
     elif isinstance(run, Sequence):

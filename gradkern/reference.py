@@ -1,6 +1,6 @@
-"""Every method written naively, on explicit vectors, as its paper says: the specification that tests compare with.
+"""Every method written naively on explicit vectors, as its paper says. The tests compare the fast code with it.
 
-Nothing here is fast, and nothing here is shared with what it checks. Arithmetic is float64.
+Nothing here is fast, and no code is shared with the code that it checks. Arithmetic is float64.
 """
 
 import math
@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def gramian(grads: Sequence[Tensor]) -> Tensor:
-    """All dot products of T vectors: (T, T) float64."""
+    """Return all dot products of T vectors: (T, T) float64."""
     rows = [g.double() for g in grads]
     return torch.stack([torch.stack([(a * b).sum() for b in rows]) for a in rows])
 
 
 def combine(grads: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i g_i: (P,) float64. A gradient of weight 0 is left out."""
+    """Return Σ w_i g_i: (P,) float64. A gradient of weight 0 is left out."""
     total = torch.zeros_like(grads[0], dtype=torch.float64)
     for g, w in zip(grads, weights, strict=True):
         if w != 0:
@@ -27,23 +27,23 @@ def combine(grads: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def project(grads: Sequence[Tensor], W: Sequence[Sequence[float]]) -> Tensor:
-    """Row r is Σ_i W_ri g_i: (R, P) float64."""
+    """Return the rows Σ_i W_ri g_i, one for each r: (R, P) float64."""
     zero = torch.zeros_like(grads[0], dtype=torch.float64)
     return torch.stack([sum((w * g.double() for g, w in zip(grads, row, strict=True)), zero) for row in W])
 
 
 def weighted_sum(grads: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Unitary scalarization (Kurin et al. 2022): the sum of the gradients, or their weighted sum."""
+    """Return the sum of the gradients, or their weighted sum: unitary scalarization (Kurin et al. 2022)."""
     return combine(grads, [1.0] * len(grads) if weights is None else weights)
 
 
 def mean(grads: Sequence[Tensor]) -> Tensor:
-    """The mean of the gradients."""
+    """Return the mean of the gradients."""
     return weighted_sum(grads) / len(grads)
 
 
 def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
-    """PCGrad (Yu et al. 2020, Algorithm 1): the modified gradients of the T tasks; the update is their sum.
+    """Return the T gradients as PCGrad modifies them (Yu et al. 2020, Algorithm 1). The update is their sum.
 
     Args:
         grads: T vectors of P numbers.
@@ -65,22 +65,22 @@ def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tens
 
 
 def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int]) -> list[Tensor]:
-    """Each gradient projected onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3)."""
+    """Project each gradient onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3)."""
     return pcgrad(grads, [[j] for j in partners])
 
 
 def most_similar(grads: Sequence[Tensor]) -> list[int]:
-    """For each of T >= 2 tasks the other one with the largest cosine (Rhapsody, eq. 7); of equals the first."""
+    """Return for each of T >= 2 tasks the other one of largest cosine (Rhapsody, eq. 7); the first of equals."""
     return [max(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
 
 
 def most_different(grads: Sequence[Tensor]) -> list[int]:
-    """For each of T >= 2 tasks the other one with the smallest cosine (Rhapsody, eq. 8); of equals the first."""
+    """Return for each of T >= 2 tasks the other one of smallest cosine (Rhapsody, eq. 8); the first of equals."""
     return [min(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
 
 
 def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The mean over T - 1 partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
+    """Return the mean over T - 1 partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
     modified = []
     for i, g in enumerate(grads):
         projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in _others(grads, i)]
@@ -89,7 +89,7 @@ def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
 
 
 def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
-    """PCGrad with any partner; ``order`` is as for :func:`pcgrad`, and "random" is the first other task in it."""
+    """Run PCGrad with any partner. ``order`` is as for :func:`pcgrad`; "random" takes the first other task in it."""
     if partner == "average":
         return pcgrad_average(grads)
     if partner == "all" or len(grads) == 1:
@@ -102,22 +102,25 @@ def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[in
 def pcgrad_update(
     grads: Sequence[Tensor], order: Sequence[Sequence[int]] | None = None, partner: str = "all"
 ) -> Tensor:
-    """The sum of PCGrad's modified gradients; ``order`` is as for :func:`pcgrad_of`, None if nothing depends on it."""
+    """Return the sum of PCGrad's modified gradients.
+
+    ``order`` is as for :func:`pcgrad_of`. It may be None for partners that need no order.
+    """
     return torch.stack(pcgrad_of(partner, grads, order or [[] for _ in grads])).sum(0)
 
 
 def gradvac(
     grads: Sequence[Tensor], order: Sequence[Sequence[int]], targets: Tensor, beta: float, eps: float
 ) -> tuple[list[Tensor], Tensor]:
-    """GradVac (Wang et al. 2021, Algorithm 1): the modified gradients, and the moved targets.
+    """Return GradVac's modified gradients and its moved targets (Wang et al. 2021, Algorithm 1).
 
     Args:
         grads: T vectors of P numbers.
         order: as for :func:`pcgrad`.
         targets: (T, T), φ̂_ij.
         beta: how far a target moves toward the cosine.
-        eps: a square within this of the terms that it is summed from counts as zero, and a target stays this far
-            from -1 and 1.
+        eps: a squared length of at most ``eps`` times the sum of its terms counts as zero, and a target stays at least
+            ``eps`` away from -1 and 1.
     """
     originals = [g.double() for g in grads]
     J = torch.stack(originals)
@@ -150,7 +153,7 @@ def gradvac(
 def gradvac_updates(
     steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], beta: float = 0.01
 ) -> list[Tensor]:
-    """The updates of GradVac in several steps, whose targets start from zero; ``order`` is as for :func:`pcgrad`."""
+    """Return the updates of GradVac in several steps. Targets start from zero; ``order`` is as for :func:`pcgrad`."""
     targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64)
     updates = []
     for grads in steps:
@@ -160,9 +163,10 @@ def gradvac_updates(
 
 
 def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence[float] | None = None) -> Tensor:
-    """MGDA (Désidéri 2012): the shortest vector of the gradients' convex hull, by trying every support.
+    """Return the shortest vector of the gradients' convex hull, found by trying every support: MGDA (Désidéri 2012).
 
-    The shortest vector is that of the affine hull of some affinely independent gradients, inside their convex hull.
+    For some affinely independent gradients, the shortest vector of their affine hull lies inside their convex hull and
+    is the answer.
 
     Args:
         grads: T vectors of P numbers; time grows as 2^T.
@@ -183,7 +187,7 @@ def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence
             first, *others = (hull[i] for i in support)
             w = torch.ones(size, dtype=torch.float64)
             if others:
-                # Distances from the first gradient, made of length 1, so that long ones do not drown short ones.
+                # Differences from the first gradient are scaled to length 1, so that long ones do not drown short ones.
                 edges = torch.stack([g - first for g in others], 1)
                 scale = edges.norm(dim=0)
                 if (scale == 0).any():
@@ -197,13 +201,13 @@ def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    """The cosine of two vectors; 0 where either is zero."""
+    """Return the cosine of two vectors; 0 where either is zero."""
     n_a, n_b = _length(a), _length(b)
     return 0.0 if n_a == 0 or n_b == 0 else float(torch.dot(a.double() / n_a, b.double() / n_b))
 
 
 def step_scale(grads: Sequence[Tensor], mode: str, reduce: str) -> float:
-    """κ, by which the step is scaled (Rhapsody, §3.4): 1 + φ to attenuate conflict, 1 - φ to amplify it."""
+    """Return the factor κ that scales the step (Rhapsody, §3.4): 1 + φ to attenuate conflict, 1 - φ to amplify it."""
     nonzero = [g for g in grads if _length(g) != 0]
     phis = [cosine(a, b) for i, a in enumerate(nonzero) for b in nonzero[i + 1 :]]
     if not phis or not all(math.isfinite(phi) for phi in phis):
@@ -213,7 +217,9 @@ def step_scale(grads: Sequence[Tensor], mode: str, reduce: str) -> float:
 
 
 def philox(seed: int, step: int, counters: Tensor) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011) at the 128-bit counters (counter, step), key the seed: (n, 4) int64 words.
+    """Return the words of Philox4x32-10 (Salmon et al. 2011): (n, 4) int64.
+
+    The 128-bit counters are (counter, step), and the key is the seed.
 
     Args:
         seed, step: 64-bit unsigned.
@@ -222,7 +228,7 @@ def philox(seed: int, step: int, counters: Tensor) -> Tensor:
     word = 2**32 - 1
 
     def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """High and low word of a 64-bit product, which int64 cannot hold: from two of 48 bits."""
+        """Return the high and the low word of a 64-bit product. int64 cannot hold it, so two of 48 bits make it."""
         low, high = (a & 0xFFFF) * b, (a >> 16) * b
         return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & word
 
@@ -237,9 +243,9 @@ def philox(seed: int, step: int, counters: Tensor) -> Tensor:
 
 
 def kept(seed: int, step: int, p: float, block: int, first_unit: int, numel: int) -> Tensor:
-    """Which entries of a parameter gradient suppression keeps (Rhapsody, §3.5): (numel,) bool.
+    """Return True for the entries of a parameter gradient that suppression keeps (Rhapsody, §3.5): (numel,) bool.
 
-    Entry e is of unit ``first_unit + e // block``; unit u is dropped where word u mod 4 at counter u div 4 is below
+    Entry e belongs to unit ``first_unit + e // block``. Unit u is dropped if word u mod 4 at counter u div 4 is below
     p 2³².
     """
     units = first_unit + torch.arange(numel) // block
@@ -248,7 +254,7 @@ def kept(seed: int, step: int, p: float, block: int, first_unit: int, numel: int
 
 
 def first_units(numels: Sequence[int], block: int) -> list[int]:
-    """The first unit of each parameter: ⌈numel / block⌉ units each, every parameter starting at a multiple of 4."""
+    """Return the first unit of each parameter. It has ⌈numel / block⌉ units and starts at a multiple of 4."""
     firsts, unit = [], 0
     for numel in numels:
         firsts.append(unit)
@@ -260,10 +266,11 @@ def first_units(numels: Sequence[int], block: int) -> list[int]:
 def suppressed(
     grads: Sequence[Tensor], keep: Tensor, scope: str, method: Callable[[Sequence[Tensor]], list[Tensor]]
 ) -> Tensor:
-    """b ⊙ Σ_i g_i′ (Rhapsody, eq. 11), ``method`` giving the modified gradients; over the kept entries alone for "all".
+    """Return b ⊙ Σ_i g_i′ (Rhapsody, eq. 11), where ``method`` gives the modified gradients g_i′.
 
     Args:
         keep: (P,) bool, the mask b.
+        scope: "all" to let ``method`` see the kept entries only.
     """
     zero = torch.zeros((), dtype=torch.float64)
     rows = [torch.where(keep, g.double(), zero) for g in grads] if scope == "all" else [g.double() for g in grads]
@@ -271,13 +278,13 @@ def suppressed(
 
 
 def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
-    """softmax(r / τ), r_i = Σ_j φ_ij: what GradAttention's objective Σ_i α_i r_i + τ H(α) is largest at."""
+    """Return softmax(r / τ), r_i = Σ_j φ_ij: the maximum of GradAttention's objective Σ_i α_i r_i + τ H(α)."""
     r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
     return torch.softmax(r / entropy, 0)
 
 
 def gradattention_updates(steps: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The first update of GradAttention, whose network starts from equal weights; later ones follow from training."""
+    """Return the first update of GradAttention, whose network starts from equal weights; later ones need training."""
     return [mean(steps[0])]
 
 
@@ -291,11 +298,11 @@ def adamw(
     weight_decay: float,
     eps: float,
 ) -> list[Tensor]:
-    """A step of AdamW (Loshchilov & Hutter 2019, Algorithm 2): the new p, m and v.
+    """Take a step of AdamW (Loshchilov & Hutter 2019, Algorithm 2) and return the new p, m and v.
 
     Args:
-        moments: m and v; a third, the largest v so far, is amsgrad (Reddi et al. 2018), and comes back too.
-        step: 1 for the first.
+        moments: m and v. A third one, the largest v so far, turns on amsgrad (Reddi et al. 2018) and is returned too.
+        step: the number of the step; the first is 1.
     """
     p, m, v, *largest = (x.double() for x in (p, *moments))
     m = betas[0] * m + (1 - betas[0]) * g.double()
@@ -307,13 +314,13 @@ def adamw(
 
 
 class Memory:
-    """Steps that bring some tasks only, the others' last gradients kept as vectors (Rhapsody, §3.2)."""
+    """Runs steps with some of the tasks, and keeps the last gradients of the others as vectors (Rhapsody, §3.2)."""
 
     def __init__(self, n_tasks: int, n_entries: int) -> None:
         self.rows = [torch.zeros(n_entries, dtype=torch.float64) for _ in range(n_tasks)]
 
     def step(self, present: dict[int, Tensor], method: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensor:
-        """The sum of the present tasks' modified gradients; ``method`` modifies all, remembered ones included."""
+        """Return the sum of the present tasks' modified gradients. ``method`` modifies remembered gradients too."""
         for i, g in present.items():
             self.rows[i] = g.double()
         modified = method(self.rows)

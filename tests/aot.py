@@ -1,9 +1,9 @@
-"""Compile every kernel at every launch setting for GPUs that are not here, and look at the machine code.
+"""Compile every kernel at every launch setting for GPUs that this machine lacks, and inspect the machine code.
 
 ``python tests/aot.py`` prints a table of registers; ``--json`` the same as data, which ``test_aot.py`` holds
 against the rules. It must run without TRITON_INTERPRET, so the tests start it in a process of its own.
 
-Nothing is declared a second time: the real launchers are called with small CPU tensors, and the launches they
+No launch is declared a second time. The real launchers are called with small CPU tensors, and the launches that they
 return are compiled through Triton's own dispatch, for a driver that names a target instead of asking a device.
 """
 
@@ -38,19 +38,19 @@ TARGETS = {
 }
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = ("fp32", "bf16")
-"""Of the dtypes those of a brief gate."""
+"""The dtypes of a brief run."""
 GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
-"""The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 else), and the largest of each
-setting of the other."""
+"""The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 otherwise), and the largest T of
+each setting of the other form."""
 MASKED_T = {"fp64": (3, 16, DOT_T), "fp32": (3, 12, 16, 32, DOT_T), "bf16": (3, 8, 16, 32, DOT_T), "fp16": (3, 16)}
-"""Of the T of ``GRAMIAN_T`` those that are built with a mask, on sm_90."""
+"""The T among ``GRAMIAN_T`` that are built with a mask, on sm_90."""
 MASKED_T_ELSEWHERE = {"fp64": (3,), "fp32": (DOT_T,), "bf16": (3,)}
 """The same for the other targets: each form and each size of a number once."""
 WIDE_BLOCKS = (1, 64, 128)
-"""Blocks of a mask that leave loads whole; any block of whole 128-bit loads is compiled to the same as 64 where it is
-smaller than 128, and else to the same as 128."""
+"""Blocks of a mask that leave loads whole. A block of whole 128-bit loads is compiled to the same code as 64 if it is
+smaller than 128, and otherwise to the same as 128."""
 NARROW_BLOCKS = {"fp32": (2, 3), "bf16": (2, 4)}
-"""Blocks that cut loads, for each way they do; built on sm_90, to be seen in the table."""
+"""Blocks that cut loads, one for each way of cutting. They are built on sm_90 and shown in the table."""
 
 SURGERY_T = (1, 3, ONE_LAUNCH_T)
 """The smallest, the usual and the largest T of the one launch."""
@@ -60,7 +60,7 @@ NARROW = r"\bLDG(STS)?\.(?!\S*128\b)"
 
 
 class Case(NamedTuple):
-    """One launch to compile: what it is called in the table, and whether it streams rows."""
+    """Launch to compile, with its name in the table and whether it streams rows."""
 
     kernel: str
     dtype: str
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
 
 class Driver:
-    """As much of a Triton driver as compiling asks of one: the target."""
+    """The part of a Triton driver that compiling needs: the target."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -79,7 +79,7 @@ class Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        """Triton keeps what it compiled by device, so each target is one."""
+        """Return the target as a device, because Triton caches compiled kernels by device."""
         return str(self.target.arch)
 
     def get_current_stream(self, device: str) -> int:
@@ -87,14 +87,16 @@ class Driver:
 
 
 def cases(target: GPUTarget) -> Iterator[Case]:
-    """Every kernel at every setting, as the operators would launch it: in every dtype for tables of addresses, and
-    for matrices, which differ in how an address is found, in float32."""
+    """Yield every kernel at every setting, as the operators launch it: with tables of addresses in every dtype.
+
+    Matrices differ only in how an address is found, so they are compiled in float32 alone.
+    """
     layout = column_layout((0, 2 * TILE))
     tiles, _ = _tiles(layout)
     pieces, bounds = layout.pieces_on(torch.device("cpu"), 1)
     for table in (False, True):
         for name, dtype in DTYPES.items() if table else (("fp32", torch.float32),):
-            brief = name == "fp16"  # differs from bf16 by the conversions alone
+            brief = name == "fp16"  # differs from bf16 in the conversions only
             for T in (8, DOT_T) if brief else GRAMIAN_T:
                 rows = _rows(T, dtype, table)
                 partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=arithmetic(dtype))
@@ -138,7 +140,7 @@ def cases(target: GPUTarget) -> Iterator[Case]:
 
 
 def masked_cases(target: GPUTarget) -> Iterator[Case]:
-    """The kernels that take a mask, in every form of it, on tables of addresses, as no other rows are masked."""
+    """Yield the kernels that take a mask, in every form of it, on tables of addresses, as no other rows are masked."""
     thorough = target.arch == 90
     for name, counts in (MASKED_T if thorough else MASKED_T_ELSEWHERE).items():
         for block in WIDE_BLOCKS:
@@ -164,7 +166,7 @@ def _masked(target: GPUTarget, name: str, counts: tuple[int, ...], block: int, s
 
 
 def _adamw(dtype: torch.dtype, tiles: Tiles, mask: Mask | None, n_moments: int) -> Launch:
-    """With numbers by which it may be skipped and scaled where there is a mask."""
+    """Return a launch of AdamW. With a mask it also has the numbers that may skip and scale it."""
     wide, number = arithmetic(dtype), None if mask is None else torch.empty(())
     kept = None if mask is None else torch.empty((), dtype=torch.int64)
     state = adamw.AdamWState(_rows(1, dtype, True), _rows(n_moments, wide, True), torch.zeros(1, dtype=torch.int64))
@@ -173,7 +175,7 @@ def _adamw(dtype: torch.dtype, tiles: Tiles, mask: Mask | None, n_moments: int) 
 
 
 def surgery_cases(target: GPUTarget) -> Iterator[Case]:
-    """The one launch, in its forms of the rows and of a mask; in full with all that it may be given."""
+    """Yield the one launch, in every form of the rows and of a mask, and once with every optional argument."""
     for name in ("fp64", "fp32", "bf16"):
         for T in SURGERY_T:
             yield Case("surgery", name, f"T={T}", _surgery(T, DTYPES[name], True), True)
@@ -226,7 +228,7 @@ def _rows(T: int, dtype: torch.dtype, table: bool) -> Rows:
 
 
 def build(arch: str, index: int) -> dict[str, Any]:
-    """Compile case ``index`` for ``arch`` and say what came out."""
+    """Compile case ``index`` for ``arch`` and return the facts about its machine code."""
     target = TARGETS[arch]
     triton.runtime.driver.set_active(Driver(target))
     case = list(cases(target))[index]
@@ -248,7 +250,7 @@ def build(arch: str, index: int) -> dict[str, Any]:
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, Any]:
-    """Registers, bytes of stack, and what the streaming loops are made of."""
+    """Return the registers, the bytes of stack, and the instruction counts of the streaming loops."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -259,10 +261,10 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def streaming_loops(sass: str) -> list[dict[str, int]]:
-    """The innermost loops with 128-bit loads from global memory: how many of these, of narrower ones, of local ones.
+    """Count wide, narrow and local loads of the innermost loops with 128-bit loads from global memory.
 
-    Innermost, because the loop over the tiles around them also holds the road for short tiles, which is cold and may
-    spill. ``LDGSTS`` are loads straight into shared memory.
+    Only innermost loops count, because the loop over tiles around them also holds the path for short tiles, which is
+    cold and may spill. ``LDGSTS`` are loads straight into shared memory.
     """
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]+);", sass)
     instructions = [instruction for _, instruction in code]
@@ -277,12 +279,12 @@ def streaming_loops(sass: str) -> list[dict[str, int]]:
 
 
 def find_loops(addresses: list[int], instructions: list[str]) -> list[set[int]]:
-    """The natural loops, as sets of instruction numbers.
+    """Return the natural loops, as sets of instruction numbers.
 
-    A branch to a smaller address closes a loop; the loop is all from where that branch is reached without passing its
-    target. Code laid out of line belongs to the loop all the same. Where even the first instruction reaches the
-    branch around the target, the jump went back to shared code and closes nothing; nor does the branch to itself at
-    the end of every kernel.
+    A branch to a smaller address closes a loop. The loop holds all instructions from which that branch is reached
+    without passing its target, also those laid out of line. If even the first instruction reaches the branch around the
+    target, the branch jumped back to shared code and closes no loop. The branch to itself at the end of every kernel
+    closes none either.
     """
     number = {address: i for i, address in enumerate(addresses)}
     before: list[set[int]] = [set() for _ in instructions]
@@ -310,9 +312,9 @@ def find_loops(addresses: list[int], instructions: list[str]) -> list[set[int]]:
 
 
 def inspect_amdgcn(assembly: str) -> dict[str, Any]:
-    """Vector registers, accumulation registers included, bytes of stack, and the whole kernel as if it were one loop.
+    """Return vector registers (accumulation registers included), bytes of stack, and the whole kernel as one loop.
 
-    AMD's kernels have registers enough to spill nowhere, so the loops need not be told from the rest.
+    AMD's kernels have enough registers and spill nowhere, so loops need no separate treatment.
     """
     registers = re.search(r"\.vgpr_count:\s+(\d+)", assembly)
     stack = re.search(r"\.private_segment_fixed_size:\s+(\d+)", assembly)
@@ -329,7 +331,7 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def build_all(brief: bool) -> list[dict[str, Any]]:
-    """Every case for every target, on two processes; with ``brief`` one of each kernel in each dtype of ``BRIEF``."""
+    """Compile every case for every target, on two processes. ``brief``: one case per kernel and dtype of ``BRIEF``."""
     jobs = []
     for arch, target in TARGETS.items():
         seen = set()
@@ -343,7 +345,7 @@ def build_all(brief: bool) -> list[dict[str, Any]]:
 
 
 def table(reports: list[dict[str, Any]]) -> str:
-    """Registers as markdown, one line for each kernel, dtype, setting and source, one column for each target."""
+    """Return registers as markdown: a line for each kernel, dtype, setting and source, a column for each target."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for report in reports:
         key = tuple(report[k] for k in ("kernel", "dtype", "setting", "source"))

@@ -1,4 +1,4 @@
-"""What every test shares. Triton must know before its first import that kernels are to be interpreted."""
+"""Fixtures that all tests share. Triton must know before its first import that kernels are to be interpreted."""
 
 import importlib.util
 import os
@@ -15,10 +15,10 @@ import pytest
 
 from tests import interpreter
 
-if importlib.util.find_spec("hypothesis"):  # without it, all tests but those that need it still run
+if importlib.util.find_spec("hypothesis"):  # without hypothesis, the tests that do not need it still run
     from hypothesis import settings
 
-    settings.register_profile("any machine", deadline=None)  # a busy one takes long for anything
+    settings.register_profile("any machine", deadline=None)  # a busy machine may be slow at any time
     settings.load_profile("any machine")
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
@@ -26,13 +26,13 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device of this machine: a test that asks for it runs once on each."""
+    """Give every device of this machine in turn: a test that asks for it runs once on each."""
     return torch.device(request.param)
 
 
 @pytest.fixture
 def float64_by_default() -> Iterator[None]:
-    """New tensors, and so new modules' parameters, are float64 during the test."""
+    """Make new tensors, and so new modules' parameters, float64 during the test."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -40,7 +40,7 @@ def float64_by_default() -> Iterator[None]:
 
 @pytest.fixture
 def triton_serves_the_cpu() -> Iterator[list[str]]:
-    """The kernels serve CPU tensors during the test; the list of operators they have served so far."""
+    """Let the kernels serve CPU tensors during the test, and give the list of operators they have served so far."""
     why_not = interpreter.why_not()
     if why_not is not None:
         pytest.skip(why_not)
@@ -50,7 +50,7 @@ def triton_serves_the_cpu() -> Iterator[list[str]]:
 
 @pytest.fixture(params=["pytorch", pytest.param("triton", marks=interpreter.interpreted)])
 def back_end(request: pytest.FixtureRequest) -> str:
-    """Each back end in turn serves CPU tensors: a test that asks for it runs on both."""
+    """Let each back end in turn serve CPU tensors: a test that asks for it runs on both."""
     if request.param == "triton":
         request.getfixturevalue("triton_serves_the_cpu")
     return request.param
@@ -63,7 +63,7 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _accelerate_starts_anew() -> Iterator[None]:
-    """Its settings are the process's."""
+    """Reset Accelerate's settings, which belong to the whole process."""
     yield
     state = sys.modules.get("accelerate.state")
     if state is not None:

@@ -1,4 +1,4 @@
-"""The Triton kernels on CPU tensors, by Triton's interpreter, in place of the PyTorch back end."""
+"""Tools that run the Triton kernels on CPU tensors in Triton's interpreter, in place of the PyTorch back end."""
 
 import importlib.util
 import multiprocessing
@@ -17,7 +17,7 @@ TRITON = BACKEND.device_type
 
 
 def why_not() -> str | None:
-    """Why the interpreter cannot run here, if it cannot."""
+    """Return why the interpreter cannot run here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if torch.cuda.is_available():
@@ -32,7 +32,7 @@ def why_not() -> str | None:
 
 @contextmanager
 def unwritten_is_nan() -> Iterator[None]:
-    """PyTorch's deterministic mode fills whatever ``torch.empty`` and its relatives return with NaN."""
+    """Fill every tensor of ``torch.empty`` and its relatives with NaN, by PyTorch's deterministic mode."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan()
     yield
@@ -41,10 +41,11 @@ def unwritten_is_nan() -> Iterator[None]:
 
 @contextmanager
 def programs_at_once(n: int) -> Iterator[None]:
-    """Every launch runs as ``n`` processes at once, each one program of so many.
+    """Run every launch as ``n`` processes at once, each of which is one of ``n`` programs.
 
-    For kernels whose programs share out the work themselves, whatever their numbers are. The tensors that a launch is
-    given move to memory that processes share; what is written through a table of addresses lies there already.
+    This is for kernels whose programs divide the work among themselves, however many there are. The tensors given to a
+    launch move to memory that the processes share. Tensors that are written through a table of addresses must be there
+    already.
     """
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
@@ -70,7 +71,7 @@ def programs_at_once(n: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Launch, "run", run_at_once)
         patched.setattr(InterpreterBuilder, "set_grid_dim", lambda self, *grid: set_grid_dim(self, n, 1, 1))
-        # Nothing was copied for the interpreter; copied back onto itself, it would undo what others write meanwhile.
+        # No tensor was copied for the interpreter. Copying one back onto itself would undo concurrent writes.
         patched.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
         yield
 
@@ -81,7 +82,7 @@ interpreted = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
 def triton_operators() -> list[registry.Operator[..., Any]]:
-    """The operators that the Triton back end implements."""
+    """Return the operators that the Triton back end implements."""
     from gradkern.ops.one_launch import surgery  # noqa: F401  (registers)
     from gradkern.ops.triton import adamw, combine, entries, gramian, methods  # noqa: F401  (register)
 
@@ -89,14 +90,14 @@ def triton_operators() -> list[registry.Operator[..., Any]]:
 
 
 def triton_implementation(overload: Any) -> Callable[..., Any]:
-    """The Triton back end's function for an operator, with the dispatcher's arguments."""
+    """Return the Triton back end's function for an operator, with the dispatcher's arguments."""
     op = next(op for op in triton_operators() if op.overload == overload)
     return op.on_flat(op.implementations[TRITON])
 
 
 @contextmanager
 def serving_the_cpu() -> Iterator[list[str]]:
-    """Have the kernels serve CPU tensors; yields the list of operators they have served."""
+    """Let the kernels serve CPU tensors, and yield the list of operators they have served."""
     calls: list[str] = []
 
     def noted(op: registry.Operator[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Cached launches against Triton's own dispatch, through a driver that launches nothing and notes what it is handed.
+"""Tests of cached launches against Triton's own dispatch. A driver launches nothing and records its arguments.
 
 The kernels are compiled, so this must run without TRITON_INTERPRET: ``test_launch_cost.py`` starts it in a process of
 its own, as ``pytest --noconftest tests/launches.py``.
@@ -19,14 +19,15 @@ from gradkern.kernels.launch import Launch
 from tests import aot
 
 Handed = tuple[Any, ...]
-"""Grid (3), stream, function, packed metadata, launch metadata, enter hook, exit hook; then the kernel's arguments."""
+"""The arguments of a launch: grid (3), stream, function, packed metadata, launch metadata, enter hook, exit hook; then
+the kernel's own."""
 STREAM, FUNCTION, METADATA, ENTER = 3, 4, 6, 7
 FIRST_ARGUMENT = 9
 CPU = torch.device("cpu")
 
 
 class Driver(aot.Driver):
-    """As much of a Triton driver as launching asks of one, too."""
+    """The part of a Triton driver that compiling and launching need."""
 
     device = 0
 
@@ -45,7 +46,7 @@ class Driver(aot.Driver):
         return 1000 + device
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        """What launches one kernel: like the real one it calls the hook before."""
+        """Return a function that launches one kernel. Like the real one it calls the enter hook first."""
 
         def run(*handed: Any) -> None:
             handed[ENTER](handed[METADATA])
@@ -78,7 +79,7 @@ def handed_by_triton(given: Launch) -> Handed:
 
 
 def cached(given: Launch, device: torch.device = CPU) -> Handed:
-    """What a launch is handed that goes past Triton's dispatch."""
+    """Return the arguments of a launch that bypasses Triton's dispatch."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("not cached")
@@ -97,7 +98,7 @@ def assert_same(ours: Handed, theirs: Handed) -> None:
 
 
 def fullest_launches() -> dict[str, Launch]:
-    """Of each kernel the launch that leaves the fewest arguments out."""
+    """Return for each kernel the launch that leaves the fewest arguments out."""
     found: dict[str, Launch] = {}
     for case in aot.cases(DRIVER.target):
         name = case.launch.kernel.__name__
@@ -111,7 +112,7 @@ def n_left_out(given: Launch) -> int:
 
 
 def variants(given: Launch) -> Iterator[Launch]:
-    """The launch with one argument at a time of a value that Triton would compile for if it were let."""
+    """Yield the launch with one argument at a time changed to a value that Triton specializes on by default."""
     for parameter in given.kernel.params:
         if parameter.is_constexpr:
             continue
@@ -142,7 +143,7 @@ def test_a_cached_launch_is_tritons_own_whatever_the_arguments(name: str) -> Non
 
 
 def different_launches() -> Iterator[Launch]:
-    """Launches each of which needs a binary of its own: other T, dtypes of rows or of one argument, threads, masks."""
+    """Return launches that need different binaries: other T, dtypes of rows or of one argument, threads, masks."""
     all_cases = list(aot.cases(DRIVER.target))
     wanted = [
         ("gramian", "fp32", "T=1"),

@@ -1,4 +1,4 @@
-"""The table of ``docs/methods.md``, from the rows of METHODS. ``python -m tests.method_table`` writes it."""
+"""The table in ``docs/methods.md``, made from the rows of METHODS. ``python -m tests.method_table`` writes it."""
 
 from pathlib import Path
 
@@ -9,10 +9,10 @@ START = "<!-- python -m tests.method_table -->\n"
 
 
 def table() -> str:
-    """One line for each method."""
+    """Return the table, with one line for each method."""
     head = (
-        "| Name | Class | Source | Task gradients without conflict give "
-        "| A longer gradient of one task leaves as it is | Draws | State |\n|---|---|---|---|---|---|---|\n"
+        "| Name | Class | Source | Update of task gradients without conflict "
+        "| Unchanged if one task's gradient gets longer | Draws at random | State |\n|---|---|---|---|---|---|---|\n"
     )
     return head + "".join(f"| {' | '.join(_cells(method))} |\n" for method in METHODS.values())
 

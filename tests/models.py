@@ -1,4 +1,4 @@
-"""Small multi-task models, and the task gradients of their losses taken one by one with torch alone."""
+"""Small multi-task models, and the task gradients of their losses, computed one by one by torch itself."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class MultiHead(nn.Module):
-    """A trunk and one head per task: the usual shape of multi-task learning."""
+    """Model of the usual shape in multi-task learning: a trunk and one head per task."""
 
     def __init__(self, n_tasks: int = 3) -> None:
         super().__init__()
@@ -15,28 +15,28 @@ class MultiHead(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(n_tasks))
 
     def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:
-        """One loss per task from one pass through the trunk."""
+        """Return one loss per task from one pass through the trunk."""
         h = self.trunk(x)
         return [(head(h).squeeze(-1) - target).square().mean() for head, target in zip(self.heads, y, strict=True)]
 
     def loss(self, t: int, x: Tensor, y: Tensor) -> Tensor:
-        """Task t's loss from a forward pass of its own."""
+        """Return the loss of task t from a forward pass of its own."""
         return (self.heads[t](self.trunk(x)).squeeze(-1) - y[t]).square().mean()
 
 
 def problem(n_tasks: int = 3, device: torch.device | str = "cpu") -> tuple[MultiHead, Tensor, Tensor]:
-    """A model, inputs (16, 6) and targets (n_tasks, 16) that pull the trunk in different directions."""
+    """Return a model, inputs (16, 6) and targets (n_tasks, 16) that pull the trunk in different directions."""
     torch.manual_seed(0)
     with torch.device(device):
         return MultiHead(n_tasks), torch.randn(16, 6), 3 * torch.randn(n_tasks, 16)
 
 
 def task_gradients(losses: Sequence[Tensor], params: Sequence[Tensor]) -> list[list[Tensor | None]]:
-    """grads[t][k] by torch.autograd.grad; the graphs are kept."""
+    """Return grads[t][k] from torch.autograd.grad. The graphs are kept."""
     return [list(torch.autograd.grad(loss, list(params), retain_graph=True, allow_unused=True)) for loss in losses]
 
 
 def flat(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """One float64 vector on the CPU, zeros where a gradient is missing."""
+    """Return the gradients as one float64 vector on the CPU, with zeros for missing ones."""
     parts = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, params, strict=True)]
     return torch.cat([part.detach().reshape(-1).double().cpu() for part in parts])

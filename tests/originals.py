@@ -1,4 +1,4 @@
-"""What other projects do, told from their published behaviour on explicit vectors: what compat is compared with."""
+"""Models of other projects' published behaviour, on explicit vectors. The tests compare ``compat`` with them."""
 
 import random
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 class PCGrad:
-    """WeiChengTseng/Pytorch-PCGrad: heads are in the vectors, and ``reduction`` is read but never obeyed."""
+    """Model of WeiChengTseng/Pytorch-PCGrad: heads are in the vectors, and ``reduction`` is read but never obeyed."""
 
     def __init__(self, optimizer: Optimizer, reduction: str = "mean") -> None:
         self.optimizer = optimizer
@@ -31,7 +31,10 @@ class PCGrad:
 
 
 class PCGradAMP:
-    """anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: scaled gradients add up; "shared" is what no task has as 0."""
+    """Model of anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: scaled gradients add up.
+
+    Entries count as shared if no task's gradient is 0 there.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class PCGradAMP:
 
 
 class GradVacAMP(PCGradAMP):
-    """The same with GradVac, in the rows' own dtype; a target moves only when it corrects."""
+    """Model of the same project's GradVac, in the rows' own dtype. A target moves only when it corrects."""
 
     def __init__(
         self,
@@ -109,14 +112,14 @@ class GradVacAMP(PCGradAMP):
 
 
 def task_gradient(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradient of each parameter, None where the loss does not reach it; the graph is kept."""
+    """Return the gradient of each parameter, None where the loss does not reach it. The graph is kept."""
     trained = [p for p in params if p.requires_grad]
     found = dict(zip(trained, torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True), strict=True))
     return [found.get(p) for p in params]
 
 
 def shuffled_projections(vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Each task in turn shuffles the one list of all original vectors, its own among them, and visits all of it."""
+    """Project as both originals do: each task shuffles the one list of all vectors, its own included, and visits it."""
     originals = list(vectors)
     modified = []
     for v in vectors:
@@ -134,12 +137,12 @@ def tensors(optimizer: Optimizer) -> list[Tensor]:
 
 
 def vector(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
-    """All gradients one after another, zeros where there is none."""
+    """Return all gradients one after another, with zeros for missing ones."""
     return torch.cat(
         [torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in zip(grads, params, strict=True)]
     )
 
 
 def pieces(v: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """``v`` cut into tensors of the shapes of ``params``."""
+    """Cut ``v`` into tensors of the shapes of ``params``."""
     return [part.view(p.shape).clone() for part, p in zip(v.split([p.numel() for p in params]), params, strict=True)]

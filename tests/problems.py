@@ -1,4 +1,4 @@
-"""Task gradients that are hard on a method: T vectors in float64, by name."""
+"""Task gradients that are hard for a method: T vectors in float64, by name."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def conflicting(T: int, P: int) -> Tensor:
-    """Random gradients around a common direction that points both ways: about half of the pairs conflict."""
+    """Return random gradients around a common direction that points both ways: about half of the pairs conflict."""
     return torch.randn(T, P, dtype=torch.float64) + torch.randn(T, 1, dtype=torch.float64)
 
 
 def ill_conditioned(T: int, P: int) -> Tensor:
-    """Rows whose lengths span six orders of magnitude, nearly parallel or antiparallel in pairs."""
+    """Return rows whose lengths span six orders of magnitude, nearly parallel or antiparallel in pairs."""
     J = conflicting(T, P)
     for i in range(1, T, 2):
         J[i] = -J[i - 1] + 1e-3 * J[i]
@@ -20,21 +20,21 @@ def ill_conditioned(T: int, P: int) -> Tensor:
 
 
 def duplicate(T: int, P: int) -> Tensor:
-    """Every second row is the one before it."""
+    """Return rows of which every second one repeats the row before it."""
     J = conflicting(T, P)
     J[1::2] = J[: T - 1 : 2]
     return J
 
 
 def antiparallel(T: int, P: int) -> Tensor:
-    """Every second row is the opposite of the one before it."""
+    """Return rows of which every second one is the opposite of the row before it."""
     J = conflicting(T, P)
     J[1::2] = -J[: T - 1 : 2]
     return J
 
 
 def with_zeros(T: int, P: int) -> Tensor:
-    """Every third row is zero."""
+    """Return rows of which every third one is zero."""
     J = conflicting(T, P)
     J[::3] = 0
     return J

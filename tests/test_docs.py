@@ -1,4 +1,4 @@
-"""The pages under ``docs/``: the table is that of the rows, every class has a page, and the examples run."""
+"""Tests of the pages under ``docs/``: the table matches METHODS, every class has a page, and the examples run."""
 
 import inspect
 import re

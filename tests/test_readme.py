@@ -1,4 +1,4 @@
-"""What the README says that can be checked without installing anything: its tables, and that its code runs."""
+"""Tests of the README: its tables match the raw results, its links lead somewhere, and its code runs."""
 
 import json
 import re
@@ -63,7 +63,7 @@ def test_its_links_lead_somewhere() -> None:
 
 
 def sections() -> dict[str, list[str]]:
-    """The Python blocks under each heading."""
+    """Return the Python blocks under each heading."""
     found: dict[str, list[str]] = {}
     for part in re.split(r"^#+ ", README, flags=re.MULTILINE)[1:]:
         blocks = [block.split("```")[0] for block in part.split("```python\n")[1:]]
@@ -76,20 +76,20 @@ SECTIONS = sections()
 
 
 class Model(MultiHead):
-    """With what frameworks ask of one: a forward pass that gives all tasks' losses."""
+    """Model as frameworks need it: its forward pass returns the losses of all tasks."""
 
     def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
         return task_losses(self, x, y)
 
 
 def task_losses(model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
-    """One loss per task of inputs (B, 6) and targets (3, B); ``model`` may be compiled."""
+    """Return one loss per task for inputs (B, 6) and targets (3, B). ``model`` may be compiled."""
     h = model.trunk(x)
     return [nn.functional.mse_loss(head(h).squeeze(-1), target) for head, target in zip(model.heads, y, strict=True)]
 
 
 def common() -> Names:
-    """What the prose leaves open, the same for every section."""
+    """Return the names that the README's code uses without defining them, the same for every section."""
     _, x, y = problem()
     model = Model()
     opt = gk.SurgeryOptimizer(torch.optim.AdamW(model.named_parameters(), lr=1e-3), gk.PCGrad())
@@ -111,9 +111,9 @@ def common() -> Names:
 
 @contextmanager
 def graphs_without_a_gpu(names: Names) -> Iterator[None]:
-    """Streams and graphs that need no GPU: a replay is a call of ``step``.
+    """Replace CUDA's streams and graphs by ones that need no GPU. A replay is a call of ``step``.
 
-    Where Triton's interpreter runs, the kernels serve the CPU, and a capture refuses what a real one refuses: reading
+    If Triton's interpreter can run, the kernels serve the CPU. A capture then refuses the same as a real one: reading
     the device, and using a table that no earlier step has copied there.
     """
     kernels, refusing = (nullcontext, nullcontext) if interpreter.why_not() else (serving_the_cpu, RefusesReads)
@@ -150,7 +150,7 @@ def graphs_without_a_gpu(names: Names) -> Iterator[None]:
 
 
 def small_micro_batches(names: Names) -> None:
-    """No loss overflows in float16 at a scaler's first scale."""
+    """Make the micro-batches small, so that no loss overflows in float16 at a scaler's first scale."""
     names["micro_batches"] = [(x / 100, y / 100) for x, y in names["micro_batches"]]
 
 
@@ -192,7 +192,7 @@ GIVEN: dict[str, Callable[[Names], None]] = {
     "Hugging Face Trainer": lambda names: pytest.importorskip("transformers"),
     "conflictfree": lambda names: pytest.importorskip("conflictfree"),
 }
-"""What a section needs besides."""
+"""Functions that add the names a section needs besides the common ones."""
 
 
 def sampled(names: Names) -> None:
@@ -272,20 +272,20 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "LibMTL": libmtl_combines,
     "conflictfree": conflictfree_agrees,
 }
-"""What came of it, besides parameters that have moved or gradients that are there."""
+"""Checks of a section's results, beside the check that parameters have moved or have gradients."""
 TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}
 
 
 @pytest.fixture
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working directory, for some examples write files, and a LibMTL, which asks for more than it needs."""
+    """Work in an empty folder, since some examples write files, and stand in for LibMTL, which needs many packages."""
     monkeypatch.chdir(tmp_path)
     for name in ("LibMTL", "LibMTL.weighting", "LibMTL.weighting.abstract_weighting"):
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(AbsWeighting=nn.Module))
 
 
 def ran(title: str, blocks: list[str]) -> Names:
-    """The names after all blocks of a section, run one after another."""
+    """Run all blocks of a section one after another and return the names afterwards."""
     names = common()
     GIVEN.get(title, lambda names: None)(names)
     names["before"] = [p.detach().clone() for p in names["model"].parameters()]
@@ -304,7 +304,7 @@ def ran(title: str, blocks: list[str]) -> Names:
 
 @pytest.mark.parametrize("title", SECTIONS)
 def test_its_examples_run(title: str, somewhere: None) -> None:
-    """Every Python block runs, one after another within its section, on a small model."""
+    """Run every Python block, one after another within its section, on a small model."""
     names = ran(title, SECTIONS[title])
     AFTER.get(title, lambda names: None)(names)
     if title not in TRAINS_NOTHING:
@@ -315,7 +315,7 @@ def test_its_examples_run(title: str, somewhere: None) -> None:
 
 @interpreter.interpreted
 def test_its_cuda_graph_needs_the_steps_before(somewhere: None) -> None:
-    """Without its warm-up the example fails, so the README cannot lose it unnoticed."""
+    """Remove the warm-up from the example: it fails, so the README cannot lose the warm-up unnoticed."""
     blocks = list(SECTIONS["Use it"])
     i = next(i for i, block in enumerate(blocks) if "CUDAGraph" in block)
     warm_up = blocks[i][blocks[i].index("side = ") : blocks[i].index("graph = ")]

@@ -1,9 +1,10 @@
-"""Bytes that the kernels move, counted in Triton's interpreter.
+"""A counter of the bytes that the kernels move in Triton's interpreter.
 
-Counted are the 32-byte sectors in which those elements of an instruction lie that its mask lets through, a sector once
-for each instruction of a program, as a GPU fetches them: memory hands out whole sectors, and a warp's requests for one
-sector are one request. What a cache would save between instructions is not subtracted, so this is what is asked for.
-Gradients and results are named; tables, weights, partial sums and all else are counted together, atomics not at all.
+It counts the 32-byte sectors that hold the elements an instruction's mask lets through, each sector once for each
+instruction of a program. A GPU fetches them so: memory hands out whole sectors, and a warp's requests for one sector
+are one request. Savings of a cache between instructions are not subtracted, so the count is the requested traffic.
+Gradients and results are counted by themselves. Tables, weights, partial sums and all else are counted together, and
+atomics are not counted.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,19 +22,19 @@ SECTOR = 32
 
 @dataclass
 class Traffic:
-    """Bytes."""
+    """Numbers of bytes moved."""
 
     read: int = 0
-    """From the watched tensors."""
+    """Bytes read from the watched tensors."""
     written: int = 0
-    """To the watched tensors."""
+    """Bytes written to the watched tensors."""
     elsewhere: int = 0
-    """Read from and written to all other memory."""
+    """Bytes read from and written to all other memory."""
 
 
 @contextmanager
 def watching(tensors: Sequence[Tensor]) -> Iterator[Traffic]:
-    """Count what interpreted kernels move of ``tensors``, each of which starts on a sector."""
+    """Count the bytes that interpreted kernels move of ``tensors``. Each tensor starts on a sector."""
     starts = np.array(sorted(t.data_ptr() for t in tensors), dtype=np.uint64)
     ends = np.array([0, *sorted(t.data_ptr() + t.nbytes for t in tensors)], dtype=np.uint64)
     assert not (starts % SECTOR).any(), "a tensor begins within a sector"
@@ -65,7 +66,7 @@ def watching(tensors: Sequence[Tensor]) -> Iterator[Traffic]:
 
 
 def aligned(numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A random tensor that starts on a sector, as all of a GPU's do."""
+    """Return a random tensor that starts on a sector, as all tensors on a GPU do."""
     buffer = torch.randn(numel + SECTOR, dtype=torch.float32).to(dtype)
     offset = -(buffer.data_ptr() // buffer.itemsize) % (SECTOR // buffer.itemsize)
     return buffer[offset : offset + numel]

@@ -1,1 +1,1 @@
-"""The self-check: every operator on every device beside :mod:`gradkern.reference`."""
+"""The self-check: it compares every operator on every device with :mod:`gradkern.reference`."""

@@ -1,4 +1,4 @@
-"""A case of the self-check: on the CPU neither addresses nor layouts nor the number of threads change a bit."""
+"""A case of the self-check: no address, layout or number of threads changes a bit of a result on the CPU."""
 
 from collections.abc import Iterator
 
@@ -10,17 +10,17 @@ from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 
 SHAPES = [(1, 1000), (3, 200_001), (17, 32_000)]
-"""T x P: in one block of memory and in several, whole chunks and a rest."""
+"""T x P: rows in one block of memory and in several, with whole chunks and a rest."""
 DTYPES = (torch.float32, torch.float64)
 OFFSETS = (1, 8)
-"""Elements by which a copy of the numbers lies further on."""
+"""Numbers of elements by which a copy is shifted in memory."""
 THREADS = (1, 3)
 
 Results = tuple[Tensor, ...]
 
 
 def differences() -> Iterator[str]:
-    """Give everything that changes the bits of a Gramian, a combination or a projection, in words."""
+    """Yield a description of everything that changes the bits of a Gramian, a combination or a projection."""
     for T, P in SHAPES:
         for dtype in DTYPES:
             J = torch.randn((T, P), dtype=torch.float64, device="cpu").to(dtype)
@@ -47,7 +47,7 @@ def _of_tensors(J: Tensor, w: Tensor) -> Results:
 
 
 def _moved(J: Tensor, offset: int) -> Tensor:
-    """The same numbers, ``offset`` elements behind an aligned address and with as many between the rows."""
+    """Return the same numbers ``offset`` elements after an aligned address, with ``offset`` more between the rows."""
     T, P = J.shape
     memory = J.new_empty(T * (P + offset) + offset)
     return memory[offset:].as_strided((T, P), (P + offset, 1)).copy_(J)

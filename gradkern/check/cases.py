@@ -1,4 +1,4 @@
-"""The cases of the self-check: every operator's results beside those of :mod:`gradkern.reference`."""
+"""The cases of the self-check: each compares an operator's results with those of :mod:`gradkern.reference`."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.registry import Comparison
 
 MASKS = (None, *BLOCKS)
-"""No mask, and masks of each block."""
+"""The blocks of the masks to check; None stands for no mask."""
 
 
 @operators.gramian.check
@@ -144,7 +144,7 @@ def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Compari
         for partner, mean in ((p, mean) for p in PARTNERS for mean in (False, True)):
             g = operators.pcgrad_matrix(on_device, keys.to(device) if partner in ORDERED else None, partner, mean)
             modified = torch.stack(reference.pcgrad_of(partner, rows, order))
-            # A modified gradient is no longer than the original one: the error is as large as for the sum of all.
+            # A modified gradient is not longer than the original, so the error is as large as for the sum of all.
             yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)
 
 
@@ -162,7 +162,7 @@ def _gradvac(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
         eps = torch.finfo(dtype).eps
         for s, (block, c, order) in enumerate(zip(blocks, C, keys.argsort(-1).tolist(), strict=True)):
             modified, moved = reference.gradvac(list(block), order, before[s], 0.3, eps)
-            # Coefficients grow with every partner: each is as far off as the one that it was made from.
+            # Coefficients grow with every partner, and each is as far off as the one that it was made from.
             size = (c.double().abs() @ block.abs()).sum(0).expand(T, -1)
             yield (c.double() @ block).to(dtype), torch.stack(modified), size
             yield targets[s].to(dtype), moved, torch.full_like(moved, T)
@@ -188,7 +188,7 @@ def _surgery(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
             yield from zip(M, *products(seen.blocks()), strict=True)
             for s, (rows, order) in enumerate(zip(seen.blocks(), keys.argsort(-1).tolist(), strict=True)):
                 expected = torch.stack(reference.pcgrad_of(partner or "all", list(rows), order)).sum(0)
-                # A modified gradient is no longer than the original one: the error is as large as for the sum of all.
+                # A modified gradient is not longer than the original, so the error is as large as for the sum of all.
                 of_segment = [o for o, segment in zip(out, seen.segments, strict=True) if segment == s]
                 yield torch.cat(of_segment), expected, rows.double().abs().sum(0)
 

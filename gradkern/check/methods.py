@@ -1,4 +1,4 @@
-"""Every method beside its naive twin: a part of the self-check that comes with a row of METHODS."""
+"""Comparison of every method with its naive twin. Each row of METHODS brings a case of the self-check."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -9,19 +9,19 @@ from gradkern.aggregators.methods import METHODS, Method
 from gradkern.ops.registry import Cases, Comparison
 
 SHAPES = [(1, 5), (2, 1001), (3, 1001), (6, 1001)]
-"""T x P. Twins may take 2**T times as long as their method, so T is small."""
+"""T x P. T is small, since a twin may take 2**T times as long as its method."""
 STEPS = 3
-"""The number of steps of a method that are compared: its state may change the next one."""
+"""The number of steps of a method that are compared, since its state may change the next step."""
 
 
 def _method(method: Method, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
     for T, P in SHAPES if method.tasks is None else [(method.tasks, 1001)]:
         order = [torch.randperm(T).tolist() for _ in range(T)]
-        # Rows with a common direction that points both ways: about half of the pairs conflict, and clearly.
+        # Rows share a direction that points both ways, so that about half of the pairs conflict clearly.
         steps = [(torch.randn(T, P) + torch.randn(T, 1)).to(dtype) for _ in range(STEPS)]
         aggregator = method.make(order)
         for J, expected in zip(steps, method.expected([list(J) for J in steps], order), strict=False):
-            # Each projection passes the roundings of the rows before it on: T of them.
+            # Each of the T projections passes on the roundings of the rows before it.
             yield aggregator(J.to(device)), expected, T * J.double().abs().sum(0)
 
 

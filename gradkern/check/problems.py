@@ -1,4 +1,4 @@
-"""Problems of the self-check: random task gradients, and the reference's results for them."""
+"""The problems of the self-check: random task gradients, and the reference's results for them."""
 
 import math
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 
 SHAPES = [(1, 1), (3, 9005), (13, 4109), (40, 4109)]
-"""T x P: the smallest; T on both sides of the kernels' thresholds; P not whole chunks or tiles, and three less than a
-multiple of 16, so that the rows of :func:`matrix` start where 128-bit loads are made."""
+"""T x P: the smallest, and T on both sides of the kernels' thresholds. P does not fill whole chunks or tiles. It is
+three less than a multiple of 16, so that the rows of :func:`matrix` start at addresses with 128-bit loads."""
 N_SEGMENTS = 2
 BLOCKS = [1, 100, 128]
-"""Blocks of gradient suppression, one for each way in which the kernels draw a mask."""
+"""Block sizes of gradient suppression, one for each way in which the kernels draw a mask."""
 SEED, STEP, DROPPED = 2**63 + 5, 2**32 + 7, 0.45
-"""Numbers of gradient suppression: of more than 32 bits, one of them with the sign bit of int64 set."""
+"""Numbers of gradient suppression. Two have more than 32 bits, and one of these has the sign bit of int64 set."""
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A matrix cut into parameters, whose gradients are tensors of their own; one of them is missing.
+    """Holds a matrix cut into parameters. Their gradients are separate tensors, one of which is missing.
 
     Attributes:
         pieces: (T, numel) for each parameter, on the CPU; zeros where the gradient is missing.
@@ -53,7 +53,7 @@ class Cut:
         return Mask(self._units(block), block, state)
 
     def erased(self, block: int) -> "Cut":
-        """Return the same with zeros in all that the mask drops."""
+        """Return the same with zeros in the entries that the mask drops."""
         numels = [piece.shape[1] for piece in self.pieces]
         keep = [
             reference.kept(SEED, STEP, DROPPED, block, u, n) for u, n in zip(self._units(block), numels, strict=True)
@@ -93,7 +93,7 @@ def weights(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def offsets_of(P: int) -> list[list[int] | None]:
-    """Return no segments, and three, one of them empty."""
+    """Return the offsets of no segments, and of three segments, one of them empty."""
     return [None, [0, P // 3, P // 3, P]]
 
 

@@ -1,4 +1,4 @@
-"""The processor that serves CPU tensors, its BLAS, and which of its instructions that chooses."""
+"""Descriptions of the processor, of its BLAS, and of the code path that the BLAS chooses on it."""
 
 import os
 import platform
@@ -11,19 +11,19 @@ import torch
 
 
 def described() -> str:
-    """The processor's model, its architecture, and the widest vectors that PyTorch uses on it."""
+    """Return the processor's model, its architecture, and the widest vectors that PyTorch uses on it."""
     return f"{name()}, {platform.machine()}, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
 
 
 def name() -> str:
-    """The processor's model. Linux tells it in a file; elsewhere Python knows as much as it can."""
+    """Return the processor's model, from a file on Linux and from Python elsewhere."""
     table = Path("/proc/cpuinfo")
     names = re.findall(r"^model name\s*: (.+)$", table.read_text(), re.MULTILINE) if table.exists() else []
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def blas() -> str:
-    """The BLAS that PyTorch was built with."""
+    """Return the BLAS that PyTorch was built with."""
     built = torch.__config__.show()
     mkl = re.search(r"Math Kernel Library Version (\S+)-Product", built)
     named = re.search(r"BLAS_INFO=(\w+)", built)
@@ -33,10 +33,10 @@ def blas() -> str:
 
 
 def dispatch() -> str:
-    """The code path that MKL has chosen, in its own words. It depends on the processor's maker, and so do its sums."""
+    """Return the code path that MKL has chosen, in MKL's words. It and the sums depend on the processor's maker."""
     if not torch.backends.mkl.is_available():
         return "not told by this BLAS"
-    # It speaks of that once in a process, to the standard output of C.
+    # MKL prints it once in a process, to the standard output of C.
     command = [sys.executable, "-c", "import torch; torch.ones(64, 64) @ torch.ones(64, 64)"]
     told = subprocess.run(
         command, env=os.environ | {"MKL_VERBOSE": "1"}, capture_output=True, text=True, check=False
@@ -46,6 +46,6 @@ def dispatch() -> str:
 
 
 def threads() -> str:
-    """The number of threads that PyTorch and MKL use."""
+    """Return the numbers of threads that PyTorch and MKL use."""
     mkl = re.search(r"mkl_get_max_threads\(\) : (\d+)", torch.__config__.parallel_info())
     return f"{torch.get_num_threads()} in PyTorch" + (f", {mkl[1]} in MKL" if mkl else "")

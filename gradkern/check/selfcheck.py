@@ -1,8 +1,8 @@
-"""``gradkern info``: versions, the back end of each device and why, and a check of every operator and method.
+"""``gradkern info`` prints versions and the back end of each device, and checks every operator and method.
 
 Each operator and each method runs on every device in every dtype and is compared with :mod:`gradkern.reference`,
-which computes in float64 on the CPU. An error is measured against the size of the terms that were summed, not against
-their sum, which may cancel.
+which computes in float64 on the CPU. An error is relative to the size of the terms that were summed, not to their sum,
+because terms may cancel in the sum.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import gradkern
 from gradkern.check import (
-    cases,  # noqa: F401  (has the operators checked)
+    cases,  # noqa: F401  (registers the operators' cases)
     processor,
 )
 from gradkern.check.bits import differences
@@ -26,14 +26,14 @@ from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.registry import Cases
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-"""Largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to
-2048 random terms at a time, whose roundings cancel but for some sqrt(2048) of 6e-8. bfloat16 and float16: the
+"""The largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to
+2048 random terms at a time, whose roundings of 6e-8 cancel down to about sqrt(2048) of them. bfloat16 and float16: the
 arithmetic is float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is
 allowed."""
 
 
 def info() -> int:
-    """Print versions, devices, back ends and the self-check. Returns the exit status, 1 if anything is wrong."""
+    """Print versions, devices, back ends and the self-check. Return the exit status, 1 if anything is wrong."""
     for name, version in (versions() | on_the_cpu()).items():
         print(f"{name:10}{version}")
     print("\ndevices and the back ends that serve them")
@@ -64,7 +64,7 @@ def info() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Return the installed versions by name; for Triton, why there is none."""
+    """Return the installed versions by name. If Triton is missing, its entry says why."""
     try:
         import triton
 
@@ -81,7 +81,7 @@ def versions() -> dict[str, str]:
 
 
 def on_the_cpu() -> dict[str, str]:
-    """Return what decides how CPU tensors are computed, by name."""
+    """Return the facts that decide how CPU tensors are computed, by name."""
     return {
         "processor": processor.described(),
         "BLAS": f"{processor.blas()}, code path: {processor.dispatch()}",
@@ -118,12 +118,12 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """OK, or FAILED and why."""
+        """The words "OK", or "FAILED" and the problem."""
         return "OK" if self.problem is None else f"FAILED: {self.problem}"
 
 
 def checks(device_type: str) -> dict[str, Cases]:
-    """Return everything that is checked on devices of a type, by name: operators that they have, and all methods."""
+    """Return the checks for a type of device, by name: the operators that it has, and all methods."""
     return {
         name: op.cases
         for name, op in registry.operators.items()
@@ -138,27 +138,27 @@ def check(operator: str, device: torch.device) -> Outcome:
         torch.manual_seed(0)
         try:
             return Outcome(errors, next(_wrong(operator, device, errors), None))
-        except Exception as error:  # such as a kernel that does not compile: the other operators are still checked
+        except Exception as error:  # a kernel may not compile; the other operators are still checked
             return Outcome(errors, f"{type(error).__name__}: {error}")
 
 
 def other_bits() -> str | None:
-    """Return the first change of bits on the CPU that no number explains, in words; None if there is none."""
+    """Describe the first change of bits on the CPU between equal numbers; return None if there is none."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
             return next(differences(), None)
-        except Exception as error:  # its operator's own check says more
+        except Exception as error:  # the operator's own check says more
             return f"{type(error).__name__}: {error}"
 
 
 def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:
-    """Give the results whose error is too large, in words. ``errors`` takes the largest error of each dtype so far."""
+    """Yield a description of each result whose error is too large. Write each dtype's largest error to ``errors``."""
     compare = checks(device.type)[operator]
     for dtype in DTYPES:
         for result, expected, size in compare(dtype, device):
             error, allowed = _error(result, expected, size), ALLOWED[result.dtype]
-            right = error <= allowed  # NaN is not
+            right = error <= allowed  # False for NaN
             errors[dtype] = max(errors.get(dtype, 0.0), error) if right else error
             if not right:
                 yield f"{_short(dtype)}, {tuple(result.shape)}: error {error:.1e}, at most {allowed:.0e} allowed"
@@ -169,7 +169,7 @@ def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
     if result.shape != expected.shape:
         raise ValueError(f"shape {tuple(result.shape)} in place of {tuple(expected.shape)}")
     error = (result.double().cpu() - expected).abs()
-    # Below its smallest normal number a dtype rounds to a fixed step, not in proportion; float16 gets there.
+    # Below its smallest normal number a dtype rounds to a fixed step, not in proportion. float16 reaches such numbers.
     relative = error / size.clamp_min(torch.finfo(result.dtype).smallest_normal)
     return relative.max().item() if relative.numel() else 0.0
 

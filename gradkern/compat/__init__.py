@@ -1,1 +1,1 @@
-"""Other libraries' interfaces on this back end: change the import, keep the code."""
+"""The interfaces of other libraries, computed by gradkern. Only the import changes; the code stays."""

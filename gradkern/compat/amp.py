@@ -1,7 +1,7 @@
-"""PCGrad and GradVac by the interface of anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: only the import changes.
+"""PCGrad and GradVac with the interface of anzeyimana/Pytorch-PCGrad-GradVac-AMP-GradAccum: only the import changes.
 
-``backward`` adds each task's gradient to a row kept for it, from micro-batch to micro-batch. ``step`` does the surgery
-of the rows, lets the scaler unscale the one result and step, and drops them.
+``backward`` adds each task's gradient to that task's row, from micro-batch to micro-batch. ``step`` does the surgery of
+the rows, lets the scaler unscale the result and step, and drops the rows.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +22,7 @@ from gradkern.step.sinks import GradSink
 
 
 class _Accumulating:
-    """What both share; ``method`` does the surgery, the other arguments are theirs."""
+    """Base of both classes. ``method`` does the surgery; the other arguments are those of the two classes."""
 
     def __init__(
         self,
@@ -50,24 +50,24 @@ class _Accumulating:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that takes the step, for schedulers and such."""
+        """The optimizer that takes the step. Schedulers take it."""
         return self._optimizer
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """What scales the losses."""
+        """The scaler of the losses, or None."""
         return self._scaler
 
     def backward(self, mt_losses: Sequence[Loss]) -> None:
-        """Add the gradient of each task's loss to its row; the graphs are freed, and ``.grad`` stays as it is.
+        """Add the gradient of each task's loss to that task's row. The graphs are freed, and ``.grad`` does not change.
 
         Args:
-            mt_losses: ``num_tasks`` entries, as ``losses`` in :func:`gradkern.backward`, divided by the number of
-                micro-batches where their mean is meant.
+            mt_losses: ``num_tasks`` entries, as ``losses`` in :func:`gradkern.backward`. Divide them by the number of
+                micro-batches to get the mean over micro-batches.
 
         Raises:
             TypeError, ValueError: as :func:`gradkern.backward`.
-            RuntimeError: an earlier call has raised halfway, and there was no ``zero_grad`` since.
+            RuntimeError: an earlier call raised halfway, and ``zero_grad`` was not called since.
         """
         if isinstance(mt_losses, Tensor) or not isinstance(mt_losses, Iterable):
             raise TypeError(f"mt_losses must be a sequence with one entry per task, got {type(mt_losses).__name__}")
@@ -81,10 +81,10 @@ class _Accumulating:
             add_up(self._rows, Losses(scaled, retain_graph=False), self._params())
 
     def step(self) -> None:
-        """Write the surgery of the rows to ``.grad``, over what stands there, drop them, step, and clear ``.grad``.
+        """Replace ``.grad`` by the surgery of the rows, drop the rows, step, and clear ``.grad``.
 
         Raises:
-            RuntimeError: there was no ``backward`` since the last step or ``zero_grad``, or one has raised halfway.
+            RuntimeError: ``backward`` was not called since the last step or ``zero_grad``, or a call raised halfway.
         """
         self._rows.check()
         if not any(self._rows.present):
@@ -103,19 +103,19 @@ class _Accumulating:
         self._optimizer.zero_grad()
 
     def zero_grad(self) -> None:
-        """Drop the rows, and clear ``.grad``."""
+        """Drop the rows and clear ``.grad``."""
         self._optimizer.zero_grad()
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """What theirs holds: the "optimizer"'s and the "scaler"'s, without rows."""
+        """Return the state of the "optimizer" and of the "scaler", in the original's format. Rows are not in it."""
         state: dict[str, Any] = {"optimizer": self._optimizer.state_dict()}
         if self._scaler is not None:
             state["scaler"] = self._scaler.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, here or in theirs.
+        """Load a state that :meth:`state_dict` returned, here or in the original.
 
         Raises:
             ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
@@ -145,7 +145,7 @@ class _Accumulating:
         return [p for p in self._params() if p.requires_grad]
 
     def _host_params(self) -> list[Tensor]:
-        """Return for each trained parameter one in host memory, to which its rows belong; its values are not read."""
+        """Return a stand-in on the host for each trained parameter. Its rows belong to it; its values are not read."""
         trained = self._trained()
         for p in trained:
             if p not in self._hosts:
@@ -158,23 +158,26 @@ class _Accumulating:
             return loss
         if callable(loss):
             return lambda: scaler.scale(loss())
-        return scaler.scale(loss) if isinstance(loss, Tensor) else loss  # what is none is to be refused
+        return scaler.scale(loss) if isinstance(loss, Tensor) else loss  # Losses refuses anything else
 
 
 class PCGradAMP(_Accumulating):
-    """``opt = PCGradAMP(3, optimizer, scaler)``; for each micro-batch ``opt.backward(losses)``; then ``opt.step()``.
+    """Runs PCGrad over micro-batches and under a scaler.
 
-    The method is :class:`gradkern.PCGrad`: a head that one task reaches gets that task's gradient and has no part in
-    the dot products, which are float32 at least; no gradient is projected onto its own task's; the orders come from
-    torch's generator; and a parameter that no task reaches gets no ``.grad``.
+    Make it by ``opt = PCGradAMP(3, optimizer, scaler)``, call ``opt.backward(losses)`` for each micro-batch, then
+    ``opt.step()``.
+
+    The method is :class:`gradkern.PCGrad`. A head that one task reaches gets that task's gradient and has no part in
+    the dot products, which are float32 at least. No gradient is projected onto its own task's gradient. The orders come
+    from torch's generator. A parameter that no task reaches gets no ``.grad``.
 
     Args:
         num_tasks: T.
         optimizer: takes the step, over leaf tensors as in :func:`gradkern.backward`. Schedulers take it, too.
         scaler: scales the losses. A step that is not finite is skipped, and the scale backs off.
         reduction: of the modified task gradients, "sum" or "mean".
-        cpu_offload: keep the rows in host memory and do the surgery there. The device then holds the gradients of one
-            task at a time, and in the end their combination. Post-accumulate hooks do not run then.
+        cpu_offload: True to keep the rows in host memory and do the surgery there. The device then holds the gradients
+            of one task at a time, and in the end their combination. Post-accumulate hooks do not run then.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -192,15 +195,17 @@ class PCGradAMP(_Accumulating):
 
 
 class GradVacAMP(_Accumulating):
-    """``opt = GradVacAMP(3, optimizer, device, scaler)``; by :class:`gradkern.GradVac`, else as :class:`PCGradAMP`.
+    """Runs GradVac over micro-batches and under a scaler, as :class:`PCGradAMP` runs PCGrad.
 
-    As the paper has it, each visit moves the target of its pair, up or down; a step with a dot product that is not
-    finite moves none. (What overflows in a head alone, and has the scaler skip the step, is in no dot product.)
+    Make it by ``opt = GradVacAMP(3, optimizer, device, scaler)``. The method is :class:`gradkern.GradVac`. Each visit
+    moves the target of its pair, up or down, as in the paper. A step with a dot product that is not finite moves no
+    target. (An overflow in a head alone makes the scaler skip the step, but heads are in no dot product, so the targets
+    do move.)
 
     Args:
         num_tasks: T.
         optimizer: as for :class:`PCGradAMP`.
-        DEVICE: read by nobody, for the tensors know it.
+        DEVICE: ignored, since the tensors know their device.
         scaler: as for :class:`PCGradAMP`.
         beta: how far a target moves toward the cosine in a step, from 0 to 1.
         reduction: as for :class:`PCGradAMP`.
@@ -225,16 +230,18 @@ class GradVacAMP(_Accumulating):
 
     @property
     def rho_T(self) -> Tensor:
-        """(T, T) float64, the cosines aimed at: a copy."""
+        """A copy of the cosines that GradVac aims at, (T, T) float64."""
         targets = self._vaccine.targets
         return torch.zeros((self.num_tasks,) * 2, dtype=torch.float64) if targets is None else targets[0].clone()
 
     def state_dict(self) -> dict[str, Any]:
-        """What theirs holds: the "optimizer"'s, the "scaler"'s and "rho_T", without rows."""
+        """Return the state of the "optimizer" and the "scaler", and "rho_T". Rows are not in it."""
         return super().state_dict() | {"rho_T": self.rho_T}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, here or in theirs, where a target that is not finite starts from 0 again.
+        """Load a state that :meth:`state_dict` returned, here or in the original.
+
+        A target that is not finite, as the original may hold, starts from 0 again.
 
         Raises:
             ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
@@ -247,21 +254,21 @@ class GradVacAMP(_Accumulating):
 
 
 class _ToHost(Losses):
-    """Losses whose gradients by ``on_device`` are handed out in host memory, for parameters there."""
+    """Hands out the gradients of losses by ``on_device`` in host memory, for the stand-in parameters there."""
 
     def __init__(self, losses: Sequence[Loss], on_device: Sequence[Tensor]) -> None:
         super().__init__(losses, retain_graph=False)
         self.on_device = on_device
 
     def open(self, device: torch.device) -> None:
-        """Check the losses, which are on the device of the parameters that they reach."""
+        """Check the losses. They are on the device of the parameters that they reach."""
         super().open(self.on_device[0].device)
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Run :meth:`Losses.passes` on the device."""
         for i, grads in super().passes(self.on_device):
             row = [None if g is None else g.cpu() for g in grads]
-            del grads  # not alive beside the next task's
+            del grads  # so that the device never holds two tasks' gradients
             value = self.values[i]
             assert value is not None
             self.values[i] = value.cpu()

@@ -1,7 +1,8 @@
-"""PCGrad by the interface of WeiChengTseng/Pytorch-PCGrad and of pytorch_optimizer: only the import changes.
+"""PCGrad with the interface of WeiChengTseng/Pytorch-PCGrad and of pytorch_optimizer: only the import changes.
 
-Both project each task's gradient over all parameters together, heads included, in the order of Python's ``random``, and
-onto the task's own original gradient too. By default none of this is so here; a run of theirs is repeated on request.
+Both originals project each task's gradient over all parameters together, heads included. They draw the order from
+Python's ``random``, and project onto the task's own original gradient too. By default this class does none of that;
+``compat=`` repeats a run of theirs.
 """
 
 import random
@@ -28,22 +29,22 @@ MODES = (None, "original", "pytorch_optimizer")
 
 
 class PCGrad(SurgeryOptimizer):
-    """``opt = PCGrad(optimizer); opt.pc_backward(losses); opt.step()``.
+    """Runs PCGrad around an optimizer: ``opt = PCGrad(optimizer); opt.pc_backward(losses); opt.step()``.
 
-    With ``compat=None`` it is :class:`gradkern.SurgeryOptimizer` with :class:`gradkern.PCGrad`: a head that one loss
-    reaches gets that loss's gradient and has no part in the dot products; no gradient is projected onto its own task's;
-    the orders come from torch's generator; and a parameter that no loss reaches gets no ``.grad``.
+    With ``compat=None`` it is :class:`gradkern.SurgeryOptimizer` with :class:`gradkern.PCGrad`. A head that one loss
+    reaches gets that loss's gradient and has no part in the dot products. No gradient is projected onto its own task's
+    gradient. The orders come from torch's generator. A parameter that no loss reaches gets no ``.grad``.
 
-    The other modes repeat old runs to rounding, given equal seeds of Python's ``random``: one Gramian over all
-    parameters, which the host waits for; a task's own gradient among those that it is projected onto; and the
-    ``reduction`` only for parameters that all tasks reach, the sum for all others. In them post-accumulate hooks do not
-    run.
+    The other modes repeat old runs up to rounding, given equal seeds of Python's ``random``. They use one Gramian over
+    all parameters, and the host waits for it. Each task is projected onto its own gradient too. The ``reduction``
+    applies only to parameters that all tasks reach; all others get the sum. Post-accumulate hooks do not run.
 
     Args:
-        optimizer: as for :class:`gradkern.SurgeryOptimizer`, whose attribute it is.
+        optimizer: as for :class:`gradkern.SurgeryOptimizer`, which keeps it as its attribute.
         reduction: of the modified task gradients, "mean" or "sum".
-        compat: None; "original" to do as WeiChengTseng/Pytorch-PCGrad, which takes the mean whatever ``reduction`` is,
-            and gives parameters that no task reaches a ``.grad`` of zeros; or "pytorch_optimizer" to do as that.
+        compat: None; "original" to repeat WeiChengTseng/Pytorch-PCGrad, which takes the mean for any ``reduction``,
+            and gives parameters that no task reaches a ``.grad`` of zeros; or "pytorch_optimizer" to repeat that
+            library.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -58,11 +59,11 @@ class PCGrad(SurgeryOptimizer):
         self.compat = compat
 
     def pc_backward(self, objectives: Iterable[Loss], retain_graph: bool = False) -> SurgeryInfo:
-        """Clear every ``.grad``, then :meth:`backward`: after it ``.grad`` is this call's update and nothing else.
+        """Clear every ``.grad`` and run :meth:`backward`, so that ``.grad`` holds this call's update and nothing else.
 
         Args:
-            objectives: one entry per task, as ``losses`` in :func:`gradkern.backward`; in the modes of others no None.
-            retain_graph: keep the graphs for another backward pass, as theirs always are.
+            objectives: one entry per task, as ``losses`` in :func:`gradkern.backward`; with ``compat`` none is None.
+            retain_graph: True to keep the graphs for another backward pass. The originals always keep them.
 
         Returns:
             The step's losses, Gramian and weights.
@@ -88,7 +89,7 @@ class PCGrad(SurgeryOptimizer):
     def _is_fused(self, measured: bool) -> bool:
         return self.compat is None and super()._is_fused(measured)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the arguments are others than SurgeryOptimizer's
+    def __reduce__(self) -> tuple[Any, ...]:  # the arguments are not those of SurgeryOptimizer
         return partial(type(self), compat=self.compat), (self.optimizer, self.reduction)
 
     def __repr__(self) -> str:
@@ -96,14 +97,14 @@ class PCGrad(SurgeryOptimizer):
 
 
 class _AsPublished(aggregators.PCGrad):
-    """PCGrad as both have it: one list of all tasks, shuffled anew for each task, which visits all of it."""
+    """PCGrad as both originals write it: each task shuffles the one list of all tasks, and visits all of it."""
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         return torch.tensor([_coefficients(m) for m in M.tolist()], dtype=M.dtype, device=M.device)
 
 
 def _coefficients(M: list[list[float]]) -> list[list[float]]:
-    """The modified gradients as combinations of the original ones, row i task i's."""
+    """Return the coefficients of the modified gradients in the original ones; row i is of task i."""
     tasks = range(len(M))
     order = list(tasks)
     C = []
@@ -120,7 +121,7 @@ def _coefficients(M: list[list[float]]) -> list[list[float]]:
 
 
 class _ReductionSink(GradSink):
-    """Takes the combination into ``.grad``: reduced for parameters that all tasks reach, summed for all others."""
+    """Writes the combination to ``.grad``, reduced for parameters that all tasks reach and summed for all others."""
 
     combines = False
 
@@ -134,7 +135,7 @@ class _ReductionSink(GradSink):
                 raise ValueError(f"objectives[{t}] must not be None: with compat, every task takes part in every step")
 
     def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
-        """Combine the rows, of which those with a missing gradient count as unshared."""
+        """Combine the rows. Parameters with a missing gradient count as unshared."""
         assert rows is not None
         w = outcome.solution.weights
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
@@ -142,4 +143,4 @@ class _ReductionSink(GradSink):
         self._results, self._kept = replace(rows, columns=by_reach).combine(w, summed)
 
     def finish(self) -> None:
-        """Call no hooks: in these modes post-accumulate hooks do not run."""
+        """Do nothing, since post-accumulate hooks do not run in these modes."""

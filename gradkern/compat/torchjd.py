@@ -1,34 +1,36 @@
-"""TorchJD's aggregators on gradkern: ``from gradkern.compat.torchjd import PCGrad`` for ``from torchjd.aggregation …``.
+"""TorchJD's aggregators on gradkern: import them from ``gradkern.compat.torchjd`` in place of ``torchjd.aggregation``.
 
-Every name of ``torchjd.aggregation`` is here, with its arguments, attributes and ``repr``. What is not TorchJD's own is
-derived from it: aggregators serve ``torchjd.autojac``, and weightings ``torchjd.autogram``. What computes what:
+Every name of ``torchjd.aggregation`` is here, with its arguments, attributes and ``repr``. The classes defined here
+derive from TorchJD's, so aggregators work in ``torchjd.autojac``, and weightings in ``torchjd.autogram``. The work is
+divided as follows:
 
-- ``PCGrad`` and ``GradVac``, with their weightings: all on gradkern. Orders are drawn as TorchJD draws them, so equal
-  seeds give equal steps.
-- ``AlignedMTL``, ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``Krum``, ``MGDA``, ``PCD``, ``UPGrad``: Gramian
-  and combination on gradkern, the weights TorchJD's. So is an aggregator of yours on ``GramianWeightedAggregator``.
-- All else is TorchJD's, unchanged: what has no Gramian (``ConFIG``, ``GradDrop``, ``TrimmedMean``, ``ExcessMTL``), or
-  takes it inside its weighting (``NashMTL``), and fixed or random weights (``Sum``, ``Mean``, ``Constant``,
-  ``Random``), whose one product with the gradients could not be faster.
+- ``PCGrad`` and ``GradVac``, with their weightings, run on gradkern entirely. Orders are drawn as TorchJD draws them,
+  so equal seeds give equal steps.
+- ``AlignedMTL``, ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``Krum``, ``MGDA``, ``PCD``, ``UPGrad`` compute
+  Gramian and combination on gradkern, and take TorchJD's weights. So does an aggregator of yours that derives from
+  ``GramianWeightedAggregator``.
+- Everything else is TorchJD's, unchanged: methods without a Gramian (``ConFIG``, ``GradDrop``, ``TrimmedMean``,
+  ``ExcessMTL``) or with one inside their weighting (``NashMTL``), and methods of fixed or random weights (``Sum``,
+  ``Mean``, ``Constant``, ``Random``), whose one product with the gradients could not be faster.
 
-Results are TorchJD's but for rounding, and but for this:
+Results equal TorchJD's up to rounding, with these exceptions:
 
-- Gramians of 16-bit gradients are float32, and so are the weights that come of them, where TorchJD's have 8 or 11 bits
-  and overflow; the combination is rounded once.
-- A gradient whose weight is 0 is not read: one that is not finite, and that Krum has left out, leaves no NaN behind.
+- Gramians of 16-bit gradients are float32, and so are the weights that follow from them. TorchJD's have 8 or 11 bits
+  and overflow. The combination is rounded once.
+- A gradient whose weight is 0 is not read. If it is not finite, and Krum has left it out, it leaves no NaN behind.
 - ``PCGrad`` and ``GradVac`` compute the weights in float64.
-- A gradient whose square is 0 is never projected onto, where TorchJD's ``PCGrad`` divides by it. ``GradVac`` skips its
-  pairs and leaves their targets alone, where TorchJD moves the targets toward 0 and gives it weights about 1e8 times
-  as large as others, by which autogram then scales that loss.
-- ``GradVac``'s ``eps`` does nothing. Where TorchJD adds it to denominators, cosines of gradients that are not long
-  compared with it come out too small: by half for lengths of 1e-4.
-- A step that is not finite leaves ``GradVac``'s targets alone. TorchJD's are NaN from then on, and correct nothing.
-- ``GradVac``'s targets are float64, on the device of the Gramian, and go on where the dtype changes. Checkpoints load
-  into fresh instances and are exchangeable with TorchJD's, which load into instances that have made a step.
+- No gradient is projected onto one whose square is 0. TorchJD's ``PCGrad`` divides by that square. ``GradVac`` skips
+  the pairs of such a gradient and does not move their targets. TorchJD moves the targets toward 0 and gives the
+  gradient weights about 1e8 times as large as others, by which autogram then scales that loss.
+- ``GradVac``'s ``eps`` has no effect. TorchJD adds it to denominators, so cosines of gradients that are not long
+  compared with it are too small: by half for lengths of 1e-4.
+- A step that is not finite does not change ``GradVac``'s targets. TorchJD's are NaN from then on, and correct nothing.
+- ``GradVac``'s targets are float64, on the device of the Gramian, and are kept if the dtype changes. Checkpoints load
+  into fresh instances. They are exchangeable with TorchJD's, which load into instances that have made a step.
 - A matrix of no rows is an error, and so is capture in a CUDA graph, which would repeat orders drawn on the host.
 
-Gramian and combination take some 20 to 50 µs more, in one call, than two products of small matrices: with gradients of
-10⁴ numbers the methods whose weights are TorchJD's are slower than there, with 10⁶ they are faster.
+Gramian and combination take some 20 to 50 µs more, in one call, than two products of small matrices. The methods with
+TorchJD's weights are therefore slower than in TorchJD for gradients of 10⁴ numbers, and faster for 10⁶.
 """
 
 from typing import Any, cast
@@ -52,14 +54,14 @@ __all__ = theirs.__all__
 
 
 def __getattr__(name: str) -> Any:
-    """What is not defined here is TorchJD's, of whatever release."""
+    """Return TorchJD's object of this name, from the release that is installed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(theirs, name)
 
 
 class GramianWeightedAggregator(theirs.GramianWeightedAggregator):
-    """TorchJD's, with Gramian and combination on gradkern."""
+    """TorchJD's GramianWeightedAggregator, with Gramian and combination on gradkern."""
 
     def __init__(self, gramian_weighting: theirs.Weighting[PSDMatrix]) -> None:
         super().__init__(gramian_weighting)
@@ -71,10 +73,10 @@ class GramianWeightedAggregator(theirs.GramianWeightedAggregator):
 
 
 class PCGradWeighting(theirs.PCGradWeighting):
-    """TorchJD's, computed in float64 on the Gramian's device: see :class:`gradkern.PCGrad`."""
+    """TorchJD's PCGradWeighting, computed in float64 on the Gramian's device: see :class:`gradkern.PCGrad`."""
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        """The weights (T,) of a Gramian (T, T), in its dtype."""
+        """Return the weights (T,) of a Gramian (T, T), in its dtype."""
         M = _computable(gramian)
         T = len(M)
         keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
@@ -89,17 +91,17 @@ class PCGrad(theirs.PCGrad, GramianWeightedAggregator):
 
 
 class GradVacWeighting(theirs.GradVacWeighting):
-    """TorchJD's, computed in float64 on the Gramian's device: see :class:`gradkern.GradVac`.
+    """TorchJD's GradVacWeighting, computed in float64 on the Gramian's device: see :class:`gradkern.GradVac`.
 
     Args:
         beta: how far a target moves toward the cosine in a step, from 0 to 1.
-        eps: checked and kept, and without effect.
+        eps: checked and kept, but without effect.
     """
 
-    _phi_t: Tensor | None  # type: ignore[assignment]  # TorchJD says None alone
+    _phi_t: Tensor | None  # type: ignore[assignment]  # TorchJD declares it as None only
 
     def forward(self, gramian: Tensor, /) -> Tensor:
-        """The weights (T,) of a Gramian (T, T), in its dtype; targets of another number of tasks begin at 0."""
+        """Return the weights (T,) of a Gramian (T, T), in its dtype. A new number of tasks starts from targets of 0."""
         M = _computable(gramian)
         T = len(M)
         own = torch.arange(T).unsqueeze(1)
@@ -126,7 +128,7 @@ class GradVac(theirs.GradVac, GramianWeightedAggregator):
 
     Args:
         beta: how far a target moves toward the cosine in a step, from 0 to 1.
-        eps: checked and kept, and without effect.
+        eps: checked and kept, but without effect.
     """
 
     def __init__(self, beta: float = 0.5, eps: float = 1e-8) -> None:
@@ -170,7 +172,7 @@ class UPGrad(theirs.UPGrad, GramianWeightedAggregator):
 
 
 def _readable(matrix: Tensor) -> Tensor:
-    """``matrix`` with columns of unit stride."""
+    """Return ``matrix`` with columns of unit stride."""
     return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
 
 
@@ -179,21 +181,23 @@ def _gramian(matrix: Tensor) -> PSDMatrix:
 
 
 def _computable(gramian: Tensor) -> Tensor:
-    """The Gramian in the dtype that the methods take; autogram's is of the model's."""
+    """Return the Gramian in the dtype that the methods take. autogram gives it in the model's dtype."""
     M = gramian.to(arithmetic_dtype(gramian.dtype))
     check_gramian(M)
     return M
 
 
 def _keys(order: Tensor, device: torch.device) -> Tensor:
-    """(1, T, T) on ``device``, what gradkern's methods take: a key of task i for partner j is j's place in row i.
+    """Return an order as the keys that gradkern's methods take: (1, T, T) on ``device``.
+
+    The key of task i for partner j is the place of j in row i.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
     """
     if capturing(device):
-        raise RuntimeError("a CUDA graph cannot draw on the CPU as TorchJD does: take the method of gradkern itself")
+        raise RuntimeError("a CUDA graph cannot draw on the CPU as TorchJD does: use gradkern's own method")
     keys = order.argsort(-1).float().unsqueeze(0)
     if device.type == GPU and not keys.is_cuda:
-        keys = keys.pin_memory()  # or the host would wait for the copy
+        keys = keys.pin_memory()  # so that the host does not wait for the copy
     return keys.to(device, non_blocking=True)

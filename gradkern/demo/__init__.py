@@ -1,1 +1,1 @@
-"""``gradkern demo``: methods compared on pairs of overlaid digits, three tasks over one trunk."""
+"""``gradkern demo`` compares methods on pairs of overlaid digits, with three tasks over one trunk."""

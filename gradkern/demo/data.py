@@ -8,16 +8,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 OFFSET = 2
-"""How far right and down of the left digit the right one lies. MultiMNIST: about 8 of 28 pixels; here 2 of 8."""
+"""Pixels by which the right digit lies right of and below the left one. MultiMNIST: about 8 of 28; here 2 of 8."""
 SIDE = 8 + OFFSET
-"""Pixels of a pair's canvas, each way."""
+"""Width and height of a pair's canvas in pixels."""
 TEST_SHARE = 0.25
-"""Of the single digits."""
+"""The share of the single digits that is kept for testing."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """n single digits.
+    """Holds n single digits.
 
     Attributes:
         images: (n, 8, 8) float32 in [0, 1].
@@ -30,7 +30,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Pairs:
-    """n overlaid pairs and their labels for three tasks.
+    """Holds n overlaid pairs and their labels for three tasks.
 
     Attributes:
         images: (n, 1, SIDE, SIDE) float32 in [0, 1].
@@ -42,12 +42,12 @@ class Pairs:
     labels: list[Tensor]
 
     def to(self, device: torch.device) -> "Pairs":
-        """The same pairs on ``device``."""
+        """Return the same pairs on ``device``."""
         return Pairs(self.images.to(device), [label.to(device) for label in self.labels])
 
 
 def split_digits(rng: np.random.Generator) -> tuple[Digits, Digits]:
-    """All bundled digits, shuffled and cut into training and test: no image is in both, so no pair can leak one."""
+    """Shuffle all bundled digits and cut them into training and test. No image is in both, so no pair can leak one."""
     from sklearn.datasets import load_digits
 
     flat, labels = load_digits(return_X_y=True)
@@ -58,7 +58,7 @@ def split_digits(rng: np.random.Generator) -> tuple[Digits, Digits]:
 
 
 def overlaid_pairs(digits: Digits, n: int, rng: np.random.Generator) -> Pairs:
-    """``n`` pairs drawn with replacement, the brighter of two overlapping pixels on top."""
+    """Draw ``n`` pairs with replacement. Of two overlapping pixels the brighter one is on top."""
     left, right = rng.integers(len(digits.labels), size=(2, n))
     images = np.zeros((n, 1, SIDE, SIDE), np.float32)
     images[:, 0, :8, :8] = digits.images[left]

@@ -1,4 +1,4 @@
-"""The methods that the demo compares: every row of METHODS, and what else can stand beside or around a method."""
+"""The methods that the demo compares: every row of METHODS, and options that go beside or around a method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ class Recipe:
     """Arguments of a ``SurgeryOptimizer`` around any inner optimizer.
 
     Attributes:
-        aggregator: makes one, whose random numbers come from the ``generator`` it is given.
-        groups: what has a Gramian of its own.
-        suppression: makes one, whose masks follow from the ``seed`` it is given.
-        conflict_lr: has no state, so it serves every optimizer.
-        memory: the tasks train in turn, an update for each, against the last gradients of the others.
+        aggregator: makes an aggregator, whose random numbers come from the given ``generator``.
+        groups: the groups of parameters that have a Gramian of their own.
+        suppression: makes a suppression, whose masks follow from the given ``seed``.
+        conflict_lr: a ``ConflictLR``; it has no state, so one object serves every optimizer.
+        memory: True to train the tasks in turn, one update for each, against the last gradients of the others.
     """
 
     aggregator: Callable[..., gk.Aggregator]
@@ -36,7 +36,7 @@ class Recipe:
         device: torch.device,
         shared: Sequence[torch.Tensor] | None = None,
     ) -> gk.SurgeryOptimizer:
-        """``inner`` with this method, all its random decisions from ``seed``; the parameters are on ``device``."""
+        """Wrap ``inner`` in this method. Its random decisions follow from ``seed``; parameters are on ``device``."""
         return gk.SurgeryOptimizer(
             inner,
             self.aggregator(generator=torch.Generator(device).manual_seed(seed)),
@@ -49,7 +49,7 @@ class Recipe:
 
 
 def recipe(method: Method) -> Recipe:
-    """A row of METHODS with nothing beside it."""
+    """Return the recipe of a row of METHODS, with no other options."""
     return Recipe(lambda generator: method.make(generator=generator) if method.draws else method.make())
 
 
@@ -64,7 +64,7 @@ METHODS: dict[str, Recipe] = {
     "suppression-0.60": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.60)),
     "suppression-block": Recipe(gk.PCGrad, suppression=partial(gk.Suppression, 0.60, block=128, scope="all")),
 }
-"""By name on the command line, and in the order of the table."""
+"""The recipes by their names on the command line, in the order of the table."""
 
 BASELINE = "sum"
 """The method that step times are relative to."""

@@ -1,4 +1,4 @@
-"""A small convolutional trunk that three tasks share, and a linear head for each."""
+"""A small network: a convolutional trunk that three tasks share, and a linear head for each task."""
 
 from itertools import combinations
 
@@ -15,7 +15,7 @@ CHANNELS, FEATURES = 8, 128
 
 
 class MultiTaskNet(nn.Module):
-    """About 55 000 parameters, nearly all of them in the trunk, which every loss reaches."""
+    """Network with about 55 000 parameters, nearly all of them in the trunk, which every loss reaches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +32,6 @@ class MultiTaskNet(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(FEATURES, classes) for classes in TASKS.values())
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """The logits of each task, (B, classes), of images (B, 1, SIDE, SIDE). The trunk runs once."""
+        """Return the logits of each task, (B, classes), for images (B, 1, SIDE, SIDE). The trunk runs once."""
         features = self.trunk(images)
         return [head(features) for head in self.heads]

@@ -1,4 +1,4 @@
-"""The comparison as PNG plots: what each method reached, and the losses and cosines on the way."""
+"""PNG plots of the comparison: the accuracies of each method, and the losses and cosines during training."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +11,11 @@ from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method, row
 from gradkern.plots import count_along, legend_beside
 
 REFERENCES = {BASELINE: "--", "pcgrad": ":"}
-"""What the others are measured against: black in every row of panels, each in its line style."""
+"""The methods that the others are compared with: black in every row of panels, each in its line style."""
 
 
 def plot_outcome(results: Sequence[Result], path: Path) -> None:
-    """Accuracies and the time of a step: a row for each method in the table's order, a colour for each family."""
+    """Plot accuracies and the time of a step: a row for each method in the table's order, a colour for each family."""
     methods = by_method(results)
     families = list(dict.fromkeys(family(method) for method in methods))
     time, unit = (f"step relative to {BASELINE}", "") if BASELINE in methods else ("step ms", " (ms)")
@@ -41,14 +41,14 @@ def plot_outcome(results: Sequence[Result], path: Path) -> None:
 
 
 def plot_losses(results: Sequence[Result], path: Path) -> None:
-    """The training loss of each task, by epoch."""
+    """Plot the training loss of each task by epoch."""
     figure = _by_epoch(results, TASK_NAMES, lambda r: r.losses, "loss (nats)")
     figure.suptitle(f"Training loss of each task by epoch: {_over_seeds(results)}", fontsize="medium")
     figure.savefig(path, dpi=150)
 
 
 def plot_cosines(results: Sequence[Result], path: Path) -> None:
-    """The cosine of each pair of tasks, by epoch."""
+    """Plot the cosine of each pair of tasks by epoch."""
     figure = _by_epoch(results, PAIR_NAMES, lambda r: r.cosines, "cosine")
     for axes in figure.axes:
         axes.axhline(0, color="0.5", linewidth=0.8, zorder=0)
@@ -60,7 +60,7 @@ def plot_cosines(results: Sequence[Result], path: Path) -> None:
 def _by_epoch(
     results: Sequence[Result], names: Sequence[str], series: Callable[[Result], list[list[float]]], unit: str
 ) -> Figure:
-    """A row of panels for each family, so that its lines can be told apart; a column for each of ``names``."""
+    """Plot series by epoch: a row of panels for each family, to tell its lines apart, and a column for each name."""
     families = _families(results)
     figure = Figure(figsize=(11, 0.8 + 2 * len(families)), layout="constrained")
     grid = figure.subplots(len(families), len(names), sharex=True, sharey="col", squeeze=False)
@@ -84,7 +84,7 @@ def _by_epoch(
 
 
 def _families(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each family, those of the references before them."""
+    """Return the results of each family, with the references' results first."""
     references = [r for r in results if r.method in REFERENCES]
     families: dict[str, list[Result]] = {}
     for r in results:

@@ -1,4 +1,4 @@
-"""What came of a comparison, as rows of numbers and as CSV files."""
+"""The results of a comparison as rows of numbers and as CSV files."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -18,16 +18,16 @@ PAIR_NAMES = [f"{TASK_NAMES[i]} / {TASK_NAMES[j]}" for i, j in TASK_PAIRS]
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one seed.
+    """Result of one method on one seed.
 
     Attributes:
         accuracy: (T,), on the test pairs after the last epoch.
         losses: (epochs, T), the mean over an epoch's training steps.
         cosines: (epochs, pairs), the mean over an epoch's probed steps.
         conflicting: the share of pairs with a cosine below zero over the same steps.
-        surgery_ms: median time of a step's surgery; None for a method that has none.
-        step_ms: median time of a step: zero_grad, forward, backward with surgery, optimizer. Where the tasks train in
-            turn, a step is the updates of all tasks on one batch, so every method sees the same data a step.
+        surgery_ms: median time of a step's surgery; None for a method without surgery.
+        step_ms: median time of a step: zero_grad, forward, backward with surgery, optimizer. If the tasks train in
+            turn, a step is the updates of all tasks on one batch, so every method sees the same data in a step.
     """
 
     method: str
@@ -42,7 +42,7 @@ class Result:
 
 
 def rows(results: Sequence[Result]) -> list[Row]:
-    """One row per method and seed. Times relative to the baseline are to its run on the same seed; None without it."""
+    """Return one row per method and seed. Relative times compare with the baseline's run on the same seed, if any."""
     baseline = {r.seed: r.step_ms for r in results if r.method == BASELINE}
     return [
         {
@@ -63,7 +63,7 @@ def rows(results: Sequence[Result]) -> list[Row]:
 
 
 def epoch_rows(results: Sequence[Result]) -> list[Row]:
-    """One row per method, seed and epoch: the loss of each task and the cosine of each pair."""
+    """Return one row per method, seed and epoch: the loss of each task and the cosine of each pair."""
     return [
         {
             "method": r.method,
@@ -86,7 +86,7 @@ def write_csv(path: Path, table: Sequence[Row]) -> None:
 
 
 def by_method(results: Iterable[Result]) -> dict[str, list[Result]]:
-    """The results of each method, methods in the order of their first."""
+    """Return the results of each method, in the order in which the methods first appear."""
     grouped: dict[str, list[Result]] = {}
     for r in results:
         grouped.setdefault(r.method, []).append(r)

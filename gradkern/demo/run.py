@@ -1,4 +1,4 @@
-"""The demo as a program: train with a progress bar, then table, CSV files and plots."""
+"""The demo as a program: it trains with a progress bar, then writes the table, CSV files and plots."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +25,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"))
-    # Drawn between epochs only: a thread that redraws it would run beside the steps that are timed.
+    # The bar is drawn between epochs only, because a thread that redraws it would disturb the steps that are timed.
     with Progress(*columns, TimeElapsedColumn(), console=console, auto_refresh=False) as progress:
         what = f"{len(methods)} method(s), {len(seeds)} seed(s) on {device}"
         bar = progress.add_task(what, total=len(methods) * len(seeds) * epochs)

@@ -1,4 +1,4 @@
-"""The comparison as a table in the terminal: a row for each method, mean ± standard deviation over seeds."""
+"""A table of the comparison for the terminal: a row for each method, mean ± standard deviation over seeds."""
 
 from collections.abc import Sequence
 from statistics import mean, stdev
@@ -9,8 +9,8 @@ from rich.table import Table
 from gradkern.demo.methods import BASELINE, METHODS
 from gradkern.demo.results import TASK_NAMES, Result, Row, by_method, rows
 
-# Column of the CSV file, its heading here, unit to convert to, digits. No word of a heading is longer than six letters,
-# so that 80 columns hold the table with no word broken.
+# Each entry: column of the CSV file, heading here, factor of the unit, digits. No word of a heading is longer than six
+# letters, so that the table fits into 80 columns without a broken word.
 COLUMNS = [
     *((f"accuracy {name}", f"{name} (%)", 100, 1) for name in TASK_NAMES),
     ("mean accuracy", "mean (%)", 100, 1),
@@ -22,7 +22,7 @@ COLUMNS = [
 
 
 def table(results: Sequence[Result]) -> Table:
-    """A row for each method; "-" stands where it has none of a quantity."""
+    """Return the table, with a row for each method. A "-" marks a quantity that a method does not have."""
     methods = by_method(results)
     notes = ["± standard deviation over seeds"] if len(results) > len(methods) else []
     notes += [

@@ -1,4 +1,4 @@
-"""Methods trained side by side on the same seeds, and what the comparison needs measured on the way."""
+"""Training of methods side by side on the same seeds, with the measurements that the comparison needs."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +27,9 @@ class Settings:
     """The size of a run.
 
     Attributes:
-        train_pairs, test_pairs: how many pairs of digits.
-        probe_every: steps from one probe to the next; each epoch's first step has one.
-        warm_up: first steps of a run, which no timing counts.
+        train_pairs, test_pairs: the numbers of pairs of digits.
+        probe_every: the number of steps from one probe to the next. Each epoch's first step has a probe.
+        warm_up: the number of first steps of a run that no timing counts.
     """
 
     train_pairs: int = 4096
@@ -50,13 +50,13 @@ def compare(
 ) -> list[Result]:
     """Train every method on every seed.
 
-    The methods of a seed take turns epoch by epoch, so that a machine that slows down slows all of them.
+    The methods of a seed take turns epoch by epoch, so that a machine that slows down affects all of them.
 
     Args:
         methods: names in ``METHODS``.
         seeds: each decides digits, pairs, first weights, batches and all random choices, for all methods alike.
-        epochs: passes over the training pairs.
-        device: what to train on.
+        epochs: the number of passes over the training pairs.
+        device: the device to train on.
         settings: the size of a run.
         on_epoch: called after each epoch of each run, while nothing is timed.
     """
@@ -77,8 +77,8 @@ def compare(
 def one_thread() -> Iterator[None]:
     """Keep torch to one CPU thread.
 
-    A second one saves such small steps a third of their time on an idle machine, but makes them many times as long
-    where another process wants its core: the threads wait for each other in every layer.
+    A second thread saves such small steps a third of their time on an idle machine. If another process wants its core,
+    the steps take many times as long, because the threads wait for each other in every layer.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -89,14 +89,14 @@ def one_thread() -> Iterator[None]:
 
 
 def make_data(seed: int, settings: Settings) -> tuple[Pairs, Pairs]:
-    """The training and the test pairs of a seed; the single digits are split first, so none is in both."""
+    """Return the training and the test pairs of a seed. The single digits are split first, so none is in both."""
     rng = np.random.default_rng(seed)
     train, test = split_digits(rng)
     return overlaid_pairs(train, settings.train_pairs, rng), overlaid_pairs(test, settings.test_pairs, rng)
 
 
 class Run:
-    """One method on one seed. On equal seeds all methods start from the same weights and see the same batches."""
+    """Trains one method on one seed. All methods of a seed start from the same weights and see the same batches."""
 
     def __init__(
         self, method: str, seed: int, data: tuple[Pairs, Pairs], device: torch.device, settings: Settings
@@ -110,7 +110,7 @@ class Run:
         self.opt = recipe.around(inner, seed, device)
         self.turns = [[task] for task in range(len(TASKS))] if recipe.memory else [list(range(len(TASKS)))]
         self.batches = torch.Generator().manual_seed(seed)
-        # A probe has a method of its own, so that the training's keeps its random stream and its state.
+        # Probes use a method of their own, so that the training's method keeps its random stream and its state.
         self.prober = recipe.around(inner, seed, device)
         self.surgery = not isinstance(self.opt.aggregator, Scalarization)
         self.steps = 0
@@ -121,7 +121,7 @@ class Run:
         self.conflicting: list[float] = []
 
     def epoch(self) -> None:
-        """One pass over the training pairs."""
+        """Train for one pass over the training pairs."""
         losses, cosines = [], []
         order = torch.randperm(len(self.train.images), generator=self.batches).to(self.device)
         for k, batch in enumerate(order.split(self.settings.batch_size)):
@@ -136,9 +136,10 @@ class Run:
         self.conflicting.append((of_pairs < 0).double().mean().item())
 
     def step(self, images: Tensor, labels: list[Tensor]) -> Tensor:
-        """All tasks of one batch, timed as a whole: an update, or one for each task in turn. Returns the losses, (T,).
+        """Train all tasks on one batch, by one update or by one for each task in turn. Return the losses, (T,).
 
-        In turn each task sees the weights that the one before has left, so its loss comes of a forward pass of its own.
+        The time is that of the whole. In turn, each task sees the weights that the task before it has left, so its loss
+        needs a forward pass of its own.
         """
 
         def step() -> list[Tensor]:
@@ -157,20 +158,20 @@ class Run:
         return torch.stack(losses)
 
     def probe(self, images: Tensor, labels: list[Tensor]) -> Tensor:
-        """The cosines of one batch, (T, T), and the time of its surgery, without a trace in the training.
+        """Return the cosines of one batch, (T, T), and time its surgery. The training is not affected.
 
-        The cosines of all methods come from PCGrad's backward pass, so that they are of the same steps and over the
-        whole trunk, also for a method that sees parts of the gradients, or none. The time of surgery is that of the
-        method's backward passes less that of one plain ``torch.autograd.grad`` per task on the same graph: the
-        Gramian, the weights, the combination, the suppression and all bookkeeping around them. What ``ConflictLR``
-        does around the optimizer's step counts in the step's time alone.
+        The cosines of all methods come from PCGrad's backward pass. So they are of the same steps and cover the whole
+        trunk, also for a method that sees only parts of the gradients, or none. The time of surgery is that of the
+        method's backward passes less that of one plain ``torch.autograd.grad`` per task on the same graph. It covers
+        the Gramian, the weights, the combination, the suppression and all bookkeeping around them. The work that
+        ``ConflictLR`` does around the optimizer's step counts in the step's time only.
         """
         losses = self.task_losses(images, labels)
         params = list(self.model.parameters())
 
         def with_surgery() -> None:
             for tasks in self.turns:
-                self.opt.zero_grad()  # as a step does first; what the probe leaves in .grad, the next step clears
+                self.opt.zero_grad()  # as a step does first; the next step clears the .grad that a probe leaves
                 self.prober.backward(only(tasks, losses), retain_graph=True)
 
         def plain() -> None:
@@ -178,7 +179,7 @@ class Run:
                 torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
         if self.surgery:
-            # Whichever goes second finds warmer caches: they take turns.
+            # The second one finds warmer caches, so they take turns.
             order = (plain, with_surgery) if len(self.surgery_seconds) % 2 else (with_surgery, plain)
             seconds = {work: self._timed(work)[0] for work in order}
             if self.steps >= self.settings.warm_up:
@@ -188,19 +189,19 @@ class Run:
         return info.cosines
 
     def task_losses(self, images: Tensor, labels: list[Tensor]) -> list[Tensor]:
-        """The mean cross-entropy of each task, T scalars of one forward pass."""
+        """Return the mean cross-entropy of each task, T scalars of one forward pass."""
         return [cross_entropy(scores, label) for scores, label in zip(self.model(images), labels, strict=True)]
 
     @torch.no_grad()
     def accuracy(self) -> list[float]:
-        """The share of test pairs that each task gets right."""
+        """Return the share of test pairs that each task gets right."""
         return [
             (scores.argmax(1) == label).double().mean().item()
             for scores, label in zip(self.model(self.test.images), self.test.labels, strict=True)
         ]
 
     def result(self) -> Result:
-        """What has come of the run."""
+        """Return the results of the run."""
         return Result(
             method=self.method,
             seed=self.seed,
@@ -219,12 +220,12 @@ class Run:
         return self._now() - start, result
 
     def _now(self) -> float:
-        """Seconds, once the device has done all it was given."""
+        """Return the time in seconds, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
 
 def only(tasks: Sequence[int], losses: Sequence[Tensor]) -> list[Tensor | None]:
-    """``losses`` with None for the tasks that are not among ``tasks``."""
+    """Return ``losses`` with None for the tasks that are not in ``tasks``."""
     return [loss if task in tasks else None for task, loss in enumerate(losses)]

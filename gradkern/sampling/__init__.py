@@ -1,4 +1,4 @@
-"""Which task trains next."""
+"""Samplers that choose the tasks of each training step."""
 
 from gradkern.sampling.sampler import SCHEMES, TaskSampler
 

@@ -1,4 +1,4 @@
-"""What a sampler may be given: checked, and errors that name the argument and its value."""
+"""Checks of a sampler's arguments. An error names the argument and its value."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def checked_lengths(loaders: object) -> list[int]:
-    """The number of batches of each loader."""
+    """Check ``loaders`` and return the number of batches of each."""
     if not isinstance(loaders, Sequence) or isinstance(loaders, str | bytes):
         raise TypeError(f"loaders must be a sequence of data loaders, one per task; got {type(loaders).__name__}")
     if not loaders:
@@ -31,7 +31,7 @@ def checked_lengths(loaders: object) -> list[int]:
 
 
 def dataset_sizes(loaders: Sequence[Iterable[Any]]) -> list[int]:
-    """The number of examples of each loader's dataset."""
+    """Return the number of examples of each loader's dataset."""
     sizes = []
     for i, loader in enumerate(loaders):
         size = _length(getattr(loader, "dataset", None))
@@ -42,7 +42,7 @@ def dataset_sizes(loaders: Sequence[Iterable[Any]]) -> list[int]:
 
 
 def checked_sizes(sizes: object, n_tasks: int) -> list[int]:
-    """``sizes`` as a list of integers, one per task, of at least 1."""
+    """Check ``sizes`` and return them as a list of integers, one per task, each at least 1."""
     if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
         raise TypeError(f"sizes must be a sequence of integers, one per task; got {sizes!r}")
     if len(sizes) != n_tasks:
@@ -51,7 +51,7 @@ def checked_sizes(sizes: object, n_tasks: int) -> list[int]:
 
 
 def integer(name: str, value: object, least: int) -> int:
-    """``value``, if it is an integer of at least ``least``."""
+    """Return ``value`` if it is an integer of at least ``least``; raise otherwise."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not least <= value < 2**63:

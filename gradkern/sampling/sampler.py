@@ -1,4 +1,4 @@
-"""Which task trains next: one stream of steps from one data loader per task."""
+"""A sampler that draws steps from one data loader per task, and chooses which tasks train in each step."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -14,9 +14,9 @@ BY_SIZE = ("proportional", "annealed")
 
 
 class TaskSampler:
-    """Draws, step by step, which tasks train and their batches.
+    """Chooses the tasks of each step and draws their batches.
 
-    Iterating it is one epoch, and ``len`` its number of steps::
+    One iteration over it is one epoch, and ``len`` is the number of steps in an epoch::
 
         sampler = TaskSampler(loaders, "annealed", epochs=10)
         for epoch in range(sampler.epoch, 10):
@@ -26,7 +26,7 @@ class TaskSampler:
                 gk.backward(losses, model, aggregator=gk.PCGrad())
                 opt.step()
 
-    Of T loaders of L_i batches and N_i examples:
+    The schemes, for T loaders of L_i batches and N_i examples:
 
     ================  ===================================  ===============
     scheme            tasks of a step                      steps per epoch
@@ -39,40 +39,41 @@ class TaskSampler:
                       α = 1 - 0.8 (e-1)/(E-1); 1 if E = 1
     ================  ===================================  ===============
 
-    A loader that runs out begins another pass, reshuffled if it shuffles, and a pass runs on into the next epoch, as
-    round robin's turns do: no example comes up more often for standing first.
+    A loader that runs out begins another pass, and shuffles again if it shuffles. A pass continues in the next epoch,
+    and so do round robin's turns. So no example comes up more often because it stands first.
 
-    **Random numbers.** An epoch's tasks are a function of (seed, epoch). Whatever a loader takes from torch's default
-    CPU generator in its n-th pass, be it for shuffling or in the dataset, comes from a stream seeded by
-    (seed, task, n), and the default generator itself stays as it is. A generator that a loader or its sampler brings
-    is used as it stands: ``seed`` does not touch it.
+    **Random numbers.** An epoch's tasks are a function of (seed, epoch). In its n-th pass a loader may take numbers
+    from torch's default CPU generator, for shuffling or in the dataset. They come from a stream seeded by
+    (seed, task, n), and the default generator itself does not change. A generator that belongs to a loader or to its
+    sampler is used as it is; ``seed`` does not affect it.
 
-    **Resuming.** :meth:`state_dict` may be taken anywhere, inside the loop too. A sampler over loaders made anew that
-    loads it continues the epoch with the very batches that would have come; where the state was taken in the last
-    step, that is none, and the epoch ends. ``persistent_workers`` may not change meanwhile; the number of workers may,
-    where loaders bring no generators (workers take from those ahead of time).
-    Three kinds of random numbers do not come again: those of NumPy and of Python's ``random``; those a dataset draws in
-    persistent workers; those that loaders with a common generator take from it later than at the start of a pass (there
-    it is that torch shuffles).
+    **Resuming.** :meth:`state_dict` may be taken anywhere, inside the loop too. A sampler over new loaders that loads
+    it continues the epoch with exactly the batches that would have come. If the state was taken in the last step,
+    there are none, and the epoch ends. ``persistent_workers`` must stay the same. The number of workers may change,
+    unless loaders have generators of their own, from which workers draw ahead of time.
+
+    Three kinds of random numbers are not repeated: those of NumPy and of Python's ``random``; those that a dataset
+    draws in persistent workers; and those that loaders with a common generator draw from it after the start of a pass
+    (torch shuffles at the start).
 
     Sources: "Rhapsody on a Theme of Gradient Surgery", §3.2; annealed: Stickland & Murray 2019, "BERT and PALs".
 
     Args:
-        loaders: T ``torch.utils.data.DataLoader``, or other objects with a length that can be iterated again and again.
-            A task is known by its position.
+        loaders: T ``torch.utils.data.DataLoader``, or other objects with a length that can be iterated repeatedly.
+            A task is identified by its position.
         scheme: one of the five above.
         epochs: E, which "annealed" needs. The other schemes have no end.
-        steps: of an epoch, in place of the table's.
+        steps: the number of steps in an epoch, in place of the table's.
         sizes: N_1 … N_T for "proportional" and "annealed"; None for ``len(loader.dataset)``.
         seed: an integer, at least 0.
 
     Attributes:
-        epoch: how many epochs have been finished. One is when its loop has ended, not yet in its last step.
-        step: how many steps of the present epoch have been taken.
+        epoch: the number of finished epochs. An epoch is finished when its loop has ended, not yet in its last step.
+        step: the number of steps taken in the present epoch.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above, a loader is empty, or one has no dataset of known size
-            where ``sizes`` would be needed. On iteration: epoch E + 1 of "annealed".
+        TypeError, ValueError: an argument is not as said above, a loader is empty, or the scheme needs sizes and a
+            loader's dataset has none. On iteration: epoch E + 1 of "annealed".
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class TaskSampler:
         self.epoch = 0
         self.step = 0
         self._n_steps = _default_steps(scheme, self._lengths) if self.steps is None else self.steps
-        # "random" draws as if all tasks had as many examples.
+        # "random" draws as if all tasks had equally many examples.
         self._n_examples = (self.sizes or dataset_sizes(loaders)) if scheme in BY_SIZE else [1] * len(loaders)
         self._streams = [Stream(loader, self.seed, task) for task, loader in enumerate(loaders)]
         self._drawn: tuple[int, list[int]] = -1, []  # an epoch and its tasks
@@ -107,7 +108,7 @@ class TaskSampler:
         return self._n_steps
 
     def __iter__(self) -> Iterator[list[Any]]:
-        # The position is the sampler's, so that a loop that was left, or a state that is loaded, can go on.
+        # The sampler keeps the position, so that a new loop continues after an early exit or a loaded state.
         while self.step < self._n_steps:
             tasks = self._tasks()
             batches = [stream.draw() if task in tasks else None for task, stream in enumerate(self._streams)]
@@ -117,7 +118,7 @@ class TaskSampler:
         self.step = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What the sampler is and where it is, in integers, strings, lists and tensors."""
+        """Return the sampler's arguments and position as integers, strings, lists and tensors."""
         return {
             **self._identity(),
             "epoch": self.epoch,
@@ -129,16 +130,15 @@ class TaskSampler:
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go to where :meth:`state_dict` was taken.
+        """Go to the position at which :meth:`state_dict` was taken.
 
-        Every loader draws again the batches that had been taken of its present pass: one pass at most, at the speed of
-        the loader.
+        Every loader draws the batches of its present pass again: one pass at most, at the speed of the loader.
 
         Args:
-            state_dict: of a sampler with the same arguments, over loaders of the same lengths.
+            state_dict: the state of a sampler with the same arguments, over loaders of the same lengths.
 
         Raises:
-            ValueError: ``state_dict`` is of another sampler; the message says in what it differs. Nothing has changed.
+            ValueError: ``state_dict`` is of another sampler. The message names the difference. Nothing has changed.
         """
         self._check(state_dict)
         streams = [Stream(stream.loader, self.seed, stream.task) for stream in self._streams]
@@ -150,7 +150,7 @@ class TaskSampler:
             for stream, state in zip(streams, before, strict=True):
                 set_states(stream.generators, state)
             raise
-        for i, stream in enumerate(streams):  # after all of them: loaders may share a generator
+        for i, stream in enumerate(streams):  # a loop of its own, since loaders may share a generator
             set_states(stream.generators, state_dict["generators_now"][i])
         self._streams = streams
         self.epoch = state_dict["epoch"]
@@ -163,7 +163,7 @@ class TaskSampler:
         )
 
     def _identity(self) -> dict[str, Any]:
-        """What two samplers must have in common to give the same batches."""
+        """Return the values that two samplers must have in common to give the same batches."""
         return {
             "lengths": self._lengths,
             "scheme": self.scheme,
@@ -194,20 +194,20 @@ class TaskSampler:
                 integer(name, value, 0)
 
     def _tasks(self) -> Sequence[int]:
-        """The tasks of the step to come."""
+        """Return the tasks of the next step."""
         T = len(self._streams)
         if self.scheme == "joint":
             return range(T)
         if self.scheme == "round_robin":
             return [(self.epoch * self._n_steps + self.step) % T]
-        if self._drawn[0] != self.epoch:  # a whole epoch in one go: resuming is indexing
+        if self._drawn[0] != self.epoch:  # drawn for a whole epoch at once, so that resuming is indexing
             generator = torch.Generator("cpu").manual_seed(derived_seed(self.seed, 0, self.epoch))
             order = torch.multinomial(self._probabilities(), self._n_steps, replacement=True, generator=generator)
             self._drawn = self.epoch, order.tolist()
         return [self._drawn[1][self.step]]
 
     def _probabilities(self) -> Tensor:
-        """p_i of the present epoch, (T,), float64."""
+        """Return p_i of the present epoch, (T,), float64."""
         alpha = self._annealed_exponent() if self.scheme == "annealed" else 1.0
         weights = torch.tensor(self._n_examples, dtype=torch.float64, device="cpu") ** alpha
         return weights / weights.sum()

@@ -1,4 +1,4 @@
-"""One loader's batches without end, every random number of theirs accounted for."""
+"""The endless stream of one loader's batches, with all its random numbers under control."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 _END = object()
-"""In place of a batch where a pass ends."""
+"""Stands in place of a batch at the end of a pass."""
 
 
 class Stream:
-    """One loader's batches without end, pass after pass.
+    """Draws one loader's batches without end, pass after pass.
 
     Attributes:
-        generators: those the loader brings.
-        generators_at_pass: their states when the present pass began.
-        passes: how many passes have begun.
-        taken: how many batches of the present pass have been drawn.
+        generators: the generators that belong to the loader.
+        generators_at_pass: their states at the start of the present pass.
+        passes: the number of passes that have begun.
+        taken: the number of batches drawn in the present pass.
     """
 
     def __init__(self, loader: Iterable[Any], seed: int, task: int) -> None:
@@ -30,11 +30,11 @@ class Stream:
         self.passes = 0
         self.taken = 0
         self._batches: Iterator[Any] = iter(())
-        self._default_state = torch.default_generator.get_state()  # as the pass sees it
+        self._default_state = torch.default_generator.get_state()  # the default generator as this pass sees it
         self._workers_to_start = getattr(loader, "persistent_workers", False)
 
     def draw(self) -> Any:
-        """The next batch."""
+        """Return the next batch."""
         batch = self._next()
         if batch is _END:
             self._begin_pass()
@@ -45,7 +45,7 @@ class Stream:
         return batch
 
     def go_to(self, passes: int, taken: int, generators_at_pass: list[Tensor]) -> None:
-        """From a fresh start to where ``taken`` batches of the ``passes``-th pass have been drawn."""
+        """Go from a fresh start to the point after ``taken`` batches of the ``passes``-th pass."""
         if passes == 0:
             return
         self.passes = passes - 1
@@ -56,8 +56,8 @@ class Stream:
 
     def _begin_pass(self, generators: list[Tensor] | None = None) -> None:
         if self._workers_to_start:
-            # The first iter() of a loader with persistent workers draws a seed for them, which the later ones do not.
-            # After an iter() in vain every pass begins alike, the first and one that is resumed too.
+            # The first iter() of a loader with persistent workers draws a seed for them; later ones do not. This extra
+            # iter() takes that seed, so that every pass begins alike, the first and a resumed one too.
             self._iter()
             self._workers_to_start = False
         if generators is not None:
@@ -69,7 +69,7 @@ class Stream:
 
     def _iter(self) -> Iterator[Any]:
         with torch.random.fork_rng(devices=[]):
-            # The CPU's alone: torch.manual_seed would seed the generators of all GPUs too.
+            # Seed the CPU's generator only; torch.manual_seed would seed the generators of all GPUs too.
             torch.default_generator.manual_seed(derived_seed(self.seed, 1 + self.task, self.passes))
             batches = iter(self.loader)
             self._default_state = torch.default_generator.get_state()
@@ -84,12 +84,12 @@ class Stream:
 
 
 def derived_seed(seed: int, *key: int) -> int:
-    """A seed of 64 bits, for streams as good as independent for different keys."""
+    """Return a seed of 64 bits. Streams of different keys are practically independent."""
     return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
-    """The generators that a loader and its samplers bring, each once."""
+    """Return the generators that belong to a loader and its samplers, each once."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     holders = loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)
     brought = [getattr(holder, "generator", None) for holder in holders]
@@ -98,11 +98,11 @@ def _generators(loader: Iterable[Any]) -> list[torch.Generator]:
 
 
 def states(generators: list[torch.Generator]) -> list[Tensor]:
-    """Where the generators are."""
+    """Return the states of the generators."""
     return [generator.get_state() for generator in generators]
 
 
 def set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
-    """Put the generators where :func:`states` said."""
+    """Set the generators to states that :func:`states` returned."""
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state.cpu())  # torch.load may have put it on another device

@@ -1,4 +1,4 @@
-"""``gradkern info``: it tells what is there, checks every operator, and fails when one is wrong."""
+"""Tests of ``gradkern info``: it prints versions and devices, checks every operator, and fails if one is wrong."""
 
 import platform
 import sys
@@ -22,7 +22,7 @@ DEVICES = [str(device) for device in selfcheck.devices()]
 
 @contextmanager
 def broken(op: registry.Operator[..., Any], wrong: Callable[..., Any]) -> Iterator[None]:
-    """``op`` computes something else on every device, for a while."""
+    """Let ``op`` compute something else on every device within the block."""
     library = torch.library.Library("gradkern", "IMPL")
     before = dict(op.implementations)
     try:
@@ -61,7 +61,7 @@ def test_every_operator_is_checked() -> None:
     names = {name.removeprefix("gradkern::") for name in registered if "gradkern::" in name}
     assert set(registry.operators) == names
     assert all(op.cases is not None for op in registry.operators.values())
-    # One launch does the whole surgery on some GPUs, and nowhere else.
+    # One launch does the whole surgery on some GPUs only.
     assert {*selfcheck.checks("cpu"), "surgery"} - set(selfcheck.METHODS) == names
 
 
@@ -85,7 +85,7 @@ def does_not_launch(*arguments: object) -> Tensor:
 
 
 def test_broken_operators_fail_their_checks_and_no_other(capsys: pytest.CaptureFixture[str]) -> None:
-    """All are broken in one run, which takes seconds."""
+    """Break all operators in one run, because a run takes seconds."""
     with (
         broken(operators.gramian, slightly_off),
         broken(operators.combine_tensors, writes_nothing),

@@ -1,4 +1,4 @@
-"""PCGrad and GradVac over micro-batches and under a scaler, by the interface of a public project."""
+"""Tests of PCGrad and GradVac over micro-batches and under a scaler, with the interface of a public project."""
 
 import copy
 import random
@@ -43,7 +43,7 @@ def float64_problem() -> tuple[MultiHead, Tensor, Tensor]:
 
 
 def micro_batches(model: MultiHead, x: Tensor, y: Tensor) -> list[list[Tensor]]:
-    """The losses of the two halves of a batch, which add up to the whole batch's."""
+    """Return the losses of the two halves of a batch. They add up to the whole batch's losses."""
     return [[loss / 2 for loss in model.losses(x[h], y[:, h])] for h in (slice(0, 8), slice(8, 16))]
 
 
@@ -52,7 +52,7 @@ def values(params: nn.Module) -> list[Tensor]:
 
 
 def pulled(make: Make, pulls: Tensor, n_steps: int = 1) -> Tensor:
-    """Where a parameter at 0 is after steps of SGD in which task t's gradient is row t: minus the updates' sum."""
+    """Return minus the sum of the updates: SGD moves a parameter from 0, and task t's gradient is row t."""
     p = torch.zeros_like(pulls[0], requires_grad=True)
     opt = make(len(pulls), torch.optim.SGD([p], lr=1.0))
     for _ in range(n_steps):
@@ -63,7 +63,7 @@ def pulled(make: Make, pulls: Tensor, n_steps: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_two_tasks_without_heads_train_as_with_the_original(reduction: str) -> None:
-    """Of two tasks the order does not matter, nor a projection onto a task's own gradient, which it never opposes."""
+    """Train two tasks: their order does not matter, and neither opposes its own gradient, so projections agree."""
     seen: list[list[float]] = []
     trained = []
     for make in (originals.PCGradAMP, PCGradAMP):
@@ -82,7 +82,7 @@ def test_two_tasks_without_heads_train_as_with_the_original(reduction: str) -> N
             opt.step()
         assert scaler.get_scale() == 64.0 * 2**4
         trained.append(values(model))
-    # 200 steps of float64 whose roundings of 1e-16 the training itself carries on, far from growing a million times.
+    # 1e-10: roundings of 1e-16, which 200 training steps carry on but enlarge by far less than a million times.
     assert_near(torch.tensor(seen[1]), torch.tensor(seen[0]), torch.tensor(seen[0]), 1e-10)
     for a, e in zip(trained[1], trained[0], strict=True):
         assert_near(a, e, 1.0, 1e-10)
@@ -108,7 +108,7 @@ def test_micro_batches_add_up_to_the_papers_step_of_the_whole(
             rows += torch.stack([originals.vector(originals.task_gradient(loss, trunk), trunk) for loss in losses])
             own += originals.vector(originals.task_gradient(sum(losses), heads), heads)
         torch.manual_seed(step)
-        order = torch.rand(1, 3, 3)[0].argsort(-1).tolist()  # what both draw of torch's generator
+        order = torch.rand(1, 3, 3)[0].argsort(-1).tolist()  # both draw these numbers from torch's generator
         if isinstance(opt, GradVacAMP):
             eps = torch.finfo(torch.float64).eps
             modified, targets = reference.gradvac(list(rows), order, targets, 0.01, eps)
@@ -145,7 +145,7 @@ def test_targets_that_stay_where_they_are_make_the_originals_gradvac(reduction: 
 
 
 def test_in_host_memory_the_step_is_the_same(make: Make, device: torch.device) -> None:
-    """Of two tasks, since the generator of another device draws other orders."""
+    """Train two tasks, since the generator of another device draws other orders."""
     results = []
     for cpu_offload in (False, True):
         model, x, y = problem(2, device)
@@ -220,7 +220,7 @@ def test_their_targets_only_fall_and_move_in_skipped_steps() -> None:
 
 
 def test_their_cosine_past_minus_one_makes_the_parameters_nan() -> None:
-    """Opposite float32 gradients have a cosine of -1 to rounding, and √(1 - φ²) is NaN beyond it."""
+    """Take opposite float32 gradients: their cosine is -1 up to rounding, and √(1 - φ²) is NaN beyond -1."""
     for kind in (originals.GradVacAMP, GradVacAMP):
         finite = []
         for seed in range(40):
@@ -234,7 +234,7 @@ def test_their_cosine_past_minus_one_makes_the_parameters_nan() -> None:
 
 @pytest.mark.parametrize("name", list(CLASSES))
 def test_their_float16_overflows_to_the_plain_sum(name: str) -> None:
-    """256² is past float16's 65504, and what is divided by infinity is no conflict at all."""
+    """Use gradients whose squares, 256², exceed float16's 65504: division by infinity removes all conflict."""
     n = 80_000
     pulls = torch.ones(2, n, dtype=torch.float16)
     pulls[1, :50_000] = -1  # dot product -20000

@@ -1,4 +1,4 @@
-"""PCGrad by the interface of two public projects: ours by default, and theirs draw for draw."""
+"""Tests of PCGrad with the interface of two public projects: ours by default, and theirs draw for draw."""
 
 import copy
 import pickle
@@ -20,7 +20,7 @@ from tests.tolerances import TOLERANCES, assert_near
 
 Make = Callable[[torch.optim.Optimizer], Any]
 
-# 200 steps of float64 whose roundings of 1e-16 the training itself carries on, far from growing a million times.
+# 1e-10: roundings of 1e-16, which 200 training steps carry on but enlarge by far less than a million times.
 AFTER_TRAINING = 1e-10
 
 
@@ -55,7 +55,7 @@ def gradients(model: nn.Module) -> list[Tensor | None]:
 
 
 def train(make: Make, n_steps: int) -> tuple[MultiHead, list[float]]:
-    """A model with a head that no task reaches, after ``n_steps`` of Adam; and the losses summed at each step."""
+    """Train a model with a head that no task reaches by ``n_steps`` of Adam. Return it and each step's summed loss."""
     model, x, y = float64_problem()
     model.idle = nn.Linear(3, 2).double()
     opt = make(torch.optim.Adam(model.parameters(), lr=0.01))
@@ -91,7 +91,7 @@ def test_one_step_of_theirs_has_the_same_gradients(compat: str) -> None:
         model.trunk[0].weight.requires_grad_(False)
         opt = make(torch.optim.SGD(model.parameters(), lr=0.01))
         random.seed(3)
-        opt.pc_backward(model.losses(x, y)[:2])  # the third head is reached by none
+        opt.pc_backward(model.losses(x, y)[:2])  # no task reaches the third head
         results.append(gradients(model))
     assert [g is None for g in results[0]] == [g is None for g in results[1]]
     assert (results[1][-1] is None) == (compat == "pytorch_optimizer")
@@ -103,7 +103,7 @@ def test_one_step_of_theirs_has_the_same_gradients(compat: str) -> None:
 
 @pytest.mark.parametrize("compat", MODES[1:])
 def test_many_tasks_are_projected_onto_their_own_gradients_too(compat: str) -> None:
-    """Six tasks in three dimensions: projections turn some so far that they oppose what they came from."""
+    """Use six tasks in three dimensions: projections turn some gradients so far that they oppose their originals."""
     own_mattered = False
     for seed in range(20):
         pulls = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -155,7 +155,7 @@ def test_by_default_it_is_the_papers_on_shared_parameters(reduction: str) -> Non
     grads = task_gradients(losses, trunk)
     own = torch.autograd.grad(sum(losses), heads, retain_graph=True)
     torch.manual_seed(5)
-    order = torch.rand(1, 3, 3)[0].argsort(-1).tolist()  # what PCGrad draws of torch's generator
+    order = torch.rand(1, 3, 3)[0].argsort(-1).tolist()  # PCGrad draws these numbers from torch's generator
     modified = torch.stack(reference.pcgrad([originals.vector(row, trunk) for row in grads], order))
     expected = modified.mean(0) if reduction == "mean" else modified.sum(0)
 
@@ -173,7 +173,10 @@ def test_by_default_it_is_the_papers_on_shared_parameters(reduction: str) -> Non
 
 
 def opposed(make: Make, size: float) -> tuple[Tensor, Tensor]:
-    """``.grad`` of a trunk that two tasks pull in nearly opposite ways, and of a head with a gradient of that size."""
+    """Return ``.grad`` of a trunk that two tasks pull in nearly opposite directions, and of a head.
+
+    The head's gradient has the size given.
+    """
     trunk, *heads = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (2, 1, 1))
     pulls = torch.tensor([[1.0, 0.1], [-1.0, 0.1]], dtype=torch.float64)
     losses = [pull @ trunk + size * head.sum() for pull, head in zip(pulls, heads, strict=True)]
@@ -192,13 +195,13 @@ def test_heads_in_their_vectors_hide_conflict_and_grow(compat: str) -> None:
         assert_near(trunk, expected, 1.0, TOLERANCES[torch.float64])
         assert head.item() == size
     with_heads, head = opposed(peer(compat, "mean"), 1.0)
-    assert head.item() > 1.2  # the other task's projection has taken some of it in
+    assert head.item() > 1.2  # the other task's projection has added some of it
     assert (with_heads - expected).abs().max() > 0.04
 
 
 @pytest.mark.parametrize("compat", MODES[1:])
 def test_their_float16_overflows_to_the_plain_sum_or_worse(compat: str) -> None:
-    """256² is past float16's 65504, and a dot product divided by infinity is no projection at all."""
+    """Use gradients whose squares, 256², exceed float16's 65504: a dot product over infinity gives no projection."""
     n = 80_000
     a = torch.ones(n, dtype=torch.float16)
     b = torch.where(torch.arange(n) < 50_000, -1.0, 1.0).half()  # dot product -20000
@@ -246,7 +249,7 @@ def test_a_scaler_skips_what_overflowed(compat: str | None) -> None:
             seen.append(values(model))
     assert scaler.get_scale() == 1.0
     for a, e in zip(scaled, plain, strict=True):
-        # Scales are powers of two, so that nothing rounds otherwise.
+        # Scales are powers of two, so they change no rounding.
         assert all(torch.equal(p, q) for p, q in zip(a, e, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""gradkern.compat.torchjd beside TorchJD itself: the same seeds, the same steps."""
+"""Tests of gradkern.compat.torchjd against TorchJD itself: the same seeds give the same steps."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ from tests.tolerances import assert_near  # noqa: E402
 
 
 class Enumerating(DualConeProjector):
-    """A projector of the user's own: of all sets of bounds that may be tight, the one whose solution is feasible."""
+    """A user's own projector. It tries all sets of tight bounds and takes the best feasible solution."""
 
     def __call__(self, U: Tensor, G: Tensor) -> Tensor:
         rows = [self._projected(u, G.double()) for u in U.double().reshape(-1, len(G))]
@@ -53,7 +53,7 @@ class Enumerating(DualConeProjector):
 SHARED_PROJECTOR = Enumerating()
 METHODS: dict[str, Callable[[ModuleType], Any]] = {
     "PCGrad": lambda jd: jd.PCGrad(),
-    # eps of 0, where both are the same: ours has none in it.
+    # With eps = 0 both compute the same; ours does not use eps.
     "GradVac": lambda jd: jd.GradVac(eps=0.0),
     "GradVac-slow": lambda jd: jd.GradVac(0.01, 0.0),
     "AlignedMTL": lambda jd: jd.AlignedMTL(),
@@ -75,7 +75,7 @@ each_method = pytest.mark.parametrize("name", METHODS)
 
 
 def pair(name: str) -> tuple[Any, Any]:
-    """TorchJD's and ours."""
+    """Return TorchJD's class and ours."""
     try:
         return METHODS[name](theirs), METHODS[name](ours)
     except ImportError as error:
@@ -100,14 +100,14 @@ def test_the_same_seeds_give_the_same_updates(name: str, float64: None) -> None:
     for seed in range(8):
         J = conflicting(3, 5 + 200 * seed)
         x, y = seeded(a, J, seed), seeded(b, J, seed)
-        # 1e-10: roundings of 1e-16, which the condition of a Gramian of few columns and GradVac's memory enlarge.
+        # 1e-10: roundings of 1e-16, enlarged by the condition of a Gramian of few columns and by GradVac's memory.
         assert_near(y, x, J.norm(), 1e-10)
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 9, 40])
 @pytest.mark.parametrize("name", ["PCGrad", "GradVac", "GradVac-slow"])
 def test_for_every_number_of_tasks(name: str, T: int) -> None:
-    """And the generator is left where TorchJD leaves it."""
+    """Compare updates for every T, and check that the generator ends in the same state as with TorchJD."""
     a, b = pair(name)
     for seed in range(4):
         J = conflicting(T, 60)
@@ -115,7 +115,7 @@ def test_for_every_number_of_tasks(name: str, T: int) -> None:
         after = torch.rand(())
         assert_near(seeded(b, J, seed), x, J.norm() * T, 1e-10)
         assert torch.equal(torch.rand(()), after)
-    # Targets begin again with another number of tasks.
+    # Targets start anew with another number of tasks.
     assert_near(seeded(b, J[:2], 5), seeded(a, J[:2], 5), J.norm(), 1e-10)
 
 
@@ -182,7 +182,7 @@ def by_autogram(model: Any, x: Tensor, y: Tensor, aggregator: Any) -> Tensor | N
 
 
 def train(step: Callable[..., Tensor | None], aggregator: Any, steps: int, lr: float = 0.05) -> list[Tensor]:
-    """After each step, losses and weights in one; at last the parameters."""
+    """Train and return the losses and weights of each step as one tensor, and the parameters at the end."""
     model, x, y = problem()
     opt = torch.optim.SGD(model.parameters(), lr=lr)
     seen: list[Tensor] = []
@@ -202,7 +202,7 @@ def train(step: Callable[..., Tensor | None], aggregator: Any, steps: int, lr: f
 def test_training_goes_the_same_way(name: str, step: Callable[..., Tensor | None], float64: None) -> None:
     a, b = pair(name)
     for x, y in zip(train(step, a, 5), train(step, b, 5), strict=True):
-        # 1e-9: as above, and what five steps make of it.
+        # 1e-9: as above, enlarged by five steps.
         assert_near(y, x, x.abs().max(), 1e-9)
 
 
@@ -216,7 +216,7 @@ def test_training_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["PCGrad", "GradVac"])
 def test_two_hundred_steps_follow_the_same_losses(method: str, float64: None) -> None:
-    """With all defaults, so GradVac's differ by TorchJD's eps: 1e-8 of the cosines, for gradients of length 1."""
+    """Use all defaults: GradVac then differs by TorchJD's eps, 1e-8 of the cosines for gradients of length 1."""
     a, b = (train(by_mtl_backward, getattr(jd, method)(), 200, lr=0.01)[:200] for jd in (theirs, ours))
     for x, y in zip(a, b, strict=True):
         assert_near(y[:3], x[:3], x[:3].min(), 1e-4)  # what was asked for
@@ -309,7 +309,7 @@ def test_attributes_are_theirs() -> None:
 def test_mistakes_raise_what_theirs_raise(attempt: Callable[[Any], object]) -> None:
     with pytest.raises(Exception) as its:  # noqa: PT011  (whatever theirs is)
         attempt(theirs)
-    assert its.type is not AttributeError  # a name that neither has is no mistake of the user's
+    assert its.type is not AttributeError  # a name that neither has is not the user's mistake
     with pytest.raises(its.type):
         attempt(ours)
 
@@ -340,7 +340,7 @@ def test_what_can_be_differentiated_is_as_theirs(name: str, float64: None) -> No
 
 @pytest.mark.parametrize("name", ["PCGrad", "GradVac"])
 def test_a_hook_sees_the_weights(name: str) -> None:
-    """As jac_to_grad does, to return them."""
+    """Add a hook as jac_to_grad does, which returns the weights."""
     method = getattr(ours, name)()
     method.gramian_weighting.register_forward_hook(lambda module, given, w: torch.zeros_like(w))
     assert torch.equal(method(conflicting(3, 12)), torch.zeros(12, dtype=torch.float64))
@@ -385,7 +385,7 @@ def test_a_gpu_is_not_waited_for(name: str) -> None:
     assert_near(result, expected, J.norm(), 1e-10)
 
 
-# What TorchJD gets wrong.
+# Cases that TorchJD gets wrong.
 
 
 def gradvacs(**arguments: float) -> tuple[Any, Any]:
@@ -401,7 +401,7 @@ def test_one_overflow_does_not_stop_gradvac_for_ever(bad: float) -> None:
         x, y = seeded(a, rows, seed), seeded(b, rows, seed)
         if rows is J:
             expected = seeded(untouched, rows, seed)
-    # Theirs corrects nothing any more: the plain sum.
+    # Theirs corrects nothing any more and gives the plain sum.
     assert_near(x, J.sum(0), J.norm(), 1e-12)
     assert a.state_dict()["gramian_weighting._phi_t"].isnan().any()
     assert torch.equal(y, expected)
@@ -418,7 +418,7 @@ def test_one_square_that_overflows_moves_no_target() -> None:
 
 
 def test_a_task_without_a_gradient_has_no_weight_of_a_hundred_million() -> None:
-    """By autogram it scales the gradients of the heads too."""
+    """Check such a weight: with autogram it would scale the gradients of the heads too."""
     a, b = gradvacs()
     agreeing = torch.ones(2, 4) + 0.1 * torch.randn(2, 4)
     gone = agreeing * torch.tensor([[1.0], [0.0]])
@@ -426,7 +426,7 @@ def test_a_task_without_a_gradient_has_no_weight_of_a_hundred_million() -> None:
         x, y = (seeded(m.gramian_weighting, rows @ rows.T, 0) for m in (a, b))
     assert x[1] > 1e6
     assert torch.equal(y, torch.ones(2))
-    # Nor does it move the target.
+    # The target does not move either.
     assert a.state_dict()["gramian_weighting._phi_t"][0, 1] < 0.3
     assert b.state_dict()["gramian_weighting._phi_t"][0, 1] > 0.4
 
@@ -437,14 +437,14 @@ def test_short_gradients_are_corrected_as_long_ones_are() -> None:
     short = 1e-5 * long
     for jd, right in ((theirs, False), (ours, True)):
         results = [1e5 * seeded(jd.GradVac(), short, 0), seeded(jd.GradVac(), long, 0)]
-        # 1e-9: rounding, which is all that a change of scale may change.
+        # 1e-9: rounding, since a change of scale may change nothing else.
         assert ((results[0] - results[1]).norm() < 1e-9) == right
 
 
 def test_a_square_that_vanishes_is_not_divided_by() -> None:
     J = torch.tensor([[1.0, 0.0], [-1e-23, 1e-25]])
     assert not seeded(theirs.PCGrad(), J, 0).isfinite().all()
-    # Ours gives their sum but for the second, which is projected onto the first.
+    # Ours gives the sum, with the second gradient projected onto the first.
     assert_near(seeded(ours.PCGrad(), J, 0), torch.tensor([1.0, 1e-25]), torch.tensor([1.0, 1e-25]), 1e-6)
 
 
@@ -487,7 +487,7 @@ def test_a_gramian_of_16_bits_gives_weights_of_its_own() -> None:
 
 
 def test_it_is_the_papers_own_algorithm() -> None:
-    """Of the orders drawn, by hand, and on vectors."""
+    """Repeat the algorithm by hand on vectors, in the orders drawn."""
     J = conflicting(4, 40)
     torch.manual_seed(3)
     orders = [torch.randperm(4).tolist() for _ in range(4)]
@@ -505,7 +505,7 @@ def test_it_is_the_papers_own_algorithm() -> None:
 
 
 def after_steps(jd: Any, n: int) -> tuple[Any, Tensor]:
-    """A method that has made n steps, and rows for the next."""
+    """Return a method that has made n steps, and the rows of the next step."""
     method = jd.GradVac(eps=0.0)
     rows = [conflicting(3, 30) for _ in range(n + 1)]
     for seed in range(n):

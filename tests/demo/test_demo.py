@@ -1,4 +1,4 @@
-"""``gradkern demo``: its data, its training, and the command from arguments to files."""
+"""Tests of ``gradkern demo``: its data, its training, and the command from arguments to files."""
 
 import csv
 import sys
@@ -96,7 +96,7 @@ def test_a_method_is_what_its_name_says(method: str) -> None:
         assert run.opt.aggregator.partner == PARTNERS.get(variant, "all")
     if family == "suppression":
         assert info.kept is not None
-        # Of 52576 entries, or as few as 411 blocks: five standard deviations of the share kept are 0.011, or 0.12.
+        # Five standard deviations of the share kept are 0.011 for 52576 entries, and 0.12 for as few as 411 blocks.
         p, tolerance = (0.60, 0.12) if variant == "block" else (float(variant), 0.011)
         assert info.kept.item() == pytest.approx(1 - p, abs=tolerance)
     else:
@@ -166,7 +166,7 @@ def test_a_probe_tells_the_cosines_of_the_task_gradients(method: str) -> None:
 
 
 def test_a_seed_gives_the_same_numbers_again(results: list[Result]) -> None:
-    methods = ["gradvac", "suppression-block"]  # the one has state and draws orders, the other draws masks
+    methods = ["gradvac", "suppression-block"]  # gradvac has state and draws orders; suppression draws masks
     again = compare(methods, [1], 1, CPU, SMALL)
     assert untimed(again) == untimed([r for r in results if r.method in methods and r.seed == 1])
     # Other methods and seeds, other numbers.
@@ -192,7 +192,7 @@ def test_the_table_has_every_method_whole(results: list[Result], width: int) -> 
         if width == 120:
             assert line.count("±") == (7 if method in PLAIN else 8)
     assert "…" not in printed
-    # One in the caption, and none for the surgery of methods that have none.
+    # The caption has one, and methods without surgery have none for its time.
     assert printed.count("±") == 8 * len(METHODS) + 1 - len(PLAIN)
 
 

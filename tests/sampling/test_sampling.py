@@ -1,4 +1,4 @@
-"""TaskSampler on real data loaders: closed forms, binomial bounds, and runs that are resumed."""
+"""Tests of TaskSampler on real data loaders: closed forms, binomial bounds, and resumed runs."""
 
 import io
 import itertools
@@ -32,7 +32,7 @@ Step = list[list[float] | None]
 
 
 def loaders(**options: Any) -> list[DataLoader]:
-    """Three tasks; example k of task t is the number 100 t + k."""
+    """Return the loaders of three tasks. Example k of task t is the number 100 t + k."""
     options = {"batch_size": 2, "shuffle": True} | options
     return [DataLoader(TensorDataset(100 * t + torch.arange(n)), **options) for t, n in enumerate(SIZES)]
 
@@ -89,7 +89,7 @@ def test_the_longest_loader_is_passed_once_an_epoch(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_recycling_favours_no_example(scheme: str, shuffle: bool) -> None:
-    """At any time an example has come up as often as any other of its task, or once more; across epochs too."""
+    """Count examples: at any time, across epochs too, one has come up at most once more than another of its task."""
     s = sampler(loaders(shuffle=shuffle), scheme)
     seen = [Counter({100 * t + k: 0 for k in range(n)}) for t, n in enumerate(SIZES)]
     for step in epochs(s, 4):
@@ -122,7 +122,7 @@ def test_round_robin_goes_on_where_the_epoch_before_ended() -> None:
 def test_every_task_goes_through_its_batches_in_turn(
     n_batches: list[int], scheme: str, steps: int | None, seed: int, cut: int
 ) -> None:
-    """Of loaders that do not shuffle, each task's batches are its list over and over, through a resumed run too."""
+    """Use loaders that do not shuffle: each task repeats its list of batches, through a resumed run too."""
     data = [[10 * t + k for k in range(n)] for t, n in enumerate(n_batches)]
     options = {"steps": steps, "seed": seed, "sizes": n_batches}
     whole = epochs(sampler(data, scheme, **options), 3)
@@ -139,7 +139,7 @@ def test_every_task_goes_through_its_batches_in_turn(
 
 
 def annealed(epoch: int) -> list[float]:
-    """Exactly p_i ∝ N_i^α of epoch 1 … 4 of 4, with α written out: 1, 1 - 0.8/3, 1 - 1.6/3, 0.2."""
+    """Return exactly p_i ∝ N_i^α of epoch 1 … 4 of 4, with α written out: 1, 1 - 0.8/3, 1 - 1.6/3, 0.2."""
     alpha = [1.0, 2.2 / 3, 1.4 / 3, 0.2][epoch - 1]
     return [n**alpha / sum(m**alpha for m in SIZES) for n in SIZES]
 
@@ -153,7 +153,7 @@ SHARES: list[tuple[str, Callable[[int], list[float]]]] = [
 
 @pytest.mark.parametrize(("scheme", "share"), SHARES)
 def test_frequencies(scheme: str, share: Callable[[int], list[float]]) -> None:
-    """The number of steps of a task is binomial: within five standard deviations but once in two million times."""
+    """Check binomial counts: each task's is within five standard deviations, except once in two million times."""
     n = 8000
     s = sampler([[0], [0], [0]], scheme, steps=n, sizes=SIZES)
     for epoch in range(1, 5):
@@ -176,7 +176,7 @@ def test_probabilities_in_closed_form(
     monkeypatch.setattr(torch, "multinomial", spy)
     epochs(sampler(loaders(), scheme), 4)
     expected = torch.tensor([share(epoch) for epoch in range(1, 5)], dtype=torch.float64)
-    torch.testing.assert_close(torch.stack(drawn_from), expected, rtol=1e-14, atol=0)  # powers, rounded a few times
+    torch.testing.assert_close(torch.stack(drawn_from), expected, rtol=1e-14, atol=0)  # powers, with a few roundings
 
 
 def test_one_annealed_epoch_is_proportional() -> None:
@@ -203,7 +203,7 @@ def test_the_seed_decides(scheme: str) -> None:
 
 
 class Noisy(Dataset):
-    """Examples with noise from torch's default generator."""
+    """Dataset that adds noise from torch's default generator to its examples."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -225,7 +225,7 @@ def test_noise_does_not_repeat() -> None:
 
 
 def own_generators() -> list[DataLoader]:
-    """A generator in each place where a loader can have one; the third is drawn from all along the pass."""
+    """Return loaders with a generator in each possible place. The third's is drawn from during the whole pass."""
     generators = [torch.Generator().manual_seed(k) for k in range(4)]
     data = [TensorDataset(100 * t + torch.arange(n)) for t, n in enumerate([3, 8, 70, 13])]
     lazy = RandomSampler(data[2], replacement=True, generator=generators[2])  # 32 numbers at a time
@@ -249,7 +249,10 @@ def default_generator() -> list[DataLoader]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("data", [loaders, noisy, own_generators, one_generator, default_generator])
 def test_resumed_at_every_step(scheme: str, data: Callable[[], list[DataLoader]]) -> None:
-    """After any step a fresh sampler gives exactly what would have come, though the default generator is elsewhere."""
+    """Resume after any step: a fresh sampler gives exactly the batches that would have come.
+
+    The default generator is in another state.
+    """
     s = sampler(data(), scheme, seed=11)
     states, steps = [s.state_dict()], []
     for _ in range(2):
@@ -274,7 +277,7 @@ def test_a_state_loads_into_a_sampler_that_has_run() -> None:
     running = iter(s)
     next(running)
     s.load_state_dict(state)
-    assert [plain(next(running)) for _ in range(5)] == expected[:5]  # a loop that is under way goes on from there
+    assert [plain(next(running)) for _ in range(5)] == expected[:5]  # a running loop continues from there
     assert epochs(s, 2) == expected[5:]
 
 
@@ -287,7 +290,7 @@ def test_a_loop_that_was_left_goes_on() -> None:
 
 
 def test_an_epoch_is_finished_when_its_loop_is() -> None:
-    """What a training loop does after an epoch is done, and done once, where the state is of the epoch's last step."""
+    """Take the state in an epoch's last step: a loop's work after the epoch is still done, and done once."""
     s = sampler(loaders(), "joint")
     state = None
     for _ in s:
@@ -304,7 +307,7 @@ def test_an_epoch_is_finished_when_its_loop_is() -> None:
 
 
 def with_workers(generator: bool, **options: Any) -> list[DataLoader]:
-    """Five examples one by one, recycled under a loader of twelve batches."""
+    """Return loaders of five single examples, recycled beside a loader of twelve batches."""
     own = torch.Generator().manual_seed(3) if generator else None
     small = DataLoader(TensorDataset(torch.arange(5)), shuffle=True, generator=own, **options)
     return [small, DataLoader(TensorDataset(torch.arange(12)), shuffle=True)]
@@ -391,7 +394,7 @@ def test_what_is_no_state(state: Any) -> None:
 
 
 class Stream(IterableDataset):
-    """Examples, or as many as `n` says; nobody knows how many."""
+    """Iterable dataset of ``n`` examples, without a length."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -401,7 +404,7 @@ class Stream(IterableDataset):
 
 
 class Promising:
-    """A length, and fewer batches than that."""
+    """Loader that gives fewer batches than its length."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -501,7 +504,7 @@ def test_repr_is_exact() -> None:
 
 
 def test_training_with_absent_tasks() -> None:
-    """The loop of the docstring: tasks that are absent in a step leave their heads alone, and all learn in the end."""
+    """Run the docstring's loop: heads of absent tasks do not change, and all tasks learn in the end."""
     x = torch.randn(24, 5)
     targets = [x @ torch.randn(5, 1) for _ in SIZES]
     data = [
@@ -533,7 +536,7 @@ def test_training_with_absent_tasks() -> None:
 
 
 class EndsEarly(DataLoader):
-    """A shuffled loader with a length of 3 that gives fewer batches."""
+    """Shuffled loader with a length of 3 that gives fewer batches."""
 
     def __init__(self, batches: int, generator: torch.Generator) -> None:
         super().__init__(TensorDataset(torch.arange(3)), shuffle=True, generator=generator)
