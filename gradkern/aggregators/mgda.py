@@ -2,9 +2,9 @@
 
 The update is the shortest vector of the convex hull of the task gradients: the weights minimise wᵀMw over w >= 0 with
 Σ w = 1. Then (Mw)_i >= wᵀMw for every task, so a step along the update lowers all losses, each to first order by at
-least the square of the update's length; where the update is zero, no direction lowers all of them. The minimum is
-exact, from an active-set method. Frank-Wolfe, the usual choice, ends at vectors up to 285 times as long where gradients
-are nearly antiparallel or of very different lengths.
+least the square of the update's length. If the update is zero, no direction lowers all of them. An active-set method
+finds the exact minimum. Frank-Wolfe, the usual choice, ends at vectors up to 285 times as long if gradients are nearly
+antiparallel or of very different lengths.
 """
 
 from torch import Tensor
@@ -18,11 +18,11 @@ class MGDA(Aggregator):
     """MGDA of Désidéri 2012, as Sener & Koltun 2018 use it for multi-task learning.
 
     The weights are at least 0 and sum to 1. A task whose gradient is zero is at its own minimum: it takes all the
-    weight, and the update is zero. A task that is absent in a step has no part in the hull.
+    weight, and the update is zero. A task that is absent in a step is not part of the hull.
 
     Args:
         normalize: None, or "l2" to find the weights for gradients of length 1, so that no task wins because its
-            gradient is short. As in Sener & Koltun's code, the weights then apply to the gradients as they are.
+            gradient is short. As in Sener & Koltun's code, the weights are then applied to the original gradients.
     """
 
     leaves_out_absent = True
@@ -30,17 +30,17 @@ class MGDA(Aggregator):
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
         if normalize in ("loss", "loss+"):
-            raise ValueError(f"normalize must be None or 'l2': a Gramian does not tell the losses; got {normalize!r}")
+            raise ValueError(f"normalize must be None or 'l2': a Gramian contains no losses; got {normalize!r}")
         if normalize not in (None, "l2"):
             raise ValueError(f"normalize must be None or 'l2', got {normalize!r}")
         self.normalize = normalize
 
     def weights(self, M: Tensor) -> Tensor:
-        """The weights of the hull's shortest vector; see :meth:`Aggregator.weights`."""
+        """Return the weights of the hull's shortest vector; see :meth:`Aggregator.weights`."""
         return self._solved(M, None)
 
     def solution(self, M: Tensor, present: Tensor | None) -> Solution:
-        """The same of the hull of the present tasks' gradients alone; see :meth:`Aggregator.solution`."""
+        """Return the weights for the hull of the present tasks' gradients alone; see :meth:`Aggregator.solution`."""
         return Solution(self._solved(M, present))
 
     def _solved(self, M: Tensor, present: Tensor | None) -> Tensor:
