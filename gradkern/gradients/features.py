@@ -84,8 +84,8 @@ class LossesOnFeatures(Losses):
             if bypassed:
                 raise ValueError(
                     f"losses[{i}] reaches {len(bypassed)} of the params below features past them, by a skip "
-                    f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: leave "
-                    "features out"
+                    f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
+                    "leave features out"
                 )
             grads = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
             if all(g is None for g in grads):
