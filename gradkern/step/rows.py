@@ -88,10 +88,10 @@ class Rows:
         return operators.gramian_tensors(rows, mask_over(columns, mask))
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
-        """Return each parameter with Σ_t w[segment, t] g_t, or if it is unshared, with Σ_t unshared_weights[t] g_t.
+        """Return each parameter with Σ_t w[segment, t] g_t; an unshared one with Σ_t unshared_weights[t] g_t.
 
-        A result overwrites one of its gradients if one is free. Without ``unshared_weights``, an unshared parameter that
-        one task alone reaches gets that task's gradient itself.
+        A result overwrites one of its gradients if one is free. Without ``unshared_weights``, an unshared parameter
+        that one task alone reaches gets that task's gradient itself.
 
         Args:
             w: (S, T), the weights of each group.
