@@ -64,7 +64,7 @@ class Memory:
         loaded: list[Row] = []
         for t, row in enumerate(state):
             if len(row) != len(params):
-                raise ValueError(f"the memory of task {t} has {len(row)} parameters, the optimizer has {len(params)}")
+                raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")
             for k, (g, p) in enumerate(zip(row, params, strict=True)):
                 if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
                     got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__

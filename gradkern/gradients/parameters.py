@@ -139,9 +139,7 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
     for name in given.names:
         group = group_of(name)
         if not isinstance(group, Hashable) or isinstance(group, Tensor):
-            raise TypeError(
-                f"groups must return a hashable value that is not a tensor; returned {group!r} for {name!r}"
-            )
+            raise TypeError(f"groups must give hashable values that are not tensors; gave {group!r} for {name!r}")
         numbered.append(numbers.setdefault(group, len(numbers)))
     return numbered, len(numbers)
 
