@@ -64,8 +64,8 @@ class Accumulation:
         """Raise RuntimeError if a micro-batch has been added only in part."""
         if self._broken:
             raise RuntimeError(
-                "a backward pass has raised while task gradients were added up, so the sums are incomplete: start "
-                "again with another accumulate() block or zero_grad()"
+                "a backward pass has raised while task gradients were added up, and they are lost: start again "
+                "with another accumulate() block or zero_grad()"
             )
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
