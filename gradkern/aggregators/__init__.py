@@ -1,4 +1,4 @@
-"""Methods: from a Gramian to weights."""
+"""The methods, which compute weights from a Gramian."""
 
 from gradkern.aggregators import methods
 from gradkern.aggregators.base import Aggregator, Solution

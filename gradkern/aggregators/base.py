@@ -1,4 +1,4 @@
-"""The base class of methods: small programs from the Gramian of the task gradients to their weights."""
+"""The base class of methods: each computes the weights of the task gradients from their Gramian."""
 
 import copy
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from gradkern.ops.arguments import Projection
 
 @dataclass(frozen=True)
 class Solution:
-    """The weights of a step, and what else a method reports of it: see :class:`gradkern.SurgeryInfo`."""
+    """The weights of a step, and the method's other results; see :class:`gradkern.SurgeryInfo`."""
 
     weights: Tensor
     targets: Tensor | None = None
@@ -25,11 +25,11 @@ class Solution:
 
 @dataclass(frozen=True)
 class Program:
-    """A method as the operator ``surgery`` takes it, which does all of a step's surgery at once.
+    """A method in the form that the operator ``surgery`` takes, which does a step's whole surgery at once.
 
     Attributes:
         projection: the method's arguments.
-        solution: makes a :class:`Solution` of the Gramians (S, T, T) and weights (S, T) that the operator has found.
+        solution: makes a :class:`Solution` from the Gramians (S, T, T) and weights (S, T) that the operator returns.
     """
 
     projection: Projection
@@ -37,17 +37,17 @@ class Program:
 
 
 class Aggregator(nn.Module, ABC):
-    """A method. On a matrix: ``aggregator(J)``; on a Gramian: ``aggregator.weights(M)``; on losses: :func:`backward`.
+    """A method. Call ``aggregator(J)`` on a matrix, ``aggregator.weights(M)`` on a Gramian, :func:`backward` on losses.
 
     Args:
-        generator: where random decisions come from; None for the default generator of the Gramian's device. Its
-            state is part of ``state_dict``.
+        generator: the source of random choices; None for the default generator of the Gramian's device. Its state is
+            part of ``state_dict``.
     """
 
     has_fixed_weights = False
     """Whether the weights depend on no gradient."""
     leaves_out_absent = False
-    """Whether an absent task is no part of the problem. Other methods take its gradient for zeros."""
+    """Whether the method leaves absent tasks out of its problem. Other methods treat their gradients as zeros."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
     samples_entries = False
@@ -70,31 +70,31 @@ class Aggregator(nn.Module, ABC):
             (..., T), of M's dtype and on its device. No gradient flows through them.
 
         Raises:
-            TypeError, ValueError: ``M`` is not as said above, or does not fit the method's own arguments.
+            TypeError, ValueError: ``M`` is not as described above, or does not fit the method's arguments.
         """
 
     def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
-        """Return the weights of a step, of which some tasks may be absent; :func:`gradkern.backward` asks for it.
+        """Return the solution of a step in which some tasks may be absent; :func:`gradkern.backward` calls it.
 
         Args:
             M: (S, T, T), as for :meth:`weights`.
-            present: (T,) bool on M's device, the tasks whose gradients are of this step while the others' are
-                remembered: only the modified gradients of the present ones add up. None for all.
+            present: (T,) bool on M's device, true for the tasks whose gradients come from this step. The others' are
+                remembered: the update sums the modified gradients of present tasks only. None if all are present.
             losses: (T,) on M's device, NaN for absent tasks; None for a method that does not need them.
         """
         w = self.weights(M)
         return Solution(w if present is None else torch.where(present, w, 0.0))
 
     def program(self, M: Tensor) -> Program | None:
-        """Return the method as the operator ``surgery`` takes it; None if that does not know the method.
+        """Return the method in the form that the operator ``surgery`` takes; None if the operator does not support it.
 
         Args:
-            M: (S, T, T), a Gramian with shape, dtype and device, and without numbers yet.
+            M: (S, T, T), uninitialized; it gives the shape, dtype and device of the Gramians.
         """
         return None
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J of a matrix of task gradients, each segment with weights of its own.
+        """Return the update wᵀ J of a matrix of task gradients. Each segment has its own weights.
 
         Args:
             J: (T, P), as for :func:`gradkern.gramian`.
@@ -106,16 +106,16 @@ class Aggregator(nn.Module, ABC):
         return combine(J, self.weights(gramian(J.detach(), offsets)), offsets)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as every Module does; where it raises, nothing has been loaded, because a copy goes first."""
+        """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""
         nn.Module.load_state_dict(copy.deepcopy(self), state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
 
     def get_extra_state(self) -> Tensor | None:
-        """Return the generator's state, where the method has a generator of its own."""
+        """Return the state of the method's own generator, None if it has none."""
         return None if self.generator is None else self.generator.get_state()
 
     def set_extra_state(self, state: Any) -> None:
-        """Load what :meth:`get_extra_state` returned."""
+        """Load the result of :meth:`get_extra_state`."""
         if state is None:
             return
         if self.generator is None:
@@ -124,7 +124,7 @@ class Aggregator(nn.Module, ABC):
 
 
 class PerDevice:
-    """Numbers of the host as a tensor on any device, copied to a GPU once, because each copy waits for it."""
+    """Host numbers as a tensor on any device. Each GPU gets one copy, because every copy waits for it."""
 
     def __init__(self, values: list[Any]) -> None:
         self.values = values
@@ -135,13 +135,13 @@ class PerDevice:
         if device.type == "cpu" or device.type == "meta":
             return torch.tensor(self.values, dtype=dtype, device=device)
         if (device, dtype) not in self._copies:
-            with torch.inference_mode(False):  # or autograd could not save the copy later
+            with torch.inference_mode(False):  # autograd cannot save inference tensors
                 self._copies[device, dtype] = torch.tensor(self.values, dtype=dtype, device=device)
         return self._copies[device, dtype]
 
 
 def has_numbers(M: Tensor) -> bool:
-    """Return whether ``M`` has numbers to take into a method's state: not if it is fake or on the meta device."""
+    """Return whether ``M`` has numbers that a method's state can keep; fake and meta tensors have none."""
     return not (M.is_meta or isinstance(M, FakeTensor))
 
 

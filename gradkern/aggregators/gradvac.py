@@ -1,8 +1,8 @@
 """GradVac (Wang et al. 2021, "Gradient Vaccine: Investigating and Improving Multi-task Optimization", Algorithm 1).
 
-Every pair of tasks has a target, a running mean of the cosine between the one's modified and the other's original
-gradient. A task whose cosine with a partner falls short of the target gets as much of the partner's gradient added as
-brings it there; PCGrad is the case of targets that stay zero.
+Every task has a target for every partner: a running mean of the cosine between the task's modified gradient and the
+partner's original one. If the cosine is below the target, the task gets a multiple of the partner's gradient added, so
+large that the cosine equals the target. PCGrad is the special case of targets that stay zero.
 """
 
 from typing import Any
@@ -18,15 +18,15 @@ from gradkern.ops.capture import capturing, first_use, keep
 
 
 class GradVac(Projection):
-    """GradVac of Wang et al. 2021, with targets of its own for each group, all groups in one launch.
+    """GradVac of Wang et al. 2021. Each group has its own targets; one launch serves all groups.
 
-    The targets are state: one call is one step, they are part of ``state_dict``, and an instance that has made no step
-    yet takes them in whatever shape they come. A step with any dot product that is not finite leaves all of them alone,
-    for a gradient scaler will skip it. Groups added later start from targets of zero.
+    The targets are state: each call is a step, and ``state_dict`` contains them. An instance before its first step
+    loads targets of any shape. A step in which a dot product is not finite changes no target, because a gradient scaler
+    will skip it. Groups added later start from targets of zero.
 
     Args:
-        beta: how far a target moves toward the cosine in a step, φ̂ ← (1 - β) φ̂ + β φ; from 0, with which targets
-            stay where they are, to 1.
+        beta: the share by which a step moves a target toward the cosine, φ̂ ← (1 - β) φ̂ + β φ; from 0, which keeps
+            the targets constant, to 1.
         order: as for :class:`PCGrad`.
         reduction: as for :class:`PCGrad`.
         generator: as for :class:`PCGrad`.
@@ -45,7 +45,7 @@ class GradVac(Projection):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(order, reduction, generator)
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN is not
+        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN fails this too
             raise ValueError(f"beta must be a number from 0 to 1, got {beta!r}")
         self.beta = float(beta)
         self.register_buffer("targets", None)
@@ -56,11 +56,11 @@ class GradVac(Projection):
 
     def program(self, M: Tensor) -> Program | None:
         """Return GradVac's program; see :meth:`Aggregator.program`."""
-        if type(self) is not GradVac:  # which may have weights of its own
+        if type(self) is not GradVac:  # a subclass may compute other weights
             return None
         S, T, _ = M.shape
         keys, targets = self._order_keys(S, T, M.device), self._targets_for(M)
-        update_mask = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator finds what is not finite
+        update_mask = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator finds non-finite numbers
         projection = Arguments(keys, "all", targets, update_mask, self.beta, self.reduction == "mean")
 
         def solution(M: Tensor, w: Tensor) -> Solution:
@@ -71,7 +71,7 @@ class GradVac(Projection):
         return Program(projection, solution)
 
     def _reported(self, M: Tensor, w: Tensor) -> Solution:
-        """Return weights, and the targets after the step."""
+        """Return the weights, and the targets after the step."""
         if self.targets is None or not has_numbers(M):
             return Solution(w)
         return Solution(w, targets=self.targets.clone().view(M.shape))
@@ -87,25 +87,25 @@ class GradVac(Projection):
         return C
 
     def _targets_for(self, M: Tensor) -> Tensor:
-        """Return the present targets, with fresh ones behind them for added groups, on M's device."""
+        """Return the current targets on M's device, followed by zeros for added groups."""
         S, T, _ = M.shape
-        with torch.inference_mode(False):  # or no later step outside of it could move them
+        with torch.inference_mode(False):  # a later step outside of it must be able to change them
             if capturing(M.device) and (self.targets is None or len(self.targets) != S):
-                raise first_use("to make the targets")  # a replay would make them again
+                raise first_use("to make the targets")  # each replay would reset them
             if self.targets is None or not has_numbers(M):
                 return torch.zeros(M.shape, dtype=torch.float64, device=M.device)
-            known = self.targets
-            if known.shape[-1] != T or len(known) > S:
-                raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(known.shape)}")
-            if len(known) == S and known.device == M.device:
+            current = self.targets
+            if current.shape[-1] != T or len(current) > S:
+                raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(current.shape)}")
+            if len(current) == S and current.device == M.device:
                 if capturing(M.device):
-                    keep(known)
-                return known
-            fresh = torch.zeros((S - len(known), T, T), dtype=torch.float64, device=M.device)
-            return torch.cat((known.to(M.device), fresh))
+                    keep(current)
+                return current
+            fresh = torch.zeros((S - len(current), T, T), dtype=torch.float64, device=M.device)
+            return torch.cat((current.to(M.device), fresh))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move between devices, but keep the dtype: a running mean with so small a share needs its digits."""
+        """Move the targets between devices, but keep them float64: a running mean with a small β needs the digits."""
         targets, self.targets = self.targets, None
         super()._apply(fn, recurse)
         if targets is not None:

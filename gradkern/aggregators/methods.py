@@ -18,21 +18,21 @@ from gradkern.aggregators.mgda import MGDA
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.scalarization import Constant, Mean, Sum
 
-# The public classes, which ``gradkern`` takes over. METHODS and its types are imported by name.
+# The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
 __all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
 
 Twin = Callable[..., list[Tensor]]
-"""Gives the updates of several steps, one after another, from the task gradients of each step. It takes the arguments
-of its class by name, and ``order`` if the method draws orders. It may know fewer steps than it is given."""
+"""Computes the updates of consecutive steps from the task gradients of each step. It takes the arguments of its class
+by name, and ``order`` if the method draws orders. It may return updates for fewer steps than it is given."""
 
 
 def stateless(update: Callable[..., Tensor]) -> Twin:
-    """Make a twin of a function that gives the update of one step: every step is on its own."""
+    """Return a twin whose steps are independent; ``update`` computes the update of one step."""
     return lambda steps, **arguments: [update(grads, **arguments) for grads in steps]
 
 
 class Paper(NamedTuple):
-    """Source of a method. A report without a known author has a title alone."""
+    """Source of a method. A report without a known author has only a title."""
 
     author: str | None
     year: int | None
@@ -40,14 +40,15 @@ class Paper(NamedTuple):
 
 
 class Laws(NamedTuple):
-    """Laws that the first update of a method obeys. The tests hold every method to them.
+    """Laws that the first update of a method obeys. The tests check them for every method.
 
     Attributes:
-        degree: gradients that are s > 0 times as long make the update s**degree times as long.
-        invariant: what stays as it is when one task's gradient gets longer: all "weights", the "update", or None.
-        equivariant: tasks in another order give the same update.
-        no_conflict: the update of gradients without conflict is their "sum", their "mean", or None of these.
-        zero_row: a task whose gradient is zero is "ignored", it "stops" the update, or None of these.
+        degree: the power of s by which the update grows if all gradients grow by a factor s > 0.
+        invariant: the quantity that does not change if one task's gradient grows: all "weights", the "update", or None.
+        equivariant: whether a permutation of the tasks leaves the update unchanged.
+        no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.
+        zero_row: the effect of a task whose gradient is zero: it is "ignored", it "stops" the update, or None for
+            neither.
     """
 
     degree: int = 1
@@ -59,18 +60,18 @@ class Laws(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """A method of gradient surgery: how it is called, made, checked and cited.
+    """A method of gradient surgery: its name, its class, its naive twin, its source and its laws.
 
     Attributes:
-        name: on the command line and in tables.
-        aggregator: its class.
+        name: the name on the command line and in tables.
+        aggregator: the class.
         twin: the same method written naively.
-        paper: where it was published.
-        laws: what its updates obey.
-        arguments: of the class, by name, that make it this method.
-        tasks: the number of tasks it is made for; None for any.
-        draws: random "order" of partners, which ``order=`` fixes; random "entries" of the gradients; or None.
-        state: steps leave something behind that later steps depend on.
+        paper: the publication.
+        laws: the laws that its updates obey.
+        arguments: the arguments of the class, by name, that select this method.
+        tasks: the number of tasks that the arguments are made for; None for any.
+        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; or None.
+        state: whether a step depends on earlier steps.
     """
 
     name: str
@@ -84,19 +85,19 @@ class Method:
     state: bool = False
 
     def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
-        """Make an aggregator. A method that draws no orders ignores ``order``."""
+        """Return an aggregator. A method that draws no orders ignores ``order``."""
         if self.draws == "order" and order is not None:
             more["order"] = order
         return self.aggregator(**self.arguments, **more)
 
     def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
-        """Make an aggregator whose random decisions follow from ``seed``."""
+        """Return an aggregator whose random choices follow from ``seed``."""
         if self.draws is None:
             return self.make()
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
     def expected(self, steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], **more: Any) -> list[Tensor]:
-        """The twin's updates: float64 vectors, one for each step that it knows.
+        """Return the twin's updates: float64 vectors, one for each step that it supports.
 
         Args:
             steps: the task gradients of each step.
@@ -117,7 +118,7 @@ GRADATTENTION = Paper(None, None, "GradAttention: Attention-Based Gradient Surge
 
 
 def _pcgrad(name: str, partner: str, paper: Paper, zero_row: Literal["ignored"] | None, **more: Any) -> Method:
-    """PCGrad with one kind of partner."""
+    """Return the row of PCGrad with one kind of partner."""
     twin, laws = stateless(reference.pcgrad_update), Laws(no_conflict="sum", zero_row=zero_row)
     return Method(name, PCGrad, twin, paper, laws, {"partner": partner}, **more)
 
@@ -168,4 +169,4 @@ METHODS: dict[str, Method] = {
         ),
     )
 }
-"""By name, in the order of the tables."""
+"""The methods by name, in the order of the tables."""

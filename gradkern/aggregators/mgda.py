@@ -2,9 +2,9 @@
 
 The update is the shortest vector of the convex hull of the task gradients: the weights minimise wᵀMw over w >= 0 with
 Σ w = 1. Then (Mw)_i >= wᵀMw for every task, so a step along the update lowers all losses, each to first order by at
-least the square of the update's length; where the update is zero, no direction lowers all of them. The minimum is
-exact, from an active-set method. Frank-Wolfe, the usual choice, ends at vectors up to 285 times as long where gradients
-are nearly antiparallel or of very different lengths.
+least the square of the update's length. If the update is zero, no direction lowers all of them. An active-set method
+finds the exact minimum. Frank-Wolfe, the usual choice, ends at vectors up to 285 times as long if gradients are nearly
+antiparallel or of very different lengths.
 """
 
 import torch
@@ -21,7 +21,7 @@ class MGDA(Aggregator):
     """MGDA of Désidéri 2012, as Sener & Koltun 2018 use it for multi-task learning.
 
     The weights are at least 0 and sum to 1. A task whose gradient is zero is at its own minimum: it takes all the
-    weight, and the update is zero. A task that is absent in a step has no part in the hull.
+    weight, and the update is zero. A task that is absent in a step is not part of the hull.
 
     Args:
         normalize: the weights are found for gradients divided by 1 (None), by their lengths ("l2"), by their losses

@@ -1,7 +1,7 @@
 """PCGrad: projecting conflicting gradients (Yu et al. 2020, "Gradient Surgery for Multi-Task Learning", Algorithm 1).
 
 Task i starts from c = e_i and visits the other tasks j in a random order of its own. s = (c M)_j is the dot product
-of its already modified gradient with the original g_j; where s < 0, c_j -= s / M_jj takes the conflict out.
+of its already modified gradient with the original g_j; if s < 0, c_j -= s / M_jj removes the conflict.
 
 The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner only, or take the mean over partners.
 """
@@ -21,19 +21,19 @@ _pcgrad_matrix = operators.pcgrad_matrix.overload
 
 
 class PCGrad(Projection):
-    """PCGrad of Yu et al. 2020, on the device of the Gramian and without a wait for the host.
+    """PCGrad of Yu et al. 2020. It runs on the device of the Gramian and never waits for the host.
 
     Args:
-        partner: whom a task's gradient is projected onto, where they conflict. "all" others, one after another, the
-            paper's; "random", one other; "most_similar" and "most_different", the other with the largest or the
-            smallest cosine, of equals the first; or "average", the mean over all others of the projections, each from
-            the original gradient.
-        order: None for the paper's fresh random order for each segment and task. Else integers: (T,), the partners
-            in the order every task visits them, or (T, T), row i the order of task i. Each row is a permutation of
-            0 … T-1; a task's own index in it is skipped. With ``partner="random"`` the first in it is the partner;
-            the other three depend on no order and take none.
-        reduction: "sum" of the T modified gradients, the paper's, or their "mean".
-        generator: of the Gramian's device, draws the random orders; None for the device's default generator.
+        partner: the tasks whose gradients a task's own gradient is projected onto where they conflict. "all": all other
+            tasks, one after another, as in the paper. "random": one other task. "most_similar" or "most_different":
+            the task with the largest or the smallest cosine, the first of equals. "average": all other tasks, and the
+            result is the mean of the projections, each of the original gradient.
+        order: None for a fresh random order for each segment and task, as in the paper. Otherwise integers: (T,), the
+            order in which every task visits its partners, or (T, T), where row i is the order of task i. Each row is
+            a permutation of 0 … T-1, in which a task skips its own index. With ``partner="random"`` the first task
+            of the order is the partner; the other three kinds of partner use no order and take none.
+        reduction: "sum" of the T modified gradients, as in the paper, or their "mean".
+        generator: a generator on the Gramian's device that draws the random orders; None for the device's default one.
     """
 
     def __init__(
@@ -53,14 +53,14 @@ class PCGrad(Projection):
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
         """Return the update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
         check_matrix(J, offsets)
-        # In one call, unless something has to see what lies between: weights of a subclass, a derivative, segments.
+        # One operator does all, unless the steps in between matter: to a subclass's weights, a derivative or segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
             return super().forward(J, offsets)
         return _pcgrad_matrix(J, *self._arguments(1, J.shape[0], J.device), self.reduction == "mean")
 
     def program(self, M: Tensor) -> Program | None:
         """Return PCGrad's program; see :meth:`Aggregator.program`."""
-        if type(self) is not PCGrad:  # which may have weights of its own
+        if type(self) is not PCGrad:  # a subclass may compute other weights
             return None
         keys, partner = self._arguments(M.shape[0], M.shape[1], M.device)
         projection = Arguments(keys, partner, None, None, 0.0, self.reduction == "mean")

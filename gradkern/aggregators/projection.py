@@ -1,4 +1,4 @@
-"""The base class of PCGrad and GradVac: partners, visited in some order, modify every task's gradient."""
+"""The base class of PCGrad and GradVac: each task visits partners in some order, which modify its gradient."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
 
 class Projection(Aggregator):
-    """A method that gives each task a modified gradient, a combination of the original ones.
+    """A method that computes a modified gradient for each task, a combination of the original gradients.
 
     Args:
-        order: None for a fresh random order for each segment and task. Else integers: (T,), the partners in the order
-            every task visits them, or (T, T), row i the order of task i. Each row is a permutation of 0 … T-1; a
-            task's own index in it is skipped.
+        order: None for a fresh random order for each segment and task. Otherwise integers: (T,), the order in which
+            every task visits its partners, or (T, T), where row i is the order of task i. Each row is a permutation
+            of 0 … T-1, in which a task skips its own index.
         reduction: "sum" of the T modified gradients, or their "mean".
-        generator: of the Gramian's device, draws the random orders; None for the device's default generator.
+        generator: a generator on the Gramian's device that draws the random orders; None for the device's default one.
     """
 
     def __init__(self, order: Order | None, reduction: str, generator: torch.Generator | None) -> None:
@@ -28,7 +28,7 @@ class Projection(Aggregator):
             raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
         self.reduction = reduction
         self.order = None if order is None else _checked(order)
-        # A key of task i for partner j is j's place in the order of i.
+        # The key of task i for partner j is the position of j in the order of i.
         self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
 
     def coefficients(self, M: Tensor) -> Tensor:
@@ -58,13 +58,13 @@ class Projection(Aggregator):
 
     @abstractmethod
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
-        """Return :meth:`coefficients` of M (S, T, T). ``present`` as for :meth:`Aggregator.solution`."""
+        """Return :meth:`coefficients` of M (S, T, T). ``present`` is as for :meth:`Aggregator.solution`."""
 
     def _reduced(self, C: Tensor) -> Tensor:
         return C.sum(-2) if self.reduction == "sum" else C.mean(-2)
 
     def _order_keys(self, S: int, T: int, device: torch.device) -> Tensor:
-        """Return (S or 1, T, T): task i visits its partners in ascending order of row i."""
+        """Return order keys (S or 1, T, T): task i visits its partners in ascending order of row i."""
         if self._keys is None:
             if self.generator is not None and self.generator.device != device:
                 raise ValueError(f"generator is on {self.generator.device}, M on {device}")

@@ -12,7 +12,7 @@ from gradkern.ops.matrix import check_matrix
 
 
 class Scalarization(Aggregator):
-    """A method whose weights do not depend on the gradients. On losses it is torch's own backward of Σ w_i L_i."""
+    """A method whose weights do not depend on the gradients. On losses it is torch's backward pass of Σ w_i L_i."""
 
     has_fixed_weights = True
 
@@ -40,7 +40,7 @@ class Scalarization(Aggregator):
         return self.weights_like(M.shape[-1], M.dtype, M.device).expand(M.shape[:-1]).clone()
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J; see :meth:`Aggregator.forward`. The Gramian is not computed: nothing needs it."""
+        """Return the update wᵀ J; see :meth:`Aggregator.forward`. It needs no Gramian."""
         check_matrix(J, offsets)
         w = self.weights_like(J.shape[0], torch.float64, J.device)
         return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets)
@@ -87,7 +87,7 @@ class Sum(Scalarization):
 
 
 class Mean(Scalarization):
-    """The mean of the task gradients over all T tasks, absent ones counted as zero."""
+    """The mean of the task gradients over all T tasks, where absent ones count as zeros."""
 
     def task_weights(self, n_tasks: int) -> list[float]:
         """Return 1/T for each task."""

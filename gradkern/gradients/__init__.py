@@ -1,1 +1,1 @@
-"""The sources of task gradients: losses, features that tasks share, sums of micro-batches, remembered steps."""
+"""The sources of task gradients: losses, shared features, sums of micro-batches, and memory."""

@@ -1,8 +1,9 @@
-"""One pass through a trunk that all tasks share: heads go back first, and the trunk once per task, or for all at once.
+"""Backward passes through a shared trunk: first through the heads, then through the trunk, per task or batched.
 
     dL_i/dθ = (dh/dθ)ᵀ dL_i/dh        h the features, θ the trunk's parameters
 
-So the graph of a head is gone before the trunk's turn comes, and the T passes through the trunk can be one, batched.
+So a head's graph is freed before the backward pass of the trunk, and the T passes through the trunk can be one batched
+pass.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +19,11 @@ Features = Tensor | Sequence[Tensor]
 
 
 class LossesOnFeatures(Losses):
-    """Losses of tasks that meet nowhere below their heads but in ``features``.
+    """Losses of tasks whose heads share nothing but ``features``.
 
     Args:
-        losses: one entry per task; callables too find the features there.
-        features: the trunk's output, which the heads take. Those that do not require grad have no trunk to train.
+        losses: one entry per task; callables use the same features.
+        features: the output of the trunk, which the heads take. Tensors that do not require grad are ignored.
         batched: send the tasks through the trunk together, by :func:`torch.func.vmap`'s rules.
         retain_graph: keep all graphs.
     """
@@ -39,7 +40,7 @@ class LossesOnFeatures(Losses):
         """Check the losses and the features.
 
         Raises:
-            TypeError, ValueError: as :meth:`Losses.open`, or ``features`` or ``batched`` is not as said above.
+            TypeError, ValueError: as :meth:`Losses.open`, or ``features`` or ``batched`` is not as described above.
         """
         super().open(device)
         if not isinstance(self.batched, bool):
@@ -47,84 +48,84 @@ class LossesOnFeatures(Losses):
         self.features = [h for h in _checked(self.given_features) if h.requires_grad]
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """Run :meth:`Losses.passes`; all heads run before the first task's gradients are there."""
+        """Run :meth:`Losses.passes`; all heads run before the first task's gradients are yielded."""
         trunk = self._trunk(targets)
         below = [k for k, p in enumerate(targets) if p in trunk]
         above = [k for k, p in enumerate(targets) if p not in trunk]
         rows: dict[int, list[Tensor | None]] = {}
-        tangents: dict[int, Sequence[Tensor | None]] = {}
-        for i, found in self._head_passes([targets[k] for k in above], trunk):
-            tangents[i] = found[: len(self.features)]
+        feature_grads: dict[int, Sequence[Tensor | None]] = {}
+        for i, grads in self._head_passes([targets[k] for k in above], trunk):
+            feature_grads[i] = grads[: len(self.features)]
             rows[i] = [None] * len(targets)
-            for k, g in zip(above, found[len(self.features) :], strict=True):
+            for k, g in zip(above, grads[len(self.features) :], strict=True):
                 rows[i][k] = g
-        for i, found in self._trunk_passes(tangents, [targets[k] for k in below]):
-            for k, g in zip(below, found, strict=True):
+        for i, grads in self._trunk_passes(feature_grads, [targets[k] for k in below]):
+            for k, g in zip(below, grads, strict=True):
                 rows[i][k] = g
             yield i, rows.pop(i)
 
     def _trunk(self, targets: Sequence[Tensor]) -> set[Tensor]:
-        """The targets that the features were computed from."""
+        """Return the targets that the features were computed from."""
         edges = {graph.edge(h) for h in self.features}
         for k, h in enumerate(self.features):
             if graph.meets(h, edges):
-                raise ValueError(f"features[{k}] is computed from another of features: give the last of them alone")
+                raise ValueError(f"features[{k}] is computed from another of features: give only the last of them")
             if h._backward_hooks or h.retains_grad:
                 raise ValueError(f"features[{k}] has a hook or retain_grad(), which would run twice for each task")
-        graph.freeable(self.features, argument="features")  # raises for a graph that cannot be asked for gradients
+        graph.freeable(self.features, argument="features")  # raises for reentrant checkpointing
         return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
 
     def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
-        """Give each task's number and its gradients by the features and the heads."""
+        """Yield each task's number and its gradients with respect to the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
         free = graph.freeable(self.entries, edges)
         for i, value in self.graphs():
-            past = [p for p in graph.leaves(value, edges) if p in trunk]
-            if past:
+            bypassed = [p for p in graph.leaves(value, edges) if p in trunk]
+            if bypassed:
                 raise ValueError(
-                    f"losses[{i}] reaches {len(past)} of the params below features past them, by a skip connection, "
-                    f"tied weights or a term of their own, such as one of shape {tuple(past[0].shape)}: leave features "
-                    "out"
+                    f"losses[{i}] reaches {len(bypassed)} of the params below features past them, by a skip "
+                    f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
+                    "leave features out"
                 )
-            found = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
-            if all(g is None for g in found):
+            grads = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
+            if all(g is None for g in grads):
                 raise unreached(i)
-            yield i, found
-            del value  # a callable's graph ends here
+            yield i, grads
+            del value  # frees a callable's graph
 
     def _trunk_passes(
-        self, tangents: dict[int, Sequence[Tensor | None]], targets: Sequence[Tensor]
+        self, feature_grads: dict[int, Sequence[Tensor | None]], targets: Sequence[Tensor]
     ) -> Iterator[tuple[int, Sequence[Tensor | None]]]:
-        """Give each task's number and its gradients by the trunk.
+        """Yield each task's number and its gradients with respect to the trunk.
 
-        Only features that a task reaches make it reach a target. So tasks that reach the same features go together, and
-        the last of them frees the graph.
+        A task reaches a target only through the features that it reaches. So tasks that reach the same features form a
+        group, and the last group frees the graph.
         """
-        reached = {i: [k for k, g in enumerate(found) if g is not None] for i, found in tangents.items()}
-        reach = reached.__getitem__
-        parties = [(which, list(tasks)) for which, tasks in groupby(sorted(reached, key=reach), reach)]
-        for n, (which, tasks) in enumerate(parties):
-            outputs = [self.features[k] for k in which]
-            last = n == len(parties) - 1 and not self.retain_graph
+        reached = {i: [k for k, g in enumerate(grads) if g is not None] for i, grads in feature_grads.items()}
+        by_reached = reached.__getitem__
+        groups = [(indices, list(tasks)) for indices, tasks in groupby(sorted(reached, key=by_reached), by_reached)]
+        for n, (indices, tasks) in enumerate(groups):
+            outputs = [self.features[k] for k in indices]
+            last = n == len(groups) - 1 and not self.retain_graph
             if not outputs:
                 yield from ((i, [None] * len(targets)) for i in tasks)
-            elif self.batched and len(tasks) > 1:  # what comes of one alone would be views, which hide shared memory
-                together = [torch.stack([_there(tangents[i][k]) for i in tasks]) for k in which]
-                found = torch.autograd.grad(
-                    outputs, targets, together, retain_graph=not last, allow_unused=True, is_grads_batched=True
+            elif self.batched and len(tasks) > 1:  # a single task's gradients would be views, which hide shared memory
+                stacked = [torch.stack([_not_none(feature_grads[i][k]) for i in tasks]) for k in indices]
+                batch = torch.autograd.grad(
+                    outputs, targets, stacked, retain_graph=not last, allow_unused=True, is_grads_batched=True
                 )
-                # What is no task's own, such as a hook's constant, vmap has expanded: one memory for all.
-                apart = [g if g is None or g.stride(0) else g.contiguous() for g in found]
-                for place, i in enumerate(tasks):
-                    yield i, [None if g is None else g[place] for g in apart]
+                # vmap expands a gradient that is the same for all tasks, such as a hook's constant: they share memory.
+                separate = [g if g is None or g.stride(0) else g.contiguous() for g in batch]
+                for row, i in enumerate(tasks):
+                    yield i, [None if g is None else g[row] for g in separate]
             else:
                 for i in tasks:
-                    by_these = [tangents[i][k] for k in which]
-                    yield i, differentiated(i, outputs, targets, not (last and i == tasks[-1]), by_these)
+                    output_grads = [feature_grads[i][k] for k in indices]
+                    yield i, differentiated(i, outputs, targets, not (last and i == tasks[-1]), output_grads)
 
 
-def _there(g: Tensor | None) -> Tensor:
-    assert g is not None, "tasks are grouped by what they reach"
+def _not_none(g: Tensor | None) -> Tensor:
+    assert g is not None, "tasks are grouped by the features that they reach"
     return g
 
 

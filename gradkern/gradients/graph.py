@@ -1,4 +1,4 @@
-"""What a step has to know of the autograd graphs before it runs them: each node is looked at once."""
+"""Searches of autograd graphs before a step runs them. Each search visits a node once."""
 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -10,13 +10,13 @@ Edge = tuple[Node, int]
 
 
 def freeable(losses: Sequence[object], cut: Collection[Edge] = (), argument: str = "losses") -> list[bool]:
-    """Whether the graph of each loss may be freed when its own backward pass is done; entries that are no tensors may.
+    """Return for each loss whether its own backward pass may free its graph; True for entries that are not tensors.
 
-    Losses that share nodes form a cluster (parameters do not count: they hold no activations), and the last of a
-    cluster frees what it shares. Graphs end at the edges ``cut``; ``argument`` is what the user calls ``losses``.
+    Losses that share nodes form a cluster, and the last of a cluster frees the shared nodes. Parameters do not count,
+    because they hold no activations. Graphs end at the edges ``cut``. Error messages call ``losses`` ``argument``.
 
     Raises:
-        ValueError: a graph holds reentrant activation checkpointing, which cannot be asked for gradients.
+        ValueError: a graph holds reentrant activation checkpointing, for which autograd.grad cannot compute gradients.
     """
     cluster = list(range(len(losses)))  # union-find: every loss leads to the latest one of its cluster
     owner: dict[Node, int] = {}
@@ -43,37 +43,37 @@ def freeable(losses: Sequence[object], cut: Collection[Edge] = (), argument: str
 def refuse_reentrant(i: int, loss: Tensor) -> None:
     """Raise ValueError if the graph of ``losses[i]`` holds reentrant activation checkpointing.
 
-    It hides the parameters it uses: asked for their gradients, autograd would say that no loss reaches them.
+    Such checkpointing hides the parameters it uses, and autograd would report that the loss does not reach them.
     """
     for node in _nodes(loss, ()):
         _refuse_reentrant(f"losses[{i}]", node)
 
 
 def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
-    """The leaf tensors that ``loss`` was computed from and that require grad; nearest to the loss first."""
+    """Yield the leaf tensors that ``loss`` was computed from and that require grad, the nearest first."""
     return (leaf for node in _nodes(loss, (), cut) if (leaf := _leaf(node)) is not None)
 
 
 def edge(x: Tensor) -> Edge:
-    """Where ``x`` hangs in its graph: a node of several outputs is several edges."""
+    """Return the edge that ``x`` is in its graph: a node, and the number of the node's output."""
     found = get_gradient_edge(x)
     return found.node, found.output_nr
 
 
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
-    """Whether ``x`` was computed from what hangs at one of ``edges``."""
+    """Return whether ``x`` was computed from a tensor at one of ``edges``."""
     return any((n, k) in edges for node in _nodes(x, ()) for n, k in node.next_functions)
 
 
 def _nodes(loss: Tensor, known: Collection[Node], cut: Collection[Edge] = ()) -> Iterator[Node]:
-    """The nodes below ``loss``, depth first, each once; nothing below a known one that is no leaf, nor at ``cut``."""
+    """Yield each node below ``loss`` once, depth first, but none below ``known`` nodes or from the edges ``cut`` on."""
     root, k = edge(loss)
     stack, seen = ([] if (root, k) in cut else [root]), {root}
     while stack:
         node = stack.pop()
-        follow = node not in known
+        is_new = node not in known  # before the caller adds it
         yield node
-        if follow:
+        if is_new:
             below = [n for n, k in node.next_functions if n is not None and n not in seen and (n, k) not in cut]
             seen.update(below)
             stack.extend(below)

@@ -17,34 +17,34 @@ class Source(Protocol):
     """A source of the task gradients of a step."""
 
     def open(self, device: torch.device) -> None:
-        """Check the source, whose gradients have to be on ``device``."""
+        """Check the source; its gradients must be on ``device``."""
 
     @property
     def present(self) -> list[bool]:
-        """Which tasks have a gradient in this step."""
+        """A flag for each task: whether it has a gradient in this step."""
 
     @property
     def values(self) -> list[Tensor | None]:
-        """The losses of the tasks, detached, once their gradients have been taken; None for an absent task."""
+        """The losses of the tasks, detached, once their gradients have been computed; None for an absent task."""
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """Give each present task's gradients for ``targets``, one task after another."""
+        """Yield each present task's number and its gradients for ``targets``, one task after another."""
 
 
 class Losses:
-    """Losses of a step, whose task gradients come from a backward pass each.
+    """The losses of a step. Each task's gradients come from a backward pass of its own.
 
     Args:
         losses: one entry per task.
         retain_graph: keep all graphs.
 
     Attributes:
-        entries: the losses as a list, once it is open.
+        entries: the losses as a list, after :meth:`open`.
         values: as for :class:`Source`.
     """
 
     one_graph_each = True
-    """Whether each callable makes a graph of its own, so that one is alive at a time."""
+    """Whether each callable makes a graph of its own, so that only one graph is alive at a time."""
 
     def __init__(self, losses: Sequence[Loss], retain_graph: bool) -> None:
         self.given = losses
@@ -54,11 +54,11 @@ class Losses:
         self.device = torch.device("cpu")
 
     def open(self, device: torch.device) -> None:
-        """Check the losses, as far as can be told before a callable has run.
+        """Check the losses, as far as possible before callables run.
 
         Raises:
-            TypeError, ValueError: they are no sequence, empty, without any task, or hold an entry that is no loss on
-                ``device``.
+            TypeError, ValueError: the losses are not a sequence, are empty, have no task present, or hold an entry that
+                is not a loss on ``device``.
         """
         if isinstance(self.given, Tensor) or not isinstance(self.given, Iterable):
             raise TypeError(f"losses must be a sequence with one entry per task, got {type(self.given).__name__}")
@@ -75,19 +75,19 @@ class Losses:
 
     @property
     def present(self) -> list[bool]:
-        """Which tasks have a loss in this step."""
+        """A flag for each task: whether it has a loss in this step."""
         return [loss is not None for loss in self.entries]
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """Run each present task's backward pass in turn, its graph freed before the next as far as nobody needs it.
+        """Run each present task's backward pass in turn. Each frees the part of its graph that no later pass needs.
 
         Args:
-            targets: the tensors to differentiate by.
+            targets: the tensors to differentiate with respect to.
         """
         return self.weighted_passes(targets, None)
 
     def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None) -> Iterator[Pass]:
-        """Run :meth:`passes`, each of which starts from the task's weight; None for 1."""
+        """Run :meth:`passes` with each task's loss times its weight; None for weights of 1."""
         free = graph.freeable(self.entries)
         for i, value in self.graphs():
             seed = None if weights is None else [torch.full_like(value, weights[i])]
@@ -95,10 +95,10 @@ class Losses:
             if all(g is None for g in grads):
                 raise unreached(i)
             yield i, grads
-            del value, grads  # a callable's graph ends here, and gradients that are not kept
+            del value, grads  # frees a callable's graph, and gradients that the caller does not keep
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
-        """Give each present task's number and loss, with its graph; callables run as their turn comes."""
+        """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""
         for i, loss in enumerate(self.entries):
             if loss is None:
                 continue
@@ -121,13 +121,13 @@ def differentiated(
     retain_graph: bool,
     grads: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor | None]:
-    """Return the gradients of task ``i``'s ``outputs`` for ``targets``, None for one not reached.
+    """Return the gradients of task ``i``'s ``outputs`` with respect to ``targets``, None for a target not reached.
 
     Args:
-        grads: the gradients by the outputs; None for ones.
+        grads: the gradients with respect to the outputs; None for ones.
     """
     try:
-        found = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
+        result = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
         if "donated buffer" not in str(error):
             raise
@@ -135,9 +135,9 @@ def differentiated(
             f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
             "activations. Pass losses as callables, each with a forward pass of its own; or, before anything is "
             "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
-            "name of your own, without which torch's cache on disk gives the same code again, and wrong gradients"
+            "name of your own. Without that name torch's cache on disk returns the same code, with wrong gradients"
         ) from error
-    return aliasing.copies(found)
+    return aliasing.copies(result)
 
 
 def unreached(i: int) -> ValueError:
@@ -160,7 +160,7 @@ def _check(i: int, loss: object, device: torch.device) -> Tensor:
 
 
 def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """Return (T,) on the device of ``like``; float64 if any loss is, else float32; NaN for an absent task."""
+    """Return the losses, (T,), on ``like``'s device; float64 if any loss is, else float32; NaN for an absent task."""
     present = [loss for loss in losses if loss is not None]
     dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in present) else torch.float32
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)

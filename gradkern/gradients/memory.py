@@ -1,7 +1,8 @@
-"""The last gradient of each task, for steps that bring some tasks only (Rhapsody on a Theme of Gradient Surgery, §3.2).
+"""The last gradient of each task, for steps with some of the tasks (Rhapsody on a Theme of Gradient Surgery, §3.2).
 
-An absent task takes part with the gradient of its last step, before its first with zeros: the present tasks' gradients
-are modified against it, and only they are added up. The gradients are kept as autograd gave them, and not copied.
+An absent task takes part with the gradient of its last step, or with zeros before its first. The present tasks'
+gradients are modified against it, and the update sums only the present tasks' gradients. The gradients are kept as
+autograd returned them, and not copied.
 """
 
 from collections.abc import Sequence
@@ -17,24 +18,24 @@ Row = dict[Tensor, Tensor]
 
 
 class Memory:
-    """The rows that an optimizer remembers, one of each of T tasks, from the first step on."""
+    """The gradients that an optimizer remembers: one row for each of T tasks, from the first step on."""
 
     def __init__(self) -> None:
         self._rows: list[Row] = []
 
     def check(self, n_tasks: int) -> None:
-        """Raise ValueError if the steps so far were of another number of tasks."""
+        """Raise ValueError if earlier steps had another number of tasks."""
         if self._rows and len(self._rows) != n_tasks:
             raise ValueError(f"losses has {n_tasks} entries; the steps remembered had {len(self._rows)}")
 
     def recall(
         self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
     ) -> list[Sequence[Tensor | None]]:
-        """Return ``grads``, T rows over ``params``, with the remembered rows in place of the absent ones."""
+        """Return ``grads``, T rows over ``params``, with remembered rows in place of those of absent tasks."""
         known = list(grads)
         for t, row in enumerate(self._rows):
             if not present[t]:
-                # A parameter may since have got other strides, another dtype or device.
+                # The parameter's strides, dtype or device may have changed since.
                 old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
                 known[t] = readable(old, params)
         return known
@@ -42,21 +43,21 @@ class Memory:
     def remember(
         self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
     ) -> None:
-        """Keep the present tasks' rows in place of their last ones."""
+        """Replace the remembered rows of the present tasks by those of this step."""
         self._rows = self._rows or [{} for _ in present]
-        for t, here in enumerate(present):
-            if here:
-                self._rows[t] = {p: _alone(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
+        for t, is_present in enumerate(present):
+            if is_present:
+                self._rows[t] = {p: _compact(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
 
     def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """Return T rows of one gradient, or None, for each of ``params``."""
+        """Return T rows, which hold a gradient or None for each of ``params``."""
         return [[row.get(p) for p in params] for row in self._rows]
 
     def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
-        """Load a :meth:`state_dict`, moved to where the parameters are.
+        """Load a :meth:`state_dict`, and move it to the parameters' devices.
 
         Raises:
-            ValueError: it is not of that form, or not of these parameters. Nothing has changed then.
+            ValueError: ``state`` has another form, or belongs to other parameters. Nothing has changed then.
         """
         if not isinstance(state, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in state):
             raise ValueError(f"the memory to load must be lists of gradients, one for each task; got {state!r:.200}")
@@ -72,8 +73,8 @@ class Memory:
         self._rows = loaded
 
 
-def _alone(g: Tensor) -> Tensor:
-    """Return ``g``, or a copy of it if it would keep alive the memory of a larger tensor that it is a view of."""
+def _compact(g: Tensor) -> Tensor:
+    """Return ``g``, or a copy if ``g`` is a view that would keep the memory of a larger tensor alive."""
     if g.layout != torch.strided or g.untyped_storage().nbytes() <= g.numel() * g.element_size():
         return g
     return g.clone()
@@ -82,11 +83,11 @@ def _alone(g: Tensor) -> Tensor:
 def bools_on(values: Sequence[bool], device: torch.device) -> Tensor:
     """Return ``values`` as (T,) bool on ``device``.
 
-    It is filled there: a copy from the host waits, and a captured graph loses it.
+    The device fills it in: a copy from the host would wait, and a captured graph would lose it.
     """
-    often = sum(values) > len(values) / 2
-    result = torch.full((len(values),), often, dtype=torch.bool, device=device)
+    majority = sum(values) > len(values) / 2
+    result = torch.full((len(values),), majority, dtype=torch.bool, device=device)
     for i, value in enumerate(values):
-        if value != often:
+        if value != majority:
             result[i].fill_(value)
     return result

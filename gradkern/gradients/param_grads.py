@@ -1,7 +1,7 @@
-"""The task gradients of a step by parameter, read where autograd left them.
+"""The task gradients of a step, grouped by parameter and read where autograd left them.
 
-Autograd promises no layout: a gradient may be expanded, permuted, sparse, or share its storage with another. One that
-lies as its parameter does is read in place; any other is copied to the parameter's strides, that one alone.
+Autograd promises no layout: a gradient may be expanded, permuted, sparse, or share its storage with another. A gradient
+with its parameter's strides is read in place. Any other gradient is copied to the parameter's strides.
 """
 
 from collections import Counter
@@ -17,11 +17,11 @@ class ParamGrads:
     """The T gradients of one parameter, None where a task does not reach it.
 
     Attributes:
-        dtype: of the gradients, and so of ``.grad``.
-        segment: the parameter's group, or None for an unshared one, which gets the plain sum.
-        unit: the number of the first unit of gradient suppression in it; -1 for one that is never masked.
-        sparse: all gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
-        free: one of the gradients, to be overwritten with the result; None if all are needed elsewhere.
+        dtype: the dtype of the gradients, and so of ``.grad``.
+        segment: the parameter's group, or None for an unshared parameter, which gets the sum of its gradients.
+        unit: the number of the parameter's first unit of gradient suppression; -1 if it is never masked.
+        sparse: whether all gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
+        free: a gradient that may be overwritten with the result; None if all are needed elsewhere.
     """
 
     param: Tensor
@@ -34,16 +34,16 @@ class ParamGrads:
 
     @property
     def own(self) -> Tensor | None:
-        """The one gradient of an unshared parameter that one task alone reaches."""
+        """The only gradient of an unshared parameter that one task alone reaches; None for any other parameter."""
         present = [g for g in self.grads if g is not None]
         return present[0] if self.segment is None and len(present) == 1 else None
 
     def result(self) -> Tensor:
-        """Return memory for the result, laid out as a new ``.grad``: that of a free gradient, else new."""
+        """Return memory for the result, laid out as a new ``.grad``: a free gradient's, or new memory."""
         return torch.empty_like(self.param, dtype=self.dtype) if self.free is None else self.free
 
     def dense(self) -> "ParamGrads":
-        """Return the same, with sparse gradients made dense."""
+        """Return these gradients, with dense copies of sparse ones."""
         if not self.sparse:
             return self
         return replace(self, grads=[None if g is None else laid_out(g, self.param) for g in self.grads], sparse=False)
@@ -51,11 +51,11 @@ class ParamGrads:
 
 @dataclass(frozen=True)
 class Placement:
-    """The places of n parameters in a step.
+    """The groups and the suppression units of n parameters.
 
     Attributes:
         segments: the group of each parameter, None for an unshared one.
-        units: the first unit of suppression of each parameter.
+        units: the number of each parameter's first unit of suppression.
     """
 
     segments: Sequence[int | None]
@@ -63,9 +63,9 @@ class Placement:
 
 
 def readable(grads: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return one task's gradients, with copies of those that do not lie as a new ``.grad`` would.
+    """Return one task's gradients, with copies of those whose layout differs from that of a new ``.grad``.
 
-    Sparse ones stay as they are. To be called pass by pass: then no more than one task's gradients are ever alive
+    Sparse ones stay as they are. Call it after each backward pass, so that at most one task's gradients are alive
     beside their copies.
     """
     return [None if g is None else _readable(g, p) for g, p in zip(grads, params, strict=True)]
@@ -78,13 +78,13 @@ def by_parameter(
 
     Args:
         params: n parameters.
-        grads: ``grads[t][k]`` belongs to task t and ``params[k]``; as :func:`readable` gives those of a source's
-            passes, which copy gradients that somebody else holds.
-        places: where the parameters belong.
-        overwrite: whether nobody needs ``grads`` once they are combined.
+        grads: ``grads[t][k]`` is the gradient of task t for ``params[k]``, as :func:`readable` returns it. A source's
+            passes have already copied the gradients that something else refers to.
+        places: the groups and units of the parameters.
+        overwrite: whether ``grads`` may be overwritten once they are combined.
     """
-    times = Counter(id(g) for row in grads for g in row)
-    found = []
+    occurrences = Counter(id(g) for row in grads for g in row)
+    columns = []
     for k, (p, segment) in enumerate(zip(params, places.segments, strict=True)):
         column = [row[k] for row in grads]
         present = [g for g in column if g is not None]
@@ -96,24 +96,24 @@ def by_parameter(
         unit = -1 if segment is None else places.units[k]
         free = None
         if overwrite and not sparse:
-            free = next((g for g in present if times[id(g)] == 1 and has_its_memory_alone(g)), None)
-        found.append(ParamGrads(p, column, _grad_dtype(p), segment, unit, sparse, free))
-    return found
+            free = next((g for g in present if occurrences[id(g)] == 1 and owns_its_storage(g)), None)
+        columns.append(ParamGrads(p, column, _grad_dtype(p), segment, unit, sparse, free))
+    return columns
 
 
 def row_major(columns: Sequence[ParamGrads]) -> list[Tensor | None]:
-    """Return the gradients task by task, as the operators take them."""
+    """Return all gradients in one list, task by task, as the operators take them."""
     return [g for row in zip(*(c.grads for c in columns), strict=True) for g in row]
 
 
 def own_gradients(columns: Sequence[ParamGrads]) -> dict[Tensor, Tensor]:
-    """Return the results of the parameters that one task alone reaches: their gradients themselves."""
-    alone = [(c, own) for c in columns if (own := c.own) is not None]
-    return {c.param: owned(own, c.param) if c.free is None else own for c, own in alone}
+    """Return the results of unshared parameters that one task alone reaches: its gradients."""
+    single = [(c, own) for c in columns if (own := c.own) is not None]
+    return {c.param: owned(own, c.param) if c.free is None else own for c, own in single}
 
 
-def has_its_memory_alone(g: Tensor) -> bool:
-    """Return whether ``g``, which nobody else holds, is no part of a larger tensor, and its memory is PyTorch's."""
+def owns_its_storage(g: Tensor) -> bool:
+    """Return whether ``g``, a tensor with no other references, fills its storage and PyTorch manages that storage."""
     if g.is_sparse:
         return False
     storage = g.untyped_storage()
@@ -121,19 +121,19 @@ def has_its_memory_alone(g: Tensor) -> bool:
 
 
 def added(total: Tensor | None, g: Tensor) -> Tensor:
-    """Return ``total + g`` in a new tensor, whichever of them is sparse."""
+    """Return ``total + g``, where either may be sparse; ``g`` itself if ``total`` is None."""
     if total is None:
         return g
-    return g + total if total.is_sparse else total + g  # a sparse tensor cannot take a dense one in
+    return g + total if total.is_sparse else total + g  # torch does not add a dense tensor to a sparse one
 
 
 def owned(g: Tensor, p: Tensor) -> Tensor:
-    """Return a copy of ``g`` that nobody else holds, laid out as a new ``.grad`` of ``p``; sparse if ``g`` is."""
+    """Return a copy of ``g`` with its own memory, laid out as a new ``.grad`` of ``p``; sparse if ``g`` is."""
     return g.clone() if g.is_sparse else laid_out(g, p)
 
 
 def new_grad_stride(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of a new ``.grad``: the parameter's own where it is dense, else a contiguous tensor's."""
+    """Return the strides of a new ``.grad``: the parameter's own if it is dense, else a contiguous tensor's."""
     return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
 
 
@@ -150,5 +150,5 @@ def _readable(g: Tensor, p: Tensor) -> Tensor:
 
 
 def _grad_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype of ``.grad``; since torch 2.10 a parameter may ask for another one than its own."""
+    """Return the dtype of ``.grad``; since torch 2.10 it may differ from the parameter's own dtype."""
     return getattr(p, "grad_dtype", None) or p.dtype

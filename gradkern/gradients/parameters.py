@@ -16,12 +16,12 @@ Groups = str | Callable[[str], Hashable]
 
 @dataclass(frozen=True)
 class Parameters:
-    """All parameters given, frozen ones too, so that freezing never renumbers a group.
+    """All given parameters. Frozen ones are included, so that freezing never renumbers a group.
 
     Attributes:
         tensors: n leaf tensors.
-        names: their names, or None where the user gave tensors only.
-        argument: the name of the argument that they came in.
+        names: their names, or None if the user gave tensors only.
+        argument: the name of the argument that held them.
     """
 
     tensors: list[Tensor]
@@ -29,7 +29,7 @@ class Parameters:
     argument: str
 
     def name(self, k: int) -> str:
-        """Return what an error message calls parameter k."""
+        """Return the name of parameter k for error messages."""
         return f"{self.argument}[{k}]" if self.names is None else repr(self.names[k])
 
 
@@ -37,10 +37,10 @@ def parameters(params: Params) -> Parameters:
     """Read ``params`` in any of its forms and check every tensor.
 
     Raises:
-        TypeError: not a Module, tensors or (name, tensor) pairs; a tensor of a dtype that has no gradient surgery;
-            a DTensor.
-        ValueError: empty, a tensor given twice, one that is no leaf, trainable ones on several devices, or an expanded
-            ``.grad``.
+        TypeError: ``params`` is not a Module, tensors or (name, tensor) pairs; a tensor has a dtype that gradient
+            surgery does not support, or is a DTensor.
+        ValueError: ``params`` is empty, or has a tensor twice, a tensor that is not a leaf, trainable tensors on
+            several devices, or an expanded ``.grad``.
     """
     given = read("params", params)
     if not given.tensors:
@@ -75,15 +75,17 @@ def read(argument: str, params: Params) -> Parameters:
         if not isinstance(p, Tensor):
             raise TypeError(f"{argument}[{k}] must be a tensor or a (name, tensor) pair, got {type(p).__name__}")
     if any(pairs) and not all(pairs):
-        raise TypeError(f"{argument} mixes tensors with (name, tensor) pairs; {argument}[{pairs.index(False)}] is bare")
+        raise TypeError(
+            f"{argument} mixes tensors with (name, tensor) pairs; {argument}[{pairs.index(False)}] is unnamed"
+        )
     return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None, argument)
 
 
 def subset(shared: Params, given: Parameters) -> set[Tensor]:
-    """Return ``shared``, in any form, as a set of tensors of ``given``.
+    """Return the tensors of ``shared``, which has any form of ``params``, as a set.
 
     Raises:
-        TypeError, ValueError: not in a form of ``params``, or holding a tensor that is not among them.
+        TypeError, ValueError: ``shared`` has no form of ``params``, or holds a tensor that is not in ``given``.
     """
     chosen = read("shared", shared)
     known = set(given.tensors)
@@ -100,7 +102,7 @@ def _check(given: Parameters, k: int, p: Tensor) -> None:
         raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
     if p.grad is not None and not p.grad.is_sparse and _has_overlap(p.grad):
         raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {p.grad.stride()}")
-    dtensor = sys.modules.get("torch.distributed.tensor")  # a DTensor cannot exist before this is imported
+    dtensor = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
     if dtensor is not None and isinstance(p, dtensor.DTensor):
         raise TypeError(
             f"params must not be DTensors; {given.name(k)} is one: the dot products of its shards would be "
@@ -117,7 +119,7 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
 
     Raises:
         TypeError: ``groups`` is neither a string nor a function.
-        ValueError: an unknown string, or groups that need names where there are none.
+        ValueError: ``groups`` is an unknown string, or needs names that ``given`` does not have.
     """
     n = len(given.tensors)
     if not isinstance(groups, str) and not callable(groups):
@@ -137,9 +139,7 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
     for name in given.names:
         group = group_of(name)
         if not isinstance(group, Hashable) or isinstance(group, Tensor):
-            raise TypeError(
-                f"groups must give something that can be told apart and hashed; gave {group!r} for {name!r}"
-            )
+            raise TypeError(f"groups must give hashable values that are not tensors; gave {group!r} for {name!r}")
         numbered.append(numbers.setdefault(group, len(numbers)))
     return numbered, len(numbers)
 
@@ -150,15 +150,15 @@ def _owning_module(name: str) -> str:
 
 @dataclass(frozen=True)
 class Targets:
-    """The trained parameters of a step: their groups, and whether tasks share them.
+    """The trainable parameters of a step, their groups, and the rule for which of them are shared.
 
     Attributes:
         given: all parameters given, frozen ones too.
         tensors: n parameters that require grad.
-        places: the place of each among all parameters given.
+        places: the index of each among all given parameters.
         segments: the group of each.
-        n_segments: S, the number of groups of all parameters given.
-        named: the shared parameters, where the user names them; None for those that two tasks reach.
+        n_segments: S, the number of groups of all given parameters.
+        named: the shared parameters, if the user names them; None if those that two tasks reach are shared.
     """
 
     given: list[Tensor]
@@ -170,7 +170,7 @@ class Targets:
 
     @classmethod
     def of(cls, params: Params, groups: Groups, shared: Params | None) -> "Targets":
-        """Read and check what the user gave.
+        """Read and check the user's arguments.
 
         Raises:
             TypeError, ValueError: as :func:`parameters`, :func:`segments` and :func:`subset`.
@@ -188,7 +188,7 @@ class Targets:
         return self.tensors[0].device
 
     def are_shared(self, grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
-        """Return which parameters are under surgery: those named, else those that at least two tasks reach.
+        """Return whether each parameter is shared: named, or if none are named, reached by at least two tasks.
 
         Args:
             grads: T rows of n gradients, None where a task does not reach a parameter.

@@ -1,4 +1,4 @@
-"""The source of a step's task gradients, by what the user gives: losses, or losses on features."""
+"""The choice of a step's source of task gradients: losses, or losses on features."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from gradkern.gradients.losses import Loss, Losses
 
 
 def from_losses(losses: Sequence[Loss], features: Features | None, batched: bool, retain_graph: bool) -> Losses:
-    """Return the source; arguments are as for :func:`gradkern.backward`, and are checked when it is opened.
+    """Return the source. Arguments are as for :func:`gradkern.backward`; opening the source checks them.
 
     Raises:
         ValueError: ``batched`` without ``features``.
@@ -15,5 +15,5 @@ def from_losses(losses: Sequence[Loss], features: Features | None, batched: bool
     if features is not None:
         return LossesOnFeatures(losses, features, batched, retain_graph)
     if batched:
-        raise ValueError("batched=True needs features: what all tasks share, below which they can go together")
+        raise ValueError("batched=True needs features, the output of the trunk that all tasks share")
     return Losses(losses, retain_graph)

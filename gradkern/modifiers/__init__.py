@@ -1,1 +1,1 @@
-"""Modifiers change a step beside any method: gradient suppression and the learning rate by conflict."""
+"""Modifiers of a step that work with any method: gradient suppression and the learning rate by conflict."""

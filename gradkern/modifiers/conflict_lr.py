@@ -1,10 +1,10 @@
-"""The learning rate by conflict (Rhapsody on a Theme of Gradient Surgery, §3.4): how far a step goes.
+"""The learning rate by conflict (Rhapsody on a Theme of Gradient Surgery, §3.4) scales the length of a step.
 
-The step is scaled and not the gradient, whose scale Adam and its relatives divide out again:
+It scales the step and not the gradient, because Adam and its relatives divide out the gradient's scale:
 
     θ ← θ_before + κ (θ_after - θ_before)       around the step of any optimizer
 
-which is its step with lr κ, decoupled weight decay included. κ stays on the device.
+This equals the optimizer's step with learning rate lr κ, including decoupled weight decay. κ stays on the device.
 """
 
 import torch
@@ -17,15 +17,15 @@ REDUCTIONS = ("mean", "min")
 
 
 class ConflictLR:
-    """Scale each step by κ = 1 + φ or 1 - φ, φ the cosine of the tasks' gradients over all shared parameters.
+    """Scales each step by κ = 1 + φ or 1 - φ, where φ is the cosine of the task gradients over all shared parameters.
 
-    Of these it takes the entries that the method's dot products take: all, but for ``Suppression(scope="all")`` and
-    ``GradAttention(update="subset")``.
+    φ takes the same entries as the method's dot products: all entries, except with ``Suppression(scope="all")`` and
+    with ``GradAttention(update="subset")``.
 
     Args:
-        mode: "attenuate", κ = 1 + φ, takes smaller steps under conflict; "amplify", κ = 1 - φ, larger ones.
-        reduce: what φ is with more than two tasks: the "mean" over the pairs of tasks whose gradients are not zero, or
-            the "min".
+        mode: "attenuate" takes smaller steps under conflict, κ = 1 + φ; "amplify" takes larger steps, κ = 1 - φ.
+        reduce: the reduction to φ of the cosines of more than two tasks: the "mean" over the pairs of tasks whose
+            gradients are not zero, or the "min".
     """
 
     def __init__(self, mode: str = "attenuate", reduce: str = "mean") -> None:
@@ -37,14 +37,14 @@ class ConflictLR:
         self.reduce = reduce
 
     def scale(self, M: Tensor) -> Tensor:
-        """κ of the whole model's Gramian.
+        """Return κ of the whole model's Gramian.
 
         Args:
             M: (T, T), float32 or float64.
 
         Returns:
-            (), of M's dtype and on its device; 1 where there is no pair of gradients that are not zero, or a dot
-            product is not finite.
+            (), of M's dtype and on its device; 1 if no two gradients are nonzero, or if a dot product is not
+            finite.
         """
         nonzero = M.diagonal() != 0
         pairs = (nonzero.unsqueeze(-1) & nonzero).triu(1)
@@ -62,9 +62,9 @@ class ConflictLR:
 
 @torch.no_grad()
 def rescale(params: list[Tensor], before: list[Tensor], kappa: Tensor) -> None:
-    """Leave ``params``, which an optimizer has moved from ``before``, κ of the way; ``before`` is overwritten.
+    """Scale by κ the step that an optimizer took from ``before`` to ``params``; ``before`` is overwritten.
 
-    As θ_after + (1 - κ) (θ_before - θ_after): the difference of neighbouring numbers rounds nothing, and at κ = 1 the
+    It computes θ_after + (1 - κ) (θ_before - θ_after): the difference of nearby numbers is exact, and with κ = 1 the
     step is the optimizer's to the last bit.
     """
     torch._foreach_sub_(before, params)

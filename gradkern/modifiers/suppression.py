@@ -1,7 +1,8 @@
-"""Gradient suppression: entries of the gradients dropped at random, by a counter-based random stream.
+"""Gradient suppression drops entries of the gradients at random, by a counter-based random stream.
 
-Which entries a step drops is a function of seed, step and position, evaluated wherever it is needed: no mask is stored,
-the Gramian and the combination of a step draw the same one, and so does a run that is resumed.
+Seed, step and position decide whether an entry is dropped, and this function is evaluated wherever it is needed. So no
+mask is stored, the Gramian and the combination of a step use the same mask, and a resumed run continues with the same
+masks.
 """
 
 from collections.abc import Sequence
@@ -15,10 +16,10 @@ SCOPES = ("update", "all")
 
 
 class MaskState(NamedTuple):
-    """The mask of a step over whatever parameters; see :class:`gradkern.ops.arguments.Mask`.
+    """The mask of a step, for any parameters; see :class:`gradkern.ops.arguments.Mask`.
 
     Attributes:
-        block: entries of a unit.
+        block: the number of entries of a unit.
         state: (3,) int64, on the device: seed, step and threshold.
     """
 
@@ -26,30 +27,32 @@ class MaskState(NamedTuple):
     state: Tensor
 
     def advance(self) -> None:
-        """Go on to the next step, on the device, so that a captured CUDA graph does at each replay."""
+        """Move to the next step. The device does it, so each replay of a captured CUDA graph does it too."""
         self.state[1].add_(1)
 
 
 class Suppression:
-    """Suppress shared parameters' gradients at random (Rhapsody on a Theme of Gradient Surgery, §3.5), beside a method.
+    """Suppresses shared parameters' gradients at random, with any method.
 
-    Each step drops every entry with probability ``p``, the same entries for all tasks, and the rest is updated as
-    usual. A dropped entry's gradient is exactly 0: momentum and weight decay still move the parameter. Parameters that
-    one loss alone reaches are never masked; where steps bring one task at a time, ``shared=`` tells which are shared.
-    Each call of ``backward`` is a step.
+    See Rhapsody on a Theme of Gradient Surgery, §3.5.
+
+    Each step drops every entry with probability ``p``, the same entries for all tasks, and updates the rest as usual.
+    A dropped entry's gradient is exactly 0: momentum and weight decay still move the parameter. Parameters that only
+    one loss reaches are never masked. If each step has one task only, name the shared parameters by ``shared=``. Each
+    call of ``backward`` is a step.
 
     Args:
         p: the probability that an entry is dropped, from 0 to below 1. The report tries 0.30, 0.45 and 0.60.
-        block: how many neighbouring entries of a parameter, as they lie in memory, are kept or dropped together. 1 is
-            the report's; from 128 on memory traffic really falls with ``p``, for dropped blocks are never loaded;
-            powers of two are fastest.
-        scope: "update", the report's: dot products over all entries, and a masked update; or "all": dot products over
-            the kept entries too, so that dropped ones are never read.
+        block: the number of neighbouring entries of a parameter, in memory order, that are kept or dropped together.
+            The report uses 1. From 128 on, memory traffic falls with ``p``, because dropped blocks are never loaded.
+            Powers of two are fastest.
+        scope: "update", as in the report, masks the update but takes dot products over all entries; "all" takes dot
+            products over the kept entries only, so that dropped ones are never read.
         seed: from 0 to 2⁶⁴ - 1; None to draw one from torch's default generator.
     """
 
     def __init__(self, p: float, block: int = 1, scope: str = "update", seed: int | None = None) -> None:
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:  # NaN is not
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:  # NaN fails this too
             raise ValueError(f"p must be a number from 0 to below 1, got {p!r}")
         if isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= 2**30:
             raise ValueError(f"block must be an integer from 1 to 2**30, got {block!r}")
@@ -64,27 +67,27 @@ class Suppression:
         self._state = self._fresh(seed, 0)
 
     def mask(self, device: torch.device) -> MaskState:
-        """Return the mask of the present step, on ``device``."""
+        """Return the mask of the current step, on ``device``."""
         if device.type == "meta":
-            return MaskState(self.block, self._state.to(device))  # a step without numbers leaves no trace
+            return MaskState(self.block, self._state.to(device))  # a step without numbers changes no state
         if self._state.device != device:
             self._state = self._state.to(device)  # once, at the first step
         return MaskState(self.block, self._state)
 
     def first_units(self, numels: Sequence[int]) -> list[int]:
-        """Return the number of each parameter's first unit: ⌈numel / block⌉ units each, in whole fours."""
+        """Return the number of each parameter's first unit. Its ⌈numel / block⌉ units are rounded up to fours."""
         fours = [-(-numel // (4 * self.block)) for numel in numels]
         return [4 * n for n in accumulate(fours, initial=0)][:-1]
 
     def state_dict(self) -> dict[str, int]:
-        """Return seed and step: the place where the stream of masks goes on."""
+        """Return seed and step, the current position in the stream of masks."""
         return {"seed": self.seed, "step": int(self._state[1])}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Continue from the position of a :meth:`state_dict`.
 
         Raises:
-            ValueError: it is not of that form. Nothing has changed then.
+            ValueError: ``state_dict`` has another form. Nothing has changed then.
         """
         if not isinstance(state_dict, dict) or set(state_dict) != {"seed", "step"}:
             raise ValueError(f"state_dict must hold 'seed' and 'step', got {state_dict!r}")

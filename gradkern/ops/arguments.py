@@ -1,4 +1,4 @@
-"""Arguments of the operators that belong together, each group one value."""
+"""Groups of operator arguments that belong together, each passed as one value."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,16 +37,16 @@ class Mask(NamedTuple):
     """
 
     units: Sequence[int]
-    """n numbers, the unit that each parameter starts with: a multiple of 4, or negative if it is not masked."""
+    """n numbers, the first unit of each parameter: a multiple of 4, or negative if the parameter is not masked."""
     block: int
-    """Entries of a unit."""
+    """The number of entries of a unit."""
     state: Tensor
-    """(3,) int64 on the device: seed, step and threshold. Nothing asks for their values, so that a captured CUDA graph
-    moves on with them."""
+    """(3,) int64 on the device: seed, step and threshold. The host never reads their values, so that each replay
+    of a captured CUDA graph uses the current ones."""
 
 
 class Projection(NamedTuple):
-    """A method that projects gradients onto those of partners: GradVac where there are targets, else PCGrad."""
+    """A method that projects gradients onto those of partners: GradVac if there are targets, else PCGrad."""
 
     order_keys: Tensor | None
     """As for the operators ``pcgrad`` and ``gradvac``."""
@@ -71,36 +71,36 @@ class AdamWState(NamedTuple):
     """exp_avg of all n parameters, then exp_avg_sq, then with amsgrad max_exp_avg_sq; in arithmetic dtype, laid out as
     ``params``."""
     steps: Sequence[Tensor]
-    """n float32 tensors of no dimension: the number of the step, this one counted."""
+    """n float32 tensors of no dimension: the number of steps, including this one."""
 
 
 class AdamWStep(NamedTuple):
     """The numbers of one step of AdamW."""
 
     found_inf: Tensor | None
-    """(), not 0 where nothing is to change."""
+    """(), not 0 if nothing must change."""
     lr_scale: Tensor | None
-    """(), multiplies lr."""
+    """(), a factor of lr."""
     hyperparameters: Sequence[float]
     """lr, beta1, beta2, weight_decay and eps."""
 
 
 def sample(grads: OptionalTensors) -> Tensor:
-    """Return any of the tensors, because all have the same dtype and device."""
+    """Return one of the tensors, which all have the same dtype and device."""
     for g in grads:
         if g is not None:
             return g
-    raise ValueError("grads holds no tensor: nothing tells their dtype and device")
+    raise ValueError("grads holds no tensor, so their dtype and device are unknown")
 
 
 def numels(tensors: OptionalTensors, n: int) -> list[int]:
-    """Return the number of elements of each of n parameters, 0 where none of its tensors is there.
+    """Return the number of elements of each of n parameters, 0 if all its tensors are None.
 
     Args:
         tensors: row-major, any number of rows of n.
         n: the number of parameters.
     """
-    # The first n are mostly there, and to look along all the others of hundreds of tensors takes 70 µs.
+    # Most of the first n are tensors, and a search through all the others, hundreds of tensors, takes 70 µs.
     return [
         g.numel() if g is not None else next((t.numel() for t in tensors[k::n] if t is not None), 0)
         for k, g in enumerate(tensors[:n])

@@ -1,11 +1,12 @@
-"""Derivatives of the operators: each is one of the same operators again.
+"""Derivatives of the operators. Each derivative is one of the same operators.
 
     M = J Jᵀ     dJ = (G + Gᵀ) J
     g = wᵀ J     dJ = w gᵀ           dw = J g
     Y = W J      dJ = Wᵀ G           dW = G Jᵀ
     K = A Bᵀ     dA = G B            dB = Gᵀ A
 
-They are around the operators and not inside. K, the products of two matrices' rows, is there for them only.
+Autograd functions wrap the operators, which record nothing themselves. K, the products of two matrices' rows, exists
+for the derivatives only.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ _cross_op = operators.cross.overload
 
 
 class _Operator(torch.autograd.Function):
-    """All operators save their arguments. Made so that ``torch.func`` differentiates them in reverse too."""
+    """Saves an operator's arguments, in the form that lets ``torch.func`` differentiate in reverse mode too."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -82,17 +83,17 @@ class _Cross(_Operator):
 
 
 def gramian(J: Tensor, offsets: Tensor | None) -> Tensor:
-    """M = J Jᵀ."""
+    """Compute M = J Jᵀ, differentiable."""
     return _Gramian.apply(J, offsets) if recording(J) else _gramian_op(J, offsets)
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None) -> Tensor:
-    """g = wᵀ J."""
+    """Compute g = wᵀ J, differentiable."""
     return _Combine.apply(J, w, offsets) if recording(J) or recording(w) else _combine_op(J, w, offsets)
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None) -> Tensor:
-    """Y = W J."""
+    """Compute Y = W J, differentiable."""
     return _Project.apply(J, W, offsets) if recording(J) or recording(W) else _project_op(J, W, offsets)
 
 
@@ -101,7 +102,7 @@ def _cross(A: Tensor, B: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def recording(tensor: Tensor) -> bool:
-    """Whether a derivative in it may be asked for."""
-    # Under a transform of torch.func a tensor's own flag says nothing.
+    """Return whether autograd may differentiate with respect to ``tensor``."""
+    # Under a transform of torch.func a tensor's own flag is meaningless.
     wanted = tensor.requires_grad or torch._C._are_functorch_transforms_active()
     return wanted and torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""Back ends, and which of them serves a device."""
+"""The choice of the back end that serves a device."""
 
 from gradkern import ops
 from gradkern.ops.registry import DEFAULT, backends, load_backends
@@ -7,13 +7,13 @@ load_backends(ops)
 
 
 def backend(device_type: str) -> tuple[str, str]:
-    """Return the back end that serves tensors on devices of a type, and why.
+    """Return the name of the back end that serves devices of a type, and the reason.
 
     Args:
         device_type: such as "cpu" or "cuda".
 
     Returns:
-        "triton", "pytorch" or another back end's name, and a sentence.
+        "triton", "pytorch" or another back end's name, and a sentence that gives the reason.
     """
     default, found = backends[DEFAULT], backends.get(device_type)
     if found is None:

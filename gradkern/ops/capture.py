@@ -1,4 +1,4 @@
-"""CUDA graphs: what a captured one reads at each replay must be on the device beforehand, and stay there."""
+"""Capture of CUDA graphs: data that a graph reads at each replay must be on the device before, and stay there."""
 
 from typing import TypeVar
 
@@ -12,25 +12,25 @@ AnyTables = TypeVar("AnyTables", bound=Tables)
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether work on ``device`` is now recorded instead of done."""
+    """Return whether work on ``device`` is being captured instead of run."""
     if device.type != GPU:
         return False
-    if device.index == torch.cuda.current_device():  # as nearly always; to change the device costs more than to ask
+    if device.index == torch.cuda.current_device():  # the usual case; switching the device costs more than this check
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
 
-def keep(what: Tensor | Tables) -> None:
-    """Never let go of ``what``: nothing tells when the last graph that reads it is gone."""
-    _captured.append(what)
+def keep(data: Tensor | Tables) -> None:
+    """Keep ``data`` alive forever, because nothing reveals when the last graph that reads it is gone."""
+    _captured.append(data)
 
 
 def ready(tables: AnyTables, device: torch.device) -> AnyTables:
-    """``tables``, which a capture keeps, and must find on the device already.
+    """Return ``tables``; during a capture, keep them and require that they are on the device already.
 
     Raises:
-        RuntimeError: their first use falls into a capture, where nothing can be copied from pageable memory.
+        RuntimeError: their first use is during a capture, which cannot copy from pageable memory.
     """
     if capturing(device):
         if not tables.is_on(device):
@@ -40,7 +40,7 @@ def ready(tables: AnyTables, device: torch.device) -> AnyTables:
 
 
 def first_use(purpose: str) -> RuntimeError:
-    """The error for a step that has something to make, and cannot while it is captured."""
+    """Return the error for a step that must create something, and cannot while it is being captured."""
     return RuntimeError(f"a CUDA graph is being captured: run the same step once before, {purpose}")
 
 

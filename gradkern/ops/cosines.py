@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def cosines(M: Tensor) -> Tensor:
-    """φ_ij = M_ij / (√M_ii √M_jj), 0 where either gradient is zero; (..., T, T) like ``M``, and of its dtype."""
+    """Return φ_ij = M_ij / (√M_ii √M_jj), 0 where either gradient is zero: (..., T, T), of M's dtype."""
     norms = M.diagonal(dim1=-2, dim2=-1).sqrt()
     nonzero = (norms.unsqueeze(-1) != 0) & (norms.unsqueeze(-2) != 0)
-    # One root after the other: the product of two squared norms can overflow. Clamped: it may underflow too.
+    # Two divisions, because the product of two squared norms can overflow. Clamped, because it can underflow too.
     return torch.where(nonzero, (M / norms.unsqueeze(-1) / norms.unsqueeze(-2)).clamp(-1, 1), 0.0)

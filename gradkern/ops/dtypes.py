@@ -1,4 +1,4 @@
-"""Dtypes of gradients, and the dtypes in which they are computed."""
+"""The dtypes of gradients, and the dtypes of arithmetic on them."""
 
 import torch
 

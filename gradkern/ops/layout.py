@@ -1,9 +1,9 @@
-"""The virtual flat buffer: gradients stay where autograd left them, a table of tiles says where that is.
+"""The virtual flat buffer: gradients stay where autograd left them, and a table of tiles locates them.
 
 A parameter list (or a matrix cut by ``offsets``) is cut into tiles of at most ``TILE`` elements. No tile crosses a
 tensor or a segment, so a kernel that works on one tile needs one address per task, one length and one segment
-number. Tiles are sorted by segment; the tiles of a segment follow each other. Where elements are dropped or kept in
-units of ``block`` neighbours, a tile also needs to know where among the units it starts.
+number. Tiles are sorted by segment; the tiles of a segment follow each other. If elements are dropped or kept in
+units of ``block`` neighbours, a second table records the unit that each tile starts in.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 4096
-"""Elements of a tile: 16 KB of a float32 row. Large enough that its 32-byte table entry is free, small enough that
-a bias of 768 numbers wastes little of one."""
+"""The number of elements of a tile: 16 KB of a float32 row. A tile is large enough that its 32-byte table entry costs
+nothing, and small enough that a bias of 768 numbers wastes little of a tile."""
 
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """Tables that are the same in every step, each copied to a device once."""
+    """Tables that are the same in every step. Each is copied to a device once."""
 
     _on_device: dict[tuple[object, ...], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def is_on(self, device: torch.device) -> bool:
-        """Whether what every use needs is there already."""
+        """Return whether the tables that every use needs are on ``device`` already."""
         return (device,) in self._on_device
 
     def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
-        if key[0].type == "cpu":  # nothing to copy, and nothing to keep that a mode without numbers may have faked
+        if key[0].type == "cpu":  # nothing to copy, and FakeTensorMode would leave fake tensors in the cache
             return tuple(torch.from_numpy(table) for table in tables())
         if key not in self._on_device:
             self._on_device[key] = tuple(torch.from_numpy(table).to(key[0]) for table in tables())
@@ -41,13 +41,13 @@ class Tables:
 
 @dataclass(frozen=True, eq=False)
 class Layout(Tables):
-    """Tiles over ``n_segments`` segments. Made by :func:`tensor_layout` and :func:`column_layout`, never by hand.
+    """Tiles over ``n_segments`` segments. Made by :func:`tensor_layout` and :func:`column_layout`.
 
     Attributes:
         tiles: (n_tiles, 4) int64: tensor number, first element, number of elements, segment.
         bounds: (n_segments + 1,) int64; segment s owns tiles ``bounds[s]:bounds[s + 1]``.
-        units: (n_tiles, 2) int64: the unit that a tile starts in, -1 if it is not masked, and how many elements of
-            that unit lie before the tile; no rows where no tensor is masked.
+        units: (n_tiles, 2) int64: the unit that a tile starts in, -1 if the tile is not masked, and the number of
+            elements of that unit before the tile; no rows if no tensor is masked.
     """
 
     n_segments: int
@@ -56,11 +56,11 @@ class Layout(Tables):
     units: NDArray[np.int64]
 
     def pieces(self, size: int | NDArray[np.int64], least: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Runs of at most ``size`` tiles of one segment: the unit of work of a reduction.
+        """Return pieces, the units of work of a reduction: runs of at most ``size`` tiles of one segment.
 
         Args:
             size: one number, or one for each segment.
-            least: how many pieces a segment has at least; some are without tiles then.
+            least: the least number of pieces of a segment; some then have no tiles.
 
         Returns:
             (n_pieces, 2) int64, first tile and number of tiles; and (n_segments + 1,) int64, the pieces of segment s
@@ -75,32 +75,32 @@ class Layout(Tables):
         return np.stack((first, count), 1), bounds
 
     def tiles_on(self, device: torch.device) -> tuple[Tensor, ...]:
-        """``tiles`` and ``units`` on ``device``, copied there once."""
+        """Return ``tiles`` and ``units`` on ``device``, copied there once."""
         return self._once((device,), lambda: (self.tiles, self.units))
 
     def pieces_on(self, device: torch.device, size: int) -> tuple[Tensor, ...]:
-        """:meth:`pieces` on ``device``, copied there once."""
+        """Return :meth:`pieces` on ``device``, copied there once."""
         return self._once((device, size), lambda: self.pieces(size))
 
 
 @dataclass(frozen=True, eq=False)
 class Totals(Tables):
-    """Where each of n tensors, one after another, starts and ends. Made by :func:`totals`.
+    """The start and the end of each of n consecutive tensors. Made by :func:`totals`.
 
     Attributes:
-        bounds: (n + 1,) int64; tensor k is the positions ``bounds[k]:bounds[k + 1]``.
+        bounds: (n + 1,) int64; tensor k has the positions ``bounds[k]:bounds[k + 1]``.
     """
 
     bounds: NDArray[np.int64]
 
     def bounds_on(self, device: torch.device) -> Tensor:
-        """``bounds`` on ``device``, copied there once."""
+        """Return ``bounds`` on ``device``, copied there once."""
         return self._once((device,), lambda: (self.bounds,))[0]
 
 
 @lru_cache(maxsize=64)
 def totals(numels: tuple[int, ...]) -> Totals:
-    """The running totals of tensors with ``numels`` elements; kept for the next step."""
+    """Return the bounds of consecutive tensors with ``numels`` elements; cached for the next step."""
     return Totals(running_totals(np.array(numels, dtype=np.int64)))
 
 
@@ -112,9 +112,10 @@ def tensor_layout(
     units: tuple[int, ...] | None = None,
     block: int = 1,
 ) -> Layout:
-    """The layout of tensors with ``numels`` elements, tensor k in segment ``segments[k]``; kept for the next step.
+    """Return the layout of tensors with ``numels`` elements, tensor k in segment ``segments[k]``.
 
-    ``units[k]`` is the number of tensor k's first unit of ``block`` elements, negative if tensor k is not masked.
+    It is cached for the next step. ``units[k]`` is the number of tensor k's first unit of ``block`` elements, negative
+    if tensor k is not masked.
 
     Raises:
         ValueError: a unit number is not a multiple of 4.
@@ -134,7 +135,7 @@ def tensor_layout(
 
 @lru_cache(maxsize=64)
 def column_layout(bounds: tuple[int, ...]) -> Layout:
-    """The layout of a matrix whose segment s is the columns ``bounds[s]:bounds[s + 1]``; kept for the next call."""
+    """Return the cached layout of a matrix whose segment s is the columns ``bounds[s]:bounds[s + 1]``."""
     n = len(bounds) - 1
     return _layout(tuple(np.diff(bounds)), (0,) * n, bounds[:-1], range(n), n)
 
@@ -155,5 +156,5 @@ def _layout(
 
 
 def running_totals(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 and the running totals of ``counts``."""
+    """Return 0 and the running totals of ``counts``."""
     return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Gramian, combination and projection of a matrix of task gradients: the checks, and the way in for autograd."""
+"""Gramian, combination and projection of a matrix of task gradients, with checks of the arguments."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from gradkern.ops.offsets import check_offsets
 
 
 def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """The Gramian M = J Jᵀ: every dot product of two task gradients.
+    """Compute the Gramian M = J Jᵀ: every dot product of two task gradients.
 
     Args:
         J: (T, P), one row per task; float32, float64, bfloat16 or float16; unit column stride, any row stride.
@@ -17,24 +17,24 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
             ``offsets[s]:offsets[s + 1]``, and has a Gramian of its own.
 
     Returns:
-        (T, T), or (S, T, T) with ``offsets``; float64 for float64 input, otherwise float32, in which it is computed.
-        Differentiable.
+        (T, T), or (S, T, T) with ``offsets``; float64 for float64 input, otherwise float32; arithmetic has the same
+        dtype. Differentiable.
 
-        On one CPU equal matrices give equal bits, wherever they lie in memory, whatever the row stride and the number
-        of threads. Other processors may give other bits. The error of an entry is at most
+        On one CPU equal matrices give equal bits, for any address, any row stride and any number of threads. Other
+        processors may give other bits. The error of an entry is at most
         (w + d + 1) u sum_e |J_ie J_je|: w ≤ 2048 columns are summed up at a time, d = ceil(log2(P / w)), and u is 2^-24
-        (float64: 2^-53). About √w u is usual, for roundings cancel. Overflow and underflow come on top. See
+        (float64: 2^-53). About √w u is usual, because roundings cancel. Overflow and underflow come on top. See
         ``gradkern/ops/pytorch/chunks.py``.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above.
+        TypeError, ValueError: an argument is not as described above.
     """
     check_matrix(J, offsets)
     return autograd.gramian(J, offsets)
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """The linear combination wᵀ J of the task gradients. A row whose weight is exactly 0 is not read.
+    """Compute the linear combination wᵀ J of the task gradients. A row whose weight is exactly 0 is not read.
 
     Args:
         J: as for :func:`gramian`.
@@ -43,11 +43,11 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 
     Returns:
         (P,) in J's dtype, computed in float32 (float64 for float64 input). Differentiable in J and w. Each element is
-        summed up by itself, row by row. Its error is at most T u sum_t |w_t J_te| with u = 2^-24 (float64: 2^-53), plus
-        half a unit in the last place of J's dtype. On one CPU equal matrices and weights give equal bits.
+        summed up separately, row by row. Its error is at most T u sum_t |w_t J_te| with u = 2^-24 (float64: 2^-53),
+        plus half a unit in the last place of J's dtype. On one CPU equal matrices and weights give equal bits.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above.
+        TypeError, ValueError: an argument is not as described above.
     """
     check_matrix(J, offsets)
     _check_weights("w", w, J, offsets, (J.shape[0],))
@@ -55,11 +55,11 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """The matrix product W J: with the coefficients of a method, the modified task gradients themselves.
+    """Compute the matrix product W J. If W is a method's coefficients, the result is the modified task gradients.
 
     Args:
         J: as for :func:`gramian`.
-        W: (R, T), or (S, R, T) with ``offsets``; floating. R is T for the modified gradients, but may be any from 1.
+        W: (R, T), or (S, R, T) with ``offsets``; floating. R is T for modified gradients, but may be any number from 1.
         offsets: as for :func:`gramian`.
 
     Returns:
@@ -67,7 +67,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
         row r has the bits of ``combine(J, W[r])``.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above.
+        TypeError, ValueError: an argument is not as described above.
     """
     check_matrix(J, offsets)
     _check_weights("W", W, J, offsets, (W.shape[-2] or 1 if isinstance(W, Tensor) and W.ndim > 1 else 1, J.shape[0]))
@@ -75,7 +75,7 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 def check_matrix(J: Tensor, offsets: Tensor | None) -> None:
-    """Raise unless ``J`` and ``offsets`` are as :func:`gramian` says."""
+    """Raise unless ``J`` and ``offsets`` are as :func:`gramian` requires."""
     if not isinstance(J, Tensor):
         raise TypeError(f"J must be a tensor, got {type(J).__name__}")
     if J.dtype not in DTYPES:

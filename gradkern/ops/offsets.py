@@ -1,4 +1,4 @@
-"""What ``offsets`` must be, checked on the host before any kernel sees it."""
+"""Checks of ``offsets``, on the host before any kernel runs."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def check_offsets(offsets: Tensor) -> None:
-    """Check what can be told without the values.
+    """Check everything but the values.
 
     Raises:
         TypeError: ``offsets`` is not an int64 tensor.
@@ -24,7 +24,7 @@ def check_offsets(offsets: Tensor) -> None:
 
 
 def column_bounds(offsets: Tensor | None, P: int) -> tuple[int, ...]:
-    """Columns ``bounds[s]:bounds[s + 1]`` of P are segment s; without ``offsets`` all of them are one segment.
+    """Return ``bounds``: segment s is the columns ``bounds[s]:bounds[s + 1]``; without ``offsets`` it is all P.
 
     Raises:
         TypeError, ValueError: as :func:`check_offsets`.

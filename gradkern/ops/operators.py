@@ -6,8 +6,8 @@ weights have that dtype. Overloads ``tensors`` take gradients that stay where au
 
 ``kept``, int64 of no dimension, grows by the number of entries of masked parameters that a mask keeps.
 
-``order_keys`` give an order of partners: task i visits the others in ascending order of ``order_keys[..., i, :]``,
-floating, equal keys by number. They are (S, T, T), or (1, T, T) for all segments alike.
+``order_keys`` give an order of partners: task i visits the others in ascending order of ``order_keys[..., i, :]``;
+equal keys are in order of task number. The keys are floating, (S, T, T), or (1, T, T) for all segments alike.
 """
 
 from collections.abc import Sequence
@@ -82,16 +82,17 @@ def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tens
 
 @operator("scatter", writes=("out",))
 def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
-    """Write ``values`` (d,) to the entries at ``index`` of ``out``; all others stay, and tensors of no size."""
+    """Write ``values`` (d,) to the entries at ``index`` of ``out``; skip tensors of no size."""
 
 
 @operator("pcgrad")
 def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
     """Compute PCGrad's coefficients, (S, T, T): row i combines the gradients into the modified one of task i.
 
-    ``partner``, one of ``partners.PARTNERS``, says whom a task visits: "all", or the first one, "random". The others
-    take no keys, because they follow from M: the partner of largest or smallest cosine, "most_similar" or
-    "most_different", of equals the first; or the "average" of all, each from the original gradient.
+    ``partner``, one of ``partners.PARTNERS``, selects the tasks that a task visits: "all", or only the first, "random".
+    The others take no keys, because they follow from M: the task with the largest or the smallest cosine,
+    "most_similar" or "most_different", the first of equals; or the "average" of all, each projecting the original
+    gradient.
     """
     return torch.empty_like(M, memory_format=torch.contiguous_format)
 
@@ -122,9 +123,9 @@ def surgery(
 ) -> tuple[Tensor, Tensor]:
     """Do the whole surgery: return the Gramians (S, T, T) and weights (S, T), and write the combination to ``out``.
 
-    A parameter of segment -1 is unshared: its gradients are added up, and are in no Gramian. Dot products are of the
-    kept entries if ``products_masked``, else of all. ``out[k]`` may be a gradient of parameter k that has its memory
-    alone.
+    A parameter of segment -1 is unshared: its gradients are added up, and are in no Gramian. Dot products are over the
+    kept entries if ``products_masked``, else over all. ``out[k]`` may be a gradient of parameter k that shares its
+    memory with no other tensor.
     """
     like = sample(rows.grads)
     M = like.new_empty((rows.n_segments, rows.n_tasks, rows.n_tasks), dtype=arithmetic_dtype(like.dtype))
@@ -140,7 +141,7 @@ def adamw(
     mask: Mask | None = None,
     kept: Tensor | None = None,
 ) -> None:
-    """Take the step of torch.optim.AdamW along the result of ``combine.tensors``, which goes to no memory."""
+    """Take the step of torch.optim.AdamW along the result of ``combine.tensors``, which is never stored."""
 
 
 def _segments(offsets: Tensor | None) -> tuple[int, ...]:

@@ -4,11 +4,11 @@ from torch import Tensor
 
 PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 ORDERED = ("all", "random")
-"""Of the partners those that depend on an order; which the others are follows from the Gramian."""
+"""The kinds of partner that depend on an order. The Gramian determines the others."""
 
 
 def check_partner(order_keys: Tensor | None, partner: str) -> None:
-    """Raise unless ``partner`` is known, with ``order_keys`` if it depends on an order, else without."""
+    """Raise unless ``partner`` is known, and ``order_keys`` are given exactly if it depends on an order."""
     if partner not in PARTNERS:
         raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
     if (order_keys is not None) != (partner in ORDERED):

@@ -1,7 +1,7 @@
-"""The random stream of gradient suppression: Philox4x32-10 (Salmon et al. 2011), evaluated where it is asked for.
+"""The random stream of gradient suppression: Philox4x32-10 (Salmon et al. 2011), evaluated on demand.
 
-A generator that counts has no state to carry: the word of unit u at step s is a function of seed, s and u, which every
-back end computes alike. int64 holds the 32-bit words here, for PyTorch multiplies no unsigned ones on every device.
+A counter-based generator has no state: the word of unit u at step s is a function of seed, s and u, which every back
+end computes alike. Here int64 holds the 32-bit words, because PyTorch does not multiply unsigned ones on every device.
 """
 
 import torch
@@ -12,14 +12,14 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 PIECE = 1 << 16
-"""Units looked up at a time: four words each of int64, 2 MB, stay in cache."""
+"""The number of units evaluated at a time: their four words of int64 each, 2 MB, stay in cache."""
 
 
 def dropped(first_unit: int, n_units: int, mask: Tensor) -> Tensor:
-    """(n_units,) bool, which of the units from ``first_unit``, a multiple of 4, on are dropped.
+    """Return (n_units,) bool: whether each unit from ``first_unit`` on, a multiple of 4, is dropped.
 
     Args:
-        mask: (3,) int64, on the device: seed, step and threshold, as ``ops/schema.py`` says.
+        mask: (3,) int64, on the device: seed, step and threshold, as for :class:`gradkern.ops.arguments.Mask`.
     """
     counters = torch.arange(first_unit // 4, first_unit // 4 + -(-n_units // 4), device=mask.device)
     drop = torch.empty((len(counters), 4), dtype=torch.bool, device=mask.device)
@@ -29,7 +29,7 @@ def dropped(first_unit: int, n_units: int, mask: Tensor) -> Tensor:
 
 
 def dropped_at(units: Tensor, mask: Tensor) -> Tensor:
-    """Which of ``units``, any int64, are dropped: bool of their shape."""
+    """Return whether each of ``units``, int64, is dropped: bool of the same shape."""
     pieces = [_dropped_at(piece, mask) for piece in units.reshape(-1).split(PIECE)]
     return torch.cat(pieces).view(units.shape)
 
@@ -40,18 +40,18 @@ def _dropped_at(units: Tensor, mask: Tensor) -> Tensor:
 
 
 def _words(counters: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four 32-bit words at each counter."""
+    """Return the four 32-bit words at each counter."""
     seed, step, _ = mask.unbind()
     like = torch.zeros_like(counters)
     c0, c1, c2, c3 = counters & WORD, counters >> 32 & WORD, like + (step & WORD), like + (step >> 32 & WORD)
     k0, k1 = seed & WORD, seed >> 32 & WORD
     p0, p1 = like, torch.empty_like(like)
     for _ in range(ROUNDS):
-        # The products take 64 bits without a sign. In int64 they wrap to the same bits, and the masks drop the sign.
+        # The products need 64 unsigned bits. In int64 they wrap to the same bits, and the masks remove the sign.
         torch.mul(c0, MULTIPLIERS[0], out=p0)
         torch.mul(c2, MULTIPLIERS[1], out=p1)
-        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0), and what is above 32 bits in a low
-        # half falls with the next mask. In place, for new memory would leave the caches.
+        # c0, c1, c2, c3 = high(p1) ^ c1 ^ k0, low(p1), high(p0) ^ c3 ^ k1, low(p0). The next mask removes the bits
+        # above 32 of a low half. All is in place, because new memory would not be in the caches.
         torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(WORD)
         torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(WORD)
         c1, c3, p0, p1 = p1, p0, c3, c1

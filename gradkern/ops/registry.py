@@ -1,9 +1,9 @@
 """The registry: an operator is declared once, and back ends register the functions that compute it.
 
 A declaration is a Python function under :func:`operator`. Its signature gives the schema for PyTorch's dispatcher
-(``schema.py``), its docstring the contract, and its body the result without numbers, for tracing.
+(``schema.py``), its docstring the contract, and its body an uninitialized result, for tracing.
 
-A back end is a folder beside this file whose ``__init__`` makes a :class:`Backend` and imports its implementations.
+A back end is a folder beside this file; its ``__init__`` makes a :class:`Backend` and imports its implementations.
 """
 
 import importlib
@@ -21,26 +21,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 Comparison = tuple[Tensor, Tensor, Tensor]
-"""A result, the right one, and the size of the terms that were summed: three tensors of one shape."""
+"""A result, the expected result, and the size of the summed terms: three tensors of one shape."""
 Cases = Callable[[torch.dtype, torch.device], Iterator[Comparison]]
 
 DEFAULT = "default"
-"""The device type of the back end that serves where no other does; the dispatcher's name for it."""
+"""The device type of the back end for devices without one of their own, in the dispatcher's terms."""
 
 _NEED_NO_DISPATCHER = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
-"""Argument types, and element types of lists, that nothing has to see but the implementation."""
+"""Argument types, and element types of lists, that need no dispatcher."""
 
 
 class Operator(Generic[P, R]):
     """An operator of ``torch.ops.gradkern``, called as a function.
 
-    A call goes straight to the implementation for the tensors' device: the dispatcher takes 0.1 µs for every tensor of
-    a list. It goes through the dispatcher where something has to see the operator: ``torch.compile`` and other tracing,
-    modes such as FakeTensorMode, transforms of ``torch.func``, and tensors that are more than numbers in memory.
+    A call goes straight to the implementation for the tensors' device, because the dispatcher takes 0.1 µs for every
+    tensor of a list. A call goes through the dispatcher if something must see the operator: ``torch.compile`` and other
+    tracing, modes such as FakeTensorMode, transforms of ``torch.func``, tensor subclasses and lazily negated tensors.
 
     Attributes:
         name: "name" or "name.overload".
-        overload: the operator, as the dispatcher knows it.
+        overload: the operator in the dispatcher.
         implementations: the functions that compute it, by device type.
         cases: comparisons of its results with :mod:`gradkern.reference`, for the self-check; see :meth:`check`.
     """
@@ -57,7 +57,7 @@ class Operator(Generic[P, R]):
         self.overload = getattr(getattr(torch.ops.gradkern, packet), overload or "default")
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Compute it; arguments are positional, the first one holds a tensor."""
+        """Compute the operator. Arguments are positional; the first one holds a tensor."""
         assert not kwargs, "arguments are positional"
         flat = self.flattened(*args)
         if torch.compiler.is_compiling() or _is_watched() or not all(map(_needs_no_dispatcher, flat)):
@@ -68,31 +68,31 @@ class Operator(Generic[P, R]):
         return self.implementation(tensor.device.type)(*args, **kwargs)
 
     def flattened(self, *args: Any) -> list[Any]:
-        """Return the arguments as the dispatcher takes them."""
+        """Return the arguments in the form that the dispatcher takes."""
         flat: list[Any] = []
         for argument, value in zip(self._arguments, args, strict=False):  # defaults may be left out
             flat += argument.flattened(value)
         return flat
 
     def implementation(self, device_type: str) -> Callable[P, R]:
-        """Return the function that computes it on devices of a type."""
+        """Return the function that computes the operator on devices of a type."""
         found = self.implementations.get(device_type) or self.implementations.get(DEFAULT)
         if found is None:
             raise NotImplementedError(f"gradkern::{self.name} has no implementation for devices of type {device_type}")
         return found
 
     def register(self, device_type: str, function: Callable[P, R]) -> None:
-        """Have ``function`` compute it on devices of a type."""
+        """Register ``function`` to compute the operator on devices of a type."""
         self.implementations[device_type] = function
         torch.library.impl(f"gradkern::{self.name}", device_type)(self.on_flat(function))
 
     def check(self, cases: Cases) -> Cases:
-        """Have the decorated function compare the operator with the reference, for a dtype and a device."""
+        """Register the decorated function, which compares the operator with the reference for a dtype and a device."""
         self.cases = cases
         return cases
 
     def on_flat(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return ``function`` with the dispatcher's arguments in place of groups of them."""
+        """Return ``function`` as a function of the dispatcher's arguments, without groups."""
         if all(argument.group is None for argument in self._arguments):
             return function
 
@@ -107,15 +107,15 @@ class Operator(Generic[P, R]):
 
 
 class Backend:
-    """A back end: what it is called, which devices it serves, and why.
+    """A back end: its name, the devices that it serves, and the reason.
 
     Args:
-        name: for messages.
-        device_type: of the devices that it serves, or ``DEFAULT``.
-        reason: a sentence that says why it serves them.
+        name: the name in messages.
+        device_type: the type of the devices that it serves, or ``DEFAULT``.
+        reason: a sentence that explains why it serves them.
 
     Attributes:
-        unavailable: why it cannot be used here; None if it can.
+        unavailable: the reason why it cannot be used here; None if it can.
     """
 
     def __init__(self, name: str, device_type: str, reason: str) -> None:
@@ -157,7 +157,7 @@ def operator(name: str, writes: Sequence[str] = ()) -> Callable[[Callable[P, R]]
 
 
 def load_backends(folder: Any) -> None:
-    """Import every folder of the package ``folder``: the back ends register themselves."""
+    """Import every package in ``folder``, so that the back ends register themselves."""
     for module in pkgutil.iter_modules(folder.__path__):
         if module.ispkg:
             importlib.import_module(f"{folder.__name__}.{module.name}")

@@ -1,6 +1,6 @@
-"""AdamW in one pass, also along a combination of task gradients, which then goes to no memory of its own.
+"""AdamW in one pass, also along a combination of task gradients, which it never stores.
 
-A plain step is one along the only row there is, with weight 1.
+A step along ``.grad`` is a combination of a single row with weight 1.
 """
 
 from collections import defaultdict
@@ -26,12 +26,12 @@ class Combination:
     """The direction of a step: Σ_t w[segment, t] g_t of each column.
 
     Attributes:
-        columns: dense, with the strides of their parameters.
+        columns: the gradients, dense, with the strides of their parameters.
         w: (S + 1, T), the weights of each group, and of unshared parameters.
-        mask: entries that it drops become 0.
-        lr_scale: (), multiplies the learning rate; None for 1.
-        found_inf: (), not 0 where the step is to change nothing; None for 0.
-        kept: (), the number of entries that the mask kept, once the step has been taken; None without one.
+        mask: the mask, which sets dropped entries to 0.
+        lr_scale: (), a factor of the learning rate; None for 1.
+        found_inf: (), not 0 if the step must change nothing; None for 0.
+        kept: (), the number of entries that the mask kept, after the step; None without a mask.
     """
 
     columns: Sequence[ParamGrads]
@@ -43,32 +43,32 @@ class Combination:
 
 
 class AdamW(torch.optim.AdamW):
-    """torch.optim.AdamW(fused=True), which :meth:`SurgeryOptimizer.update` steps with no ``.grad`` in between.
+    """torch.optim.AdamW(fused=True), which :meth:`SurgeryOptimizer.update` steps without writing ``.grad``.
 
-    On ``.grad`` it works as torch's does. Moments are float32, of float64 parameters float64: those of bfloat16 and
-    float16 parameters lose nothing, and :meth:`load_state_dict` takes those of torch's, in whichever dtype. Its
-    ``state_dict`` loads into torch's. All that a step needs is on the device, so that it can be captured in a CUDA
-    graph; then a learning rate that changes must be a tensor, as torch says of ``capturable``.
+    With ``.grad`` it works as torch's AdamW does. Moments are float64 for float64 parameters and float32 for all
+    others, so those of bfloat16 and float16 parameters lose nothing. :meth:`load_state_dict` accepts torch's moments in
+    any dtype, and torch's AdamW loads this ``state_dict``. All that a step needs is on the device, so a CUDA graph can
+    capture it; then a learning rate that changes must be a tensor, as for torch's ``capturable``.
 
     Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization".
 
     Args:
         params: tensors, (name, tensor) pairs or groups of them; float32, float64, bfloat16 or float16.
-        lr: learning rate, a float or a tensor of one element.
-        betas: decay of the two moments.
-        eps: added to the root of the second moment.
-        weight_decay: times ``lr``, the share by which a step shrinks parameters.
-        amsgrad: divide by the largest second moment so far (Reddi et al. 2018).
-        maximize: step towards larger losses.
+        lr: the learning rate, a float or a tensor of one element.
+        betas: the decay rates of the two moments.
+        eps: the number added to the root of the second moment.
+        weight_decay: the share by which a step shrinks parameters, times ``lr``.
+        amsgrad: whether to divide by the largest second moment so far (Reddi et al. 2018).
+        maximize: whether to step towards larger losses.
         foreach: None or False; the step is fused.
-        capturable: as torch's; makes no difference here.
+        capturable: as for torch's AdamW; it changes nothing here.
         differentiable: False.
         fused: None or True.
     """
 
-    # An attribute of the class, because copies are made without __init__.
+    # A class attribute, because copies are made without __init__.
     combination: Combination | None = None
-    """The direction of the next step, in place of ``.grad``; :meth:`check` has seen its columns."""
+    """The direction of the next step, in place of ``.grad``; :meth:`check` has accepted its columns."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class AdamW(torch.optim.AdamW):
         if differentiable:
             raise ValueError(f"differentiable must be False, got {differentiable!r}: the step is fused")
         if fused is not None and not fused:
-            raise ValueError(f"fused must be None or True, got {fused!r}: torch.optim.AdamW is what is not")
+            raise ValueError(f"fused must be None or True, got {fused!r}: use torch.optim.AdamW for unfused steps")
         if any(isinstance(beta, Tensor) for beta in betas):
             raise ValueError(f"betas must be floats, got {betas!r}")
         super().__init__(
@@ -102,64 +102,65 @@ class AdamW(torch.optim.AdamW):
         """Take a step along ``.grad``.
 
         Args:
-            closure: computes the loss anew, and its result is returned.
+            closure: recomputes the loss, which the step returns.
 
         Raises:
-            TypeError: a gradient is sparse, or its dtype and the parameter's do not go together.
-            ValueError: there are gaps between a parameter's numbers, or its state is of another shape. Nothing has
+            TypeError: a gradient is sparse, or its dtype does not fit the parameter's.
+            ValueError: there are gaps between a parameter's numbers, or its state has another shape. Nothing has
                 changed in either case.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        along, self.combination = self.combination or self._gradients(), None
-        self._take(along)
+        direction, self.combination = self.combination or self._from_grad(), None
+        self._step_along(direction)
         return loss
 
     def check(self, columns: Sequence[ParamGrads]) -> None:
-        """Raise, as :meth:`step` says, unless a step can be taken along ``columns``."""
+        """Raise the errors of :meth:`step` unless it can step along ``columns``."""
         for c in columns:
             _check(c, self.state.get(c.param, {}))
 
-    def _gradients(self) -> Combination:
+    def _from_grad(self) -> Combination:
+        """Return every ``.grad``, unscaled, as a combination of one row."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         row = readable([p.grad for p in params], params)
         unshared = Placement([None] * len(params), [-1] * len(params))
         columns = by_parameter(params, [row], unshared, overwrite=False)
         self.check(columns)
         w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device if params else None)
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # of a GradScaler, as is found_inf
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # GradScaler sets this and found_inf
         return Combination(
             columns, w if grad_scale is None else w / grad_scale, found_inf=getattr(self, "found_inf", None)
         )
 
-    def _take(self, along: Combination) -> None:
-        columns = {c.param: c for c in along.columns}
+    def _step_along(self, direction: Combination) -> None:
+        columns = {c.param: c for c in direction.columns}
         batches: dict[tuple[Any, ...], list[ParamGrads]] = defaultdict(list)
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p in columns:
                     batches[i, p.device, p.dtype, columns[p].dtype].append(columns[p])
-        # The reading of numbers may raise: it comes before anything changes.
+        # Reading the hyperparameters may raise, so it comes before anything changes.
         numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
-        if along.mask is not None:
-            along.kept = along.mask.state.new_zeros(())
+        if direction.mask is not None:
+            direction.kept = direction.mask.state.new_zeros(())
         for (i, *_), batch in batches.items():
-            self._take_batch(self.param_groups[i], numbers[i], batch, along)
+            self._step_batch(self.param_groups[i], numbers[i], batch, direction)
 
-    def _take_batch(
-        self, group: dict[str, Any], numbers: list[float], batch: list[ParamGrads], along: Combination
+    def _step_batch(
+        self, group: dict[str, Any], numbers: list[float], batch: list[ParamGrads], direction: Combination
     ) -> None:
         params = [c.param for c in batch]
         device = params[0].device
         states = [self._state_of(p, group["amsgrad"]) for p in params]
         steps = [state["step"] for state in states]
         moments = [state[name] for name in MOMENTS[: 3 if group["amsgrad"] else 2] for state in states]
-        found_inf = None if along.found_inf is None else along.found_inf.to(device)
+        found_inf = None if direction.found_inf is None else direction.found_inf.to(device)
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
-        w = (-along.w if group["maximize"] else along.w).to(device, moments[0].dtype)
-        lr_scale = None if along.lr_scale is None else along.lr_scale.to(device)
+        w = (-direction.w if group["maximize"] else direction.w).to(device, moments[0].dtype)
+        lr_scale = None if direction.lr_scale is None else direction.lr_scale.to(device)
         if isinstance(group["lr"], Tensor):
             lr = group["lr"].reshape(()).to(device)
             lr_scale = lr if lr_scale is None else lr * lr_scale
@@ -169,24 +170,24 @@ class AdamW(torch.optim.AdamW):
             w,
             AdamWState(params, moments, steps),
             AdamWStep(found_inf, lr_scale, numbers),
-            mask_over(batch, along.mask),
-            along.kept,
+            mask_over(batch, direction.mask),
+            direction.kept,
         )
-        torch.autograd.graph.increment_version(params)  # a graph that has saved one must not be run again
+        torch.autograd.graph.increment_version(params)  # for backward passes that have saved one
 
     def _state_of(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        """Return the state of ``p``, begun if there is none, and laid out as ``p``, which may have been moved."""
+        """Return the state of ``p``, created if missing, and moved to the device and layout of ``p``."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         state["step"] = state["step"].to(p.device, torch.float32)
         dtype = arithmetic_dtype(p.dtype)
         for name in MOMENTS[: 3 if amsgrad else 2]:
-            held = state.get(name)
-            if held is None:
+            moment = state.get(name)
+            if moment is None:
                 state[name] = torch.zeros_like(p, dtype=dtype)
-            elif (held.dtype, held.device, held.stride()) != (dtype, p.device, p.stride()):
-                state[name] = torch.empty_like(p, dtype=dtype).copy_(held)
+            elif (moment.dtype, moment.device, moment.stride()) != (dtype, p.device, p.stride()):
+                state[name] = torch.empty_like(p, dtype=dtype).copy_(moment)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -194,10 +195,10 @@ class AdamW(torch.optim.AdamW):
         kept: dict[Tensor, dict[str, Tensor]] = {}
 
         def keep(_: Any, loaded: dict[str, Any]) -> None:
-            # torch puts moments into the parameter's dtype, and leaves the step of a plain step on the CPU.
+            # torch converts moments to the parameter's dtype, and leaves the step count of unfused steps on the CPU.
             numbers = [number for group in loaded["param_groups"] for number in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
-            for number, p in zip(numbers, params, strict=False):  # torch tells if these do not fit
+            for number, p in zip(numbers, params, strict=False):  # torch raises if they do not fit
                 kept[p] = {name: _loaded(name, x, p) for name, x in loaded["state"].get(number, {}).items()}
 
         def put(_: Any) -> None:
@@ -205,7 +206,7 @@ class AdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 group.update(fused=True, foreach=None, differentiable=False)
 
-        # It comes after others' hooks that change the dictionary, and before those that look at the loaded state.
+        # They run after other hooks that change the dictionary, and before those that read the loaded state.
         before = self.register_load_state_dict_pre_hook(keep)
         after = self.register_load_state_dict_post_hook(put, prepend=True)
         try:
@@ -216,13 +217,13 @@ class AdamW(torch.optim.AdamW):
 
 
 def _numbers(group: dict[str, Any]) -> list[float]:
-    """Return lr, which a tensor multiplies, betas, weight decay and eps."""
+    """Return lr, betas, weight decay and eps; lr is 1 if it is a tensor, which multiplies it on the device."""
     lr = 1.0 if isinstance(group["lr"], Tensor) else group["lr"]
     return [float(number) for number in (lr, *group["betas"], group["weight_decay"], group["eps"])]
 
 
 def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
-    """Return a copy of a state's entry, as it is kept beside ``p``."""
+    """Return a copy of a state's entry, converted to the dtype and layout of the state of ``p``."""
     value = torch.as_tensor(value).detach()
     if name == "step":
         return value.to(p.device, torch.float32, copy=True)

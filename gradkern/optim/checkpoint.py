@@ -1,4 +1,4 @@
-"""What surgery remembers from step to step, as a checkpoint holds it."""
+"""The state of an optimizer's surgery, as checkpoints contain it."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from gradkern.modifiers.suppression import Suppression
 
 @dataclass(frozen=True)
 class Remembered:
-    """The state of an optimizer's surgery, over ``params``; what there is none of is None."""
+    """The parts of an optimizer's surgery that have state, over ``params``; missing parts are None."""
 
     aggregator: Aggregator
     suppression: Suppression | None
@@ -23,7 +23,7 @@ class Remembered:
     params: Sequence[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's name and state, the suppression's seed and step, and the tasks' gradients of ``memory``."""
+        """Return the method's name and state, the suppression's seed and step, and the gradients in ``memory``."""
         return {
             "method": type(self.aggregator).__name__,
             "state": dict(self.aggregator.state_dict()),
@@ -32,10 +32,10 @@ class Remembered:
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Take up what :meth:`state_dict` gave.
+        """Load a :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of another method, or does not fit. Some of it may have been loaded then.
+            ValueError: it belongs to another method, or does not fit. Parts of it may have been loaded then.
         """
         method = type(self.aggregator).__name__
         if not isinstance(state_dict, dict) or not {"method", "state"} <= set(state_dict):
@@ -45,9 +45,9 @@ class Remembered:
                 f"state_dict is of a step with {state_dict['method']}, this optimizer's method is {method}"
             )
         suppression, memory = state_dict.get("suppression"), state_dict.get("memory")
-        for name, saved, mine in (("suppression", suppression, self.suppression), ("memory", memory, self.memory)):
-            if saved is not None and mine is None:
-                raise ValueError(f"state_dict is of steps with {name}, which this optimizer has none of")
+        for name, saved, own in (("suppression", suppression, self.suppression), ("memory", memory, self.memory)):
+            if saved is not None and own is None:
+                raise ValueError(f"state_dict is of steps with {name}, but this optimizer has no {name}")
         self.aggregator.load_state_dict(state_dict["state"])
         if self.suppression is not None and suppression is not None:
             self.suppression.load_state_dict(suppression)
@@ -56,9 +56,9 @@ class Remembered:
 
     @contextmanager
     def restored_if_it_raises(self) -> Iterator[Self]:
-        """Within the block, itself; if the block raises, all is as it was before."""
+        """Yield itself for the block; if the block raises, restore the state from before."""
         before = self.state_dict()
-        before["state"] = copy.deepcopy(before["state"])  # loading writes into what it refers to
+        before["state"] = copy.deepcopy(before["state"])  # loading writes into the tensors that it refers to
         try:
             yield self
         except Exception:

@@ -34,9 +34,9 @@ from gradkern.step.sinks import Sink
 class SurgeryOptimizer(OptimizerWrapper):
     """Wraps a torch optimizer: ``opt.zero_grad(); opt.backward(losses); opt.step()``.
 
-    It is an optimizer for schedulers, gradient scalers and hooks, and its ``param_groups``, ``state`` and ``defaults``
-    are the wrapped optimizer's own. Its ``state_dict`` is the wrapped optimizer's with one more entry, "surgery"; a
-    plain optimizer's checkpoint loads too, and a plain optimizer loads this one's.
+    Schedulers, gradient scalers and hooks accept it as an optimizer. Its ``param_groups``, ``state`` and ``defaults``
+    are the wrapped optimizer's own. Its ``state_dict`` is the wrapped optimizer's with one more entry, "surgery". It
+    loads an ordinary optimizer's checkpoint too, and an ordinary optimizer loads its checkpoint.
 
     Args:
         optimizer: the optimizer that takes the step, over leaf tensors as in :func:`gradkern.backward`. Give it
@@ -45,10 +45,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         groups: as in :func:`gradkern.backward`.
         shared: as in :func:`gradkern.backward`.
         suppression: as in :func:`gradkern.backward`; its step is part of ``state_dict``.
-        conflict_lr: scale each step by how much the tasks' gradients conflict in the last backward pass before it.
-        memory: let a task that is absent in a step take part with the gradient of its last step, which the present
-            tasks' gradients are modified against; before its first, with zeros. The T gradients are kept from step to
-            step, and are part of ``state_dict``.
+        conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
+        memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
+            before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
+            to step, and are part of ``state_dict``.
     """
 
     def __init__(
@@ -73,17 +73,17 @@ class SurgeryOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self.aggregator = aggregator
         self.groups = groups
-        # An iterator serves once, and every step asks again.
+        # Every step iterates over it, and an iterator would be exhausted after the first.
         self.shared = list(shared) if isinstance(shared, Iterator) else shared
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self._memory = Memory() if memory else None
-        # κ of the last backward pass, until a step takes it; and the sums of gradients, within accumulate(). They have
-        # an object of their own: Lightning's wrapper runs these methods with itself as self, and attributes that they
-        # bind to that self do not reach a step.
+        # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. They are in
+        # an object of their own because Lightning's wrapper runs these methods with itself as self, and a step does
+        # not see attributes that they bind to that self.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
-        self._untracked: Untracked | None = None  # found by the first step
+        self._untracked: Untracked | None = None  # set during the first step
         self._first = True
         given = parameters(self._params())
         segments(given, groups)
@@ -98,7 +98,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         batched: bool = False,
         retain_graph: bool = False,
     ) -> SurgeryInfo:
-        """:func:`gradkern.backward` on the optimizer's parameters: accumulates the surgery's result into ``.grad``.
+        """Run :func:`gradkern.backward` on the optimizer's parameters: accumulate the surgery's result into ``.grad``.
 
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
@@ -123,18 +123,18 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     @contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
-        """Within the block ``backward`` adds up the gradients of each task; leaving it does the surgery of the sums.
+        """Make ``backward`` add up the gradients of each task within the block; its end runs the surgery of the sums.
 
-        So surgery sees what it would of one big batch, if losses are divided by the number of micro-batches. A gradient
-        per task is kept; ``.grad`` is written when the block is left, and is not if an exception leaves it. (``Sum``,
-        ``Mean`` and ``Constant``, torch's own backward pass, add into ``.grad`` at once.) What is frozen by then gets
-        none. ``zero_grad`` comes before the block, ``step`` and ``state_dict`` after it.
+        So surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One
+        gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
+        ``Mean`` and ``Constant``, torch's own backward pass, add to ``.grad`` at once.) Parameters that are frozen by
+        then get no ``.grad``. Call ``zero_grad`` before the block, ``step`` and ``state_dict`` after it.
 
         Yields:
-            What holds the step's ``info``, once the block is left.
+            The sums, whose ``info`` is the step's once the block has ended.
 
         Raises:
-            RuntimeError: within such a block already; or a backward pass in it has raised and the block went on.
+            RuntimeError: the block is within another such block, or continued after a backward pass in it raised.
         """
         if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
@@ -158,28 +158,29 @@ class SurgeryOptimizer(OptimizerWrapper):
         batched: bool = False,
         retain_graph: bool = False,
     ) -> SurgeryInfo:
-        """Backward pass and step in one: ``zero_grad``, ``backward``, clipping and ``step``, which leave no ``.grad``.
+        """Run backward pass and step in one: ``zero_grad``, ``backward``, clipping and ``step``; leave no ``.grad``.
 
-        Around :class:`gradkern.optim.AdamW` the combined gradient is made where the step takes it, and nowhere else;
-        its norm follows from the weights and the Gramian, and is off by up to a thousandth of the task gradients'
-        lengths, which shows where these nearly cancel. Around other optimizers, and where the norm of a suppressed
-        update is asked for, ``.grad`` is written in between. What stands in ``.grad`` before is added.
+        Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
+        norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
+        lengths, which matters if these nearly cancel. Around other optimizers, and if the norm of a suppressed update
+        is needed, ``.grad`` is written in between. Any earlier content of ``.grad`` is added.
 
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
-            max_norm: scale the gradient of all parameters together so that it is no longer than this; one whose norm
-                is not finite becomes NaN.
-            scaler: the losses are scaled by it; a step that is not finite is skipped. Call its ``update`` afterwards.
+            max_norm: the greatest norm of the gradient of all parameters together, to which a longer gradient is scaled
+                down; a gradient whose norm is not finite becomes NaN.
+            scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
+                afterwards.
             features: as in :func:`gradkern.backward`.
             batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
 
         Returns:
-            The step's losses, Gramian and weights; and with ``max_norm``, the norm before it was cut.
+            The step's losses, Gramian and weights; with ``max_norm`` also the norm before clipping.
 
         Raises:
-            TypeError, ValueError: as :func:`gradkern.backward`; around :class:`gradkern.optim.AdamW` also if a gradient
-                is sparse, or a parameter has gaps between its numbers.
+            TypeError, ValueError: as for :func:`gradkern.backward`; around :class:`gradkern.optim.AdamW` also if a
+                gradient is sparse, or a parameter has gaps between its numbers.
         """
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
@@ -196,7 +197,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return replace(info, total_norm=sink.total_norm)
 
     def _is_fused(self, measured: bool) -> bool:
-        """Return whether the step takes the combination, whose norm may be ``measured``, with no ``.grad`` between."""
+        """Return whether the step can combine the gradients itself; ``measured``: whether it needs their norm."""
         method, suppression = self.aggregator, self.suppression
         return (
             type(self.optimizer) is AdamW
@@ -222,9 +223,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         return info
 
     def _watched(self, losses: Sequence[Loss]) -> Sequence[Loss]:
-        """Return ``losses`` as a list; in the first step, watched for untracked parameters."""
+        """Return ``losses`` as a list; the first step watches them for untracked parameters."""
         if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
-            return losses  # to be refused
+            return losses  # a later check refuses them
         if not self._first:
             return list(losses)
         self._untracked = Untracked(self._tensors())
@@ -247,11 +248,11 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
             raise RuntimeError(
-                f"{what}() within accumulate(): gradients are added up, and combined as its block is left"
+                f"{what}() within accumulate(): gradients are added up, and combined at the end of its block"
             )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One step of the wrapped optimizer, scaled by ``conflict_lr``; ``closure`` is passed on to it."""
+        """Take a step of the wrapped optimizer, scaled by ``conflict_lr``; pass ``closure`` on to it."""
         self._refuse_within_accumulate("step")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
@@ -273,13 +274,13 @@ class SurgeryOptimizer(OptimizerWrapper):
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the wrapped optimizer; their surgery starts fresh."""
+        """Add parameters to the wrapped optimizer; their surgery starts without state."""
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's ``state_dict`` and, under "surgery", all that the surgery remembers.
+        """Return the wrapped optimizer's ``state_dict`` with the state of the surgery as its entry "surgery".
 
-        That is the method's name and state, the suppression's seed and step, and the tasks' gradients of ``memory``.
+        That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``.
         """
         self._refuse_within_accumulate("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
@@ -292,11 +293,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` gave, or a plain optimizer's, which leaves the method's state as it is.
+        """Load a :meth:`state_dict`, or an ordinary optimizer's, which leaves the method's state unchanged.
 
         Raises:
-            ValueError: the checkpoint is of another method, or its state does not fit this one. Nothing has been loaded
-                then.
+            ValueError: the checkpoint belongs to another method, or its state does not fit this one. Nothing has been
+                loaded then.
         """
         state = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -314,16 +315,16 @@ class SurgeryOptimizer(OptimizerWrapper):
         return Remembered(self.aggregator, self.suppression, self._memory, self._tensors())
 
     def __repr__(self) -> str:
-        beside = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
-        given = "".join(f", {name}={value!r}" for name, value in beside.items() if value is not None)
+        modifiers = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
+        given = "".join(f", {name}={value!r}" for name, value in modifiers.items() if value is not None)
         return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{given})"
 
-    def __reduce__(self) -> tuple[Any, ...]:  # torch's own keeps groups and state only
+    def __reduce__(self) -> tuple[Any, ...]:  # torch's keeps only groups and state
         return _made, (type(self), self.optimizer, self._options())
 
 
 def _made(kind: type[SurgeryOptimizer], optimizer: Optimizer, options: Options) -> SurgeryOptimizer:
-    """Make the copy that ``pickle`` and ``copy`` ask for."""
+    """Return the optimizer that ``pickle`` or ``copy`` restores."""
     made = kind(
         optimizer,
         options.aggregator,

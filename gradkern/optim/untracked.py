@@ -1,4 +1,4 @@
-"""Untracked parameters: losses reach them and the optimizer does not hold them, so they silently stay as they are."""
+"""Untracked parameters: losses reach them but the optimizer lacks them, so training silently leaves them unchanged."""
 
 import warnings
 from collections.abc import Collection
@@ -10,27 +10,27 @@ from gradkern.gradients.losses import Loss
 
 
 class Untracked:
-    """The tensors that the losses of a step reach besides those that the optimizer tracks."""
+    """The tensors that the losses of a step reach and the optimizer does not track."""
 
     def __init__(self, tracked: Collection[Tensor]) -> None:
         self._tracked = set(tracked)
         self._found: dict[Tensor, None] = {}
 
     def watched(self, loss: Loss) -> Loss:
-        """Return ``loss``, and note the tensors that it reaches; a callable's are noted once it runs."""
+        """Return ``loss``, and record the tensors that it reaches; those of a callable when it runs."""
         if loss is None or not callable(loss):
-            self._look(loss)
+            self._record(loss)
             return loss
 
         def watched() -> Tensor:
             value = loss()
-            self._look(value)
+            self._record(value)
             return value
 
         return watched
 
     def warn(self, stacklevel: int) -> None:
-        """Warn if anything was found."""
+        """Warn if there are untracked tensors."""
         if self._found:
             shapes = ", ".join(str(tuple(p.shape)) for p in list(self._found)[:5])
             warnings.warn(
@@ -40,6 +40,6 @@ class Untracked:
                 stacklevel=stacklevel + 1,
             )
 
-    def _look(self, value: object) -> None:
+    def _record(self, value: object) -> None:
         if isinstance(value, Tensor) and value.requires_grad:
             self._found.update((p, None) for p in graph.leaves(value) if p not in self._tracked)

@@ -1,4 +1,4 @@
-"""A torch optimizer around another one, whose groups, state and defaults are the other's own."""
+"""A torch optimizer that wraps another one and shares its groups, state and defaults."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 
 class OptimizerWrapper(Optimizer):
-    """Wraps a torch optimizer, for schedulers, gradient scalers and hooks.
+    """Wraps a torch optimizer; schedulers, gradient scalers and hooks accept it as an optimizer.
 
     Args:
         optimizer: the wrapped optimizer.
@@ -18,13 +18,13 @@ class OptimizerWrapper(Optimizer):
         TypeError: ``optimizer`` is not a torch.optim.Optimizer.
     """
 
-    # A scaler would hand its scale to this optimizer, and the wrapped one would step scaled gradients.
+    # Otherwise a scaler would pass its scale to this optimizer, and the wrapped one would step scaled gradients.
     _step_supports_amp_scaling = False
 
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        # torch's own __init__ sets up the hooks, and writes fresh groups and state: to a placeholder.
+        # torch's __init__ sets up the hooks; it also writes new groups and state, which a placeholder takes.
         self.optimizer: Any = SimpleNamespace(add_param_group=lambda group: None)
         super().__init__([{"params": []}], {})
         self.optimizer = optimizer
@@ -73,7 +73,7 @@ class OptimizerWrapper(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _params(self) -> list[Any]:
-        """Return the parameters, with their names where the wrapped optimizer knows them."""
+        """Return the parameters, with their names if the wrapped optimizer has names."""
         entries: list[Any] = []
         for group in self.param_groups:
             names = group.get("param_names")

@@ -1,1 +1,1 @@
-"""A step from losses to its update: source, rows, Gramian, weights, sink."""
+"""A step from losses to the update: source, rows, Gramian, weights, sink."""

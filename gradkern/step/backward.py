@@ -1,4 +1,4 @@
-"""Losses in, ``.grad`` out: a step's surgery with ``.grad`` as its sink."""
+"""A step's surgery from losses to ``.grad``."""
 
 from collections.abc import Sequence
 
@@ -30,38 +30,40 @@ def backward(
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
     Surgery is for parameters that at least two losses reach. A parameter that one loss reaches gets that loss's
-    gradient as it is, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` are no
-    surgery: they are torch's own backward pass of the weighted sum of the losses.
+    gradient unchanged, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` do no
+    surgery: they run torch's own backward pass of the weighted sum of the losses.
 
     Args:
-        losses: T entries, a task's position being its identity. Each is a tensor of one element, or a callable that
+        losses: T entries; a task is identified by its position. Each is a tensor of one element, or a callable that
             returns one, or None for a task absent in this step. Callables run once each, in order, with gradients
-            enabled, and each one's graph is freed before the next runs, so that one task's activations are alive at
-            a time; what autocast they need goes inside them.
+            enabled. Each one's graph is freed before the next runs, so that only one task's activations are alive at
+            a time. Callables enter autocast themselves if they need it.
         params: a Module, tensors, or (name, tensor) pairs: leaf tensors on one device; float32, float64, bfloat16 or
-            float16, also mixed. Those that do not require grad are passed over.
+            float16, also mixed. Those that do not require grad are skipped.
         aggregator: the method, such as ``gradkern.PCGrad()``.
-        groups: what has a Gramian, and weights, of its own: "model", all parameters together; "parameter", each;
-            "module", each owning module's; or a function from a parameter's name to its group.
+        groups: the groups of parameters, each with its own Gramian and weights: "model", one group of all parameters;
+            "parameter", one group for each; "module", one group for each module that owns parameters; or a function
+            from a parameter's name to its group.
         shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
-            losses reach. All others get the plain sum.
-        suppression: drops entries of the result at random, under any ``aggregator``; the shared parameters' alone.
-        features: a tensor, or several, through which alone losses reach the parameters below: the output of a trunk
-            that the tasks share in one forward pass. The heads then go back to it first, each one's graph freed before
-            the next, callables' too, and the trunk once per task. They can have no tensor hooks, nor retain_grad().
-        batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster where a
-            task's own is too small for the device. Its operations must have rules for :func:`torch.func.vmap`, and a
-            tensor's hook there sees all tasks' gradients at once.
+            losses reach. All others get the sum of their gradients.
+        suppression: drops entries of the shared parameters' results at random, with any ``aggregator``.
+        features: the output of a trunk that the tasks share in one forward pass: a tensor, or several. Losses must
+            reach the trunk's parameters only through it. The backward passes of the heads run first, and each frees
+            its graph, a callable's too, before the next; then the trunk runs once per task. Features must have no
+            tensor hooks and no retain_grad().
+        batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster if one
+            task's pass is too small for the device. The trunk's operations must have rules for
+            :func:`torch.func.vmap`, and a tensor's hook there sees all tasks' gradients at once.
         retain_graph: keep the graphs for another backward pass.
 
     Returns:
         The step's losses, Gramian and weights, as tensors that stay on the device.
 
     Raises:
-        TypeError, ValueError: an argument is not as said above, a loss reaches none of ``params``, a graph holds
+        TypeError, ValueError: an argument is not as described above, a loss reaches none of ``params``, a graph holds
             reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then,
-            nor if a callable or a tensor's hook raises; but if torch's own backward pass of a weighted sum of tensors
-            fails halfway, ``.grad`` is as that leaves it. Post-accumulate hooks run when all else is done.
+            nor if a callable or a tensor's hook raises. But if torch's own backward pass of a weighted sum of tensors
+            fails halfway, ``.grad`` is as torch leaves it. Post-accumulate hooks run after everything else.
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)
@@ -69,7 +71,7 @@ def backward(
 
 
 def grad_sink(source: Source, options: Options) -> Sink:
-    """Return the sink that leads to ``.grad``: torch's own backward pass where that is all there is to do."""
+    """Return the sink that writes ``.grad``: torch's own backward pass if the step needs no rows."""
     if not options.needs_no_rows:
         return GradSink()
     assert isinstance(source, Losses), "sums of micro-batches have rows"
@@ -77,7 +79,7 @@ def grad_sink(source: Source, options: Options) -> Sink:
 
 
 def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:
-    """Add the task gradients of ``losses`` to ``total``, a source for a step to come."""
+    """Add the task gradients of ``losses`` to ``total``, the source of a later step."""
     refuse_distributed()
     targets = Targets.of(params, groups="model", shared=None)
     losses.open(targets.device)

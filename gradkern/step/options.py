@@ -1,4 +1,4 @@
-"""The choices of a step: the method, and everything beside it."""
+"""The options of a step: the method and its modifiers."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from gradkern.modifiers.suppression import Suppression
 
 @dataclass(frozen=True)
 class Options:
-    """The choices of a step, as :func:`gradkern.backward` and :class:`gradkern.SurgeryOptimizer` take them.
+    """The options of a step, as :func:`gradkern.backward` and :class:`gradkern.SurgeryOptimizer` take them.
 
     Attributes:
         memory: lets absent tasks take part with their last gradients; None for no memory.

@@ -1,6 +1,6 @@
 """The pipeline of a step: source → rows → Gramian → weights → sink.
 
-Nothing is written before everything has been computed, so a step that raises leaves every ``.grad`` as it was.
+The pipeline writes only after it has computed everything, so a step that raises leaves every ``.grad`` unchanged.
 """
 
 import torch
@@ -21,9 +21,9 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     """Take one step.
 
     Args:
-        source: gives the task gradients.
-        sink: takes their combination.
-        options: the method, and what is beside it.
+        source: the source of the task gradients.
+        sink: the sink of their combination.
+        options: the method and its modifiers.
         params: as for :func:`gradkern.backward`.
     """
     refuse_distributed()
@@ -36,7 +36,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
         sink.prepare(None, outcome, targets)
         return _info(source, outcome, options, kept=sink.commit(None), step_scale=None)
-    new = _take(source, targets)
+    new = _gradients(source, targets)
     with torch.no_grad():
         rows = _rows(source, targets, new, options)
         sink.check(rows)
@@ -54,7 +54,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         return _info(source, outcome, options, kept, step_scale)
 
 
-def _take(source: Source, targets: Targets) -> list[list[Tensor | None]]:
+def _gradients(source: Source, targets: Targets) -> list[list[Tensor | None]]:
     """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
     grads: list[list[Tensor | None]] = [[None] * len(targets.tensors) for _ in source.present]
     for i, row in source.passes(targets.tensors):
@@ -63,31 +63,31 @@ def _take(source: Source, targets: Targets) -> list[list[Tensor | None]]:
 
 
 def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], options: Options) -> Rows:
-    """Return the rows of the step, remembered ones among them, and what suppression drops of them."""
+    """Return the rows of the step, including remembered ones, and the mask of suppression."""
     present, memory, suppression = source.present, options.memory, options.suppression
-    known = new if memory is None else memory.recall(present, new, targets.tensors)
-    shared = targets.are_shared(known)
-    # Of unshared parameters nothing is remembered: an absent task's head stays as it is.
-    taken = [[known[t][n] if m else row[n] for n, m in enumerate(shared)] for t, row in enumerate(new)]
+    recalled = new if memory is None else memory.recall(present, new, targets.tensors)
+    shared = targets.are_shared(recalled)
+    # Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
+    taken = [[recalled[t][n] if m else row[n] for n, m in enumerate(shared)] for t, row in enumerate(new)]
     segments = [s if m else None for s, m in zip(targets.segments, shared, strict=True)]
     units = [-1] * len(segments)
     if suppression is not None:
         first_units = suppression.first_units([p.numel() for p in targets.given])
         units = [first_units[k] for k in targets.places]
     columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
-    matters = memory is not None or options.aggregator.leaves_out_absent
+    needs_present = memory is not None or options.aggregator.leaves_out_absent
     return Rows(
         columns,
         targets.n_segments,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if matters and not all(present) else None,
+        present=bools_on(present, targets.device) if needs_present and not all(present) else None,
         losses=stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None,
     )
 
 
 def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
-    """Return κ of the whole model's Gramian, None without ConflictLR."""
+    """Return κ of the whole model's Gramian; None without ConflictLR."""
     if options.conflict_lr is None:
         return None
     assert outcome.gramian is not None, "rows have a Gramian"
@@ -98,10 +98,10 @@ def _info(
     source: Source, outcome: Outcome, options: Options, kept: Tensor | None, step_scale: Tensor | None
 ) -> SurgeryInfo:
     solution = outcome.solution
-    alone = options.groups == "model" and outcome.gramian is not None
+    is_single = options.groups == "model" and outcome.gramian is not None
 
     def of_group(value: Tensor) -> Tensor:
-        return value[0] if alone else value  # one group has no dimension of its own
+        return value[0] if is_single else value  # a single group has no dimension
 
     def of_group_if_any(value: Tensor | None) -> Tensor | None:
         return None if value is None else of_group(value)

@@ -16,18 +16,18 @@ from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.philox import dropped_at
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
-"""Each parameter with its gradient, which nobody else holds; and (), the share of entries that suppression kept, None
-without suppression."""
+"""Each parameter with its gradient, to which nothing else refers; and the share of entries that suppression kept, a
+tensor (), or None without suppression."""
 
 
 class AnyRows(Protocol):
     """Rows that have a Gramian and can be combined: all entries, or some."""
 
     def gramian(self, unshared: bool) -> Tensor:
-        """Return (S, T, T), or (S + 1, T, T) with the dot products over unshared parameters."""
+        """Return the Gramians (S, T, T), or (S + 1, T, T) with the dot products over unshared parameters."""
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
-        """Combine by weights (S, T), and by (T,) for unshared parameters, None for ones."""
+        """Combine with weights (S, T), and with (T,) for unshared parameters, None for ones."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Rows:
     Attributes:
         columns: the gradients of each parameter that any task reaches.
         n_segments: S, the number of groups.
-        mask: drops entries of the results; None for none.
+        mask: the mask that drops entries of the results; None for none.
         products_masked: whether the mask drops them from the dot products too.
-        present: (T,) bool, the tasks whose gradients belong to this step; None for all, or where the method takes an
-            absent task's gradient for zeros.
-        losses: (T,), NaN for an absent task; None where the method does not need them.
+        present: (T,) bool, the tasks whose gradients belong to this step; None for all, or if the method treats an
+            absent task's gradient as zeros.
+        losses: (T,), NaN for an absent task; None if the method does not need them.
     """
 
     columns: Sequence[ParamGrads]
@@ -53,7 +53,7 @@ class Rows:
 
     @property
     def n_tasks(self) -> int:
-        """T, the number of tasks."""
+        """The number of tasks, T."""
         return len(self.columns[0].grads)
 
     @property
@@ -65,7 +65,7 @@ class Rows:
         """Return the dot products of the task gradients within each group; float64 if any gradient is.
 
         Args:
-            unshared: add one more group, of the unshared parameters.
+            unshared: whether to add one more group, the unshared parameters.
 
         Returns:
             (S, T, T), or (S + 1, T, T).
@@ -80,7 +80,7 @@ class Rows:
             parts = [torch.zeros((S, self.n_tasks, self.n_tasks), dtype=dtype, device=self.device)]
         M = sum(parts[1:], parts[0]).to(dtype)
         for c in counting:
-            if c.sparse:  # dense for as long as its dot products take, one parameter at a time
+            if c.sparse:  # one parameter at a time is dense, while its dot products are computed
                 M[c.segment] += self._products([replace(c.dense(), segment=0)], 1)[0]
         return M
 
@@ -92,8 +92,8 @@ class Rows:
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
         """Return each parameter with Σ_t w[segment, t] g_t; an unshared one with Σ_t unshared_weights[t] g_t.
 
-        A result takes the place of one of its gradients where one is free. An unshared parameter that one task alone
-        reaches gets its one gradient itself, where there are no ``unshared_weights``.
+        A result overwrites one of its gradients if one is free. Without ``unshared_weights``, an unshared parameter
+        that one task alone reaches gets that task's gradient itself.
 
         Args:
             w: (S, T), the weights of each group.
@@ -121,16 +121,16 @@ class Rows:
 
 
 def kept_share(kept: Tensor, columns: Sequence[ParamGrads]) -> Tensor | None:
-    """Return the share of the entries that a mask kept, of the ``columns`` that it may drop; None if there are none.
+    """Return the share of entries of masked ``columns`` that the mask kept; None if no column is masked.
 
-    Sparse gradients do not count: the entries that they lack are dropped anyhow.
+    Sparse gradients do not count, because most of their entries are absent anyway.
     """
     n_masked = sum(c.param.numel() for c in columns if c.unit >= 0 and not c.sparse)
     return kept / n_masked if n_masked else None
 
 
 def mask_over(columns: Sequence[ParamGrads], mask: MaskState | None) -> Mask | None:
-    """Return the mask as the operators take it."""
+    """Return the mask of ``columns`` in the form that the operators take."""
     return None if mask is None else Mask([c.unit for c in columns], mask.block, mask.state)
 
 
@@ -143,7 +143,7 @@ def by_dtype(columns: Sequence[ParamGrads]) -> list[list[ParamGrads]]:
 
 
 def _combine_sparse(c: ParamGrads, w: Tensor, mask: MaskState | None) -> Tensor:
-    """Return the entries of all tasks one after another, each scaled; torch adds up equal indices as it coalesces."""
+    """Return the scaled entries of all tasks, concatenated; torch adds up equal indices when it coalesces."""
     present = [(t, g) for t, g in enumerate(c.grads) if g is not None]
     indices = torch.cat([g._indices() for _, g in present], 1)
     values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values()).to(g.dtype) for t, g in present])
@@ -154,7 +154,7 @@ def _combine_sparse(c: ParamGrads, w: Tensor, mask: MaskState | None) -> Tensor:
 
 
 def _places(indices: Tensor, p: Tensor) -> Tensor:
-    """Return where the entries of a sparse gradient would lie in a dense one's memory, in the shape of its values."""
+    """Return the positions of a sparse gradient's entries in a dense one's memory, in the shape of its values."""
     strides = new_grad_stride(p)
     n = len(indices)
     places = sum((i * stride for i, stride in zip(indices, strides[:n], strict=True)), torch.zeros_like(indices[0]))

@@ -1,7 +1,7 @@
-"""Sampled entries of the shared parameters' gradients: all that GradAttention looks at.
+"""Sampled entries of the shared parameters' gradients, the input of GradAttention.
 
-They are read once, into a matrix X (T, D) that holds the groups one after another; the Gramian and the combinations of
-the sampled entries alone are those of X.
+They are read once, into a matrix X (T, D) that holds the groups one after another. The Gramian and the combinations of
+the sampled entries are computed from X.
 """
 
 from collections.abc import Sequence
@@ -25,16 +25,16 @@ from gradkern.step.rows import Combined, Rows
 
 
 class SampledRows:
-    """Entries of the rows that a step samples.
+    """The sampled entries of a step's rows.
 
     Args:
-        rows: the rows; sparse gradients of shared parameters among them are made dense.
-        method: samples the entries.
+        rows: the rows; sparse gradients of shared parameters are made dense.
+        method: the method, which samples the entries.
 
     Attributes:
-        only: whether the sampled entries alone are updated.
-        X: (T, D), the entries, zeros where the mask drops them from the dot products; float64 if any gradient is,
-            else float32.
+        only: whether only the sampled entries are updated.
+        X: (T, D), the entries; 0 where the mask drops them from the dot products. float64 if any gradient is, else
+            float32.
     """
 
     def __init__(self, rows: Rows, method: Aggregator) -> None:
@@ -51,11 +51,11 @@ class SampledRows:
         self.X = self._entries()
 
     def gramian(self, unshared: bool) -> Tensor:
-        """Return (S, T, T), the dot products of the sampled entries; those of unshared parameters have none."""
+        """Return the Gramians (S, T, T) of the sampled entries; unshared parameters have none."""
         return operators.gramian_tensors(self._pieces(), None)
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
-        """Combine as :meth:`Rows.combine`; the result of a shared parameter is 0 wherever no entry is sampled."""
+        """Combine as :meth:`Rows.combine` does; a shared parameter's result is 0 except at sampled entries."""
         mask = self.rows.mask
         values = self.X.new_empty(self.X.shape[1])
         into = list(values.split(self.strata.counts))
@@ -74,29 +74,30 @@ class SampledRows:
         return [*results, *((c.param, g) for c, g in zip(self.shared, out, strict=True))], share
 
     def solution(self, M: Tensor) -> Solution:
-        """Return the method's weights of Gramians (S, T, T), those of present tasks alone."""
+        """Return the method's solution for Gramians (S, T, T), with weights of 0 for absent tasks."""
         present = self.rows.present
         if self.shared:
             attention = self.method.weights(M, self.strata.tokens(self.X))
-        else:  # no two losses meet: there is nothing to weigh, and nothing to learn from
+        else:  # no shared parameters: nothing to weigh and nothing to learn from
             attention = torch.full_like(M[:, 0], 1 / M.shape[-1])
         w = attention if present is None else torch.where(present, attention, 0.0)
         return Solution(w, attention=attention)
 
     def _entries(self) -> Tensor:
+        """Return :attr:`X`."""
         grads, rows = row_major(self.shared), self.rows
-        found = [
+        by_dtype = [
             operators.gather(
                 [g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index
             )
             for dtype in self._dtypes
         ]
-        if not found:
+        if not by_dtype:
             return torch.zeros((rows.n_tasks, 0), device=self.index.device)
-        X = sum(found[1:], found[0])  # every entry is of one dtype and reads 0 in the others
+        X = sum(by_dtype[1:], by_dtype[0])  # an entry has one dtype, and is 0 in the terms of the others
         if rows.products_masked:
             X = X.masked_fill(self._dropped, 0.0)
-        if rows.present is not None:  # an overflow that is remembered spoils no other task
+        if rows.present is not None:  # a remembered overflow must not spoil other tasks
             X = X.masked_fill(~rows.present.unsqueeze(-1) & ~X.isfinite(), 0.0)
         return X
 
@@ -112,7 +113,7 @@ class SampledRows:
 
     @cached_property
     def _dropped(self) -> Tensor:
-        """(D,) bool, the sampled entries that the mask drops."""
+        """The sampled entries that the mask drops, (D,) bool."""
         mask, device = self.rows.mask, self.index.device
         assert mask is not None
         bounds = ready(totals(self.numels), device).bounds_on(device)
@@ -123,7 +124,7 @@ class SampledRows:
 
 @dataclass(frozen=True, eq=False)
 class _Units(Tables):
-    """The first unit of suppression of each parameter."""
+    """The numbers of the parameters' first units of suppression."""
 
     units: NDArray[np.int64]
 

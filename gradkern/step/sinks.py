@@ -1,4 +1,4 @@
-"""The sinks of a step: they take weights, and write the update."""
+"""The sinks of a step, which take weights and write the update."""
 
 from collections.abc import Iterable, Sequence
 from typing import Protocol
@@ -16,12 +16,12 @@ from gradkern.step.surgery import Outcome
 
 
 class Sink(Protocol):
-    """A sink: ``check``, ``prepare``, ``commit``, ``finish``, in this order. Nothing is written before ``commit``.
+    """A sink. A step calls ``check``, ``prepare``, ``commit``, ``finish``, in this order; only ``commit`` writes.
 
     Attributes:
         needs_rows: whether it combines task gradients.
         needs_unshared: whether it needs dot products over unshared parameters too.
-        combines: whether it takes the combination itself, and not only its weights.
+        combines: whether it takes the combination itself, and not only the weights.
     """
 
     needs_rows: bool
@@ -32,13 +32,13 @@ class Sink(Protocol):
         """Raise unless it can take the rows."""
 
     def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
-        """Compute the update, as far as that writes nothing."""
+        """Compute as much of the update as possible without writing."""
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
-        """Write the update, of an optimizer's step scaled by κ; return the share of entries that the mask kept."""
+        """Write the update, or take an optimizer's step scaled by κ; return the share of entries that the mask kept."""
 
     def finish(self) -> None:
-        """Call the user's hooks, which may raise: the step is whole even then."""
+        """Call the user's hooks, which may raise: the step is complete by then."""
 
 
 class GradSink:
@@ -70,7 +70,7 @@ class WeightedBackwardSink:
 
     Args:
         losses: the losses.
-        method: gives their weights.
+        method: the method that fixes their weights.
     """
 
     needs_rows = False
@@ -90,7 +90,7 @@ class WeightedBackwardSink:
         self._targets = targets.tensors
 
     def commit(self, step_scale: Tensor | None) -> None:
-        """Run the backward pass. Callables run, and are added up, one by one: one graph is alive at a time."""
+        """Run the backward pass. Callables run one by one, so that only one graph is alive at a time."""
         weights = self.method.task_weights(len(self.losses.entries))
         if self.losses.one_graph_each and any(map(callable, self.losses.entries)):
             self._add_up_one_by_one(weights)
@@ -106,15 +106,15 @@ class WeightedBackwardSink:
             for k, g in enumerate(grads):
                 if g is not None:
                     totals[k] = added(totals[k], g)
-            del grads  # not alive beside the next task's
+            del grads  # free them before the next task's pass
         with torch.no_grad():
-            found = ((p, g) for p, g in zip(self._targets, totals, strict=True) if g is not None)
-            call_hooks(write((p, owned(g, p)) for p, g in found))
+            reached = ((p, g) for p, g in zip(self._targets, totals, strict=True) if g is not None)
+            call_hooks(write((p, owned(g, p)) for p, g in reached))
 
     def _backward_of_sum(self, weights: Sequence[float]) -> None:
         present = dict(self.losses.graphs())
         reachable = set(self._targets)
-        graph.freeable(self.losses.entries)  # raises now for a graph that would raise halfway
+        graph.freeable(self.losses.entries)  # raises now if a graph would raise halfway
         for i, loss in present.items():
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
                 raise unreached(i)
@@ -129,7 +129,7 @@ def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     written = []
     for p, g in results:
         if p.grad is None:
-            p.grad = g.detach()  # autograd hands out views of tensors of the same memory, which .grad is none of
+            p.grad = g.detach()  # autograd may return a view, and .grad must be none
         elif p.grad.is_sparse and not g.is_sparse:
             p.grad = added(p.grad, g)
         else:
@@ -141,5 +141,5 @@ def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
 def call_hooks(params: Sequence[Tensor]) -> None:
     """Call the post-accumulate hooks of parameters."""
     for p in params:
-        for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # one may remove itself
+        for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # a hook may remove itself
             hook(p)

@@ -1,6 +1,6 @@
-"""The surgery of a step: from its rows to their Gramian, the weights, and the combination by these.
+"""The surgery of a step: it computes the Gramian of the rows, the weights, and the weighted combination.
 
-It writes to no ``.grad``: only to what the method remembers, and, when it combines, over gradients that are free.
+It does not write to ``.grad``. It writes to the method's state, and the combination may overwrite free gradients.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ class Outcome:
     """Result of a step's surgery.
 
     Attributes:
-        gramian: (S, T, T); None where the weights follow from nothing.
-        unshared_gramian: (T, T), the dot products over unshared parameters, where asked for.
-        solution: the weights (S, T), and what else the method reports.
+        gramian: (S, T, T); None if the weights are fixed.
+        unshared_gramian: (T, T), the dot products over unshared parameters; None unless requested.
+        solution: the weights (S, T), and the method's other results.
         unshared_weights: (T,), the weights of unshared parameters; None for ones.
         combine: returns each parameter with its gradient, and the share of entries that suppression kept.
     """
@@ -38,23 +38,23 @@ class Outcome:
 
 
 def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) -> Outcome:
-    """Return the outcome of a method whose weights do not depend on gradients: no rows, no Gramian."""
+    """Return the outcome of a method with fixed weights, which needs no rows and no Gramian."""
     assert isinstance(aggregator, Scalarization)
     w = aggregator.weights_like(n_tasks, torch.float32, device)
     return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
 def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) -> Outcome:
-    """Find Gramian and weights; and the combination too, where one launch does all.
+    """Compute Gramian and weights, and also the combination if one launch can do all of it.
 
     Args:
         rows: the task gradients.
         aggregator: the method.
-        unshared: take dot products over unshared parameters too.
-        combines: whether the combination will be asked for.
+        unshared: whether to compute dot products over unshared parameters too.
+        combines: whether the combination will be needed.
 
     Raises:
-        TypeError, ValueError: the method gives something else than weights (S, T).
+        TypeError, ValueError: the method does not return weights (S, T).
     """
     if combines and rows.present is None:
         fused = _in_one_launch(rows, aggregator)
@@ -82,12 +82,12 @@ def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) 
 
 
 def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
-    """Do all in one launch; None where there is none for the sizes, the method or the gradients."""
+    """Do all in one launch; return None if the sizes, the method or the gradients do not allow it."""
     first = next((c for c in rows.columns if c.own is None), None)
     if first is None:
         return None
     sizes = one_launch.sizes(rows.device.type, rows.n_tasks, first.dtype)
-    if not sizes:  # before all parameters are looked at
+    if not sizes:  # decided before the loop over all parameters
         return None
     summed = [c for c in rows.columns if c.own is None]
     if any(c.sparse or c.dtype != first.dtype for c in summed) or sum(c.param.numel() for c in summed) not in sizes:
@@ -97,10 +97,10 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     if program is None:
         return None
     out = [c.result() for c in summed]
-    given = TaskGrads(row_major(summed), [-1 if c.segment is None else c.segment for c in summed], rows.n_segments)
+    grads = TaskGrads(row_major(summed), [-1 if c.segment is None else c.segment for c in summed], rows.n_segments)
     kept = None if rows.mask is None else rows.mask.state.new_zeros(())
     mask = mask_over(summed, rows.mask)
-    M, w = operators.surgery(given, program.projection, out, mask, rows.products_masked, kept)
+    M, w = operators.surgery(grads, program.projection, out, mask, rows.products_masked, kept)
     results = own_gradients(rows.columns) | dict(zip((c.param for c in summed), out, strict=True))
     combined = [(c.param, results[c.param]) for c in rows.columns]
     share = None if kept is None else kept_share(kept, summed)
@@ -114,7 +114,7 @@ def _solution(aggregator: Aggregator, M: Tensor, rows: Rows) -> Solution:
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:
-    """Return M without absent tasks whose remembered gradient is not finite, so that one overflow spoils no others."""
+    """Return M with zeros for absent tasks whose remembered gradients overflowed, so that no other task is spoilt."""
     if present is None:
         return M
     lost = ~present & ~M.diagonal(dim1=-2, dim2=-1).isfinite()

@@ -1,4 +1,4 @@
-"""GradAttention: the one method that sees entries of the gradients besides their Gramian."""
+"""GradAttention, the one method that reads entries of the gradients besides their Gramian."""
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
 

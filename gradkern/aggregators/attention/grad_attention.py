@@ -1,13 +1,13 @@
 """GradAttention ("GradAttention: Attention-Based Gradient Surgery"): an attention network decides the task weights.
 
-Each step draws d entries of the gradient, the same for all tasks; each task's entries are a token, and self-attention
-over the tokens ends in one score per task, whose softmax gives the weights α. The report does not say how the network
-learns. Here it learns while it is used, from the first-order decrease of the losses: it maximises
+Each step samples d entries of the gradient, the same for all tasks. A task's entries form a token, self-attention over
+the tokens gives one score per task, and the softmax of the scores gives the weights α. The report does not say how the
+network learns. Here it learns while it is used, from the first-order decrease of the losses: it maximises
 
-    Σ_i α_i r_i + τ H(α),   r_i = Σ_j φ_ij,
+    Σ_i α_i r_i + τ H(α),   r_i = Σ_j φ_ij.
 
-φ_ij the cosine of gradients i and j, so that no task wins by its scale, and H the entropy, without which α would go to
-one task alone. The exact optimum is softmax(r / τ).
+φ_ij is the cosine of gradients i and j, so that no task wins by its scale. H is the entropy; without it α would give
+all weight to one task. The exact optimum is softmax(r / τ).
 """
 
 import copy
@@ -32,18 +32,19 @@ from gradkern.ops.offsets import column_bounds
 class GradAttention(Aggregator):
     """Weights that sum to 1, from self-attention over sampled entries of the task gradients; see the module.
 
-    The network learns by one step of Adam at every call, in training and in evaluation mode. The number of tasks is
-    that of the first call (or of the state loaded), and the network moves to the device of the Gramian. It and its
-    optimizer stay float64 whatever ``.to`` says.
+    Every call trains the network by one step of Adam, in training and in evaluation mode. The first call (or the
+    loaded state) fixes the number of tasks, and the network moves to the device of the Gramian. The network and its
+    optimizer stay float64, whatever dtype ``.to`` gets.
 
     Args:
-        subset: how many entries of the gradients are drawn at each step; all where there are no more.
-        width: of the tokens.
-        layers: of the encoder.
-        update: "all" applies the weights to every entry, "subset" to the drawn ones alone, and all others are 0.
+        subset: the number of entries of the gradients that each step samples; all entries if there are no more.
+        width: the width of the tokens.
+        layers: the number of layers of the encoder.
+        update: "all" applies the weights to every entry; "subset" applies them to the sampled entries only, and all
+            other entries of the update are 0.
         entropy: τ; the larger, the more equal the weights.
-        lr: learning rate of Adam.
-        generator: of the gradients' device, draws the entries; None for the device's default generator.
+        lr: the learning rate of Adam.
+        generator: a generator on the gradients' device that samples the entries; None for the device's default one.
     """
 
     samples_entries = True
@@ -68,17 +69,17 @@ class GradAttention(Aggregator):
         self.entropy = _positive("entropy", entropy)
         self.lr = _positive("lr", lr)
         self.encoder = Encoder(subset, width, layers)
-        self._adam: torch.optim.Adam | None = None  # since the number of tasks is known
+        self._adam: torch.optim.Adam | None = None  # created once the number of tasks is known
 
     def positions(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
-        """Sample the entries of this step: of each group as many as ``subset``, or all that it has; see ``strata.py``.
+        """Sample the entries of this step: ``subset`` of each group, or all if it has fewer; see ``strata.py``.
 
         Args:
-            sizes: how many entries each group has; the groups lie one after another.
-            device: where the gradients are.
+            sizes: the number of entries of each group; the groups are consecutive.
+            device: the device of the gradients.
 
         Returns:
-            int64 on ``device``, ascending.
+            The entries' positions: int64 on ``device``, ascending.
 
         Raises:
             ValueError: the generator is on another device.
@@ -87,23 +88,23 @@ class GradAttention(Aggregator):
             raise ValueError(f"generator is on {self.generator.device}, the gradients on {device}")
         return strata(sizes, self.subset).sample(device, self.generator)
 
-    def weights(self, M: Tensor, X: Tensor) -> Tensor:  # type: ignore[override]  # the one method that sees entries
-        """Return the weights of the task gradients in the update; the network then learns from them by one step.
+    def weights(self, M: Tensor, X: Tensor) -> Tensor:  # type: ignore[override]  # the one method that reads entries
+        """Return the weights of the task gradients in the update, then train the network by one step.
 
-        They are the network's before that step: one pass through it serves both.
+        The weights are those of the network before that step: one pass through it serves both.
 
         Args:
             M: (..., T, T), Gramians; float32 or float64. Leading dimensions are independent problems, which share
                 the network.
-            X: (..., T, d), d <= subset entries of each task's gradient; float32 or float64, on M's device. Fewer
-                than ``subset`` are padded with zeros on the right.
+            X: (..., T, d), d <= subset entries of each task's gradient; float32 or float64, on M's device. If d is
+                less than ``subset``, zeros pad the entries on the right.
 
         Returns:
-            (..., T), of M's dtype and on its device, each problem's sum 1. No gradient flows through them. They are
-            finite even where M and X are not; the network does not learn from such a call.
+            (..., T), of M's dtype and on its device; the weights of each problem sum to 1. No gradient flows through
+            them. They are finite even if M or X is not; the network does not learn from such a call.
 
         Raises:
-            TypeError, ValueError: an argument is not as said above, or T is not that of earlier calls.
+            TypeError, ValueError: an argument is not as described above, or T differs from that of earlier calls.
         """
         check_gramian(M)
         self._check_entries(M, X)
@@ -114,7 +115,7 @@ class GradAttention(Aggregator):
         return alpha.to(M.dtype).view(M.shape[:-1])
 
     def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has entries of its own."""
+        """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has its own entries."""
         check_matrix(J, offsets)
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)
@@ -128,11 +129,11 @@ class GradAttention(Aggregator):
         g = combine(K, self.weights(gramian(K.detach(), ends), X), ends)
         return J.new_zeros(J.shape[1]).index_copy(0, index, g)
 
-    # A training step of its own, with autograd and an optimizer inside. Private API: torch.compiler.disable, which is
-    # public, would import the compiler with this library, and take half a second.
+    # torch.compile must not trace this training step, which runs autograd and an optimizer. The decorator is private
+    # API: the public torch.compiler.disable would import the compiler with this library, which takes half a second.
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def _learn(self, M: Tensor, X: Tensor) -> Tensor:
-        """Return α (B, T) float64 of the network; then take one step of Adam, unless a number is not finite."""
+        """Compute α (B, T), float64; then take one step of Adam unless an entry of M or X is not finite."""
         with torch.inference_mode(False), torch.enable_grad():
             M, X = M.detach(), X.detach()
             adam = self._ready(M)
@@ -143,14 +144,14 @@ class GradAttention(Aggregator):
             grads = torch.autograd.grad(-gain.sum(-1).mean(), parameters)
             for p, g in zip(parameters, grads, strict=True):
                 p.grad = g
-            # As a gradient scaler does: where it is 1, the fused step leaves parameters, moments and step count.
+            # Gradient scalers set it too: if it is 1, the fused step changes no parameter, moment or step count.
             adam.found_inf = (~(M.isfinite().all() & X.isfinite().all())).float()  # type: ignore[attr-defined]
             adam.step()
             adam.zero_grad()
             return alpha.detach()
 
     def _ready(self, M: Tensor) -> torch.optim.Adam:
-        """Return the optimizer, of a network for M's number of tasks on M's device."""
+        """Return the optimizer; move the network to M's device, and set it up for M's number of tasks if it is new."""
         if self.encoder.tokens.weight.device != M.device:
             self.to(M.device)
         if self._adam is None:
@@ -159,7 +160,7 @@ class GradAttention(Aggregator):
         return self._adam
 
     def _begin(self, tasks: int | None, adam: Mapping[int, Any]) -> None:
-        """Start a network for so many tasks (None: as before the first call) with an optimizer in that state."""
+        """Set the network up for ``tasks`` tasks (None: as before the first call), its optimizer in state ``adam``."""
         self.encoder.begin(tasks)
         self._adam = None
         if tasks is not None:
@@ -186,20 +187,20 @@ class GradAttention(Aggregator):
         return {"generator": super().get_extra_state(), "tasks": self.encoder.tasks, "adam": adam}
 
     def set_extra_state(self, state: Any) -> None:
-        """Load what :meth:`get_extra_state` returned; torch loads the network after it, into an embedding that fits."""
+        """Load a :meth:`get_extra_state`. It creates an embedding of the right size, into which torch loads later."""
         if not isinstance(state, dict) or set(state) != {"generator", "tasks", "adam"}:
             raise ValueError(f"the state to load must hold 'generator', 'tasks' and 'adam', got {state!r}")
         super().set_extra_state(state["generator"])
         self._begin(state["tasks"], state["adam"])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load as every Aggregator does; ``assign`` must be False, because the optimizer holds the parameters."""
+        """Load as every Aggregator does; ``assign`` must be False, because the optimizer refers to the parameters."""
         if assign:
-            raise ValueError("assign must be False, got True: the optimizer holds the parameters that there are")
+            raise ValueError("assign must be False, got True: the optimizer refers to the existing parameters")
         return super().load_state_dict(state_dict, strict)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradAttention":
-        """Move between devices, and do nothing else of what ``.to`` does; the optimizer's state goes along."""
+        """Move the network and the optimizer's state between devices; unlike other Modules, ignore dtypes."""
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device)

@@ -1,7 +1,7 @@
-"""Stratified sampling of entries: one of each of so many equal strata of each group of entries.
+"""Stratified sampling: each group of entries is cut into equal strata, and one entry of each stratum is sampled.
 
-Sampled so, they ascend and differ with no sort and no second draw, for all groups in one go; and the k-th of them comes
-from the same region of the parameters at every step, so that something can be learned of it.
+The sampled entries are distinct and ascending, without a sort and without a second draw, for all groups at once. The
+k-th entry comes from the same region of the parameters at every step, so that a network can learn from it.
 """
 
 from dataclasses import dataclass
@@ -18,13 +18,13 @@ from gradkern.ops.layout import Tables
 
 @dataclass(frozen=True, eq=False)
 class Strata(Tables):
-    """The strata of S groups that lie one after another. Made by :func:`strata`.
+    """The strata of S consecutive groups. Made by :func:`strata`.
 
     Attributes:
         counts: the number of entries that are sampled from each group.
-        starts: (D,) int64, where each stratum begins, counted through all groups.
-        widths: (D,) int64, how many entries it has.
-        places: (D,) int64, where its entry goes in S rows as long as the largest count.
+        starts: (D,) int64, the position of each stratum's first entry, counted through all groups.
+        widths: (D,) int64, the number of entries of each stratum.
+        places: (D,) int64, the position of each sampled entry in S rows as long as the largest count.
     """
 
     counts: tuple[int, ...]
@@ -33,14 +33,14 @@ class Strata(Tables):
     places: NDArray[np.int64]
 
     def sample(self, device: torch.device, generator: torch.Generator | None) -> Tensor:
-        """Return (D,) int64, ascending, an entry of each stratum, all equally likely."""
+        """Sample one entry of each stratum, all equally likely: (D,) int64, ascending."""
         starts, widths, _ = self._on(device)
-        # u <= 1 - 2⁻⁵³, so that u times a stratum's width, rounded, stays below its end.
+        # u <= 1 - 2⁻⁵³, so u times a stratum's width, rounded, stays below the width.
         u = torch.rand(len(starts), generator=generator, dtype=torch.float64, device=device)
         return starts + (u * widths).long()
 
     def tokens(self, X: Tensor) -> Tensor:
-        """Return X (T, D) as (S, T, d), d the largest count, with zeros after the entries of a group that has fewer."""
+        """Return X (T, D) as (S, T, d), where d is the largest count; zeros pad the entries of smaller groups."""
         S, T, d = len(self.counts), len(X), max(self.counts)
         rows = X.new_zeros((T, S * d)).index_copy_(1, self._on(X.device)[2], X)
         return rows.view(T, S, d).transpose(0, 1)
@@ -51,7 +51,7 @@ class Strata(Tables):
 
 @lru_cache(maxsize=64)
 def strata(sizes: tuple[int, ...], most: int) -> Strata:
-    """Return strata of groups of ``sizes[s]`` entries, ``most`` of each at most; they are kept for the next step."""
+    """Return the strata of groups of ``sizes[s]`` entries, at most ``most`` per group; cached for the next step."""
     counts = tuple(min(size, most) for size in sizes)
     starts, widths, places, first = [], [], [], 0
     for s, (size, count) in enumerate(zip(sizes, counts, strict=True)):

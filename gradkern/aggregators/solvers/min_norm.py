@@ -1,13 +1,15 @@
 """The shortest vector of a convex hull, exactly (Wolfe 1976, "Finding the Nearest Point in a Polytope").
 
-Minimise wᵀMw over w >= 0 with Σ w = 1, for many Gramians M at once. An active-set method: from the shortest row, each
-round solves for the shortest vector of the affine hull of the rows in the support. If that lies inside, the row that
-falls short of it most joins the support; else the point moves there as far as the hull goes, and the row it meets the
-boundary at leaves. Rows of very different lengths stay apart because all is solved in the scale of the cosines K: with
-n_i = √M_ii, v = n w and u = 1/n, the problem is to minimise vᵀKv over v >= 0 with uᵀv = 1.
+Minimise wᵀMw over w >= 0 with Σ w = 1, for many Gramians M at once. The method is an active-set method. It starts from
+the shortest row. Each round solves for the shortest vector of the affine hull of the rows in the support. If that
+vector lies in the convex hull, the row that violates optimality most joins the support. Otherwise the point moves
+towards that vector until it meets the boundary of the convex hull, and the row whose weight becomes 0 there leaves.
+Rows of very different lengths stay distinct because the problem is solved in the scale of the cosines K: with
+n_i = √M_ii, v = n w and u = 1/n, it is to minimise vᵀKv over v >= 0 with uᵀv = 1.
 
-A fixed number of rounds, and masks of who is done: the host reads nothing. Two rows that differ by less than rounding
-shows, 1e-8 of their length, may stand for each other; then the answer is that much off.
+The number of rounds is fixed, and a mask marks the problems that are done, so the host reads nothing. Two rows that
+differ by less than rounding resolves, 1e-8 of their length, may be mistaken for each other; then the result is off by
+that much.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,7 @@ ROUNDS_PER_TASK = 3
 """Most problems take T rounds or fewer. The hardest of 480,000 random ones took 2.5 T: 12 rows, nearly antiparallel in
 pairs."""
 NOISE = 1e-13
-"""How far a row may fall short in proportion to the terms of its product: a hundred roundings of float64."""
+"""The tolerance of the optimality condition, relative to the terms of its product: a hundred roundings of float64."""
 
 
 def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
@@ -30,18 +32,18 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
         among: (..., T) bool, the rows of each hull, at least one; None for all. The others get the weight 0.
 
     Returns:
-        (..., T) float64, w >= 0 of sum 1. Where rows are zero they share the weight alone. Not a number in a problem
-        with an entry that is not finite.
+        (..., T) float64, w >= 0 with sum 1. If some rows are zero, they share all the weight. A problem with an entry
+        that is not finite gets NaN.
     """
     T = M.shape[-1]
     M = M.double()
-    everyone = torch.ones(M.shape[:-1], dtype=torch.bool, device=M.device)
-    inside = everyone if among is None else everyone & among
-    finite = (M.isfinite() | ~inside.unsqueeze(-1) | ~inside.unsqueeze(-2)).all(-1).all(-1, keepdim=True)
+    everything = torch.ones(M.shape[:-1], dtype=torch.bool, device=M.device)
+    members = everything if among is None else everything & among
+    finite = (M.isfinite() | ~members.unsqueeze(-1) | ~members.unsqueeze(-2)).all(-1).all(-1, keepdim=True)
     M = torch.where(finite.unsqueeze(-1), M, 0.0)
     n = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    zero = inside & (n == 0)
-    rows = inside & ~zero
+    zero = members & (n == 0)
+    rows = members & ~zero
     n = torch.where(rows, n, 1.0)
     K = (M / n.unsqueeze(-1) / n.unsqueeze(-2)).clamp(-1, 1)
     shortest = torch.where(rows, n, torch.inf).amin(-1, keepdim=True).clamp_max(torch.finfo(n.dtype).max)
@@ -55,10 +57,10 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
 
 
 class _Point(NamedTuple):
-    """State of the search: a point of the hull, the support whose affine hull is next, and who is done.
+    """State of the search: a point of the hull, the support whose affine hull is solved next, and the problems done.
 
-    A row of the support has the weight 0 only when it has just joined. If it leaves at once, it is barred: rounding
-    hides what sets it apart from the others, and it would come back for ever.
+    A row of the support has weight 0 only if it has just joined. If it leaves at once, it is barred: rounding hides its
+    difference from the other rows, and it would join again forever.
     """
 
     v: Tensor
@@ -68,37 +70,38 @@ class _Point(NamedTuple):
 
 
 def _start(K: Tensor, u: Tensor, rows: Tensor) -> _Point:
-    """The shortest row alone."""
+    """Return the state whose support is the shortest row alone."""
     support = rows & _at(torch.where(rows, u, -1.0).argmax(-1), rows)
     return _Point(support / u, support, ~rows, ~rows.any(-1, keepdim=True))
 
 
 def _round(point: _Point, K: Tensor, u: Tensor) -> _Point:
+    """Do one round of the active-set method; see the module."""
     v, support, barred, done = point
     y, square = _affine(K, u, support)
     outside = support & ~(y > 0)
     leaves = outside.any(-1, keepdim=True)
-    # How far the segment from v to y stays in the hull.
+    # The share of the segment from v to y that lies in the hull.
     reach = torch.where(outside, v / (v - y).clamp_min(torch.finfo(v.dtype).tiny), torch.inf)
     theta, first = reach.min(-1, keepdim=True)
     partway = torch.where(_at(first.squeeze(-1), support), 0.0, v + theta * (y - v)).clamp_min(0)
     left = support & leaves & (partway == 0)
     # Optimal: (Kv)_i >= vᵀKv u_i for all i.
-    short = (K @ y.unsqueeze(-1)).squeeze(-1) - square * u
+    slack = (K @ y.unsqueeze(-1)).squeeze(-1) - square * u
     terms = (K.abs() @ y.abs().unsqueeze(-1)).squeeze(-1)
     size = terms + (terms * y.abs()).sum(-1, keepdim=True) * u
-    open_ = ~support & ~barred & (short < -NOISE * size)
-    worst = _at(torch.where(open_, short, torch.inf).argmin(-1), support) & open_
+    violating = ~support & ~barred & (slack < -NOISE * size)
+    worst = _at(torch.where(violating, slack, torch.inf).argmin(-1), support) & violating
     moved = torch.where(leaves, partway, y)
     grown = torch.where(leaves, support & ~left, support | worst)
     barred = barred | (left & (theta == 0))
     done = done | ~y.isfinite().all(-1, keepdim=True)
-    finished = done | (~leaves & ~open_.any(-1, keepdim=True))
+    finished = done | (~leaves & ~violating.any(-1, keepdim=True))
     return _Point(torch.where(done, v, moved), torch.where(done, support, grown), barred, finished)
 
 
 def _affine(K: Tensor, u: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """The shortest vector of the affine hull of the support, v with uᵀv = 1, and its square (..., 1)."""
+    """Return the shortest vector of the support's affine hull, v with uᵀv = 1, and its squared length (..., 1)."""
     both = support.unsqueeze(-1) & support.unsqueeze(-2)
     edge = torch.where(support, u, 0.0).unsqueeze(-1)
     inner = torch.where(both, K, torch.diag_embed((~support).to(K.dtype)))
@@ -106,11 +109,11 @@ def _affine(K: Tensor, u: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
     bordered = torch.cat((torch.cat((inner, edge), -1), border), -2)
     unit = torch.zeros_like(bordered[..., 0])
     unit[..., -1] = 1
-    # Without a check of errors, which would read the device.
+    # It does not check for errors, because that would read the device.
     solved = torch.linalg.solve_ex(bordered, unit, check_errors=False).result
     return torch.where(support, solved[..., :-1], 0.0), -solved[..., -1:]
 
 
 def _at(index: Tensor, like: Tensor) -> Tensor:
-    """A mask of ``like``'s shape, true at ``index`` of the last dimension."""
+    """Return a mask of ``like``'s shape that is true at ``index`` of the last dimension."""
     return torch.arange(like.shape[-1], device=like.device) == index.unsqueeze(-1)

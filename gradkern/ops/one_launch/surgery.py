@@ -34,13 +34,13 @@ def surgery(
     products_masked: bool = False,
     kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Do the surgery of gradients left in place: return Gramians and weights, and fill ``out``."""
+    """Do the surgery of gradients read in place: return Gramians and weights, and write ``out``."""
     last = rows.n_segments
     segments = [s if s >= 0 else last for s in rows.segments]
     given = placed(TaskGrads(rows.grads, segments, last + 1), out, mask)
     result = table_rows(addresses("out", out), given.n, given.dtype, given.device)
     if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel counts in any case
+        kept = mask.state.new_zeros(())  # the kernel always counts
     return _launch(given.rows, given.layout, given.mask, method, products_masked, result, kept)
 
 
@@ -50,7 +50,7 @@ if torch.version.hip is None:  # on AMD's GPUs a barrier does not wait for other
 
 @implements(operators.pcgrad_matrix)
 def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
-    """Compute PCGrad's update of a matrix, (P,): in one launch where the table says so, else step by step."""
+    """Compute PCGrad's update of a matrix, (P,): in one launch if the table has its size, else step by step."""
     J = unit_stride(J)
     T, P = J.shape
     if P not in sizes(J.device.type, T, J.dtype):
@@ -72,7 +72,7 @@ def _launch(
     out: Rows,
     kept: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return Gramians and weights; the last segment of ``layout`` holds what is unshared."""
+    """Return Gramians and weights; the last segment of ``layout`` holds the unshared parameters."""
     S, T, dtype, device = layout.n_segments - 1, rows.count, arithmetic_dtype(rows.dtype), rows.source.device
     M = torch.empty(S, T, T, dtype=dtype, device=device)
     w = torch.empty(S, T, dtype=dtype, device=device)
@@ -92,7 +92,7 @@ def _launch(
 
 
 def _checked(method: Projection, M: Tensor) -> kernel.Projection:
-    """Return the method as the kernel takes it; raise ValueError unless its tensors fit the Gramians M (S, T, T)."""
+    """Return the method in the kernel's form; raise ValueError unless its tensors fit the Gramians M (S, T, T)."""
     keys, targets, update_mask = method.order_keys, method.targets, method.update_mask
     check_partner(keys, method.partner)
     if keys is not None:

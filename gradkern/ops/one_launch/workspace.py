@@ -1,4 +1,4 @@
-"""The programs of the one launch, and the memory by which they share out their work."""
+"""The number of programs of the one launch, and the counters by which they share their work."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from gradkern.ops.triton.arguments import is_interpreted
 
 
 def n_programs(device: torch.device, n_items: int) -> int:
-    """Return how many programs a device runs at once; one in the interpreter, where that does all the work."""
+    """Return the number of programs that a device runs at once: one in the interpreter, where it does all the work."""
     return 1 if is_interpreted(device) else min(n_items, ONE_LAUNCH_PROGRAMS * _multiprocessors(device))
 
 
@@ -21,14 +21,14 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def counters(n: int, device: torch.device) -> Tensor:
-    """Return zeros, which a launch leaves behind as zeros: launches on one stream share them one after another.
+    """Return zeros, which a launch leaves as zeros, so that successive launches on a stream share them.
 
     A captured graph clears memory of its own at each replay, because it may be replayed on any stream.
     """
     if capturing(device):
         return torch.zeros(n, dtype=torch.int32, device=device)
     key = device, 0 if is_interpreted(device) else torch._C._cuda_getCurrentRawStream(device.index)
-    found = _of_stream.get(key)  # looked up once: another thread may put a smaller one there
+    found = _of_stream.get(key)  # read once: another thread may store a smaller one
     if found is None or len(found) < n:
         found = _of_stream[key] = torch.zeros(1 << (n - 1).bit_length(), dtype=torch.int32, device=device)
     return found

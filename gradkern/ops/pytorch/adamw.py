@@ -1,6 +1,6 @@
-"""AdamW on a combination of gradients, in PyTorch: a block is combined and taken into the step while it is in cache.
+"""AdamW on a combination of gradients, in PyTorch: each block is combined and stepped while it is in cache.
 
-The step itself is PyTorch's fused one, on a block of each tensor.
+The step itself is PyTorch's fused AdamW, on a block of each tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from gradkern.ops.pytorch.combination import combine_flat
 from gradkern.ops.pytorch.drops import Drops
 
 COMBINED = 1 << 18
-"""Numbers combined at a time, 1 MB of float32. With half to four times as many a step took as long."""
+"""The count of numbers combined at a time, 1 MB of float32. With half to four times as many a step took as long."""
 
 
 class Piece(NamedTuple):
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     g: Tensor
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the same entries of a tensor laid out as the parameter."""
+        """Return the same entries of a tensor with the parameter's layout."""
         return flat(tensor)[self.start : self.start + len(self.g)]
 
 
@@ -53,9 +53,9 @@ def adamw(
 def _combined(
     rows: TaskGrads, w: Tensor, params: Sequence[Tensor], drops: Drops | None, kept: Tensor | None
 ) -> Iterator[list[Piece]]:
-    """Combine as many parameters, or as much of one, as stay in cache; each block overwrites the last one.
+    """Yield combined pieces, as many at a time as stay in cache; each list overwrites the memory of the last one.
 
-    A gradient that is its own combination, and of which no entry has to be erased, is left where it is.
+    A gradient that equals its own combination, and has no entry to erase, is used in place.
     """
     weights = w.tolist()
     scratch = params[0].new_empty(COMBINED, dtype=arithmetic_dtype(params[0].dtype))
@@ -83,7 +83,7 @@ def _combined(
 
 
 def _erased(pieces: list[Piece], drops: Drops | None, kept: Tensor | None) -> list[Piece]:
-    """Put 0 where entries are dropped."""
+    """Set dropped entries to 0, and return the pieces."""
     if drops is not None:
         for k, start, g in pieces:
             drops.erase(k, start, g, kept)
@@ -91,12 +91,13 @@ def _erased(pieces: list[Piece], drops: Drops | None, kept: Tensor | None) -> li
 
 
 def _own_combination(rows: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
-    """Return the one row that counts, where its weight is 1."""
-    counting = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
-    return counting[0][0] if len(counting) == 1 and counting[0][1] == 1.0 else None
+    """Return the only row with a nonzero weight, if its weight is 1."""
+    nonzero = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
+    return nonzero[0][0] if len(nonzero) == 1 and nonzero[0][1] == 1.0 else None
 
 
 def _step(pieces: list[Piece], state: AdamWState, step: AdamWStep) -> None:
+    """Take PyTorch's fused step on the pieces."""
     n = len(state.params)
     lr, beta1, beta2, weight_decay, eps = step.hyperparameters
     stored = [piece.of(state.params[piece.k]) for piece in pieces]

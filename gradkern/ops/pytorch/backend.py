@@ -16,14 +16,14 @@ BACKEND = Backend("pytorch", DEFAULT, "blocked PyTorch operations serve every de
 
 
 def implements(operator: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register the decorated function, with autocast and the recording of derivatives switched off inside.
+    """Register the decorated function, with autocast and autograd switched off inside.
 
-    Autocast would round the products, and ``ops/autograd.py`` has the derivatives around the operators.
+    Autocast would round the products, and ``ops/autograd.py`` differentiates around the operators.
     """
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
         @wraps(function)
-        def numbers_alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        def undifferentiated(*args: P.args, **kwargs: P.kwargs) -> R:
             first: Any = args[0]
             is_tensor = isinstance(first, Tensor)
             device_type = first.device.type if is_tensor else _device_type(first)
@@ -33,7 +33,7 @@ def implements(operator: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[
             with torch.no_grad(), torch.autocast(device_type, enabled=False):
                 return function(*args, **kwargs)
 
-        return BACKEND.implements(operator)(numbers_alone)
+        return BACKEND.implements(operator)(undifferentiated)
 
     return register
 

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 Erase = Callable[[int, int, Tensor], None]
-"""Given a tensor's number, and from which entry on a matrix holds its rows: put 0 for those that do not count."""
+"""Sets dropped entries to 0, given a tensor's number, its first entry, and a matrix of its rows from that entry on."""
 Columns = Mapping[int, Sequence[Tensor | None]]
-"""By its number, the T gradients of a tensor, each of one dimension."""
+"""The T gradients of each tensor, flattened, by the number of the tensor."""
 
 
 def flat(g: Tensor) -> Tensor:
-    """A dense tensor as the memory it is."""
+    """Return the memory of a dense tensor as a tensor of one dimension."""
     return g.flatten() if g.is_contiguous() else g.as_strided((g.numel(),), (1,))
 
 
 class Scratch:
-    """Memory that each block overwrites, grown to the largest of them."""
+    """Memory that each block overwrites. It grows to the size of the largest block."""
 
     def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
         self._stored = like.new_empty(0)
         self._converted = self._stored.to(dtype)
 
     def joined(self, parts: list[Tensor], count: int) -> Tensor:
-        """``parts``, ``count`` numbers in all, one after another."""
+        """Return ``parts`` concatenated, ``count`` numbers in all."""
         if len(self._stored) < count:
             self._stored = self._stored.new_empty(count)
         stored = torch.cat(parts, out=self._stored[:count])
@@ -49,26 +49,26 @@ class _Piece(NamedTuple):
     whole: bool
 
     def of(self, g: Tensor) -> Tensor:
-        """The piece of one gradient; a whole tensor is not sliced, which takes as long as copying a bias."""
+        """Return the piece of a gradient. It does not slice a whole tensor, which takes as long as copying a bias."""
         return g if self.whole else g[self.start : self.start + self.length]
 
 
 def gathered(
     columns: Columns, scratch: Scratch, blocks: Sequence[tuple[int, int]], erase: Erase | None
 ) -> Iterator[tuple[Tensor, int]]:
-    """Blocks of the rows that tensors form one after another, (T, stride), and how many columns each one holds.
+    """Yield blocks (T, stride) of the rows of concatenated tensors, and the number of columns in each block.
 
     Args:
         columns: the tensors' gradients.
-        scratch: where each block is put, in the place of the last one.
-        blocks: their columns and strides; what lies between a row's columns and the next row is not initialized.
-        erase: puts 0 for entries that do not count.
+        scratch: the memory of the blocks; each overwrites the last.
+        blocks: their numbers of columns and strides; the gap between a row's columns and the next row is uninitialized.
+        erase: sets dropped entries to 0; None if none are dropped.
     """
     longest = max(n for n, _ in blocks)
     zeros = next(g for column in columns.values() for g in column if g is not None).new_empty(0)
     pieces: list[_Piece] = []
-    left = iter(blocks)
-    room, stride = next(left)
+    remaining = iter(blocks)
+    room, stride = next(remaining)
     for k, column in columns.items():
         done, numel = 0, next(len(g) for g in column if g is not None)
         if len(zeros) < min(longest, numel) and any(g is None for g in column):
@@ -81,7 +81,7 @@ def gathered(
             if room == 0:
                 yield _block(pieces, scratch, zeros, stride, erase), sum(piece.length for piece in pieces)
                 pieces = []
-                room, stride = next(left, (0, 0))
+                room, stride = next(remaining, (0, 0))
 
 
 def _block(pieces: list[_Piece], scratch: Scratch, zeros: Tensor, stride: int, erase: Erase | None) -> Tensor:

@@ -1,20 +1,20 @@
-"""The fixed shapes in which a BLAS is asked for products of rows, so that its answer is the same to the last bit.
+"""The fixed shapes in which a BLAS multiplies rows, so that its results are the same to the last bit.
 
-In which order a BLAS sums up a product depends on its shape and strides, on where the rows lie relative to 64 bytes,
-and on how many threads share the product. So a Gramian is put together from small products that are always alike:
+The order in which a BLAS sums up a product depends on its shape and strides, on the rows' addresses modulo 64 bytes,
+and on the number of threads that share the product. So a Gramian is made of small products that are always alike:
 
 - The columns are cut into chunks of equal width, and a rest, by T and P alone.
-- Rows lie in memory that starts at a multiple of 64 bytes, as PyTorch's allocator gives it, and at a fixed distance;
-  or where ``observed.py`` has found that this changes nothing.
-- Products are computed in batches of two at least: a BLAS shares a product that comes alone among its threads. It may
-  share those of a batch too, where they are fewer than the threads; ``observed.py`` finds out whether that changes
-  anything, and if so, copies of each product make up the number.
+- Rows start at a multiple of 64 bytes, as PyTorch's allocator returns memory, and at a fixed distance. Other places are
+  used only if ``observed.py`` finds that this changes nothing.
+- Products are computed in batches of two at least, because a BLAS shares a single product among its threads. It may
+  share those of a batch too, if they are fewer than the threads. ``observed.py`` finds out whether that changes
+  anything; if so, copies of each product fill the batch.
 - The T x T products are added up in a binary tree of element-wise additions, each of them rounded as IEEE 754 says
-  (``products.py``).
+  (``gramian.py``).
 
-What remains is a function of the numbers, T and P: it depends neither on addresses, nor on gaps between rows, nor on
-whether rows come as a matrix or as a list of tensors, nor on the number of threads, nor on the load of the machine.
-Another processor, instruction set or BLAS may give other bits, within the bound of :func:`error_bound`.
+The result is a function of the numbers, T and P. It does not depend on addresses, on gaps between rows, on whether rows
+are given as a matrix or as a list of tensors, on the number of threads, or on the load of the machine. Another
+processor, instruction set or BLAS may give other bits, within the bound of :func:`error_bound`.
 """
 
 from collections.abc import Iterator
@@ -25,51 +25,52 @@ import torch
 from torch import Tensor
 
 LONGEST = 2048
-"""Columns of a chunk at most: the length of a sum whose order is the BLAS's. The error of the sum grows with it, the
-number of T x T products falls: of chunks half as long two rows of a million take a seventh longer, forty no longer."""
+"""The greatest number of columns of a chunk, the length of a sum in the BLAS's order. A longer chunk has a greater
+error, but there are fewer T x T products. With chunks half as long two rows of a million take a seventh longer, forty
+no longer."""
 LINE = 64
-"""Bytes of a cache line."""
+"""The number of bytes of a cache line."""
 PARTIALS = 1 << 21
-"""Numbers of the T x T products that wait to be added, 8 MB of float32."""
+"""The count of numbers in the T x T products that wait to be added, 8 MB of float32."""
 SCRATCH = 1 << 19
-"""Numbers of a block of scratch memory, all rows together: 2 MB of float32, what a core's second cache holds. Half or
-twice as many took a tenth longer."""
+"""The count of numbers in a block of scratch memory, all rows together: 2 MB of float32, the size of a core's
+second-level cache. Half or twice as many took a tenth longer."""
 MOST = 64
-"""Rows of a product at most: of more a BLAS would give each of many threads a part."""
+"""The greatest number of rows of a product: a BLAS would split a larger one among many threads."""
 
 Batch = tuple[Tensor, int]
-"""Chunks, (k, T, width) with k >= 2, and how many of them count."""
+"""Chunks, (k, T, width) with k >= 2, and the number of them that count."""
 
 
 class Cut(NamedTuple):
-    """The chunks into which the columns of some rows are cut, and the blocks in which these come to scratch memory."""
+    """The chunks into which the columns of rows are cut, and the blocks in which they are copied to scratch memory."""
 
     width: int
-    """Columns of a chunk."""
+    """The number of columns of a chunk."""
     chunks: int
-    """Number of chunks."""
+    """The number of chunks."""
     rest: int
-    """Columns that are left."""
+    """The number of columns after the last chunk."""
     group: int
-    """Products that wait to be added: those of whole blocks."""
+    """The number of products that wait to be added: those of whole blocks."""
     blocks: tuple[tuple[int, int], ...]
-    """Blocks of scratch memory, one after another: how many columns they hold, and how far apart rows are."""
+    """The consecutive blocks of scratch memory: their numbers of columns, and the distances of their rows."""
 
     @property
     def at_once(self) -> bool:
-        """Whether all columns come in one block, as a contiguous matrix."""
+        """Whether all columns are in one block, as a contiguous matrix."""
         columns, stride = self.blocks[0]
         return columns == stride
 
     @property
     def terms(self) -> int:
-        """Number of products."""
+        """The number of products."""
         return self.chunks + (self.rest > 0)
 
 
 @lru_cache(maxsize=4096)
 def cut(T: int, P: int, itemsize: int) -> Cut:
-    """The cut of T rows of P numbers, ``itemsize`` bytes each in arithmetic."""
+    """Return the cut of T rows of P numbers, ``itemsize`` bytes each in arithmetic."""
     if T * P <= SCRATCH or P <= 2 * LONGEST:  # all in one block, as a contiguous matrix
         least = max(2, -(-P // LONGEST)) if P > 1 else 1
         chunks = next((n for n in range(least, 2 * least) if P % n == 0), least)
@@ -80,9 +81,9 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
     width = next((w for w in range(LONGEST, LONGEST // 2, -4 * line) if P % w == 0), LONGEST)
     chunks, rest = divmod(P, width)
     most = max(1, SCRATCH // (T * width))
-    per_block = -(-chunks // -(-chunks // most))  # as many blocks, all of about the same size
+    per_block = -(-chunks // -(-chunks // most))  # the same number of blocks, of about equal size
     step = per_block * width
-    # Rows that are a power of two apart would compete for the same places in a cache: one line is left between them.
+    # A gap of one line, because rows at a distance of a power of two compete for the same places in a cache.
     blocks = [(min(step, chunks * width - a), step + line) for a in range(0, chunks * width, step)]
     if rest:
         blocks.append((rest, rest))
@@ -90,31 +91,31 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
 
 
 def error_bound(T: int, P: int, dtype: torch.dtype) -> float:
-    """How far an entry of a Gramian may be from the true M_ij, as a share of sum_e |J_ie J_je|.
+    """Return the greatest error of an entry M_ij of a Gramian, as a share of sum_e |J_ie J_je|.
 
-    (w + d + 1) u with u half a unit in the last place of the arithmetic: 2^-24 for float32, 2^-53 for float64. There
-    are w - 1 additions in a chunk of w columns, in whatever order, and d = ceil(log2 n) in the tree over n products;
-    each product is rounded, and so is the result. (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1;
-    the square of w u is left out.) It holds where nothing overflows or falls below the smallest normal number.
+    It is (w + d + 1) u with u half a unit in the last place of the arithmetic: 2^-24 for float32, 2^-53 for float64.
+    There are w - 1 additions in a chunk of w columns, in any order, and d = ceil(log2 n) in the tree over n products.
+    Each product is rounded, and so is the result. (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1;
+    the bound omits the square of w u.) It holds if nothing overflows or falls below the smallest normal number.
 
     Args:
-        T: number of rows.
-        P: number of columns.
+        T: the number of rows.
+        P: the number of columns.
         dtype: float32, or float64 for float64 rows.
     """
-    of_all = cut(T, P, dtype.itemsize)
-    depth = max(0, of_all.terms - 1).bit_length()
-    return (max(of_all.width, of_all.rest) + depth + 1) * torch.finfo(dtype).eps / 2
+    of_columns = cut(T, P, dtype.itemsize)
+    depth = max(0, of_columns.terms - 1).bit_length()
+    return (max(of_columns.width, of_columns.rest) + depth + 1) * torch.finfo(dtype).eps / 2
 
 
 def batch(rows: Tensor, width: int, count: int) -> Batch:
-    """The first ``count`` chunks of ``width`` columns, where they lie; one alone comes twice, and counts once."""
-    apart, copies = (width, count) if count > 1 else (0, 2)
-    return rows.as_strided((copies, len(rows), width), (apart, rows.stride(0), 1)), count
+    """Return a view of the first ``count`` chunks of ``width`` columns; a single one is repeated, and counts once."""
+    distance, copies = (width, count) if count > 1 else (0, 2)
+    return rows.as_strided((copies, len(rows), width), (distance, rows.stride(0), 1)), count
 
 
 def batches_of(rows: Tensor, columns: int, cut: Cut) -> Iterator[Batch]:
-    """The chunks of the first ``columns`` columns of rows in scratch memory; what is less than a chunk is the rest."""
+    """Yield the chunks of the first ``columns`` columns of rows in scratch memory, then the rest."""
     whole, rest = divmod(columns, cut.width)
     if whole:
         yield batch(rows, cut.width, whole)
@@ -124,11 +125,11 @@ def batches_of(rows: Tensor, columns: int, cut: Cut) -> Iterator[Batch]:
 
 @lru_cache(maxsize=256)
 def tiles(T: int) -> tuple[tuple[slice, slice], ...]:
-    """The parts of M that are products of their own: some rows by some columns, from the diagonal down.
+    """Return the tiles of M, each computed as one product: some rows by some columns, from the diagonal down.
 
-    Half of M is known from the other half. Of more columns at a time more is computed twice, while fewer leave a BLAS
-    less to do for each number it packs: by tiles 20 rows of a million take 0.6 times as long as in one product, 40 rows
-    0.75 times, 48 to 64 rows as long.
+    Half of M follows from the other half. With more columns per tile more of it is computed twice; with fewer, a BLAS
+    does less work for each number it packs. By tiles 20 rows of a million take 0.6 times as long as in one product, 40
+    rows 0.75 times, 48 to 64 rows as long.
     """
     step = 16 if T <= 32 else 32
     return tuple(

@@ -1,8 +1,8 @@
 """Linear combinations wᵀ J in PyTorch, element by element and row by row.
 
-Each element is summed up by itself, from the first row to the last, in arithmetic dtype. So it depends on nothing but
-its own terms: not on addresses, not on the number of threads, not on how rows come or are cut. A row whose weight is 0
-is not read.
+Each element is summed up separately, from the first row to the last, in arithmetic dtype. So it depends only on its own
+terms: not on addresses, not on the number of threads, and not on how rows are stored or cut. A row whose weight is 0 is
+not read.
 """
 
 from collections.abc import Sequence
@@ -23,11 +23,12 @@ from gradkern.ops.pytorch.drops import WINDOW, Drops
 from gradkern.ops.pytorch.observed import additions_agree, bags_agree
 
 COLUMNS = 1 << 21
-"""Columns combined at a time: 8 MB of a running sum that stays in the third cache while the rows pass by. An eighth of
-that, which stays in the second, took a third longer: each operation, that much shorter, waits more for its threads."""
+"""The number of columns combined at a time: a running sum of 8 MB, which stays in the third-level cache while all rows
+are added. An eighth of that, which stays in the second-level cache, took a third longer, because each operation is
+shorter and waits more for its threads."""
 BAG = 1 << 11
-"""Columns of a bag: a running sum that stays in the first cache. A bag is one thread's work. It has up to eight times
-as many columns where P has no divisor that suits better, or no more columns."""
+"""The number of columns of a bag: a running sum that stays in the first-level cache. One thread works on a bag. A bag
+has up to eight times as many columns if P has no better divisor, or if P is no more than that itself."""
 
 
 @implements(operators.combine)
@@ -64,30 +65,30 @@ def combine_tensors(
 
 @implements(operators.project)
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Compute W J, per segment: each row of it is a combination."""
+    """Compute W J, per segment: each row of the result is a combination."""
     X = widened(J)
     bounds = column_bounds(offsets, J.shape[1])
     weights = W.reshape(-1, *W.shape[-2:])
-    of_segments = [
+    by_segment = [
         torch.stack([combine_matrix(X[:, a:b], w) for w in Ws])
         for (a, b), Ws in zip(pairwise(bounds), weights, strict=True)
     ]
-    return torch.cat(of_segments, 1).to(J.dtype)
+    return torch.cat(by_segment, 1).to(J.dtype)
 
 
 def widened(J: Tensor) -> Tensor:
-    """Return J in arithmetic dtype where all of it then fits into scratch memory, else J."""
+    """Return J in arithmetic dtype if that fits into scratch memory, else J."""
     wanted = arithmetic_dtype(J.dtype)
     return J if J.dtype == wanted or J.numel() > SCRATCH else J.to(wanted)
 
 
 def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
-    """wᵀ J, in ``out`` if that is given; ``w`` is (T,), in arithmetic dtype."""
+    """Compute wᵀ J, into ``out`` if that is given; ``w`` is (T,), in arithmetic dtype."""
     P = J.shape[1]
     weights = w.tolist()
     width = _bag_width(P)
-    as_table = width > 0 and J.is_contiguous() and J.is_cpu and J.dtype == w.dtype
-    if out is None and as_table and any(weights) and bags_agree(J.dtype):
+    fits_bags = width > 0 and J.is_contiguous() and J.is_cpu and J.dtype == w.dtype
+    if out is None and fits_bags and any(weights) and bags_agree(J.dtype):
         return _in_bags(J, w, weights, width)
     if out is None:
         out = J.new_empty(P)
@@ -96,40 +97,40 @@ def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _in_bags(J: Tensor, w: Tensor, weights: Sequence[float], width: int) -> Tensor:
-    """By the weighted sums of rows of a table that torch has for embeddings: one call, which reads each row once."""
+    """Compute wᵀ J by torch's weighted sum of embeddings: one call, which reads each row once."""
     T, P = J.shape
     n = P // width
-    counting = tuple(t for t, weight in enumerate(weights) if weight != 0.0)
-    parts, starts = _bags(T, n, counting)
-    of_rows = w if len(counting) == T else w[list(counting)]
-    of_parts = of_rows if n == 1 else of_rows.repeat(n)
+    nonzero = tuple(t for t, weight in enumerate(weights) if weight != 0.0)
+    parts, starts = _bags(n, nonzero)
+    row_weights = w if len(nonzero) == T else w[list(nonzero)]
+    part_weights = row_weights if n == 1 else row_weights.repeat(n)
     table = J.view(-1, width)
-    return torch.embedding_bag(table, parts, starts, False, 0, False, of_parts)[0].view(-1)
+    return torch.embedding_bag(table, parts, starts, False, 0, False, part_weights)[0].view(-1)
 
 
 @lru_cache(maxsize=1024)
 def _bag_width(P: int) -> int:
-    """Columns of the bags that P is divided into; 0 if there is no such number."""
+    """Return the width of the bags that P columns are divided into; 0 if no width fits."""
     if P <= 8 * BAG:
         return P
     return next((w for w in (*range(BAG, BAG // 8, -1), *range(BAG + 1, 8 * BAG + 1)) if P % w == 0), 0)
 
 
 @lru_cache(maxsize=16)
-def _bags(T: int, n: int, counting: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The parts of rows that n bags hold, where T rows have n parts each and ``counting`` count; where a bag begins."""
-    with torch.inference_mode(False):  # they are kept for calls outside of it
-        parts = torch.arange(n, device="cpu").unsqueeze(1) + n * torch.tensor(counting, device="cpu")
-        return parts.view(-1), torch.arange(0, parts.numel(), len(counting), device="cpu")
+def _bags(n: int, nonzero: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the parts of rows in n bags, and each bag's start; rows have n parts, and only rows ``nonzero`` count."""
+    with torch.inference_mode(False):  # they are cached for calls outside of it
+        parts = torch.arange(n, device="cpu").unsqueeze(1) + n * torch.tensor(nonzero, device="cpu")
+        return parts.view(-1), torch.arange(0, parts.numel(), len(nonzero), device="cpu")
 
 
 def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: Tensor) -> None:
-    """out = Σ_t weights[t] rows[t], all of one dimension; None is a row of zeros."""
+    """Compute out = Σ_t weights[t] rows[t], all of one dimension; None is a row of zeros."""
     terms = [(row, w) for row, w in zip(rows, weights, strict=True) if row is not None and w != 0.0]
     if not terms:
         out.zero_()
         return
-    # A row that ``out`` stands in is read before it is written if it is the first, and otherwise not.
+    # A sum in ``out`` would overwrite a row in the same memory before reading it, unless that row is the first.
     apart = arithmetic_dtype(out.dtype) != out.dtype or any(row.data_ptr() == out.data_ptr() for row, _ in terms[1:])
     if len(out) <= COLUMNS:
         _weighted_sum(terms, out, apart)
@@ -140,23 +141,23 @@ def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: T
 
 
 def _weighted_sum(terms: list[tuple[Tensor, float]], out: Tensor, apart: bool) -> None:
-    """``out`` of some terms that stay in cache; ``apart`` sums up in other memory, in arithmetic dtype."""
-    work = arithmetic_dtype(out.dtype)
-    total = torch.empty_like(out, dtype=work) if apart else out
-    at_once = additions_agree(work)
+    """Write the sum of ``terms``, which stay in cache, to ``out``; ``apart``: sum in other memory, then convert."""
+    dtype = arithmetic_dtype(out.dtype)
+    total = torch.empty_like(out, dtype=dtype) if apart else out
+    fused = additions_agree(dtype)
     (first, weight), *others = terms
-    # Sums begin with a zero, and so have its sign where all terms are zeros: as they do in a bag.
-    torch.add(_zero(work, out.device), first.to(work), alpha=weight, out=total)
+    # The sum starts with a zero, as in a bag: the sign of a sum of zeros depends on it.
+    torch.add(_zero(dtype, out.device), first.to(dtype), alpha=weight, out=total)
     for row, weight in others:
-        if at_once:
-            total.add_(row.to(work), alpha=weight)
+        if fused:
+            total.add_(row.to(dtype), alpha=weight)
         else:
-            total.add_(row.to(work) * weight)
+            total.add_(row.to(dtype) * weight)
     if apart:
         out.copy_(total)
 
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it is kept for calls outside of it
+    with torch.inference_mode(False):  # it is cached for calls outside of it
         return torch.zeros((), dtype=dtype, device=device)

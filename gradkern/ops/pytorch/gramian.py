@@ -1,9 +1,9 @@
-"""Gramians in PyTorch: rows get into the chunks of ``chunks.py``, and their products are added up.
+"""Gramians in PyTorch: rows are cut into the chunks of ``chunks.py``, and the chunks' products are added up.
 
 A skinny product J Jᵀ leaves most of the memory bandwidth unused, because a matrix multiply is cut along its output,
-which here is only T x T. So the columns are cut into chunks. A matrix is read where it lies if that changes no bit, and
-else copied a block at a time; gradients of several tensors are gathered in the same blocks, and chunks run on across
-tensors. Blocks stay in cache until they have been worked on.
+which here is only T x T. So the columns are cut into chunks. A matrix is read in place if that changes no bit, and
+otherwise copied a block at a time. Gradients of several tensors are gathered into the same blocks, and chunks continue
+across tensors. Blocks stay in cache until they have been processed.
 """
 
 from collections import defaultdict
@@ -42,7 +42,7 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 @implements(operators.gramian_tensors)
 def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
-    """Compute M = J Jᵀ, per segment, of the rows that the tensors of a segment form one after another."""
+    """Compute M = J Jᵀ, per segment; the rows of J are the concatenated tensors of the segment."""
     drops = None if mask is None else Drops(mask, numels(rows.grads, len(rows.segments)))
     T, like = rows.n_tasks, sample(rows.grads)
     members: dict[int, dict[int, Sequence[Tensor | None]]] = defaultdict(dict)
@@ -50,17 +50,17 @@ def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
         column = rows.column(k)
         if any(g is not None and g.numel() for g in column):
             members[s][k] = [None if g is None else flat(g) for g in column]
-    work = work_dtype(like)
-    scratch = Scratch(like, work)
+    dtype = compute_dtype(like)
+    scratch = Scratch(like, dtype)
     M = like.new_zeros((rows.n_segments, T, T), dtype=arithmetic_dtype(like.dtype))
     for s, columns in members.items():
-        M[s] = _tensors_gramian(columns, scratch, work, None if drops is None else drops.erase)
+        M[s] = _tensors_gramian(columns, scratch, dtype, None if drops is None else drops.erase)
     return M
 
 
 @implements(operators.cross)
 def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
-    """Compute A Bᵀ, per segment: a corner of the Gramian of both matrices' rows, on whatever back end that has."""
+    """Compute A Bᵀ, per segment: a corner of the Gramian of both matrices' rows, which any back end may compute."""
     bounds = column_bounds(offsets, A.shape[1])
     pieces = [row[a:b] for row in (*A, *B) for a, b in pairwise(bounds)]
     n_segments = len(bounds) - 1
@@ -70,36 +70,36 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 
 def matrix_gramian(J: Tensor) -> Tensor:
-    """J Jᵀ, (T, T)."""
+    """Compute J Jᵀ, (T, T)."""
     T, P = J.shape
-    wanted = arithmetic_dtype(J.dtype)
+    result_dtype = arithmetic_dtype(J.dtype)
     if P == 0:
-        return J.new_zeros((T, T), dtype=wanted)
-    work = work_dtype(J)
-    of_all = cut(T, P, work.itemsize)
-    M = sum_of_products(_matrix_batches(J, of_all, work), T, of_all)
-    return M.to(J.device, wanted)
+        return J.new_zeros((T, T), dtype=result_dtype)
+    dtype = compute_dtype(J)
+    of_columns = cut(T, P, dtype.itemsize)
+    M = sum_of_products(_matrix_batches(J, of_columns, dtype), T, of_columns)
+    return M.to(J.device, result_dtype)
 
 
-def _matrix_batches(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[Batch]:
-    """Chunks of J where they lie if that changes no bit, and all others by way of scratch memory."""
-    if lies_as_scratch(J, cut, work):
+def _matrix_batches(J: Tensor, cut: Cut, dtype: torch.dtype) -> Iterator[Batch]:
+    """Yield the chunks of J, in place if that changes no bit, otherwise copied to scratch memory."""
+    if lies_as_scratch(J, cut, dtype):
         yield from batches_of(J, J.shape[1], cut)
-    elif in_place(J, cut, work):
+    elif in_place(J, cut, dtype):
         for a in range(0, cut.chunks, cut.group):
             yield batch(J[:, a * cut.width :], cut.width, min(cut.group, cut.chunks - a))
         if cut.rest:
             rest = J[:, -cut.rest :].clone(memory_format=torch.contiguous_format)
             yield batch(rest, cut.rest, 1)
     else:
-        for rows, columns in copied(J, cut, work):
+        for rows, columns in copied(J, cut, dtype):
             yield from batches_of(rows, columns, cut)
 
 
-def copied(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[tuple[Tensor, int]]:
-    """Blocks of J in scratch memory, each in the place of the last one, and how many columns they hold."""
+def copied(J: Tensor, cut: Cut, dtype: torch.dtype) -> Iterator[tuple[Tensor, int]]:
+    """Yield blocks of J in scratch memory, each of which overwrites the last, and their numbers of columns."""
     T = len(J)
-    memory = J.new_empty(T * cut.blocks[0][1], dtype=work)
+    memory = J.new_empty(T * cut.blocks[0][1], dtype=dtype)
     done = 0
     for columns, stride in cut.blocks:
         rows = memory[: T * stride].view(T, stride)
@@ -108,16 +108,16 @@ def copied(J: Tensor, cut: Cut, work: torch.dtype) -> Iterator[tuple[Tensor, int
         done += columns
 
 
-def _tensors_gramian(columns: Columns, scratch: Scratch, work: torch.dtype, erase: Erase | None) -> Tensor:
+def _tensors_gramian(columns: Columns, scratch: Scratch, dtype: torch.dtype, erase: Erase | None) -> Tensor:
     T = len(next(iter(columns.values())))
     P = sum(next(len(g) for g in column if g is not None) for column in columns.values())
-    of_all = cut(T, P, work.itemsize)
-    blocks = gathered(columns, scratch, of_all.blocks, erase)
-    return sum_of_products((b for rows, n in blocks for b in batches_of(rows, n, of_all)), T, of_all)
+    of_columns = cut(T, P, dtype.itemsize)
+    blocks = gathered(columns, scratch, of_columns.blocks, erase)
+    return sum_of_products((b for rows, n in blocks for b in batches_of(rows, n, of_columns)), T, of_columns)
 
 
 def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
-    """Σ X Xᵀ over all chunks X, (T, T), on the CPU."""
+    """Return Σ X Xᵀ over all chunks X, (T, T), on the CPU."""
     of_M = tiles(T)
     first, counted = next(batches)
     if counted == cut.terms and len(of_M) == 1:
@@ -137,7 +137,7 @@ def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
 
 
 def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: Cut) -> Iterator[list[Tensor]]:
-    """For each tile of M the products of a group of chunks, in memory that the next group overwrites."""
+    """Yield for each group of chunks the products for each tile of M, in memory that the next group overwrites."""
     group = min(cut.group, cut.terms)
     room: list[Tensor] = []
     filled = 0
@@ -154,11 +154,11 @@ def _groups(batches: Iterable[Batch], of_M: Sequence[tuple[slice, slice]], cut: 
 
 
 def _tree(terms: Floats) -> Floats:
-    """The sum of ``terms``, which it overwrites: the second half is added to the first until one is left.
+    """Return the sum of ``terms``, which it overwrites: it adds the second half to the first until one is left.
 
-    In NumPy, whose calls take a third of the time of PyTorch's.
+    It uses NumPy, whose calls take a third of the time of PyTorch's.
     """
-    with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
+    with np.errstate(all="ignore"):  # a gradient scaler deals with overflow
         while (n := len(terms)) > 1:
             half = (n + 1) // 2
             first = terms[: n - half]
@@ -168,13 +168,13 @@ def _tree(terms: Floats) -> Floats:
 
 
 def _symmetric(M: Floats) -> Floats:
-    """M with what is below its diagonal above it too: a BLAS may sum up the two in other orders."""
+    """Return M with its lower triangle mirrored to the upper: a BLAS may sum up the two in different orders."""
     return M.take(_places_below(len(M)))
 
 
 @lru_cache(maxsize=64)
 def _places_below(n: int) -> NDArray[np.intp]:
-    """(n, n), for each place of a matrix the one on or below the diagonal that mirrors it, rows one after another."""
+    """Return (n, n), for each entry of a matrix the flat index of its mirror image on or below the diagonal."""
     i = np.arange(n)
     return np.maximum(i[:, None], i) * n + np.minimum(i[:, None], i)
 
@@ -183,9 +183,11 @@ def _length(part: slice) -> int:
     return part.stop - part.start
 
 
-def work_dtype(rows: Tensor) -> torch.dtype:
-    """What the products are computed in. Where the user lets matrix products round to bfloat16 or TF32, float64:
-    that setting is global, so it could not be turned off here without touching other threads' products.
+def compute_dtype(rows: Tensor) -> torch.dtype:
+    """Return the dtype in which products are computed.
+
+    It is float64 if the user lets matrix products round to bfloat16 or TF32: that setting is global, so it could not be
+    turned off here without a change to other threads' products.
     """
     if rows.dtype == torch.float64:
         return torch.float64
@@ -193,5 +195,5 @@ def work_dtype(rows: Tensor) -> torch.dtype:
     return torch.float32 if setting in ("none", "ieee") else torch.float64
 
 
-# What ``torch.backends.mkldnn.matmul.fp32_precision`` reads; through all its properties that costs 1 µs a call.
+# The function that ``torch.backends.mkldnn.matmul.fp32_precision`` calls; its properties would cost 1 µs a call.
 _matmul_precision: Callable[[str, str], str] = torch._C._get_fp32_precision_getter

@@ -1,6 +1,6 @@
 """The methods' T x T programs on the host: all segments and all tasks step through their partners together, in NumPy.
 
-On matrices this small a program costs what its calls cost, and a call of NumPy's costs a third of one of PyTorch's.
+On matrices this small the time goes into the calls, and a NumPy call takes a third of the time of a PyTorch call.
 """
 
 from collections.abc import Iterator
@@ -22,11 +22,11 @@ Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
 FEW = 32
-"""Tasks, of all segments together, up to which PCGrad's coefficients take less time one by one than in NumPy: 4 µs, not
-43, for T = 3, 75 and 185 for T = 16; for T = 32 and for 17 segments of T = 3 both take the same."""
+"""The number of tasks, of all segments together, up to which PCGrad's coefficients take less time task by task than in
+NumPy: 4 µs, not 43, for T = 3, 75 and 185 for T = 16; for T = 32 and for 17 segments of T = 3 both take the same."""
 FEW_OF_GRADVAC = 12
-"""As ``FEW``, of GradVac, whose visits take longer one by one: 34 µs, not 141, for T = 3, 175 and 319 for T = 8; for
-T = 12 and for eight segments of T = 3 both take the same."""
+"""The same number for GradVac, whose visits take longer task by task: 34 µs, not 141, for T = 3, 175 and 319 for T = 8;
+for T = 12 and for eight segments of T = 3 both take the same."""
 
 
 @implements(operators.pcgrad)
@@ -36,7 +36,7 @@ def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
 
 
 def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> Floats:
-    """(S, T, T), of Yu et al. 2020, Algorithm 1, and with other partners Rhapsody on a Theme of Gradient Surgery."""
+    """Return (S, T, T): Yu et al. 2020, Algorithm 1; other partners: Rhapsody on a Theme of Gradient Surgery."""
     check_partner(order_keys, partner)
     if partner == "average":
         return _average(M)
@@ -47,12 +47,12 @@ def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> F
     visits = T - 1 if partner == "all" else 1
     if S * T > FEW:
         return _many(M, order_keys, visits)
-    of_segments = zip(M.tolist(), order_keys.expand_as(M).tolist(), strict=True)
-    return np.array([_few(m, k, visits) for m, k in of_segments])
+    by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), strict=True)
+    return np.array([_few(m, k, visits) for m, k in by_segment])
 
 
 def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str) -> list[float]:
-    """The sum of one Gramian's (T, T) coefficients over tasks; of few tasks with no array in between."""
+    """Return the sum over tasks of one Gramian's coefficients (T, T); few tasks need no array."""
     if partner == "all" and order_keys is not None and len(M) <= FEW:
         C = _few(M.tolist(), order_keys.tolist()[0], len(M) - 1)
     else:
@@ -61,7 +61,7 @@ def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str) -> list[f
 
 
 def _average(M: Tensor) -> Floats:
-    """c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i, and c_i = 1."""
+    """Return the coefficients c_i = 1, and c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i."""
     rows = _host(M)
     i = np.arange(M.shape[-1])
     squares = rows[:, None, i, i]
@@ -72,13 +72,13 @@ def _average(M: Tensor) -> Floats:
 
 
 def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
-    """The coefficients of all tasks of all segments at once."""
+    """Return the coefficients of all tasks of all segments, computed together."""
     S, T, _ = M.shape
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
     task = np.arange(S * T)
     squares = rows[task, task % T]
-    with np.errstate(all="ignore"):  # gradients that have overflowed are for the gradient scaler to find
+    with np.errstate(all="ignore"):  # a gradient scaler deals with overflow
         for partner, row in _partners(order_keys, M.shape, visits):
             s = D[task, partner]
             conflict = np.flatnonzero((s < 0) & (squares[row] > 0))
@@ -90,7 +90,7 @@ def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
 
 
 def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
-    """The coefficients of one segment."""
+    """Return the coefficients of one segment, computed task by task."""
     T = len(M)
     C = []
     for i in range(T):
@@ -118,38 +118,38 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
         return M.clone()
     eps = torch.finfo(M.dtype).eps
     if S * T <= FEW_OF_GRADVAC:
-        held = targets.tolist()
-        of_segments = zip(M.tolist(), order_keys.expand_as(M).tolist(), held, strict=True)
-        few = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in of_segments]
-        targets.copy_(torch.tensor(held, dtype=torch.float64))
+        target_lists = targets.tolist()
+        by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
+        few = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
+        targets.copy_(torch.tensor(target_lists, dtype=torch.float64))
         return _like(np.array(few), M)
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
-    E = np.abs(rows)  # |C| |M|: what the rounding of C M Cᵀ is measured by
+    E = np.abs(rows)  # |C| |M|, the scale of the rounding errors of C M Cᵀ
     task = np.arange(S * T)
-    wanted = _host(targets).reshape(S * T, T)
+    new_targets = _host(targets).reshape(S * T, T)
     moves = np.tile(update_mask.cpu().numpy(), S)
-    with np.errstate(all="ignore"):  # what is not there divides by zero, and is not used
+    with np.errstate(all="ignore"):  # invalid entries divide by zero, and are not used
         norms = np.sqrt(rows[task, task % T])
         for partner, row in _partners(order_keys, M.shape, T - 1):
-            # A sum of squares that comes out within the rounding of its terms is none.
+            # A sum of squares counts as 0 if it is within the rounding error of its terms.
             square = np.einsum("ij,ij->i", C, D)
             n, n_j = np.sqrt(square), norms[row]
-            there = (square > eps * np.einsum("ij,ij->i", np.abs(C), E)) & (n_j > 0)
+            valid = (square > eps * np.einsum("ij,ij->i", np.abs(C), E)) & (n_j > 0)
             # φ = cos(g′_i, g_j)
             phi = np.clip(D[task, partner] / n / n_j, -1, 1)
-            target = wanted[task, partner]
+            target = new_targets[task, partner]
             u = np.clip(target, -(1 - eps), 1 - eps)
             # a = ‖g′_i‖ (φ̂ √(1−φ²) − φ √(1−φ̂²)) / (‖g_j‖ √(1−φ̂²))
             root = np.sqrt(1 - u * u)
             a = n * (u * np.sqrt(1 - phi * phi) - phi * root) / (n_j * root)
-            corrected = np.flatnonzero(there & (phi < u))
+            corrected = np.flatnonzero(valid & (phi < u))
             a, j, k = a[corrected], row[corrected], partner[corrected]
             C[corrected, k] = a
             D[corrected] += a[:, None] * rows[j]
             E[corrected] += np.abs(a)[:, None] * np.abs(rows[j])
-            wanted[task, partner] = np.where(there & moves, (1 - beta) * target + beta * phi, target)
-    targets.copy_(torch.from_numpy(wanted).view(targets.shape))
+            new_targets[task, partner] = np.where(valid & moves, (1 - beta) * target + beta * phi, target)
+    targets.copy_(torch.from_numpy(new_targets).view(targets.shape))
     return _like(C, M)
 
 
@@ -161,7 +161,7 @@ def _few_of_gradvac(
     beta: float,
     eps: float,
 ) -> list[list[float]]:
-    """:func:`gradvac` of one segment, with the names it has there."""
+    """Return the coefficients of one segment, and move ``targets``; names are as in :func:`gradvac`."""
     T = len(M)
     C = []
     for i in range(T):
@@ -188,7 +188,7 @@ def _few_of_gradvac(
 
 
 def _host(M: Tensor) -> Floats:
-    """A float64 copy that may be written to."""
+    """Return a float64 copy on the host, which may be written to."""
     return M.detach().to("cpu", torch.float64, copy=True).contiguous().numpy()
 
 
@@ -197,15 +197,15 @@ def _like(C: Floats, M: Tensor) -> Tensor:
 
 
 def _started(rows: Floats) -> tuple[Floats, Floats]:
-    """C, the modified gradients as combinations, and D = C M, their dot products with the original ones."""
+    """Return C, the modified gradients as combinations, and D = C M, their dot products with the originals."""
     T = rows.shape[1]
     return np.tile(np.eye(T), (len(rows) // T, 1)), rows.copy()
 
 
 def _partners(order_keys: Tensor, shape: torch.Size, visits: int) -> Iterator[tuple[Indices, Indices]]:
-    """Visit by visit, the partners of all S x T tasks, by their number in the segment and by that of their row.
+    """Yield for each visit the partners of all S x T tasks: their numbers in the segment, and those of their rows.
 
-    Equal order_keys go by number: the sort is stable.
+    Equal order keys are in order of task number, because the sort is stable.
     """
     S, T, _ = shape
     order: NDArray[Any] = np.argsort(order_keys.detach().cpu().numpy(), axis=-1, kind="stable")

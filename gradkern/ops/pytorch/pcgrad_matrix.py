@@ -1,6 +1,7 @@
-"""The whole surgery of a matrix in one call, in plain PyTorch.
+"""PCGrad's whole surgery of a matrix in one call, in PyTorch.
 
-Little lies between the two passes over J: they leave the caches cold, and whatever comes after takes twice its time.
+It does little between the two passes over J, because each pass leaves the caches cold and doubles the time of the work
+after it.
 """
 
 import numpy as np
@@ -16,11 +17,11 @@ from gradkern.ops.pytorch.host_programs import pcgrad_weights
 
 @implements(operators.pcgrad_matrix)
 def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
-    """PCGrad's update, (P,)."""
+    """Compute PCGrad's update, (P,)."""
     X = widened(J)
     M = matrix_gramian(X)
     weights = pcgrad_weights(M, order_keys, partner)
     if mean:
         weights = [w / len(weights) for w in weights]
-    w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # NumPy would warn where it overflows
+    w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # not NumPy's conversion, which warns of overflow
     return combine_matrix(X, w).to(J.dtype)

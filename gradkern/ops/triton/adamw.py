@@ -24,7 +24,7 @@ def adamw(
     given = placed(rows, state.params, mask)
     device, moment = state.params[0].device, state.moments[0].dtype
     if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel counts in any case
+        kept = mask.state.new_zeros(())  # the kernel always counts
     kernel.adamw(
         given.rows,
         given.tiles,

@@ -1,9 +1,9 @@
-"""Tables of the addresses at which the kernels' arguments lie.
+"""Tables of the addresses of the kernels' arguments.
 
-A table says nothing but its addresses, so one that is on the device already serves whoever asks for the same again:
-the Gramian and the combination of one step, and the next step where the allocator hands out the same memory. Any other
-takes one asynchronous copy. Nothing here reads the device or waits for it, and what a captured CUDA graph reads at
-each replay is kept alive.
+A table contains nothing but its addresses, so a table that is on the device already is used again for the same
+addresses: by the Gramian and the combination of one step, and by the next step if the allocator returns the same
+memory. Any other table takes one asynchronous copy. No function here reads the device or waits for it, and memory that
+a captured CUDA graph reads at each replay is kept alive.
 """
 
 from collections import defaultdict, deque
@@ -20,12 +20,12 @@ from gradkern.ops.arguments import OptionalTensors
 from gradkern.ops.capture import capturing, keep
 
 TABLES = 1024
-"""The number of tables that are kept, of some kilobytes: surgery takes two for each dtype, AdamW four for each of its
-parameter groups, of which there may be one for each layer, and allocators take turns among a few addresses."""
+"""The number of tables that are kept, of some kilobytes each. Surgery takes two for each dtype, AdamW four for each
+parameter group, of which there may be one for each layer, and allocators alternate between a few addresses."""
 
 
 def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:
-    """The tensors' addresses, 0 for a missing one."""
+    """Return the tensors' addresses, 0 for None."""
     dtypes = {t.dtype for t in tensors if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{name} must be of one dtype, got {sorted(map(str, dtypes))}")
@@ -33,21 +33,21 @@ def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:
 
 
 def table_rows(addresses: tuple[int, ...], n: int, dtype: torch.dtype, device: torch.device) -> Rows:
-    """Rows of n tensors each, one row after another, behind a table of their addresses on the device."""
+    """Return rows of n tensors each, by a table on the device of the tensors' addresses, row by row."""
     return Rows(_table(addresses, device), n, len(addresses) // n, dtype, table=True)
 
 
 def matrix_rows(J: Tensor) -> Rows:
-    """The rows of a matrix of unit column stride."""
+    """Return the rows of a matrix with unit column stride."""
     return Rows(J, J.stride(0), J.shape[0], J.dtype, table=False)
 
 
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """(len(addresses),) int64 on ``device``, for work on its current stream."""
+    """Return (len(addresses),) int64 on ``device``, for work on its current stream."""
     if device.type == "cpu":
         return torch.tensor(addresses, dtype=torch.int64, device="cpu")
     if capturing(device):
-        # The copy happens at each replay and not now, so such a table is never kept, and no kept one is of use.
+        # The copy happens at each replay and not now, so this table is not cached, and no cached one can be used.
         pinned = torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True)
         keep(pinned)
         return pinned.to(device, non_blocking=True)
@@ -56,10 +56,10 @@ def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=TABLES)
 def _copied(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    """The table for work on ``stream``, the current one: in its order it is copied, read and, once let go, reused."""
+    """Return the table for work on ``stream``, the current one, which orders its copy, its use and its reuse."""
     size = 1 << (len(addresses) - 1).bit_length()
     ring = _rings[device, stream, size]
-    staging = ring.popleft() if ring else None  # taken before it is asked, for another thread may take it too
+    staging = ring.popleft() if ring else None  # taken before the query, because another thread may want it
     if staging is not None and not staging.copied.query():
         ring.appendleft(staging)
         staging = None
@@ -72,13 +72,13 @@ def _copied(addresses: tuple[int, ...], device: torch.device, stream: int) -> Te
 
 
 class _Staging(NamedTuple):
-    """Memory that a device copies from while the host goes on."""
+    """Pinned memory that a device copies from while the host continues."""
 
     pinned: Tensor
     numbers: NDArray[np.int64]
     """The same memory."""
     copied: torch.cuda.Event
-    """Where in the stream it has been copied from."""
+    """The event in the stream after the copy."""
 
 
 def _new_staging(size: int) -> _Staging:
@@ -87,6 +87,7 @@ def _new_staging(size: int) -> _Staging:
 
 
 _rings: dict[tuple[torch.device, int, int], deque[_Staging]] = defaultdict(deque)
-"""By device, stream and size, oldest first: where that one has not been copied from, none has, and one more is made,
-for to wait would be to wait for the work before it. PyTorch's cache of pinned memory would do the same, but data
-loaders share it and may have taken what a step could reuse, and to pin anew costs more than all the rest of a step."""
+"""Staging memory by device, stream and size, oldest first. If the oldest has not been copied from, none has, and a new
+one is made, because waiting for it would mean waiting for all earlier work. PyTorch's cache of pinned memory does the
+same, but data loaders share it and may take memory that a step could reuse, and pinning new memory costs more than all
+the rest of a step."""

@@ -1,4 +1,4 @@
-"""Arguments of the kernels, made from arguments of the operators: rows, tiles, masks and weights."""
+"""Conversion of operators' arguments to kernels' arguments: rows, tiles, masks and weights."""
 
 from dataclasses import dataclass
 
@@ -16,15 +16,15 @@ from gradkern.ops.triton.address_tables import addresses, table_rows
 
 @dataclass(frozen=True)
 class Placed:
-    """Gradients left in place, and how they lie in tiles.
+    """Gradients left in place, and the tiles that they lie in.
 
     Attributes:
         addresses: T x n, row-major, 0 for a missing gradient.
         n: the number of parameters.
-        dtype: the gradients'.
-        device: the gradients'.
+        dtype: the dtype of the gradients.
+        device: the device of the gradients.
         layout: the tiles.
-        mask: which entries are dropped; None for none.
+        mask: the mask of dropped entries; None for none.
     """
 
     addresses: tuple[int, ...]
@@ -36,7 +36,7 @@ class Placed:
 
     @property
     def rows(self) -> Rows:
-        """The rows behind a table of addresses on the device."""
+        """The rows, by a table of addresses on the device."""
         return table_rows(self.addresses, self.n, self.dtype, self.device)
 
     @property
@@ -46,12 +46,12 @@ class Placed:
 
 
 def placed(given: TaskGrads, like: OptionalTensors, mask: Mask | None) -> Placed:
-    """Find where gradients lie.
+    """Return the places of gradients.
 
     Args:
         given: the gradients.
-        like: row-major, any number of rows: one tensor of each parameter tells its size.
-        mask: which entries are dropped; None for none.
+        like: row-major, any number of rows; a tensor of each parameter gives its size.
+        mask: the mask of dropped entries; None for none.
 
     Raises:
         ValueError: the block of ``mask`` is out of range.
@@ -59,14 +59,15 @@ def placed(given: TaskGrads, like: OptionalTensors, mask: Mask | None) -> Placed
     if mask is not None and not 1 <= mask.block <= masks.LARGEST_BLOCK:
         raise ValueError(f"block must be from 1 to {masks.LARGEST_BLOCK}, got {mask.block}")
     n = len(given.segments)
-    where = addresses("grads", given.grads)
+    grad_addresses = addresses("grads", given.grads)
     units = () if mask is None else (tuple(mask.units), mask.block)
     layout = tensor_layout(tuple(numels(like, n)), tuple(given.segments), given.n_segments, *units)
-    one = sample((*given.grads, *like))
-    on_tiles = None
+    any_tensor = sample((*given.grads, *like))
+    device = any_tensor.device
+    tile_mask = None
     if mask is not None:
-        on_tiles = masks.Mask(ready(layout, one.device).tiles_on(one.device)[1], mask.block, mask.state)
-    return Placed(where, n, one.dtype, one.device, layout, on_tiles)
+        tile_mask = masks.Mask(ready(layout, device).tiles_on(device)[1], mask.block, mask.state)
+    return Placed(grad_addresses, n, any_tensor.dtype, device, layout, tile_mask)
 
 
 def unit_stride(J: Tensor) -> Tensor:
@@ -80,10 +81,10 @@ def tiles_of(layout: Layout, device: torch.device) -> Tiles:
 
 
 def weights_of(name: str, w: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Return ``w`` as the kernels read it: contiguous, in arithmetic dtype, with a dimension of segments.
+    """Return ``w`` in the form that the kernels read: contiguous, in arithmetic dtype.
 
     Raises:
-        ValueError: its shape is not ``shape``, whose first dimension may be left out if it is 1.
+        ValueError: its shape is not ``shape``, whose first dimension, of segments, may be left out if it is 1.
     """
     if tuple(w.shape) != shape and not (shape[0] == 1 and tuple(w.shape) == shape[1:]):
         raise ValueError(f"{name} must have shape {shape if shape[0] > 1 else shape[1:]}, got {tuple(w.shape)}")

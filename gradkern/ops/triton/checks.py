@@ -1,4 +1,4 @@
-"""Checks of T x T arguments, whose shapes the kernels take on trust."""
+"""Checks of T x T arguments. The kernels do not check shapes."""
 
 import torch
 from torch import Tensor

@@ -32,12 +32,12 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
 def combine_tensors(
     rows: TaskGrads, w: Tensor, out: Sequence[Tensor], mask: Mask | None = None, kept: Tensor | None = None
 ) -> None:
-    """Write wᵀ J of gradients read where they are into one tensor for each parameter, 0 where the mask drops."""
+    """Write wᵀ J of gradients read in place to one tensor for each parameter, and 0 where the mask drops."""
     given = placed(rows, out, mask)
     weights = weights_of("w", w, given.dtype, (rows.n_segments, rows.n_tasks))
     target = table_rows(addresses("out", out), given.n, given.dtype, given.device)
     if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel counts in any case
+        kept = mask.state.new_zeros(())  # the kernel always counts
     combine_kernel.combine(given.rows, given.tiles, given.mask, weights, target, kept).run(given.device)
 
 

@@ -1,4 +1,4 @@
-"""Single entries of the gradients on the Triton back end: read for every task, written for one result."""
+"""Single entries of the gradients, read and written on the Triton back end."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ from gradkern.ops.triton.backend import implements
 
 @implements(operators.gather)
 def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tensor:
-    """Return the entries at ``index``, (T, d), of gradients read where they are."""
+    """Return the entries at ``index``, (T, d), of gradients read in place."""
     like = sample(grads)
     device = like.device
     rows = table_rows(addresses("grads", grads), len(numels), like.dtype, device)
@@ -29,7 +29,7 @@ def gather(grads: OptionalTensors, numels: Sequence[int], index: Tensor) -> Tens
 
 @implements(operators.scatter)
 def scatter(values: Tensor, numels: Sequence[int], index: Tensor, out: Sequence[Tensor]) -> None:
-    """Write ``values`` to the entries at ``index``; of a tensor without elements none is written."""
+    """Write ``values`` to the entries at ``index``; skip tensors without elements."""
     if values.shape != index.shape:
         raise ValueError(f"values must have the shape of index, {tuple(index.shape)}, got {tuple(values.shape)}")
     like = sample(out)

@@ -35,7 +35,7 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
 
 @implements(operators.gramian_tensors)
 def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
-    """Compute (S, T, T) of gradients read where they are, over the entries that the mask keeps."""
+    """Compute Gramians (S, T, T) of gradients read in place, over the entries that the mask keeps."""
     given = placed(rows, rows.grads, mask)
     if rows.n_tasks <= DOT_T:
         return _gramian(given.rows, given.layout, given.mask, given.device)
@@ -43,7 +43,7 @@ def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
 
 
 def _gramian(rows: Rows, layout: Layout, mask: TileMask | None, device: torch.device) -> Tensor:
-    """Compute partial sums of pieces in one launch, and their sums in a second."""
+    """Compute partial sums of the pieces in one launch, and their totals in a second."""
     T = rows.count
     dtype = arithmetic_dtype(rows.dtype)
     size = min(LONGEST_PIECE, max(1, len(layout.tiles) // PROGRAMS))
@@ -58,7 +58,7 @@ def _gramian(rows: Rows, layout: Layout, mask: TileMask | None, device: torch.de
 
 
 def _large_gramian(given: Placed) -> Tensor:
-    """Compute the Gramian of more rows than one launch takes: one launch for each pair of blocks of rows."""
+    """Compute the Gramian of more rows than a launch takes, by one launch for each pair of blocks of rows."""
     n, T = given.n, len(given.addresses) // given.n
     M = torch.empty(given.layout.n_segments, T, T, dtype=arithmetic_dtype(given.dtype), device=given.device)
     blocks = [range(T)[start : start + DOT_T // 2] for start in range(0, T, DOT_T // 2)]
