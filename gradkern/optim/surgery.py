@@ -62,12 +62,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         conflict_lr: ConflictLR | None = None,
         memory: bool = False,
     ) -> None:
-        if not isinstance(aggregator, Aggregator):
-            raise TypeError(f"aggregator must be a gradkern.Aggregator, got {aggregator!r}")
-        if suppression is not None and not isinstance(suppression, Suppression):
-            raise TypeError(f"suppression must be a gradkern.Suppression or None, got {suppression!r}")
-        if conflict_lr is not None and not isinstance(conflict_lr, ConflictLR):
-            raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {conflict_lr!r}")
+        Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
         if not isinstance(memory, bool):
             raise TypeError(f"memory must be True or False, got {memory!r}")
         super().__init__(optimizer)

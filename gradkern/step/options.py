@@ -25,11 +25,13 @@ class Options:
     memory: Memory | None = None
 
     def check(self) -> None:
-        """Raise TypeError unless the method is an Aggregator and the suppression a Suppression."""
+        """Raise TypeError unless the method and each modifier are of their class."""
         if not isinstance(self.aggregator, Aggregator):
             raise TypeError(f"aggregator must be a gradkern.Aggregator, got {self.aggregator!r}")
         if self.suppression is not None and not isinstance(self.suppression, Suppression):
             raise TypeError(f"suppression must be a gradkern.Suppression or None, got {self.suppression!r}")
+        if self.conflict_lr is not None and not isinstance(self.conflict_lr, ConflictLR):
+            raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {self.conflict_lr!r}")
 
     @property
     def needs_no_rows(self) -> bool:

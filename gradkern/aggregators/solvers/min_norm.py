@@ -21,7 +21,7 @@ ROUNDS_PER_TASK = 3
 """Most problems take T rounds or fewer. The hardest of 480,000 random ones took 2.5 T: 12 rows, nearly antiparallel in
 pairs."""
 NOISE = 1e-13
-"""The tolerance of the optimality condition, relative to the terms of its product: a hundred roundings of float64."""
+"""The tolerance of the optimality condition, relative to the terms of its product: some 900 roundings of float64."""
 
 
 def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from gradkern.ops.one_launch.work_list import work_list
 from gradkern.ops.one_launch.workspace import counters, n_programs
 from gradkern.ops.partners import check_partner
 from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
-from gradkern.ops.triton.arguments import placed, tiles_of, unit_stride
+from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride
 from gradkern.ops.triton.backend import implements
 from gradkern.ops.triton.checks import check_order_keys, check_targets
 from gradkern.ops.triton.combine import combine
@@ -39,9 +39,7 @@ def surgery(
     segments = [s if s >= 0 else last for s in rows.segments]
     given = placed(TaskGrads(rows.grads, segments, last + 1), out, mask)
     result = table_rows(addresses("out", out), given.n, given.dtype, given.device)
-    if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel always counts
-    return _launch(given.rows, given.layout, given.mask, method, products_masked, result, kept)
+    return _launch(given.rows, given.layout, given.mask, method, products_masked, result, kept_counter(kept, mask))
 
 
 if torch.version.hip is None:  # on AMD's GPUs a barrier does not wait for other waves' stores

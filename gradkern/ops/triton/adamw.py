@@ -7,7 +7,7 @@ from gradkern.kernels import adamw as kernel
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads
 from gradkern.ops.triton.address_tables import addresses, table_rows
-from gradkern.ops.triton.arguments import placed, weights_of
+from gradkern.ops.triton.arguments import kept_counter, placed, weights_of
 from gradkern.ops.triton.backend import implements
 
 
@@ -23,14 +23,12 @@ def adamw(
     """Take a step of AdamW along the combination of the gradients."""
     given = placed(rows, state.params, mask)
     device, moment = state.params[0].device, state.moments[0].dtype
-    if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel always counts
     kernel.adamw(
         given.rows,
         given.tiles,
         given.mask,
         weights_of("w", w, moment, (rows.n_segments, rows.n_tasks)),
-        kept,
+        kept_counter(kept, mask),
         kernel.AdamWState(
             table_rows(addresses("params", state.params), given.n, state.params[0].dtype, device),
             table_rows(addresses("moments", state.moments), given.n, moment, device),

@@ -91,6 +91,11 @@ def weights_of(name: str, w: Tensor, dtype: torch.dtype, shape: tuple[int, ...])
     return w.to(arithmetic_dtype(dtype)).contiguous()
 
 
+def kept_counter(kept: Tensor | None, mask: Mask | None) -> Tensor | None:
+    """Return the tensor in which a kernel counts the kept entries; it always counts under a mask."""
+    return mask.state.new_zeros(()) if mask is not None and kept is None else kept
+
+
 def is_interpreted(device: torch.device) -> bool:
     """Return whether kernels run in Triton's interpreter, which works on CPU tensors."""
     return device.type == "cpu"

@@ -11,7 +11,7 @@ from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.layout import column_layout
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
-from gradkern.ops.triton.arguments import placed, tiles_of, unit_stride, weights_of
+from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride, weights_of
 from gradkern.ops.triton.backend import implements
 
 
@@ -36,9 +36,9 @@ def combine_tensors(
     given = placed(rows, out, mask)
     weights = weights_of("w", w, given.dtype, (rows.n_segments, rows.n_tasks))
     target = table_rows(addresses("out", out), given.n, given.dtype, given.device)
-    if mask is not None and kept is None:
-        kept = mask.state.new_zeros(())  # the kernel always counts
-    combine_kernel.combine(given.rows, given.tiles, given.mask, weights, target, kept).run(given.device)
+    combine_kernel.combine(given.rows, given.tiles, given.mask, weights, target, kept_counter(kept, mask)).run(
+        given.device
+    )
 
 
 @implements(operators.project)
