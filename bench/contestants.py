@@ -107,7 +107,7 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
         columns = by_parameter(x.params, left, Placement(x.segments, units), overwrite=True)
         mask = None if suppression is None else suppression.mask(x.device)
         rows = Rows(columns, len(x.groups), mask, products_masked=x.case.scope == "all")
-        results = step_surgery(rows, aggregator, unshared=False, combines=True).combine()
+        results = step_surgery(rows, aggregator, unshared=False, takes_combination=True).combine()
         if mask is not None:
             mask.advance()
         return results

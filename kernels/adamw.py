@@ -116,12 +116,12 @@ def step_tile(rows, tiles, mask, weights, state, step, p_kept):
     a_p = row_address(state.params, 0, i_tensor, o_first, True)
     a_m = row_address(state.moments, 0, i_tensor, o_first, True)
     a_v = row_address(state.moments, 1, i_tensor, o_first, True)
-    low = (n ^ tiles.TILE) | (a_p & 15) | (a_m & 15) | (a_v & 15)
+    misfit = (n ^ tiles.TILE) | (a_p & 15) | (a_m & 15) | (a_v & 15)
     a_u = a_v
     if state.AMSGRAD:
         a_u = row_address(state.moments, 2, i_tensor, o_first, True)
-        low = low | (a_u & 15)
-    m_full = low == 0
+        misfit = misfit | (a_u & 15)
+    m_full = misfit == 0
 
     for o_start in range(0, n, tiles.BLOCK):
         o = o_start + tl.arange(0, tiles.BLOCK)

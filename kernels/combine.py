@@ -39,16 +39,16 @@ def weighted_sum(rows, p_w, T, tile, o, m_read, TILE: tl.constexpr):
     for i_quad in range(0, T, 4):
         a = ()
         w = ()
-        low = n ^ TILE  # any bit left in it sends the tile down the slow road
+        misfit = n ^ TILE  # 0 if the tile is full and its addresses aligned: 128-bit loads
         for t in tl.static_range(4):
             i_row = i_quad + t
             w_row = tl.load(p_w + i_segment * T + i_row, mask=i_row < T, other=0.0)
             a_row = row_address(rows, i_row, i_tensor, o_first, i_row < T)
             a_row = tl.where(w_row != 0, a_row, 0)  # both are loaded at once: neither waits for the other
-            low = low | (a_row & 15)
+            misfit = misfit | (a_row & 15)
             a = a + (a_row,)
             w = w + (w_row,)
-        if low == 0:
+        if misfit == 0:
             x = ()
             for t in tl.static_range(4):
                 x = x + (load_full(a[t], o, m_read, rows.D),)

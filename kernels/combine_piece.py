@@ -43,14 +43,14 @@ def combine_piece(rows, tiles, mask, item, weights, out, p_kept):
         i_tensor, o_first, n, _i_segment = load_tile(tiles, i_tile)
         units = load_units(mask, state, i_tile)
         a_out = row_address(out, 0, i_tensor, o_first, True)
-        low = (n ^ tiles.TILE) | (a_out & 15)  # any bit left in it sends the tile down the slow road
+        misfit = (n ^ tiles.TILE) | (a_out & 15)  # 0 if the tile is full and its addresses aligned: 128-bit loads
         a = ()
         for t in tl.static_range(T):
             a_row = row_address(rows, t, i_tensor, o_first, True)
             a_row = tl.where(w[t] != 0, a_row, 0)
-            low = low | (a_row & 15)
+            misfit = misfit | (a_row & 15)
             a = a + (a_row,)
-        if low == 0:
+        if misfit == 0:
             for o_start in range(0, tiles.TILE, BLOCK):
                 keep = kept_elements(mask, state, units, o_start, BLOCK)
                 o = o_start + o_block

@@ -59,12 +59,12 @@ def sum_products(rows, tiles, mask, piece, T: tl.constexpr, V: tl.constexpr):
         i_tensor, o_first, n, _i_segment = load_tile(tiles, i_tile)
         units = load_units(mask, state, i_tile)
         a = ()
-        low = n ^ tiles.TILE  # any bit left in it sends the tile down the slow road
+        misfit = n ^ tiles.TILE  # 0 if the tile is full and its addresses aligned: 128-bit loads
         for t in tl.static_range(T):
             a_row = row_address(rows, t, i_tensor, o_first, True)
-            low = low | (a_row & 15)
+            misfit = misfit | (a_row & 15)
             a = a + (a_row,)
-        if low == 0:
+        if misfit == 0:
             for o in range(0, tiles.TILE, tiles.BLOCK):
                 keep = kept_elements(mask, state, units, o, tiles.BLOCK)
                 x = ()

@@ -54,13 +54,13 @@ def project_tile(rows, tiles, W, out, ROWS: tl.constexpr):
             acc = acc + (tl.zeros((tiles.BLOCK,), rows.ACC),)
         for i_quad in range(0, T, 4):
             a = ()
-            low = n ^ tiles.TILE  # any bit left in it sends the tile down the slow road
+            misfit = n ^ tiles.TILE  # 0 if the tile is full and its addresses aligned: 128-bit loads
             for t in tl.static_range(4):
                 i_row = i_quad + t
                 a_row = row_address(rows, i_row, i_tensor, o_first, i_row < T)
-                low = low | (a_row & 15)
+                misfit = misfit | (a_row & 15)
                 a = a + (a_row,)
-            if low == 0:
+            if misfit == 0:
                 x = ()
                 for t in tl.static_range(4):
                     x = x + (load_full(a[t], o, True, rows.D),)

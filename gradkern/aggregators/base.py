@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gradkern.ops import combine, gramian
-from gradkern.ops.arguments import Projection
+from gradkern.ops.arguments import ProjectionArguments
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Program:
         solution: makes a :class:`Solution` from the Gramians (S, T, T) and weights (S, T) that the operator returns.
     """
 
-    projection: Projection
+    projection: ProjectionArguments
     solution: Callable[[Tensor, Tensor], Solution]
 
 
@@ -44,14 +44,10 @@ class Aggregator(nn.Module, ABC):
             part of ``state_dict``.
     """
 
-    has_fixed_weights = False
-    """Whether the weights depend on no gradient."""
     leaves_out_absent = False
     """Whether the method leaves absent tasks out of its problem. Other methods treat their gradients as zeros."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
-    samples_entries = False
-    """Whether ``weights`` takes sampled entries of the gradients besides their Gramian."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

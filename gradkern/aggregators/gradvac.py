@@ -13,7 +13,7 @@ from torch import Tensor
 from gradkern.aggregators.base import Program, Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.ops import operators
-from gradkern.ops.arguments import Projection as Arguments
+from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.capture import capturing, first_use, keep
 
 
@@ -61,7 +61,7 @@ class GradVac(Projection):
         S, T, _ = M.shape
         keys, targets = self._order_keys(S, T, M.device), self._targets_for(M)
         update_mask = torch.ones(T, dtype=torch.bool, device=M.device)  # the operator finds non-finite numbers
-        projection = Arguments(keys, "all", targets, update_mask, self.beta, self.reduction == "mean")
+        projection = ProjectionArguments(keys, "all", targets, update_mask, self.beta, self.reduction == "mean")
 
         def solution(M: Tensor, w: Tensor) -> Solution:
             if has_numbers(M):

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
 from gradkern.ops import operators
-from gradkern.ops.arguments import Projection as Arguments
+from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.autograd import recording
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.partners import ORDERED, PARTNERS
@@ -63,7 +63,7 @@ class PCGrad(Projection):
         if type(self) is not PCGrad:  # a subclass may compute other weights
             return None
         keys, partner = self._arguments(M.shape[0], M.shape[1], M.device)
-        projection = Arguments(keys, partner, None, None, 0.0, self.reduction == "mean")
+        projection = ProjectionArguments(keys, partner, None, None, 0.0, self.reduction == "mean")
         return Program(projection, lambda _, w: Solution(w))
 
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:

@@ -14,8 +14,6 @@ from gradkern.ops.matrix import check_matrix
 class Scalarization(Aggregator):
     """A method whose weights do not depend on the gradients. On losses it is torch's backward pass of Σ w_i L_i."""
 
-    has_fixed_weights = True
-
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[int, PerDevice] = {}

@@ -19,7 +19,7 @@ from gradkern.check.problems import (
     weights,
 )
 from gradkern.ops import combine, gramian, operators, project
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, Projection
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.registry import Comparison
@@ -180,9 +180,11 @@ def _surgery(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
             if partner is None:
                 targets = torch.zeros(N_SEGMENTS, T, T, dtype=torch.float64, device=device)
                 update_mask = torch.ones(T, dtype=torch.bool, device=device)
-                method = Projection(keys.to(device), "all", targets, update_mask, 0.5, False)
+                method = ProjectionArguments(keys.to(device), "all", targets, update_mask, 0.5, False)
             else:
-                method = Projection(keys.to(device) if partner in ORDERED else None, partner, None, None, 0.0, False)
+                method = ProjectionArguments(
+                    keys.to(device) if partner in ORDERED else None, partner, None, None, 0.0, False
+                )
             M, _ = operators.surgery(cut.rows, method, out, mask, True, None)
             seen = cut if block is None else cut.erased(block)
             yield from zip(M, *products(seen.blocks()), strict=True)

@@ -162,6 +162,8 @@ def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]
             errors[dtype] = max(errors.get(dtype, 0.0), error) if right else error
             if not right:
                 yield f"{_short(dtype)}, {tuple(result.shape)}: error {error:.1e}, at most {allowed:.0e} allowed"
+    if not errors:
+        yield "nothing was compared"
 
 
 def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:

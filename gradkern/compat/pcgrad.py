@@ -123,7 +123,7 @@ def _coefficients(M: list[list[float]]) -> list[list[float]]:
 class _ReductionSink(GradSink):
     """Writes the combination to ``.grad``, reduced for parameters that all tasks reach and summed for all others."""
 
-    combines = False
+    takes_combination = False
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction

@@ -14,10 +14,10 @@ Pass = tuple[int, Sequence[Tensor | None]]
 
 
 class Source(Protocol):
-    """A source of the task gradients of a step."""
+    """A source of the task gradients of a step. A step opens it first."""
 
     def open(self, device: torch.device) -> None:
-        """Check the source; its gradients must be on ``device``."""
+        """Check the source: it has at least one task present, and its gradients are on ``device``."""
 
     @property
     def present(self) -> list[bool]:
@@ -25,10 +25,14 @@ class Source(Protocol):
 
     @property
     def values(self) -> list[Tensor | None]:
-        """The losses of the tasks, detached, once their gradients have been computed; None for an absent task."""
+        """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
-        """Yield each present task's number and its gradients for ``targets``, one task after another."""
+        """Yield each present task's number and its gradients for ``targets``, one task after another.
+
+        A gradient has the shape of its target. The step owns it: the result may be written over it, so a gradient that
+        anything else needs is copied before (``aliasing.py``). A task that reaches no target is an error of the source.
+        """
 
 
 class Losses:

@@ -45,7 +45,7 @@ class Mask(NamedTuple):
     of a captured CUDA graph uses the current ones."""
 
 
-class Projection(NamedTuple):
+class ProjectionArguments(NamedTuple):
     """A method that projects gradients onto those of partners: GradVac if there are targets, else PCGrad."""
 
     order_keys: Tensor | None

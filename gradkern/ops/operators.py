@@ -20,7 +20,7 @@ from gradkern.ops.arguments import (
     AdamWStep,
     Mask,
     OptionalTensors,
-    Projection,
+    ProjectionArguments,
     TaskGrads,
     sample,
 )
@@ -115,7 +115,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
 @operator("surgery", writes=("out", "targets", "kept"))
 def surgery(
     rows: TaskGrads,
-    method: Projection,
+    method: ProjectionArguments,
     out: Sequence[Tensor],
     mask: Mask | None = None,
     products_masked: bool = False,

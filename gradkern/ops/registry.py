@@ -58,7 +58,8 @@ class Operator(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Compute the operator. Arguments are positional; the first one holds a tensor."""
-        assert not kwargs, "arguments are positional"
+        if kwargs:
+            raise TypeError(f"arguments of gradkern::{self.name} are positional, got {sorted(kwargs)}")
         flat = self.flattened(*args)
         if torch.compiler.is_compiling() or _is_watched() or not all(map(_needs_no_dispatcher, flat)):
             return self.overload(*flat)
@@ -123,6 +124,8 @@ class Backend:
         self.device_type = device_type
         self.reason = reason
         self.unavailable: str | None = None
+        if device_type in backends:
+            raise ValueError(f"{backends[device_type].name} serves devices of type {device_type} already, not {name}")
         backends[device_type] = self
 
     def implements(self, op: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -33,7 +33,7 @@ class FusedAdamWSink:
     """
 
     needs_rows = True
-    combines = False
+    takes_combination = False
 
     def __init__(
         self,

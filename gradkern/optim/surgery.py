@@ -104,7 +104,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         losses = self._watched(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
-        if total is not None and not self._options().needs_no_rows:
+        if total is not None and not self._options().is_weighted_backward:
             info = add_up(total, source, self._params())
         else:
             if total is not None and isinstance(losses, list):
@@ -196,7 +196,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         method, suppression = self.aggregator, self.suppression
         return (
             type(self.optimizer) is AdamW
-            and not self._options().needs_no_rows
+            and not self._options().is_weighted_backward
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and all(p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in self._tensors())

@@ -72,7 +72,7 @@ def backward(
 
 def grad_sink(source: Source, options: Options) -> Sink:
     """Return the sink that writes ``.grad``: torch's own backward pass if the step needs no rows."""
-    if not options.needs_no_rows:
+    if not options.is_weighted_backward:
         return GradSink()
     assert isinstance(source, Losses), "sums of micro-batches have rows"
     return WeightedBackwardSink(source, options.aggregator)

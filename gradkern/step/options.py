@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gradkern.aggregators import Aggregator
+from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
@@ -34,7 +34,6 @@ class Options:
             raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {self.conflict_lr!r}")
 
     @property
-    def needs_no_rows(self) -> bool:
+    def is_weighted_backward(self) -> bool:
         """Whether the step is torch's own backward pass of a weighted sum of losses."""
-        fixed = isinstance(self.aggregator, Aggregator) and self.aggregator.has_fixed_weights
-        return fixed and self.suppression is None and self.conflict_lr is None
+        return isinstance(self.aggregator, Scalarization) and self.suppression is None and self.conflict_lr is None

@@ -35,12 +35,14 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     if not sink.needs_rows:
         outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
         sink.prepare(None, outcome, targets)
-        return _info(source, outcome, options, kept=sink.commit(None), step_scale=None)
+        sink.commit(None)
+        sink.finish()
+        return _info(source, outcome, options, kept=None, step_scale=None)
     new = _gradients(source, targets)
     with torch.no_grad():
         rows = _rows(source, targets, new, options)
         sink.check(rows)
-        outcome = surgery(rows, options.aggregator, unshared=sink.needs_unshared, combines=sink.combines)
+        outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
         step_scale = _step_scale(outcome, options)
         sink.prepare(rows, outcome, targets)
         if options.memory is not None:
@@ -68,8 +70,10 @@ def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], opti
     recalled = new if memory is None else memory.recall(present, new, targets.tensors)
     shared = targets.are_shared(recalled)
     # Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
-    taken = [[recalled[t][n] if m else row[n] for n, m in enumerate(shared)] for t, row in enumerate(new)]
-    segments = [s if m else None for s, m in zip(targets.segments, shared, strict=True)]
+    taken = [
+        [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
+    ]
+    segments = [s if is_shared else None for s, is_shared in zip(targets.segments, shared, strict=True)]
     units = [-1] * len(segments)
     if suppression is not None:
         first_units = suppression.first_units([p.numel() for p in targets.given])

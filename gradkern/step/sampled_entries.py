@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, GradAttention, Solution
+from gradkern.aggregators import GradAttention, Solution
 from gradkern.aggregators.attention.strata import strata
 from gradkern.gradients.param_grads import row_major
 from gradkern.ops import operators
@@ -37,8 +37,7 @@ class SampledRows:
             float32.
     """
 
-    def __init__(self, rows: Rows, method: Aggregator) -> None:
-        assert isinstance(method, GradAttention)
+    def __init__(self, rows: Rows, method: GradAttention) -> None:
         self.rows = rows
         self.method = method
         self.only = method.update == "subset"

@@ -18,15 +18,17 @@ from gradkern.step.surgery import Outcome
 class Sink(Protocol):
     """A sink. A step calls ``check``, ``prepare``, ``commit``, ``finish``, in this order; only ``commit`` writes.
 
+    A sink that needs no rows is not checked, and has none in ``prepare``.
+
     Attributes:
         needs_rows: whether it combines task gradients.
         needs_unshared: whether it needs dot products over unshared parameters too.
-        combines: whether it takes the combination itself, and not only the weights.
+        takes_combination: whether it takes the combination itself, and not only the weights.
     """
 
     needs_rows: bool
     needs_unshared: bool
-    combines: bool
+    takes_combination: bool
 
     def check(self, rows: Rows) -> None:
         """Raise unless it can take the rows."""
@@ -46,7 +48,7 @@ class GradSink:
 
     needs_rows = True
     needs_unshared = False
-    combines = True
+    takes_combination = True
 
     def check(self, rows: Rows) -> None:
         """Accept all rows."""
@@ -75,7 +77,7 @@ class WeightedBackwardSink:
 
     needs_rows = False
     needs_unshared = False
-    combines = False
+    takes_combination = False
 
     def __init__(self, losses: Losses, method: Aggregator) -> None:
         assert isinstance(method, Scalarization)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, Scalarization, Solution
+from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
 from gradkern.gradients.param_grads import own_gradients, row_major
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
@@ -44,25 +44,25 @@ def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) ->
     return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
-def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) -> Outcome:
+def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, takes_combination: bool) -> Outcome:
     """Compute Gramian and weights, and also the combination if one launch can do all of it.
 
     Args:
         rows: the task gradients.
         aggregator: the method.
         unshared: whether to compute dot products over unshared parameters too.
-        combines: whether the combination will be needed.
+        takes_combination: whether the combination will be needed.
 
     Raises:
         TypeError, ValueError: the method does not return weights (S, T).
     """
-    if combines and rows.present is None:
+    if takes_combination and rows.present is None:
         fused = _in_one_launch(rows, aggregator)
         if fused is not None:
             return fused
-    sampled = SampledRows(rows, aggregator) if aggregator.samples_entries else None
-    source: AnyRows = rows if sampled is None or not sampled.only else sampled
-    products = source.gramian(unshared)
+    sampled = SampledRows(rows, aggregator) if isinstance(aggregator, GradAttention) else None
+    used_rows: AnyRows = rows if sampled is None or not sampled.only else sampled
+    products = used_rows.gramian(unshared)
     M = _usable(products[: rows.n_segments], rows.present)
     if sampled is None:
         solution = _solution(aggregator, M, rows)
@@ -77,7 +77,7 @@ def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, combines: bool) 
         products[rows.n_segments] if len(products) > rows.n_segments else None,
         solution,
         unshared_weights,
-        lambda: source.combine(solution.weights, unshared_weights),
+        lambda: used_rows.combine(solution.weights, unshared_weights),
     )
 
 

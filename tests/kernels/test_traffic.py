@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, Projection, TaskGrads
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.layout import TILE
 from tests import interpreter
 from tests.tolerances import TOLERANCES, assert_near
@@ -55,9 +55,9 @@ def mask(block: int, p: float) -> Mask:
     return Mask(UNITS, block, torch.tensor([11, 5, round(p * (1 << 32))]))
 
 
-def pcgrad() -> Projection:
+def pcgrad() -> ProjectionArguments:
     """Return PCGrad in random orders."""
-    return Projection(torch.rand(1, T, T), "all", None, None, 0.0, mean=False)
+    return ProjectionArguments(torch.rand(1, T, T), "all", None, None, 0.0, mean=False)
 
 
 def test_a_dense_step_moves_each_row_twice_and_the_result_once(given: Problem) -> None:

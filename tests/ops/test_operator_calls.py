@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradkern.ops import operators
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, Projection, TaskGrads
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.registry import DEFAULT, Operator
 from gradkern.ops.registry import operators as registered
 
@@ -55,7 +55,7 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "targets": targets,
         "update_mask": update_mask,
         "beta": 0.1,
-        "method": Projection(order_keys, "all", targets, update_mask, 0.1, mean=False),
+        "method": ProjectionArguments(order_keys, "all", targets, update_mask, 0.1, mean=False),
         "state": AdamWState(
             [torch.randn(n) for n in NUMELS], [torch.rand(n) for _ in range(2) for n in NUMELS], [torch.ones(())] * 5
         ),

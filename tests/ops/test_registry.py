@@ -11,7 +11,7 @@ from torch import Tensor
 
 import gradkern
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, Projection, TaskGrads
+from gradkern.ops.arguments import Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.registry import operators as by_name
 
 TOY = '''
@@ -96,6 +96,6 @@ def test_the_dispatcher_gives_an_implementation_its_groups_back(monkeypatch: pyt
 def test_a_device_that_no_back_end_serves_is_named() -> None:
     """One launch does the whole surgery on GPUs alone."""
     rows, out = TaskGrads([torch.ones(3), torch.ones(3)], [0], 1), [torch.empty(3)]
-    method = Projection(torch.rand(1, 2, 2), "all", None, None, 0.0, False)
+    method = ProjectionArguments(torch.rand(1, 2, 2), "all", None, None, 0.0, False)
     with pytest.raises(NotImplementedError, match="gradkern::surgery has no implementation for devices of type cpu"):
         operators.surgery(rows, method, out, None, False, None)

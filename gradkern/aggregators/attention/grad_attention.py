@@ -47,8 +47,6 @@ class GradAttention(Aggregator):
         generator: a generator on the gradients' device that samples the entries; None for the device's default one.
     """
 
-    samples_entries = True
-
     def __init__(
         self,
         subset: int = 4096,

@@ -9,7 +9,7 @@ from gradkern.kernels import surgery as kernel
 from gradkern.kernels.masks import Mask as TileMask
 from gradkern.kernels.rows import Rows
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, Projection, TaskGrads
+from gradkern.ops.arguments import Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.capture import ready
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import Layout, column_layout
@@ -28,7 +28,7 @@ from gradkern.ops.triton.methods import pcgrad
 
 def surgery(
     rows: TaskGrads,
-    method: Projection,
+    method: ProjectionArguments,
     out: Sequence[Tensor],
     mask: Mask | None = None,
     products_masked: bool = False,
@@ -56,7 +56,7 @@ def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool
         return combine(J, C.mean(-2) if mean else C.sum(-2))
     out = J.new_empty(1, P)
     layout = column_layout((0, P, P))  # nothing is unshared
-    method = Projection(order_keys, partner, None, None, 0.0, mean)
+    method = ProjectionArguments(order_keys, partner, None, None, 0.0, mean)
     _launch(matrix_rows(J), layout, None, method, False, matrix_rows(out), None)
     return out[0]
 
@@ -65,7 +65,7 @@ def _launch(
     rows: Rows,
     layout: Layout,
     mask: TileMask | None,
-    method: Projection,
+    method: ProjectionArguments,
     products_masked: bool,
     out: Rows,
     kept: Tensor | None,
@@ -89,7 +89,7 @@ def _launch(
     return M, w
 
 
-def _checked(method: Projection, M: Tensor) -> kernel.Projection:
+def _checked(method: ProjectionArguments, M: Tensor) -> kernel.Projection:
     """Return the method in the kernel's form; raise ValueError unless its tensors fit the Gramians M (S, T, T)."""
     keys, targets, update_mask = method.order_keys, method.targets, method.update_mask
     check_partner(keys, method.partner)

@@ -19,7 +19,7 @@ import gradkern as gk
 from gradkern import reference
 from gradkern.aggregators.base import Solution
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, Projection, TaskGrads
+from gradkern.ops.arguments import Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import TILE
 from gradkern.ops.partners import ORDERED, PARTNERS
@@ -114,22 +114,22 @@ class Problem:
         self.out = [torch.full((numel,), torch.nan, dtype=self.dtype, device=DEVICE) for numel in self.numels]
         self.kept = None if self.block is None else torch.tensor(5, device=DEVICE)
 
-    def pcgrad(self, partner: str = "all") -> Projection:
+    def pcgrad(self, partner: str = "all") -> ProjectionArguments:
         """Return PCGrad as the operator takes it."""
         order_keys = self.order_keys.to(DEVICE) if partner in ORDERED else None
-        return Projection(order_keys, partner, None, None, 0.0, self.mean)
+        return ProjectionArguments(order_keys, partner, None, None, 0.0, self.mean)
 
-    def gradvac(self, targets: Tensor, update_mask: Tensor, beta: float) -> Projection:
+    def gradvac(self, targets: Tensor, update_mask: Tensor, beta: float) -> ProjectionArguments:
         """Return GradVac as the operator takes it."""
-        return Projection(self.order_keys.to(DEVICE), "all", targets, update_mask.to(DEVICE), beta, self.mean)
+        return ProjectionArguments(self.order_keys.to(DEVICE), "all", targets, update_mask.to(DEVICE), beta, self.mean)
 
-    def arguments(self, method: Projection) -> tuple[Any, ...]:
+    def arguments(self, method: ProjectionArguments) -> tuple[Any, ...]:
         """Return the arguments of the operator."""
         rows = TaskGrads(self.grads, self.segments, self.n_segments)
         mask = None if self.block is None else Mask(UNITS, self.block, torch.tensor(MASK_STATE, device=DEVICE))
         return rows, method, self.out, mask, self.products_masked, self.kept
 
-    def solve(self, method: Projection) -> tuple[Tensor, Tensor]:
+    def solve(self, method: ProjectionArguments) -> tuple[Tensor, Tensor]:
         """Return Gramians and weights, and fill ``out``."""
         return surgery(*self.arguments(method))
 
@@ -326,7 +326,9 @@ def test_many_small_segments() -> None:
 def test_no_segment_at_all() -> None:
     rows = TaskGrads([torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE)], [-1], 0)
     out = [torch.zeros(5, device=DEVICE)]
-    M, w = surgery(rows, Projection(torch.zeros(1, 2, 2, device=DEVICE), "all", None, None, 0.0, mean=False), out)
+    M, w = surgery(
+        rows, ProjectionArguments(torch.zeros(1, 2, 2, device=DEVICE), "all", None, None, 0.0, mean=False), out
+    )
     assert M.shape == (0, 2, 2)
     assert w.shape == (0, 2)
     assert torch.equal(out[0].cpu(), torch.full((5,), 2.0))
