@@ -174,13 +174,14 @@ def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence
             their losses, "loss+" for both. The weights apply to the gradients as they are.
         losses: T numbers greater than 0, for "loss" and "loss+".
     """
-    rows = [g.double() for g in grads]
+    losses = [1.0] * len(grads) if losses is None else losses
+    counting = [(g.double(), loss) for g, loss in zip(grads, losses, strict=True) if _length(g) != 0]
+    if not counting or not all(math.isfinite(_length(g)) for g, _ in counting):
+        return torch.stack([g.double() for g in grads]).sum(0) * 0
+    rows = [g for g, _ in counting]
     lengths = [_length(g) for g in rows]
-    if 0 in lengths or not all(math.isfinite(n) for n in lengths):
-        return torch.stack(rows).sum(0) * 0
     hull = [g / n for g, n in zip(rows, lengths, strict=True)] if normalize in ("l2", "loss+") else rows
-    if losses is not None:
-        hull = [g / loss for g, loss in zip(hull, losses, strict=True)]
+    hull = [g / loss for g, (_, loss) in zip(hull, counting, strict=True)]
     best, update = math.inf, torch.zeros_like(rows[0])
     for size in range(1, len(rows) + 1):
         for support in combinations(range(len(rows)), size):

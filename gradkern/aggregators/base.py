@@ -44,8 +44,6 @@ class Aggregator(nn.Module, ABC):
             part of ``state_dict``.
     """
 
-    leaves_out_absent = False
-    """Whether the method leaves absent tasks out of its problem. Other methods treat their gradients as zeros."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
 

@@ -47,15 +47,14 @@ class Laws(NamedTuple):
         invariant: the quantity that does not change if one task's gradient grows: all "weights", the "update", or None.
         equivariant: whether a permutation of the tasks leaves the update unchanged.
         no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.
-        zero_row: the effect of a task whose gradient is zero: it is "ignored", it "stops" the update, or None for
-            neither.
+        zero_row: the effect of a task whose gradient is zero: it is "ignored", or None for another one.
     """
 
     degree: int = 1
     invariant: Literal["weights", "update"] | None = None
     equivariant: bool = True
     no_conflict: Literal["sum", "mean"] | None = None
-    zero_row: Literal["ignored", "stops"] | None = None
+    zero_row: Literal["ignored"] | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ METHODS: dict[str, Method] = {
             draws="order",
             state=True,
         ),
-        Method("mgda", MGDA, stateless(reference.mgda), MGDA_PAPER, Laws(zero_row="stops")),
+        Method("mgda", MGDA, stateless(reference.mgda), MGDA_PAPER, Laws(zero_row="ignored")),
         Method(
             "gradattention",
             GradAttention,

@@ -20,16 +20,14 @@ NORMALIZATIONS = (None, "l2", "loss", "loss+")
 class MGDA(Aggregator):
     """MGDA of Désidéri 2012, as Sener & Koltun 2018 use it for multi-task learning.
 
-    The weights are at least 0 and sum to 1. A task whose gradient is zero is at its own minimum: it takes all the
-    weight, and the update is zero. A task that is absent in a step is not part of the hull.
+    The weights are at least 0 and sum to 1. A gradient of zero is left out of the hull: it belongs to a task that is
+    absent, that does not reach a group of parameters, or that is at its own minimum.
 
     Args:
         normalize: the weights are found for gradients divided by 1 (None), by their lengths ("l2"), by their losses
             ("loss"), or by both ("loss+"), so that no task wins because its gradient is short. As in Sener & Koltun's
             code, the weights then apply to the gradients as they are.
     """
-
-    leaves_out_absent = True
 
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
@@ -71,6 +69,8 @@ class MGDA(Aggregator):
     def _checked(self, losses: Tensor | None, M: Tensor) -> Tensor:
         if losses is None:
             raise ValueError(f"losses must be given with normalize={self.normalize!r}, got None")
+        if not isinstance(losses, Tensor):
+            raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
         if losses.shape[-1:] != M.shape[-1:]:
             raise ValueError(
                 f"losses must have shape (..., {M.shape[-1]}) for M {tuple(M.shape)}, got {tuple(losses.shape)}"
@@ -82,8 +82,9 @@ class MGDA(Aggregator):
 
 
 def _divided(M: Tensor, losses: Tensor, present: Tensor | None) -> Tensor:
-    """Return the Gramian of the rows divided by their losses."""
-    scale = torch.where(losses > 0, losses.detach().double(), torch.nan)
+    """Return the Gramian of the rows divided by their losses; zero rows and absent tasks stay as they are."""
+    scale = torch.where((losses > 0) & losses.isfinite(), losses.detach().double(), torch.nan)
+    scale = torch.where(M.diagonal(dim1=-2, dim2=-1) != 0, scale, 1.0)
     if present is not None:
         scale = torch.where(present, scale, 1.0)
     return M / scale.unsqueeze(-1) / scale.unsqueeze(-2)

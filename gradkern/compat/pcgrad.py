@@ -142,5 +142,6 @@ class _ReductionSink(GradSink):
         by_reach = [replace(c, segment=None) if any(g is None for g in c.grads) else c for c in rows.columns]
         self._results, self._kept = replace(rows, columns=by_reach).combine(w, summed)
 
-    def finish(self) -> None:
-        """Do nothing, since post-accumulate hooks do not run in these modes."""
+    def finish(self, step_scale: Tensor | None) -> Tensor | None:
+        """Call no hooks: post-accumulate hooks do not run in these modes."""
+        return self._kept

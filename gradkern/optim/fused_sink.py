@@ -60,7 +60,10 @@ class FusedAdamWSink:
         assert rows is not None
         self._rows, self._outcome = rows, outcome
 
-    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+    def commit(self) -> None:
+        """Write nothing: there is no ``.grad``."""
+
+    def finish(self, step_scale: Tensor | None) -> Tensor | None:
         """Step along the combination; return the share of entries that the mask kept."""
         w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
         of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
@@ -71,9 +74,6 @@ class FusedAdamWSink:
         else:
             self._step_scaled(direction, self.scaler)
         return None if direction.kept is None else kept_share(direction.kept, columns)
-
-    def finish(self) -> None:
-        """Do nothing: the optimizer has called its hooks, and there is no ``.grad``."""
 
     def _step(self, direction: Combination) -> None:
         if self.max_norm is not None:

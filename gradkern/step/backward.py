@@ -72,10 +72,9 @@ def backward(
 
 def grad_sink(source: Source, options: Options) -> Sink:
     """Return the sink that writes ``.grad``: torch's own backward pass if the step needs no rows."""
-    if not options.is_weighted_backward:
-        return GradSink()
-    assert isinstance(source, Losses), "sums of micro-batches have rows"
-    return WeightedBackwardSink(source, options.aggregator)
+    if options.is_weighted_backward and isinstance(source, Losses):  # sums of micro-batches have rows already
+        return WeightedBackwardSink(source, options.aggregator)
+    return GradSink()
 
 
 def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:

@@ -35,8 +35,8 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     if not sink.needs_rows:
         outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
         sink.prepare(None, outcome, targets)
-        sink.commit(None)
-        sink.finish()
+        sink.commit()
+        sink.finish(None)
         return _info(source, outcome, options, kept=None, step_scale=None)
     new = _gradients(source, targets)
     with torch.no_grad():
@@ -45,14 +45,14 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
         step_scale = _step_scale(outcome, options)
         sink.prepare(rows, outcome, targets)
+        sink.commit()
         if options.memory is not None:
             options.memory.remember(source.present, new, targets.tensors)
         try:
-            kept = sink.commit(step_scale)
+            kept = sink.finish(step_scale)
         finally:
             if rows.mask is not None:
                 rows.mask.advance()
-        sink.finish()
         return _info(source, outcome, options, kept, step_scale)
 
 
@@ -79,13 +79,14 @@ def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], opti
         first_units = suppression.first_units([p.numel() for p in targets.given])
         units = [first_units[k] for k in targets.places]
     columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
-    needs_present = memory is not None or options.aggregator.leaves_out_absent
+    if not columns:
+        raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
         columns,
         targets.n_segments,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if needs_present and not all(present) else None,
+        present=bools_on(present, targets.device) if memory is not None and not all(present) else None,
         losses=stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None,
     )
 

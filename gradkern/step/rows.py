@@ -39,8 +39,7 @@ class Rows:
         n_segments: S, the number of groups.
         mask: the mask that drops entries of the results; None for none.
         products_masked: whether the mask drops them from the dot products too.
-        present: (T,) bool, the tasks whose gradients belong to this step; None for all, or if the method treats an
-            absent task's gradient as zeros.
+        present: (T,) bool, the tasks whose gradients belong to this step, if the others' are remembered; None if not.
         losses: (T,), NaN for an absent task; None if the method does not need them.
     """
 

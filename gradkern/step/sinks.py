@@ -16,7 +16,10 @@ from gradkern.step.surgery import Outcome
 
 
 class Sink(Protocol):
-    """A sink. A step calls ``check``, ``prepare``, ``commit``, ``finish``, in this order; only ``commit`` writes.
+    """A sink. A step calls ``check``, ``prepare``, ``commit``, ``finish``, in this order.
+
+    If ``prepare`` or ``commit`` raises, the method's modifiers and memory stay as they were. After ``commit`` the step
+    counts, whatever ``finish`` does.
 
     A sink that needs no rows is not checked, and has none in ``prepare``.
 
@@ -36,11 +39,15 @@ class Sink(Protocol):
     def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
         """Compute as much of the update as possible without writing."""
 
-    def commit(self, step_scale: Tensor | None) -> Tensor | None:
-        """Write the update, or take an optimizer's step scaled by κ; return the share of entries that the mask kept."""
+    def commit(self) -> None:
+        """Write the update to ``.grad``."""
 
-    def finish(self) -> None:
-        """Call the user's hooks, which may raise: the step is complete by then."""
+    def finish(self, step_scale: Tensor | None) -> Tensor | None:
+        """Run what belongs to the user and may raise: hooks, or an optimizer's step, scaled by κ.
+
+        Returns:
+            The share of entries that the mask kept, None without one.
+        """
 
 
 class GradSink:
@@ -57,14 +64,14 @@ class GradSink:
         """Combine the rows."""
         self._results, self._kept = outcome.combine()
 
-    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+    def commit(self) -> None:
         """Write every ``.grad``."""
         self._written = write(self._results)
-        return self._kept
 
-    def finish(self) -> None:
+    def finish(self, step_scale: Tensor | None) -> Tensor | None:
         """Call the post-accumulate hooks."""
         call_hooks(self._written)
+        return self._kept
 
 
 class WeightedBackwardSink:
@@ -91,7 +98,7 @@ class WeightedBackwardSink:
         """Note the parameters."""
         self._targets = targets.tensors
 
-    def commit(self, step_scale: Tensor | None) -> None:
+    def commit(self) -> None:
         """Run the backward pass. Callables run one by one, so that only one graph is alive at a time."""
         weights = self.method.task_weights(len(self.losses.entries))
         if self.losses.one_graph_each and any(map(callable, self.losses.entries)):
@@ -99,7 +106,7 @@ class WeightedBackwardSink:
         else:
             self._backward_of_sum(weights)
 
-    def finish(self) -> None:
+    def finish(self, step_scale: Tensor | None) -> None:
         """Do nothing: torch's own backward pass has called the hooks."""
 
     def _add_up_one_by_one(self, weights: Sequence[float]) -> None:

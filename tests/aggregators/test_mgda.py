@@ -19,13 +19,15 @@ EXACT = 1e-11
 
 
 def shortfall(M: Tensor, w: Tensor) -> Tensor:
-    """How far the worst task falls short of (Mw)_i >= wᵀMw, in proportion to the terms of both, row by unit row."""
+    """The largest shortfall of (Mw)_i >= wᵀMw, relative to the terms of both; zero rows do not count."""
     n = M.diagonal(dim1=-2, dim2=-1).sqrt()
-    n = torch.where(n == 0, 1.0, n)
+    zero = n == 0
+    n = torch.where(zero, 1.0, n)
     K, v = M / n.unsqueeze(-1) / n.unsqueeze(-2), w * n
     products, terms = (K @ v.unsqueeze(-1)).squeeze(-1), (K.abs() @ v.unsqueeze(-1)).squeeze(-1)
     short = (v * products).sum(-1, keepdim=True) / n - products
-    return (short / (terms + (v * terms).sum(-1, keepdim=True) / n)).nan_to_num(0.0).amax(-1)
+    relative = short / (terms + (v * terms).sum(-1, keepdim=True) / n)
+    return relative.masked_fill(zero, 0.0).nan_to_num(0.0).amax(-1)
 
 
 def assert_optimal(M: Tensor, tolerance: float = EXACT) -> None:
@@ -134,13 +136,32 @@ def test_more_rounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(w, min_norm(J @ J.mT))
 
 
-def test_a_zero_gradient_takes_all_the_weight() -> None:
+def test_a_zero_gradient_is_left_out_of_the_hull() -> None:
+    """It spoils nobody's weights; of nothing but zeros all weights are equal."""
     M = torch.stack([gk.gramian(conflicting(4, 9)) for _ in range(2)])
     M[0, [1, 3]] = M[0, :, [1, 3]] = 0
-    w = gk.MGDA().weights(M)
-    assert w[0].tolist() == [0, 0.5, 0, 0.5]
-    assert torch.equal(w[1], gk.MGDA().weights(M[1]))
-    assert gk.MGDA("l2").weights(M)[0].tolist() == [0, 0.5, 0, 0.5]
+    losses = torch.tensor([1.0, math.nan, 3.0, 0.0])
+    for method, given in ((gk.MGDA(), ()), (gk.MGDA("l2"), ()), (gk.MGDA("loss"), (losses,))):
+        w = method.weights(M, *given)
+        some = [losses[[0, 2]]] if given else []
+        assert_near(w[0, [0, 2]], method.weights(M[0, [0, 2]][:, [0, 2]], *some), 1.0, 1e-12)
+        assert w[0, [1, 3]].tolist() == [0, 0]
+        assert given or torch.equal(w[1], method.weights(M[1]))
+    assert gk.MGDA().weights(torch.zeros(4, 4)).tolist() == [0.25] * 4
+
+
+def test_a_task_that_does_not_reach_a_group_leaves_it_to_the_others() -> None:
+    """Two tasks share a layer that the third one skips."""
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    hidden = first(torch.randn(4, 3))
+    out = second(hidden)
+    losses = [out.square().mean(), (out - 1).square().mean(), (hidden + 1).square().mean()]
+    modules = torch.nn.ModuleList([first, second])
+    info = gk.backward(losses, modules, aggregator=gk.MGDA(), groups="module", retain_graph=True)
+    expected = torch.autograd.grad(losses[0], second.weight, retain_graph=True)
+    assert info.weights.shape == (2, 3)
+    assert info.weights[1, 2] == 0
+    assert second.weight.grad.abs().max() > 1e-3 * expected[0].abs().max()
 
 
 def test_absent_tasks_have_no_part_in_the_hull() -> None:

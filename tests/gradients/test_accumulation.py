@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import gradkern as gk
 from gradkern import reference
 from tests.models import MultiHead, flat, problem, task_gradients
-from tests.tolerances import assert_near
+from tests.tolerances import TOLERANCES, assert_near
 
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 METHODS: dict[str, Callable[[], gk.Aggregator]] = {
@@ -244,3 +244,15 @@ def test_a_row_per_task_is_kept_and_no_more() -> None:
 
     # 6 MB: the CPU's scratch for Gramian and combination.
     assert 4 * row <= memory.peak(run, "cpu") <= 4 * row + (6 << 20)
+
+
+def test_a_method_may_become_a_scalarization_before_the_block_is_left() -> None:
+    """The gradients are there by then, and it weighs them."""
+    model, x, y = problem()
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gk.PCGrad())
+    with opt.accumulate():
+        opt.backward(model.losses(x, y))
+        opt.aggregator = gk.Sum()
+    expected = torch.autograd.grad(sum(model.losses(x, y)), list(model.parameters()))
+    for p, g in zip(model.parameters(), expected, strict=True):
+        assert_near(p.grad, g, g.abs().max(), TOLERANCES[torch.float32])

@@ -283,3 +283,19 @@ def test_a_memory_that_does_not_fit_loads_nothing(change: Callable[[object], obj
     with pytest.raises(ValueError, match=message):
         opt.load_state_dict(state)
     assert torch.equal(opt.aggregator.targets, targets)
+
+
+def test_a_step_that_cannot_write_grad_leaves_memory_and_masks_as_they_were() -> None:
+    layer = torch.nn.Linear(3, 2)
+    suppression = gk.Suppression(0.5, seed=1)
+    opt = gk.SurgeryOptimizer(
+        torch.optim.SGD(layer.parameters(), 0.1), gk.PCGrad(order=[0, 1]), memory=True, suppression=suppression
+    )
+    with torch.inference_mode():
+        layer.bias.grad = torch.zeros(2)
+    out = layer(torch.randn(4, 3))
+    with pytest.raises(RuntimeError, match=r"[Ii]nference tensor"):
+        opt.backward([out[:, 0].sum(), -out.sum()])
+    surgery = opt.state_dict()["surgery"]
+    assert surgery["memory"] == []
+    assert surgery["suppression"]["step"] == 0

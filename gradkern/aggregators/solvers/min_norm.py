@@ -32,8 +32,8 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
         among: (..., T) bool, the rows of each hull, at least one; None for all. The others get the weight 0.
 
     Returns:
-        (..., T) float64, w >= 0 with sum 1. If some rows are zero, they share all the weight. A problem with an entry
-        that is not finite gets NaN.
+        (..., T) float64, w >= 0 with sum 1. A zero row is left out of its hull and gets the weight 0; if all are zero,
+        they share the weight. A problem with an entry that is not finite gets NaN.
     """
     T = M.shape[-1]
     M = M.double()
@@ -42,8 +42,7 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
     finite = (M.isfinite() | ~members.unsqueeze(-1) | ~members.unsqueeze(-2)).all(-1).all(-1, keepdim=True)
     M = torch.where(finite.unsqueeze(-1), M, 0.0)
     n = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    zero = members & (n == 0)
-    rows = members & ~zero
+    rows = members & (n != 0)
     n = torch.where(rows, n, 1.0)
     K = (M / n.unsqueeze(-1) / n.unsqueeze(-2)).clamp(-1, 1)
     shortest = torch.where(rows, n, torch.inf).amin(-1, keepdim=True).clamp_max(torch.finfo(n.dtype).max)
@@ -52,7 +51,7 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
         point = _round(point, K, shortest / n)
     w = point.v / n
     w = w / w.sum(-1, keepdim=True)
-    w = torch.where(zero.any(-1, keepdim=True), zero.double() / zero.sum(-1, keepdim=True), w)
+    w = torch.where(rows.any(-1, keepdim=True), w, members.double() / members.sum(-1, keepdim=True))
     return torch.where(finite, w, torch.nan)
 
 
