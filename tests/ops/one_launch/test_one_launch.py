@@ -381,11 +381,12 @@ def test_nothing_is_read_on_the_host() -> None:
 
 
 def test_the_operator_keeps_torchs_contract(one_launch: None) -> None:
+    """With and without a mask, each optional tensor given and not: seconds each in the interpreter."""
     targets, update_mask = torch.zeros(N_SEGMENTS, 3, 3, dtype=F64, device=DEVICE), torch.ones(3, dtype=torch.bool)
-    for block in (None, 1):
-        given = Problem(3, F32, block=block)
-        for method in (given.pcgrad(), given.pcgrad("average"), given.gradvac(targets, update_mask, 0.1)):
-            opcheck(operators.surgery.overload, tuple(operators.surgery.flattened(*given.arguments(method))))
+    dense, masked = Problem(3, F32), Problem(3, F32, block=1)
+    methods = [(dense, dense.pcgrad("average")), (masked, masked.gradvac(targets, update_mask, 0.1))]
+    for given, method in methods:
+        opcheck(operators.surgery.overload, tuple(operators.surgery.flattened(*given.arguments(method))))
 
 
 # Matrices
