@@ -22,13 +22,13 @@ class SurgeryInfo:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
         gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters. Under
             ``Suppression(scope="all")`` they cover the kept entries only, under ``GradAttention(update="subset")`` the
-            drawn ones. None for a method that needs no task gradients.
+            sampled ones. None for a method that needs no task gradients.
         weights: (T,) or (S, T), the weights of the task gradients in the update.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for
             other methods.
         attention: (T,) or (S, T), the weights that GradAttention gives to the tasks, summing to 1; None for other
             methods.
-        kept: (), the share of the shared parameters' entries, or of the drawn ones, that suppression kept. It counts
+        kept: (), the share of the shared parameters' entries, or of the sampled ones, that suppression kept. It counts
             dense gradients only, and is None where there are none.
         step_scale: (), the factor κ by which ``ConflictLR`` scales the optimizer's step; None without ``ConflictLR``.
         total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without
@@ -86,12 +86,12 @@ class SurgeryInfo:
         of_tasks = [f"/{a}" for a in names]
         of_pairs = [f"/{a}-{b}" for a in names for b in names]
         M, targets = self.gramian, self.targets
-        told: list[tuple[str, list[str], Tensor | None]] = [("loss", of_tasks, self.losses)]
+        tagged: list[tuple[str, list[str], Tensor | None]] = [("loss", of_tasks, self.losses)]
         if M is not None:
             whole = M if M.ndim == 2 else M.sum(0)
             of_groups = _pair_cosines(M)
             share = (of_groups < 0).sum().double() / of_groups.isfinite().sum()
-            told += [
+            tagged += [
                 ("norm", of_tasks, whole.diagonal().sqrt()),
                 ("cosine", of_pairs, _pair_cosines(whole)),
                 ("conflict", [""], share),
@@ -99,7 +99,7 @@ class SurgeryInfo:
         if targets is not None:
             own = torch.eye(len(names), dtype=torch.bool, device=targets.device)
             targets = targets.masked_fill(own, torch.nan)
-        told += [
+        tagged += [
             ("weight", of_tasks, self._mean_of_groups(self.weights)),
             ("target", of_pairs, self._mean_of_groups(targets)),
             ("attention", of_tasks, self._mean_of_groups(self.attention)),
@@ -107,8 +107,8 @@ class SurgeryInfo:
             ("step_scale", [""], self.step_scale),
             ("total_norm", [""], self.total_norm),
         ]
-        tags = [kind + of for kind, each, values in told if values is not None for of in each]
-        numbers = torch.cat([values.reshape(-1).double() for _, _, values in told if values is not None]).tolist()
+        tags = [kind + of for kind, each, values in tagged if values is not None for of in each]
+        numbers = torch.cat([values.reshape(-1).double() for _, _, values in tagged if values is not None]).tolist()
         return {tag: number for tag, number in zip(tags, numbers, strict=True) if math.isfinite(number)}
 
     def _mean_of_groups(self, values: Tensor | None) -> Tensor | None:

@@ -29,20 +29,20 @@ def blas() -> str:
     named = re.search(r"BLAS_INFO=(\w+)", built)
     if mkl:
         return f"MKL {mkl[1]}"
-    return named[1] if named else "not told by PyTorch"
+    return named[1] if named else "not reported by PyTorch"
 
 
 def dispatch() -> str:
     """Return the code path that MKL has chosen, in MKL's words. It and the sums depend on the processor's maker."""
     if not torch.backends.mkl.is_available():
-        return "not told by this BLAS"
+        return "not reported by this BLAS"
     # MKL prints it once in a process, to the standard output of C.
     command = [sys.executable, "-c", "import torch; torch.ones(64, 64) @ torch.ones(64, 64)"]
-    told = subprocess.run(
+    printed = subprocess.run(
         command, env=os.environ | {"MKL_VERBOSE": "1"}, capture_output=True, text=True, check=False
     ).stdout
-    found = re.search(r"MKL_VERBOSE .* architecture (.+?), \w+ [\d.]+GHz", told)
-    return found[1] if found else "not told by MKL"
+    found = re.search(r"MKL_VERBOSE .* architecture (.+?), \w+ [\d.]+GHz", printed)
+    return found[1] if found else "not reported by MKL"
 
 
 def threads() -> str:

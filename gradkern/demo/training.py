@@ -143,13 +143,13 @@ class Run:
         """
 
         def step() -> list[Tensor]:
-            told = []
+            losses = []
             for tasks in self.turns:
                 self.opt.zero_grad()
                 info = self.opt.backward(only(tasks, self.task_losses(images, labels)))
                 self.opt.step()
-                told += [info.losses[task] for task in tasks]
-            return told
+                losses += [info.losses[task] for task in tasks]
+            return losses
 
         seconds, losses = self._timed(step)
         if self.steps >= self.settings.warm_up:

@@ -155,7 +155,7 @@ def test_a_check_of_bits_that_raises_says_so(monkeypatch: pytest.MonkeyPatch) ->
     [
         ("  - Intel(R) oneAPI Math Kernel Library Version 2024.2-Product Build 20240605", "MKL 2024.2"),
         ("  - Build settings: BLAS_INFO=open, BUILD_TYPE=Release", "open"),
-        ("  - C++ Version: 202002", "not told by PyTorch"),
+        ("  - C++ Version: 202002", "not reported by PyTorch"),
     ],
 )
 def test_the_blas_is_named_as_pytorch_does(built: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_the_blas_is_named_as_pytorch_does(built: str, named: str, monkeypatch: 
 
 def test_another_blas_tells_nothing_of_its_dispatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
-    assert processor.dispatch() == "not told by this BLAS"
+    assert processor.dispatch() == "not reported by this BLAS"
 
 
 def test_results_of_the_wrong_shape_or_not_a_number_are_errors() -> None:
