@@ -172,6 +172,8 @@ def test_absent_tasks_have_no_part_in_the_hull() -> None:
     w = gk.MGDA().solution(M, present).weights
     assert_near(w[:, present], expected, 1.0, 1e-12)
     assert (w[:, ~present] == 0).all()
+    M[:, 4], M[:, :, 4] = math.nan, math.inf  # what one remembers has overflowed
+    assert torch.equal(gk.MGDA().solution(M, present).weights, w)
     assert (gk.MGDA().solution(M, torch.zeros(5, dtype=torch.bool)).weights.nan_to_num(0.0) == 0).all()
 
 

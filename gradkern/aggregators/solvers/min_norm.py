@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.ops.cosines import cosines
+
 ROUNDS_PER_TASK = 3
 """Most problems take T rounds or fewer. The hardest of 480,000 random ones took 2.5 T: 12 rows, nearly antiparallel in
 pairs."""
@@ -39,12 +41,13 @@ def min_norm(M: Tensor, among: Tensor | None = None) -> Tensor:
     M = M.double()
     everything = torch.ones(M.shape[:-1], dtype=torch.bool, device=M.device)
     members = everything if among is None else everything & among
-    finite = (M.isfinite() | ~members.unsqueeze(-1) | ~members.unsqueeze(-2)).all(-1).all(-1, keepdim=True)
-    M = torch.where(finite.unsqueeze(-1), M, 0.0)
-    n = M.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    rows = members & (n != 0)
+    inside = members.unsqueeze(-1) & members.unsqueeze(-2)
+    finite = (M.isfinite() | ~inside).all(-1).all(-1, keepdim=True)
+    M = torch.where(inside & finite.unsqueeze(-1), M, 0.0)
+    n = M.diagonal(dim1=-2, dim2=-1).sqrt()
+    rows = n != 0
     n = torch.where(rows, n, 1.0)
-    K = (M / n.unsqueeze(-1) / n.unsqueeze(-2)).clamp(-1, 1)
+    K = cosines(M)
     shortest = torch.where(rows, n, torch.inf).amin(-1, keepdim=True).clamp_max(torch.finfo(n.dtype).max)
     point = _start(K, shortest / n, rows)
     for _ in range(ROUNDS_PER_TASK * T if T > 1 else 0):
