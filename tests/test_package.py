@@ -41,7 +41,7 @@ print(*(set(sys.modules) - before))
     loaded = [name for name in run(code).split() if not name.startswith("_sysconfigdata")]
     packages = {name.partition(".")[0] for name in loaded}
     assert packages - sys.stdlib_module_names - {"numpy", "triton"} == {"gradkern"}
-    of_some_programs = ("check", "cli", "compat", "demo", "plots", "sampling")
+    of_some_programs = ("check", "cli", "compat", "demo", "plots", "reference", "sampling")
     assert not [name for name in loaded if name.startswith("gradkern.") and name.split(".")[1] in of_some_programs]
 
 

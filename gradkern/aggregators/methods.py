@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from gradkern import reference
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.gradvac import GradVac
@@ -20,15 +19,6 @@ from gradkern.aggregators.scalarization import Constant, Mean, Sum
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
 __all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
-
-Twin = Callable[..., list[Tensor]]
-"""Computes the updates of consecutive steps from the task gradients of each step. It takes the arguments of its class
-by name, and ``order`` if the method draws orders. It may return updates for fewer steps than it is given."""
-
-
-def stateless(update: Callable[..., Tensor]) -> Twin:
-    """Return a twin whose steps are independent; ``update`` computes the update of one step."""
-    return lambda steps, **arguments: [update(grads, **arguments) for grads in steps]
 
 
 class Paper(NamedTuple):
@@ -64,7 +54,9 @@ class Method:
     Attributes:
         name: the name on the command line and in tables.
         aggregator: the class.
-        twin: the same method written naively.
+        twin: the name of the same method in :mod:`gradkern.reference`. It computes the update of one step from its task
+            gradients, or with ``state`` the updates of consecutive steps, of the first ones at least. It takes the
+            arguments of the class by name, and ``order`` if the method draws orders.
         paper: the publication.
         laws: the laws that its updates obey.
         arguments: the arguments of the class, by name, that select this method.
@@ -75,7 +67,7 @@ class Method:
 
     name: str
     aggregator: type[Aggregator]
-    twin: Twin
+    twin: str
     paper: Paper
     laws: Laws
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -103,9 +95,14 @@ class Method:
             order: row i is the order in which task i visits the others.
             more: arguments besides those of the row.
         """
+        from gradkern import reference  # not at start-up: programs that train do not compare
+
+        twin: Callable[..., Any] = getattr(reference, self.twin)
         if self.draws == "order":
             more["order"] = order
-        return self.twin(steps, **self.arguments, **more)
+        if self.state:
+            return twin(steps, **self.arguments, **more)
+        return [twin(grads, **self.arguments, **more) for grads in steps]
 
 
 SCALARIZATION = Paper("Kurin et al.", 2022, "In Defense of the Unitary Scalarization for Deep Multi-Task Learning")
@@ -118,8 +115,8 @@ GRADATTENTION = Paper(None, None, "GradAttention: Attention-Based Gradient Surge
 
 def _pcgrad(name: str, partner: str, paper: Paper, zero_row: Literal["ignored"] | None, **more: Any) -> Method:
     """Return the row of PCGrad with one kind of partner."""
-    twin, laws = stateless(reference.pcgrad_update), Laws(no_conflict="sum", zero_row=zero_row)
-    return Method(name, PCGrad, twin, paper, laws, {"partner": partner}, **more)
+    laws = Laws(no_conflict="sum", zero_row=zero_row)
+    return Method(name, PCGrad, "pcgrad_update", paper, laws, {"partner": partner}, **more)
 
 
 METHODS: dict[str, Method] = {
@@ -128,15 +125,15 @@ METHODS: dict[str, Method] = {
         Method(
             "sum",
             Sum,
-            stateless(reference.weighted_sum),
+            "weighted_sum",
             SCALARIZATION,
             Laws(invariant="weights", no_conflict="sum", zero_row="ignored"),
         ),
-        Method("mean", Mean, stateless(reference.mean), SCALARIZATION, Laws(invariant="weights", no_conflict="mean")),
+        Method("mean", Mean, "mean", SCALARIZATION, Laws(invariant="weights", no_conflict="mean")),
         Method(
             "constant",
             Constant,
-            stateless(reference.weighted_sum),
+            "weighted_sum",
             SCALARIZATION,
             Laws(invariant="weights", equivariant=False),
             arguments={"weights": (1.0, 2.32, 1.61)},
@@ -150,17 +147,17 @@ METHODS: dict[str, Method] = {
         Method(
             "gradvac",
             GradVac,
-            reference.gradvac_updates,
+            "gradvac_updates",
             GRADVAC,
             Laws(no_conflict="sum", zero_row="ignored"),
             draws="order",
             state=True,
         ),
-        Method("mgda", MGDA, stateless(reference.mgda), MGDA_PAPER, Laws(zero_row="ignored")),
+        Method("mgda", MGDA, "mgda", MGDA_PAPER, Laws(zero_row="ignored")),
         Method(
             "gradattention",
             GradAttention,
-            reference.gradattention_updates,
+            "gradattention_updates",
             GRADATTENTION,
             Laws(invariant="weights", no_conflict="mean"),
             draws="entries",
