@@ -10,6 +10,7 @@ import torch
 
 import gradkern
 from gradkern.demo.methods import METHODS
+from gradkern.ops.devices import GPU
 
 DEMO_EXTRA = ("matplotlib", "rich", "sklearn")
 """The packages that the demo imports and a base install lacks."""
@@ -105,9 +106,9 @@ def _device(text: str) -> torch.device:
         device = torch.device(text)
     except RuntimeError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a device") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", GPU):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a CPU nor a CUDA device")
-    present = torch.cuda.device_count() if device.type == "cuda" else 1
+    present = torch.cuda.device_count() if device.type == GPU else 1
     if (device.index or 0) >= present:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not on this machine, which has {present} {device.type} device(s)"
@@ -116,7 +117,7 @@ def _device(text: str) -> torch.device:
 
 
 def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return GPU if torch.cuda.is_available() else "cpu"
 
 
 def _folder(text: str) -> Path:

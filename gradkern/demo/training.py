@@ -18,6 +18,7 @@ from gradkern.demo.data import Pairs, overlaid_pairs, split_digits
 from gradkern.demo.methods import METHODS
 from gradkern.demo.model import TASK_PAIRS, TASKS, MultiTaskNet
 from gradkern.demo.results import Result
+from gradkern.ops.devices import GPU
 
 R = TypeVar("R")
 
@@ -221,7 +222,7 @@ class Run:
 
     def _now(self) -> float:
         """Return the time in seconds, after the device has finished its work."""
-        if self.device.type == "cuda":
+        if self.device.type == GPU:
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
