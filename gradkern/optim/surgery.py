@@ -15,7 +15,7 @@ from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Source
 from gradkern.gradients.memory import Memory
-from gradkern.gradients.parameters import Groups, Params, parameters, segments, subset
+from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR, rescale
@@ -80,10 +80,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
         self._untracked: Untracked | None = None  # set during the first step
         self._first = True
-        given = parameters(self._params())
-        segments(given, groups)
-        if self.shared is not None:
-            subset(self.shared, given)
+        Targets.of(self._params(), groups, self.shared)  # raises for what a step would refuse
 
     def backward(
         self,
