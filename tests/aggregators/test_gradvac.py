@@ -292,3 +292,8 @@ def test_one_operator_serves_all_groups(groups: str, triton_serves_the_cpu: list
     model, x, y = problem()
     gk.backward(model.losses(x, y), model, aggregator=gk.GradVac(), groups=groups)
     assert triton_serves_the_cpu == ["gramian.tensors", "gradvac", "combine.tensors"]
+
+
+def test_no_groups_at_all() -> None:
+    assert gk.GradVac().weights(torch.empty(0, 3, 3)).shape == (0, 3)
+    assert gk.PCGrad().weights(torch.empty(0, 3, 3)).shape == (0, 3)

@@ -94,12 +94,10 @@ def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> li
     T = len(M)
     C = []
     for i in range(T):
-        order = sorted(range(T), key=order_keys[i].__getitem__)
-        order.remove(i)
         c = [0.0] * T
         c[i] = 1.0
         terms: list[tuple[float, list[float]]] = []
-        for j in order[:visits]:
+        for j in _others(order_keys[i], i)[:visits]:
             s = M[i][j]
             for a, row in terms:
                 s += a * row[j]
@@ -114,14 +112,12 @@ def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> li
 def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
     """Compute GradVac's coefficients (Wang et al. 2021), and move the ``targets`` in the rows of ``update_mask``."""
     S, T, _ = M.shape
-    if S == 0:
-        return M.clone()
     eps = torch.finfo(M.dtype).eps
     if S * T <= FEW_OF_GRADVAC:
         target_lists = targets.tolist()
         by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
         few = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
-        targets.copy_(torch.tensor(target_lists, dtype=torch.float64))
+        targets.copy_(torch.tensor(target_lists, dtype=torch.float64).view(targets.shape))
         return _like(np.array(few), M)
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
@@ -165,11 +161,9 @@ def _few_of_gradvac(
     T = len(M)
     C = []
     for i in range(T):
-        order = sorted(range(T), key=order_keys[i].__getitem__)
-        order.remove(i)
         c, d, e = [0.0] * T, M[i], [abs(x) for x in M[i]]
         c[i] = 1.0
-        for j in order:
+        for j in _others(order_keys[i], i):
             square = sum(map(mul, c, d))
             if not (square > eps * sum(abs(x) * y for x, y in zip(c, e, strict=True)) and M[j][j] > 0):
                 continue
@@ -185,6 +179,13 @@ def _few_of_gradvac(
                 targets[i][j] = (1 - beta) * targets[i][j] + beta * phi
         C.append(c)
     return C
+
+
+def _others(keys: list[float], i: int) -> list[int]:
+    """Return the other tasks in the order in which task i visits them: by ascending key, equal keys by number."""
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    order.remove(i)
+    return order
 
 
 def _host(M: Tensor) -> Floats:
