@@ -1,13 +1,14 @@
 """The contestants of a case: calls that do the same work, by name. Every case also measures a copy of its input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 import gradkern as gk
 from bench import naive, vectorized
@@ -16,7 +17,8 @@ from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern.aggregators.methods import METHODS, Method
-from gradkern.gradients.param_grads import ParamGrads, Placement, by_parameter, readable
+from gradkern.gradients.param_grads import reach_of, readable
+from gradkern.gradients.plan import arranged, layouts_of
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
 from gradkern.step.rows import Rows
@@ -98,15 +100,13 @@ def surgery(x: Inputs, peers: Peers) -> Runs:
 
     Surgery may overwrite the gradients, so gradkern works on the copy.
     """
-    aggregator, n, suppression = gk.PCGrad(), len(x.shapes), x.suppression
-    units = [-1] * n if suppression is None else suppression.first_units(x.numels)
+    aggregator, n = gk.PCGrad(), len(x.shapes)
 
     @torch.no_grad()
     def ours() -> Any:
-        left = [readable(x.target[k : k + n], x.params) for k in range(0, len(x.target), n)]
-        columns = by_parameter(x.params, left, Placement(x.segments, units), overwrite=True)
-        mask = None if suppression is None else suppression.mask(x.device)
-        rows = Rows(columns, len(x.groups), mask, products_masked=x.case.scope == "all")
+        left = [x.target[k : k + n] for k in range(0, len(x.target), n)]
+        rows = replace(_rows(x, x.params, left), products_masked=x.case.scope == "all", overwrite=True)
+        mask = rows.mask
         results = step_surgery(rows, aggregator, unshared=False, takes_combination=True).combine()
         if mask is not None:
             mask.advance()
@@ -126,15 +126,13 @@ def adamw(x: Inputs, peers: Peers) -> Runs:
         return gk.optim.AdamW(x.stepped)
 
     @cache
-    def columns() -> list[ParamGrads]:
-        units = [-1] * len(x.shapes) if x.suppression is None else x.suppression.first_units(x.numels)
-        return by_parameter(x.stepped, x.grads, Placement(x.segments, units), overwrite=False)
+    def rows() -> Rows:
+        return _rows(x, x.stepped, x.grads)
 
     def ours() -> None:
-        mask = None if x.suppression is None else x.suppression.mask(x.device)
-        optimizer().combination = Combination(columns(), x.weights, mask)
+        optimizer().combination = Combination(rows(), x.weights)
         optimizer().step()
-        if mask is not None:
+        if (mask := rows().mask) is not None:
             mask.advance()
 
     return {
@@ -142,6 +140,17 @@ def adamw(x: Inputs, peers: Peers) -> Runs:
         NAIVE: _by_grad(x, naive.combined, fused=True),
         FOREACH: _by_grad(x, vectorized.combined, foreach=True),
     }
+
+
+def _rows(x: Inputs, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> Rows:
+    """Return a step's rows of parameters that are all shared."""
+    layouts, suppression = layouts_of(params), x.suppression
+    left = [readable(row, params, layouts) for row in grads]
+    units = None if suppression is None else tuple(suppression.first_units(x.numels))
+    arrangement = arranged(
+        layouts, tuple(map(reach_of, left)), tuple(x.segments), len(x.groups), (True,) * len(params), units
+    )
+    return Rows(params, left, arrangement, None if suppression is None else suppression.mask(x.device))
 
 
 def gather(x: Inputs, peers: Peers) -> Runs:

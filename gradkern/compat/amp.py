@@ -264,9 +264,9 @@ class _ToHost(Losses):
         """Check the losses. They are on the device of the parameters that they reach."""
         super().open(self.on_device[0].device)
 
-    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
         """Run :meth:`Losses.passes` on the device."""
-        for i, grads in super().passes(self.on_device):
+        for i, grads in super().passes(self.on_device, keep):
             row = [None if g is None else g.cpu() for g in grads]
             del grads  # so that the device never holds two tasks' gradients
             value = self.values[i]

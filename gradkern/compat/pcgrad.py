@@ -130,7 +130,7 @@ class _ReductionSink(GradSink):
 
     def check(self, rows: Rows) -> None:
         """Raise for an absent task."""
-        for t, row in enumerate(zip(*(c.grads for c in rows.columns), strict=True)):
+        for t, row in enumerate(rows.grads):
             if all(g is None for g in row):
                 raise ValueError(f"objectives[{t}] must not be None: with compat, every task takes part in every step")
 
@@ -139,8 +139,10 @@ class _ReductionSink(GradSink):
         assert rows is not None
         w = outcome.solution.weights
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
-        by_reach = [replace(c, segment=None) if any(g is None for g in c.grads) else c for c in rows.columns]
-        self._results, self._kept = replace(rows, columns=by_reach).combine(w, summed)
+        by_reach = [
+            c if len(c.tasks) == rows.n_tasks else c._replace(segment=None, unit=-1) for c in rows.arrangement.columns
+        ]
+        self._results, self._kept = rows.only(by_reach).combine(w, summed)
 
     def finish(self, step_scale: Tensor | None) -> Tensor | None:
         """Call no hooks: post-accumulate hooks do not run in these modes."""

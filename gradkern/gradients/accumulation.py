@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gradkern.gradients.losses import Losses, Pass, stacked
 from gradkern.gradients.param_grads import added, owns_its_storage, readable
+from gradkern.gradients.parameters import Targets
+from gradkern.gradients.plan import Row
 from gradkern.info import SurgeryInfo
 
 
@@ -32,7 +34,7 @@ class Accumulation:
         """A flag for each task: whether it has had a loss."""
         return [loss is not None for loss in self.values]
 
-    def add(self, losses: Losses, targets: Sequence[Tensor]) -> SurgeryInfo:
+    def add(self, losses: Losses, targets: Targets) -> SurgeryInfo:
         """Add a micro-batch's gradients; return its losses, with zero weights because nothing is updated yet.
 
         Raises:
@@ -43,14 +45,17 @@ class Accumulation:
         n_tasks = len(losses.present)
         self.expect(n_tasks)
         self._rows = self._rows or [{} for _ in range(n_tasks)]
-        for i, grads in losses.passes(targets):
+        losses.check_graphs()
+        for i, grads in losses.passes(targets.tensors, keep=True):
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
-                _add(self._rows[i], targets, readable(grads, targets))
+                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
             del grads  # free them before the next task's pass
         self._broken = False
         self._add_losses(losses.values)
-        return SurgeryInfo(stacked(losses.values, targets[0]), None, torch.zeros(n_tasks, device=targets[0].device))
+        return SurgeryInfo(
+            stacked(losses.values, targets.tensors[0]), None, torch.zeros(n_tasks, device=targets.device)
+        )
 
     def took(self, present: Sequence[bool], info: SurgeryInfo) -> None:
         """Record a micro-batch whose gradients are not added here, because they are already in ``.grad``."""
@@ -68,7 +73,10 @@ class Accumulation:
                 "with another accumulate() block or zero_grad()"
             )
 
-    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+    def check_graphs(self) -> None:
+        """Do nothing: each micro-batch has been checked already."""
+
+    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
         """Yield each present task's number and its sums of gradients, and drop them."""
         for i, loss in enumerate(self.values):
             if loss is not None:
@@ -87,7 +95,7 @@ class Accumulation:
                 self.values[i] = value if before is None else before + value
 
 
-def _add(row: dict[Tensor, Tensor], params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+def _add(row: dict[Tensor, Tensor], params: Sequence[Tensor], grads: Row) -> None:
     occurrences = Counter(id(g) for g in grads)
     for p, g in zip(params, grads, strict=True):
         if g is None:

@@ -12,7 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from gradkern.gradients import graph
+from gradkern.gradients import aliasing, graph
 from gradkern.gradients.losses import Loss, Losses, Pass, differentiated, unreached
 
 Features = Tensor | Sequence[Tensor]
@@ -47,7 +47,7 @@ class LossesOnFeatures(Losses):
             raise TypeError(f"batched must be True or False, got {self.batched!r}")
         self.features = [h for h in _checked(self.given_features) if h.requires_grad]
 
-    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
         """Run :meth:`Losses.passes`; all heads run before the first task's gradients are yielded."""
         trunk = self._trunk(targets)
         below = [k for k, p in enumerate(targets) if p in trunk]
@@ -64,6 +64,9 @@ class LossesOnFeatures(Losses):
                 rows[i][k] = g
             yield i, rows.pop(i)
 
+    def check_graphs(self) -> None:
+        """Do nothing: the passes have checked the graphs, whose parts below and above the features run apart."""
+
     def _trunk(self, targets: Sequence[Tensor]) -> set[Tensor]:
         """Return the targets that the features were computed from."""
         edges = {graph.edge(h) for h in self.features}
@@ -72,13 +75,16 @@ class LossesOnFeatures(Losses):
                 raise ValueError(f"features[{k}] is computed from another of features: give only the last of them")
             if h._backward_hooks or h.retains_grad:
                 raise ValueError(f"features[{k}] has a hook or retain_grad(), which would run twice for each task")
-        graph.freeable(self.features, argument="features")  # raises for reentrant checkpointing
+            graph.refuse_reentrant(f"features[{k}]", h)
         return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
 
     def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
         """Yield each task's number and its gradients with respect to the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
         free = graph.freeable(self.entries, edges)
+        for i, loss in enumerate(self.entries):
+            if isinstance(loss, Tensor):
+                graph.refuse_reentrant(f"losses[{i}]", loss, edges)
         for i, value in self.graphs():
             bypassed = [p for p in graph.leaves(value, edges) if p in trunk]
             if bypassed:
@@ -90,7 +96,7 @@ class LossesOnFeatures(Losses):
             grads = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
             if all(g is None for g in grads):
                 raise unreached(i)
-            yield i, grads
+            yield i, aliasing.copies(grads)
             del value  # frees a callable's graph
 
     def _trunk_passes(
@@ -121,7 +127,9 @@ class LossesOnFeatures(Losses):
             else:
                 for i in tasks:
                     output_grads = [feature_grads[i][k] for k in indices]
-                    yield i, differentiated(i, outputs, targets, not (last and i == tasks[-1]), output_grads)
+                    grads = differentiated(i, outputs, targets, not (last and i == tasks[-1]), output_grads)
+                    yield i, aliasing.copies(grads)
+                    del grads  # free them before the next task's pass
 
 
 def _not_none(g: Tensor | None) -> Tensor:

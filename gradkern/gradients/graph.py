@@ -9,49 +9,53 @@ from torch.autograd.graph import Node, get_gradient_edge
 Edge = tuple[Node, int]
 
 
-def freeable(losses: Sequence[object], cut: Collection[Edge] = (), argument: str = "losses") -> list[bool]:
+def freeable(losses: Sequence[object], cut: Collection[Edge] = ()) -> list[bool]:
     """Return for each loss whether its own backward pass may free its graph; True for entries that are not tensors.
 
     Losses that share nodes form a cluster, and the last of a cluster frees the shared nodes. Parameters do not count,
-    because they hold no activations. Graphs end at the edges ``cut``. Error messages call ``losses`` ``argument``.
+    because they hold no activations. Graphs end at the edges ``cut``.
 
-    Raises:
-        ValueError: a graph holds reentrant activation checkpointing, for which autograd.grad cannot compute gradients.
+    All losses are searched in turns, a node each. So heads of one trunk are found to meet near their ends, and the
+    search ends where all losses have met.
     """
-    cluster = list(range(len(losses)))  # union-find: every loss leads to the latest one of its cluster
     owner: dict[Node, int] = {}
+    graphs = {i: _nodes(loss, cut, owner) for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+    cluster = list(range(len(losses)))  # union-find: every loss leads to the latest one of its cluster
+    n_clusters = len(graphs)
 
     def latest(i: int) -> int:
         while cluster[i] != i:
             i = cluster[i]
         return i
 
-    for i, loss in enumerate(losses):
-        if not isinstance(loss, Tensor):
-            continue
-        for node in _nodes(loss, owner, cut):
-            if _leaf(node) is not None:
-                continue
-            if node in owner:
-                cluster[latest(owner[node])] = i
-            else:
-                _refuse_reentrant(f"{argument}[{i}]", node)
-            owner[node] = i
+    while graphs and n_clusters > 1:
+        for i, nodes in list(graphs.items()):
+            node = next(nodes, None)
+            if node is None:
+                del graphs[i]
+            elif _leaf(node) is None:
+                a, b = latest(owner.setdefault(node, i)), latest(i)
+                if a != b:
+                    cluster[min(a, b)] = max(a, b)
+                    n_clusters -= 1
     return [latest(i) == i for i in range(len(losses))]
 
 
-def refuse_reentrant(i: int, loss: Tensor) -> None:
-    """Raise ValueError if the graph of ``losses[i]`` holds reentrant activation checkpointing.
+def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
+    """Raise ValueError if the graph of ``x``, up to the edges ``cut``, holds reentrant activation checkpointing.
 
-    Such checkpointing hides the parameters it uses, and autograd would report that the loss does not reach them.
+    Such checkpointing hides the parameters it uses: autograd would report that they are not reached, or raise.
     """
-    for node in _nodes(loss, ()):
-        _refuse_reentrant(f"losses[{i}]", node)
+    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(x, cut)):
+        raise ValueError(
+            f"{name} runs through reentrant activation checkpointing, which cannot give the gradients of one "
+            "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
 
 
 def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
     """Yield the leaf tensors that ``loss`` was computed from and that require grad, the nearest first."""
-    return (leaf for node in _nodes(loss, (), cut) if (leaf := _leaf(node)) is not None)
+    return (leaf for node in _nodes(loss, cut) if (leaf := _leaf(node)) is not None)
 
 
 def edge(x: Tensor) -> Edge:
@@ -62,10 +66,10 @@ def edge(x: Tensor) -> Edge:
 
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
     """Return whether ``x`` was computed from a tensor at one of ``edges``."""
-    return any((n, k) in edges for node in _nodes(x, ()) for n, k in node.next_functions)
+    return any((n, k) in edges for node in _nodes(x) for n, k in node.next_functions)
 
 
-def _nodes(loss: Tensor, known: Collection[Node], cut: Collection[Edge] = ()) -> Iterator[Node]:
+def _nodes(loss: Tensor, cut: Collection[Edge] = (), known: Collection[Node] = ()) -> Iterator[Node]:
     """Yield each node below ``loss`` once, depth first, but none below ``known`` nodes or from the edges ``cut`` on."""
     root, k = edge(loss)
     stack, seen = ([] if (root, k) in cut else [root]), {root}
@@ -74,17 +78,10 @@ def _nodes(loss: Tensor, known: Collection[Node], cut: Collection[Edge] = ()) ->
         is_new = node not in known  # before the caller adds it
         yield node
         if is_new:
-            below = [n for n, k in node.next_functions if n is not None and n not in seen and (n, k) not in cut]
-            seen.update(below)
-            stack.extend(below)
-
-
-def _refuse_reentrant(name: str, node: Node) -> None:
-    if node.name() == "CheckpointFunctionBackward":
-        raise ValueError(
-            f"{name} runs through reentrant activation checkpointing, which cannot give the gradients of one "
-            "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
+            for n, k in node.next_functions:
+                if n is not None and n not in seen and not (cut and (n, k) in cut):
+                    seen.add(n)
+                    stack.append(n)
 
 
 def _leaf(node: Any) -> Tensor | None:

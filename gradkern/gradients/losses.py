@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
+from gradkern.gradients.plan import Row
 
 Loss = Tensor | Callable[[], Tensor] | None
-Pass = tuple[int, Sequence[Tensor | None]]
+Pass = tuple[int, Row]
 """The number of a task and its gradients, None for a target that it does not reach."""
 
 
@@ -27,11 +28,21 @@ class Source(Protocol):
     def values(self) -> list[Tensor | None]:
         """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
-    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
         """Yield each present task's number and its gradients for ``targets``, one task after another.
 
-        A gradient has the shape of its target. The step owns it: the result may be written over it, so a gradient that
-        anything else needs is copied before (``aliasing.py``). A task that reaches no target is an error of the source.
+        A gradient has the shape of its target. A task that reaches no target is an error of the source.
+
+        Args:
+            targets: n parameters.
+            keep: whether the caller reads a gradient after it has asked for the next one. Then the caller owns it: the
+                result may be written over it, so one that anything else needs is copied before (``aliasing.py``).
+        """
+
+    def check_graphs(self) -> None:
+        """Raise ValueError if a graph hides parameters from a backward pass, by reentrant checkpointing.
+
+        A step calls it after the passes, if another step with the same reach has not.
         """
 
 
@@ -82,15 +93,16 @@ class Losses:
         """A flag for each task: whether it has a loss in this step."""
         return [loss is not None for loss in self.entries]
 
-    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
         """Run each present task's backward pass in turn. Each frees the part of its graph that no later pass needs.
 
         Args:
             targets: the tensors to differentiate with respect to.
+            keep: as for :class:`Source`.
         """
-        return self.weighted_passes(targets, None)
+        return self.weighted_passes(targets, None, keep)
 
-    def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None) -> Iterator[Pass]:
+    def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None, keep: bool) -> Iterator[Pass]:
         """Run :meth:`passes` with each task's loss times its weight; None for weights of 1."""
         free = graph.freeable(self.entries)
         for i, value in self.graphs():
@@ -98,8 +110,16 @@ class Losses:
             grads = differentiated(i, [value], targets, self.retain_graph or not free[i], seed)
             if all(g is None for g in grads):
                 raise unreached(i)
+            if keep:
+                grads = aliasing.copies(grads)
             yield i, grads
             del value, grads  # frees a callable's graph, and gradients that the caller does not keep
+
+    def check_graphs(self) -> None:
+        """Raise ValueError if a tensor's graph holds reentrant checkpointing; a callable's is checked once made."""
+        for i, loss in enumerate(self.entries):
+            if isinstance(loss, Tensor):
+                graph.refuse_reentrant(f"losses[{i}]", loss)
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""
@@ -112,7 +132,7 @@ class Losses:
                 continue
             with torch.enable_grad():
                 value = _check(i, loss(), self.device)
-            graph.refuse_reentrant(i, value)
+            graph.refuse_reentrant(f"losses[{i}]", value)
             self.values[i] = value.detach()
             yield i, value
             del value
@@ -124,15 +144,17 @@ def differentiated(
     targets: Sequence[Tensor],
     retain_graph: bool,
     grads: Sequence[Tensor | None] | None = None,
-) -> list[Tensor | None]:
+) -> Row:
     """Return the gradients of task ``i``'s ``outputs`` with respect to ``targets``, None for a target not reached.
 
     Args:
         grads: the gradients with respect to the outputs; None for ones.
     """
     try:
-        result = torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
+        return torch.autograd.grad(outputs, targets, grads, retain_graph=retain_graph, allow_unused=True)
     except RuntimeError as error:
+        for x in outputs:
+            graph.refuse_reentrant(f"losses[{i}]", x)
         if "donated buffer" not in str(error):
             raise
         raise ValueError(
@@ -141,7 +163,6 @@ def differentiated(
             "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
             "name of your own. Without that name torch's cache on disk returns the same code, with wrong gradients"
         ) from error
-    return aliasing.copies(result)
 
 
 def unreached(i: int) -> ValueError:
@@ -166,6 +187,9 @@ def _check(i: int, loss: object, device: torch.device) -> Tensor:
 def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
     """Return the losses, (T,), on ``like``'s device; float64 if any loss is, else float32; NaN for an absent task."""
     present = [loss for loss in losses if loss is not None]
-    dtype = torch.float64 if any(loss.dtype == torch.float64 for loss in present) else torch.float32
+    dtypes = {loss.dtype for loss in present}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    if dtypes == {dtype} and len(present) == len(losses) and all(loss.ndim == 0 for loss in present):
+        return torch.stack(present)  # the usual case
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)
     return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])

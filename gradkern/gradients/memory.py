@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients.param_grads import readable
+from gradkern.gradients.plan import Layouts, Row
 
-Row = dict[Tensor, Tensor]
+Remembered = dict[Tensor, Tensor]
 """The gradients of one task by parameter."""
 
 
@@ -21,7 +22,7 @@ class Memory:
     """The gradients that an optimizer remembers: one row for each of T tasks, from the first step on."""
 
     def __init__(self) -> None:
-        self._rows: list[Row] = []
+        self._rows: list[Remembered] = []
 
     def check(self, n_tasks: int) -> None:
         """Raise ValueError if earlier steps had another number of tasks."""
@@ -29,20 +30,18 @@ class Memory:
             raise ValueError(f"losses has {n_tasks} entries; the steps remembered had {len(self._rows)}")
 
     def recall(
-        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
-    ) -> list[Sequence[Tensor | None]]:
+        self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor], layouts: Layouts
+    ) -> list[Row]:
         """Return ``grads``, T rows over ``params``, with remembered rows in place of those of absent tasks."""
         known = list(grads)
         for t, row in enumerate(self._rows):
             if not present[t]:
                 # The parameter's strides, dtype or device may have changed since.
                 old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
-                known[t] = readable(old, params)
+                known[t] = readable(old, params, layouts)
         return known
 
-    def remember(
-        self, present: Sequence[bool], grads: Sequence[Sequence[Tensor | None]], params: Sequence[Tensor]
-    ) -> None:
+    def remember(self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor]) -> None:
         """Replace the remembered rows of the present tasks by those of this step."""
         self._rows = self._rows or [{} for _ in present]
         for t, is_present in enumerate(present):
@@ -61,7 +60,7 @@ class Memory:
         """
         if not isinstance(state, (list, tuple)) or not all(isinstance(row, (list, tuple)) for row in state):
             raise ValueError(f"the memory to load must be lists of gradients, one for each task; got {state!r:.200}")
-        loaded: list[Row] = []
+        loaded: list[Remembered] = []
         for t, row in enumerate(state):
             if len(row) != len(params):
                 raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradkern.gradients.plan import Arrangement, Layouts, Reach, arranged, layouts_of
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 Groups = str | Callable[[str], Hashable]
+
+_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 @dataclass(frozen=True)
@@ -34,32 +37,42 @@ class Parameters:
 
 
 def parameters(params: Params) -> Parameters:
-    """Read ``params`` in any of its forms and check every tensor.
+    """Read ``params`` in any of its forms; raise TypeError or ValueError unless a step can take them."""
+    given = read("params", params)
+    _trainable(given)
+    return given
+
+
+def _trainable(given: Parameters) -> tuple[list[int], Layouts]:
+    """Return the places of the tensors that require grad, and their layouts.
 
     Raises:
-        TypeError: ``params`` is not a Module, tensors or (name, tensor) pairs; a tensor has a dtype that gradient
-            surgery does not support, or is a DTensor.
-        ValueError: ``params`` is empty, or has a tensor twice, a tensor that is not a leaf, trainable tensors on
-            several devices, or an expanded ``.grad``.
+        TypeError: a tensor has a dtype that gradient surgery does not support, or is a DTensor.
+        ValueError: no tensor is given, or none requires grad; a tensor is given twice, or is not a leaf; trainable
+            tensors are on several devices, or a ``.grad`` is expanded.
     """
-    given = read("params", params)
-    if not given.tensors:
+    tensors = given.tensors
+    if not tensors:
         raise ValueError("params is empty")
-    seen: dict[Tensor, int] = {}
-    device: torch.device | None = None
-    for k, p in enumerate(given.tensors):
-        if seen.setdefault(p, k) != k:
-            raise ValueError(f"params holds the same tensor twice: {given.name(seen[p])} and {given.name(k)}")
-        if not p.requires_grad:
-            continue
-        _check(given, k, p)
-        if device is None:
-            device = p.device
-        elif p.device != device:
-            raise ValueError(f"params must be on one device; {given.name(k)} is on {p.device}, others on {device}")
-    if device is None:
-        raise ValueError(f"params holds no tensor that requires grad, of {len(given.tensors)} given")
-    return given
+    if len(set(map(id, tensors))) < len(tensors):
+        first: dict[int, int] = {}
+        k = next(k for k, p in enumerate(tensors) if first.setdefault(id(p), k) != k)
+        raise ValueError(f"params holds the same tensor twice: {given.name(first[id(tensors[k])])} and {given.name(k)}")
+    places = [k for k, p in enumerate(tensors) if p.requires_grad]
+    if not places:
+        raise ValueError(f"params holds no tensor that requires grad, of {len(tensors)} given")
+    for k in places:
+        if not tensors[k].is_leaf:
+            raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    layouts = layouts_of([tensors[k] for k in places])
+    if not layouts.checked:
+        _check(given, places)
+        layouts.checked = True
+    for k in places:
+        g = tensors[k].grad
+        if g is not None and not g.is_sparse and _has_overlap(g):
+            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
+    return places, layouts
 
 
 def read(argument: str, params: Params) -> Parameters:
@@ -69,6 +82,8 @@ def read(argument: str, params: Params) -> Parameters:
     if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
         raise TypeError(f"{argument} must be a Module, tensors or (name, tensor) pairs, got {type(params).__name__}")
     entries: list[Any] = list(params)
+    if _TENSORS.issuperset(map(type, entries)):  # the usual form
+        return Parameters(entries, None, argument)
     pairs = [isinstance(e, tuple) and len(e) == 2 and isinstance(e[0], str) for e in entries]
     tensors = [e[1] if pair else e for e, pair in zip(entries, pairs, strict=True)]
     for k, p in enumerate(tensors):
@@ -95,19 +110,21 @@ def subset(shared: Params, given: Parameters) -> set[Tensor]:
     return set(chosen.tensors)
 
 
-def _check(given: Parameters, k: int, p: Tensor) -> None:
-    if p.dtype not in DTYPES:
-        raise TypeError(f"params must be float32, float64, bfloat16 or float16; {given.name(k)} is {p.dtype}")
-    if not p.is_leaf:
-        raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
-    if p.grad is not None and not p.grad.is_sparse and _has_overlap(p.grad):
-        raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {p.grad.stride()}")
+def _check(given: Parameters, places: Sequence[int]) -> None:
+    """Raise unless the layouts of the parameters at ``places`` are permitted."""
     dtensor = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
-    if dtensor is not None and isinstance(p, dtensor.DTensor):
-        raise TypeError(
-            f"params must not be DTensors; {given.name(k)} is one: the dot products of its shards would be "
-            "combined on each rank alone, and the ranks would drift apart"
-        )
+    device = given.tensors[places[0]].device
+    for k in places:
+        p, name = given.tensors[k], given.name(k)
+        if p.dtype not in DTYPES:
+            raise TypeError(f"params must be float32, float64, bfloat16 or float16; {name} is {p.dtype}")
+        if dtensor is not None and isinstance(p, dtensor.DTensor):
+            raise TypeError(
+                f"params must not be DTensors; {name} is one: the dot products of its shards would be "
+                "combined on each rank alone, and the ranks would drift apart"
+            )
+        if p.device != device:
+            raise ValueError(f"params must be on one device; {name} is on {p.device}, others on {device}")
 
 
 def _has_overlap(g: Tensor) -> bool:
@@ -155,18 +172,21 @@ class Targets:
     Attributes:
         given: all parameters given, frozen ones too.
         tensors: n parameters that require grad.
+        layouts: their layouts.
         places: the index of each among all given parameters.
-        segments: the group of each.
+        groups: the group of each.
         n_segments: S, the number of groups of all given parameters.
-        named: the shared parameters, if the user names them; None if those that two tasks reach are shared.
+        named: whether each is among the shared parameters that the user names; None if those that two tasks reach are
+            shared.
     """
 
     given: list[Tensor]
     tensors: list[Tensor]
+    layouts: Layouts
     places: list[int]
-    segments: list[int]
+    groups: tuple[int, ...]
     n_segments: int
-    named: set[Tensor] | None
+    named: tuple[bool, ...] | None
 
     @classmethod
     def of(cls, params: Params, groups: Groups, shared: Params | None) -> "Targets":
@@ -175,24 +195,39 @@ class Targets:
         Raises:
             TypeError, ValueError: as :func:`parameters`, :func:`segments` and :func:`subset`.
         """
-        given = parameters(params)
+        given = read("params", params)
+        places, layouts = _trainable(given)
         numbers, n_segments = segments(given, groups)
-        named = None if shared is None else subset(shared, given)
-        places = [k for k, p in enumerate(given.tensors) if p.requires_grad]
         tensors = [given.tensors[k] for k in places]
-        return cls(given.tensors, tensors, places, [numbers[k] for k in places], n_segments, named)
+        named = None
+        if shared is not None:
+            chosen = subset(shared, given)
+            named = tuple([p in chosen for p in tensors])
+        of_tensors = tuple([numbers[k] for k in places])
+        return cls(given.tensors, tensors, layouts, places, of_tensors, n_segments, named)
 
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
-        return self.tensors[0].device
+        return self.layouts.device
 
-    def are_shared(self, grads: Sequence[Sequence[Tensor | None]]) -> list[bool]:
+    def are_shared(self, reach: Reach) -> tuple[bool, ...]:
         """Return whether each parameter is shared: named, or if none are named, reached by at least two tasks.
 
         Args:
-            grads: T rows of n gradients, None where a task does not reach a parameter.
+            reach: the layouts of T rows of n gradients, None where a task does not reach a parameter.
         """
         if self.named is not None:
-            return [p in self.named for p in self.tensors]
-        return [sum(g is not None for g in column) > 1 for column in zip(*grads, strict=True)]
+            return self.named
+        return tuple([sum(kind is not None for kind in kinds) > 1 for kinds in zip(*reach, strict=True)])
+
+    def arranged(self, reach: Reach, shared: tuple[bool, ...] | None, units: tuple[int, ...] | None) -> Arrangement:
+        """Return the arrangement of gradients with a reach.
+
+        Args:
+            reach: the layouts of the gradients.
+            shared: whether each parameter is shared; None to decide it by ``reach``.
+            units: the first unit of suppression of each parameter; None without suppression.
+        """
+        decided = self.named if shared is None else shared
+        return arranged(self.layouts, reach, self.groups, self.n_segments, decided, units)

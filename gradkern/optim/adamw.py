@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import ParamGrads, Placement, by_parameter, new_grad_stride, readable, row_major
-from gradkern.modifiers.suppression import MaskState
+from gradkern.gradients.param_grads import reach_of, readable
+from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
-from gradkern.step.rows import mask_over
+from gradkern.step.rows import Rows, mask_over
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
@@ -26,17 +26,15 @@ class Combination:
     """The direction of a step: Σ_t w[segment, t] g_t of each column.
 
     Attributes:
-        columns: the gradients, dense, with the strides of their parameters.
+        rows: the gradients, dense, with the strides of their parameters; and the mask, which sets entries to 0.
         w: (S + 1, T), the weights of each group, and of unshared parameters.
-        mask: the mask, which sets dropped entries to 0.
         lr_scale: (), a factor of the learning rate; None for 1.
         found_inf: (), not 0 if the step must change nothing; None for 0.
         kept: (), the number of entries that the mask kept, after the step; None without a mask.
     """
 
-    columns: Sequence[ParamGrads]
+    rows: Rows
     w: Tensor
-    mask: MaskState | None = None
     lr_scale: Tensor | None = None
     found_inf: Tensor | None = None
     kept: Tensor | None = None
@@ -117,42 +115,43 @@ class AdamW(torch.optim.AdamW):
         self._step_along(direction)
         return loss
 
-    def check(self, columns: Sequence[ParamGrads]) -> None:
-        """Raise the errors of :meth:`step` unless it can step along ``columns``."""
-        for c in columns:
-            _check(c, self.state.get(c.param, {}))
+    def check(self, rows: Rows) -> None:
+        """Raise the errors of :meth:`step` unless it can step along ``rows``."""
+        for c in rows.arrangement.columns:
+            p = rows.params[c.place]
+            _check(c, p, self.state.get(p, {}))
 
     def _from_grad(self) -> Combination:
         """Return every ``.grad``, unscaled, as a combination of one row."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        row = readable([p.grad for p in params], params)
-        unshared = Placement([None] * len(params), [-1] * len(params))
-        columns = by_parameter(params, [row], unshared, overwrite=False)
-        self.check(columns)
+        rows = _one_row(params, [p.grad for p in params])
+        self.check(rows)
         w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device if params else None)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # GradScaler sets this and found_inf
         return Combination(
-            columns, w if grad_scale is None else w / grad_scale, found_inf=getattr(self, "found_inf", None)
+            rows, w if grad_scale is None else w / grad_scale, found_inf=getattr(self, "found_inf", None)
         )
 
     def _step_along(self, direction: Combination) -> None:
-        columns = {c.param: c for c in direction.columns}
-        batches: dict[tuple[Any, ...], list[ParamGrads]] = defaultdict(list)
+        rows = direction.rows
+        columns = {id(rows.params[c.place]): c for c in rows.arrangement.columns}
+        batches: dict[tuple[Any, ...], list[Column]] = defaultdict(list)
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
-                if p in columns:
-                    batches[i, p.device, p.dtype, columns[p].dtype].append(columns[p])
+                if id(p) in columns:
+                    c = columns[id(p)]
+                    batches[i, p.device, p.dtype, c.dtype].append(c)
         # Reading the hyperparameters may raise, so it comes before anything changes.
         numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
-        if direction.mask is not None:
-            direction.kept = direction.mask.state.new_zeros(())
+        if rows.mask is not None:
+            direction.kept = rows.mask.state.new_zeros(())
         for (i, *_), batch in batches.items():
-            self._step_batch(self.param_groups[i], numbers[i], batch, direction)
+            of_batch = Batch(batch, rows.n_segments, rows.arrangement.n)
+            self._step_batch(self.param_groups[i], numbers[i], of_batch, direction)
 
-    def _step_batch(
-        self, group: dict[str, Any], numbers: list[float], batch: list[ParamGrads], direction: Combination
-    ) -> None:
-        params = [c.param for c in batch]
+    def _step_batch(self, group: dict[str, Any], numbers: list[float], batch: Batch, direction: Combination) -> None:
+        rows = direction.rows
+        params: list[Tensor] = batch.of([rows.params])
         device = params[0].device
         states = [self._state_of(p, group["amsgrad"]) for p in params]
         steps = [state["step"] for state in states]
@@ -164,13 +163,12 @@ class AdamW(torch.optim.AdamW):
         if isinstance(group["lr"], Tensor):
             lr = group["lr"].reshape(()).to(device)
             lr_scale = lr if lr_scale is None else lr * lr_scale
-        segments = [len(w) - 1 if c.segment is None else c.segment for c in batch]
         operators.adamw(
-            TaskGrads(row_major(batch), segments, len(w)),
+            TaskGrads(batch.of(rows.grads), batch.segments, len(w)),
             w,
             AdamWState(params, moments, steps),
             AdamWStep(found_inf, lr_scale, numbers),
-            mask_over(batch, direction.mask),
+            mask_over(batch.columns, rows.mask),
             direction.kept,
         )
         torch.autograd.graph.increment_version(params)  # for backward passes that have saved one
@@ -232,8 +230,15 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
 
 
-def _check(c: ParamGrads, state: Mapping[str, Tensor]) -> None:
-    p = c.param
+def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
+    """Return the rows of one task; all parameters are unshared."""
+    layouts = layouts_of(params)
+    row = readable(grads, params, layouts)
+    groups = (0,) * len(params)
+    return Rows(params, [row], arranged(layouts, (reach_of(row),), groups, 0, None, None))
+
+
+def _check(c: Column, p: Tensor, state: Mapping[str, Tensor]) -> None:
     name = f"a parameter of shape {tuple(p.shape)}"
     if c.sparse:
         raise TypeError(f"the gradient of {name} is sparse, which AdamW does not support: torch.optim.SparseAdam does")

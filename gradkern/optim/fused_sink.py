@@ -53,7 +53,7 @@ class FusedAdamWSink:
 
     def check(self, rows: Rows) -> None:
         """Raise if the step would, before anything has changed."""
-        self.adamw.check(rows.columns)
+        self.adamw.check(rows)
 
     def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
         """Keep the rows and the weights; all computation happens in the step."""
@@ -67,13 +67,12 @@ class FusedAdamWSink:
         """Step along the combination; return the share of entries that the mask kept."""
         w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
         of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
-        columns = self._rows.columns
-        direction = Combination(columns, torch.cat((w, of_unshared.unsqueeze(0))), self._rows.mask, step_scale)
+        direction = Combination(self._rows, torch.cat((w, of_unshared.unsqueeze(0))), step_scale)
         if self.scaler is None:
             self._step(direction)
         else:
             self._step_scaled(direction, self.scaler)
-        return None if direction.kept is None else kept_share(direction.kept, columns)
+        return None if direction.kept is None else kept_share(direction.kept, self._rows.arrangement.columns)
 
     def _step(self, direction: Combination) -> None:
         if self.max_norm is not None:

@@ -82,4 +82,4 @@ def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:
     refuse_distributed()
     targets = Targets.of(params, groups="model", shared=None)
     losses.open(targets.device)
-    return total.add(losses, targets.tensors)
+    return total.add(losses, targets)

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients.losses import Source, stacked
-from gradkern.gradients.memory import bools_on
-from gradkern.gradients.param_grads import Placement, by_parameter, readable
+from gradkern.gradients.memory import Memory, bools_on
+from gradkern.gradients.param_grads import laid_out, reach_of, readable
 from gradkern.gradients.parameters import Params, Targets
+from gradkern.gradients.plan import Arrangement, Row
 from gradkern.info import SurgeryInfo
+from gradkern.modifiers.suppression import Suppression
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.sinks import Sink
@@ -56,39 +58,75 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         return _info(source, outcome, options, kept, step_scale)
 
 
-def _gradients(source: Source, targets: Targets) -> list[list[Tensor | None]]:
+def _gradients(source: Source, targets: Targets) -> list[Row]:
     """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
-    grads: list[list[Tensor | None]] = [[None] * len(targets.tensors) for _ in source.present]
-    for i, row in source.passes(targets.tensors):
-        grads[i] = readable(row, targets.tensors)
+    grads: list[Row] = [[None] * len(targets.tensors)] * len(source.present)
+    for i, row in source.passes(targets.tensors, keep=True):
+        grads[i] = readable(row, targets.tensors, targets.layouts)
     return grads
 
 
-def _rows(source: Source, targets: Targets, new: list[list[Tensor | None]], options: Options) -> Rows:
+def _rows(source: Source, targets: Targets, new: list[Row], options: Options) -> Rows:
     """Return the rows of the step, including remembered ones, and the mask of suppression."""
-    present, memory, suppression = source.present, options.memory, options.suppression
-    recalled = new if memory is None else memory.recall(present, new, targets.tensors)
-    shared = targets.are_shared(recalled)
-    # Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
-    taken = [
-        [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
-    ]
-    segments = [s if is_shared else None for s, is_shared in zip(targets.segments, shared, strict=True)]
-    units = [-1] * len(segments)
-    if suppression is not None:
-        first_units = suppression.first_units([p.numel() for p in targets.given])
-        units = [first_units[k] for k in targets.places]
-    columns = by_parameter(targets.tensors, taken, Placement(segments, units), overwrite=memory is None)
-    if not columns:
+    memory, suppression = options.memory, options.suppression
+    taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
+    units = None if suppression is None else _units(suppression, targets)
+    arrangement = targets.arranged(tuple(map(reach_of, taken)), shared, units)
+    _check_graphs(source, arrangement)
+    if not arrangement.columns:
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
-        columns,
-        targets.n_segments,
+        targets.tensors,
+        _of_one_kind(taken, arrangement, targets),
+        arrangement,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if memory is not None and not all(present) else None,
+        present=bools_on(source.present, targets.device) if memory is not None and not all(source.present) else None,
         losses=stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None,
+        overwrite=memory is None,
     )
+
+
+def _check_graphs(source: Source, arrangement: Arrangement) -> None:
+    """Have the source check its graphs, which takes as long as the dot products of a small model.
+
+    Parameters that a graph hides have no gradient. So a step is checked if its reach is new, or if it has parameters
+    that no task reaches.
+    """
+    if not arrangement.graphs_checked or len(arrangement.columns) < arrangement.n:
+        source.check_graphs()
+        arrangement.graphs_checked = True
+
+
+def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) -> tuple[list[Row], tuple[bool, ...]]:
+    """Return the rows with remembered gradients of absent tasks, and whether each parameter is shared.
+
+    Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
+    """
+    recalled = memory.recall(source.present, new, targets.tensors, targets.layouts)
+    shared = targets.are_shared(tuple(map(reach_of, recalled)))
+    taken: list[Row] = [
+        [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
+    ]
+    return taken, shared
+
+
+def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
+    first_units = suppression.first_units([p.numel() for p in targets.given])
+    return tuple([first_units[k] for k in targets.places])
+
+
+def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) -> list[Row]:
+    """Return the rows with dense copies of sparse gradients of parameters that have dense gradients too."""
+    if not arrangement.mixed:
+        return rows
+    return [
+        [
+            laid_out(g, p) if k in arrangement.mixed and g is not None and g.is_sparse else g
+            for k, (g, p) in enumerate(zip(row, targets.tensors, strict=True))
+        ]
+        for row in rows
+    ]
 
 
 def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:

@@ -1,14 +1,15 @@
 """The rows of a step: its task gradients over all parameters, their Gramian, and their combination."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import ParamGrads, new_grad_stride, own_gradients, row_major
+from gradkern.gradients.param_grads import laid_out, owned, owns_its_storage
+from gradkern.gradients.plan import Arrangement, Batch, Column, Row, new_grad_stride
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads
@@ -32,33 +33,57 @@ class AnyRows(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """The T task gradients of a step.
+    """The T task gradients of a step, each tensor where autograd put it.
 
     Attributes:
-        columns: the gradients of each parameter that any task reaches.
-        n_segments: S, the number of groups.
+        params: n parameters.
+        grads: T rows of n gradients, as :func:`gradkern.gradients.param_grads.readable` returns them.
+        arrangement: the columns of ``grads``.
         mask: the mask that drops entries of the results; None for none.
         products_masked: whether the mask drops them from the dot products too.
         present: (T,) bool, the tasks whose gradients belong to this step, if the others' are remembered; None if not.
         losses: (T,), NaN for an absent task; None if the method does not need them.
+        overwrite: whether gradients may be overwritten once they are combined.
     """
 
-    columns: Sequence[ParamGrads]
-    n_segments: int
+    params: Sequence[Tensor]
+    grads: Sequence[Row]
+    arrangement: Arrangement
     mask: MaskState | None = None
     products_masked: bool = False
     present: Tensor | None = None
     losses: Tensor | None = None
+    overwrite: bool = False
 
     @property
     def n_tasks(self) -> int:
         """The number of tasks, T."""
-        return len(self.columns[0].grads)
+        return len(self.grads)
+
+    @property
+    def n_segments(self) -> int:
+        """The number of groups, S."""
+        return self.arrangement.n_segments
 
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
-        return self.columns[0].param.device
+        return self.params[0].device
+
+    def only(self, columns: Iterable[Column]) -> "Rows":
+        """Return the rows of ``columns``."""
+        return replace(self, arrangement=self.arrangement.of(columns))
+
+    def column(self, c: Column) -> list[Tensor | None]:
+        """Return a parameter's gradients."""
+        return [row[c.place] for row in self.grads]
+
+    def dense(self, c: Column) -> list[Tensor | None]:
+        """Return a parameter's gradients, with dense copies of sparse ones."""
+        column = self.column(c)
+        if not c.sparse:
+            return column
+        return [None if g is None else laid_out(g, self.params[c.place]) for g in column]
 
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of the task gradients within each group; float64 if any gradient is.
@@ -69,24 +94,24 @@ class Rows:
         Returns:
             (S, T, T), or (S + 1, T, T).
         """
-        columns, S = self.columns, self.n_segments
-        if unshared:
-            columns, S = [replace(c, segment=S) if c.segment is None else c for c in columns], S + 1
-        counting = [c for c in columns if c.segment is not None]
-        parts = [self._products(group, S) for group in by_dtype([c for c in counting if not c.sparse])]
+        S, T, arrangement = self.n_segments + unshared, self.n_tasks, self.arrangement
+        counting = arrangement.columns if unshared else arrangement.shared
+        parts = [self._products(b, S) for b in (arrangement.products_of_all if unshared else arrangement.products)]
         dtype = torch.float64 if any(c.dtype == torch.float64 for c in counting) else torch.float32
         if not parts:
-            parts = [torch.zeros((S, self.n_tasks, self.n_tasks), dtype=dtype, device=self.device)]
-        M = sum(parts[1:], parts[0]).to(dtype)
-        for c in counting:
-            if c.sparse:  # one parameter at a time is dense, while its dot products are computed
-                M[c.segment] += self._products([replace(c.dense(), segment=0)], 1)[0]
+            parts = [torch.zeros((S, T, T), dtype=dtype, device=self.device)]
+        M = parts[0].to(dtype) if len(parts) == 1 else sum(parts[1:], parts[0]).to(dtype)
+        mask = self.mask if self.products_masked else None
+        for c in arrangement.sparse if unshared else [c for c in arrangement.sparse if c.segment is not None]:
+            # One parameter at a time is dense, while its dot products are computed.
+            rows = TaskGrads(self.dense(c), [0], 1)
+            M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
         return M
 
-    def _products(self, columns: Sequence[ParamGrads], n_segments: int) -> Tensor:
+    def _products(self, batch: Batch, n_segments: int) -> Tensor:
         mask = self.mask if self.products_masked else None
-        rows = TaskGrads(row_major(columns), [c.segment for c in columns if c.segment is not None], n_segments)
-        return operators.gramian_tensors(rows, mask_over(columns, mask))
+        rows = TaskGrads(batch.of(self.grads), batch.segments, n_segments)
+        return operators.gramian_tensors(rows, _mask(batch.units, mask))
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
         """Return each parameter with Σ_t w[segment, t] g_t; an unshared one with Σ_t unshared_weights[t] g_t.
@@ -98,58 +123,109 @@ class Rows:
             w: (S, T), the weights of each group.
             unshared_weights: (T,), like ``w``; None for ones.
         """
-        results = {} if unshared_weights is not None else own_gradients(self.columns)
-        summed = [c for c in self.columns if c.param not in results]
-        S = len(w)
-        if any(c.segment is None for c in summed):
-            w = torch.cat((w, torch.ones_like(w[:1]) if unshared_weights is None else unshared_weights.unsqueeze(0)))
+        arrangement, results = self.arrangement, Results(self)
+        if unshared_weights is None:
+            results.take_own()
+        batches = arrangement.sums if unshared_weights is None else arrangement.products_of_all
+        if unshared_weights is not None:
+            w = torch.cat((w, unshared_weights.unsqueeze(0)))
+        elif arrangement.adds_up:
+            w = torch.cat((w, torch.ones_like(w[:1])))
         kept = None if self.mask is None else self.mask.state.new_zeros(())
-        dense = by_dtype([c for c in summed if not c.sparse])
-        for group in dense:
-            out = [c.result() for c in group]
-            segments = [S if c.segment is None else c.segment for c in group]
-            rows = TaskGrads(row_major(group), segments, len(w))
-            ws = w.to(arithmetic_dtype(out[0].dtype))
-            operators.combine_tensors(rows, ws, out, mask_over(group, self.mask), kept)
-            results.update(zip((c.param for c in group), out, strict=True))
-        for c in summed:
-            if c.sparse:
-                results[c.param] = _combine_sparse(c, w[S if c.segment is None else c.segment], self.mask)
-        share = kept_share(kept, summed) if kept is not None and dense else None
-        return [(c.param, results[c.param]) for c in self.columns], share
+        for batch in batches:
+            out = results.memory(batch.columns)
+            rows = TaskGrads(batch.of(self.grads), batch.segments, len(w))
+            ws = w.to(arithmetic_dtype(batch.dtype))
+            operators.combine_tensors(rows, ws, out, _mask(batch.units, self.mask), kept)
+        for c in arrangement.sparse:
+            if results.lacks(c):
+                results.put(c, self._combine_sparse(c, w[-1 if c.segment is None else c.segment]))
+        share = kept_share(kept, arrangement.columns) if kept is not None and batches else None
+        return results.pairs(), share
+
+    def _combine_sparse(self, c: Column, w: Tensor) -> Tensor:
+        """Return the scaled entries of all tasks, concatenated; torch adds up equal indices when it coalesces."""
+        p = self.params[c.place]
+        present = [(t, g) for t, g in enumerate(self.column(c)) if g is not None]
+        indices = torch.cat([g._indices() for _, g in present], 1)
+        values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values()).to(g.dtype) for t, g in present])
+        if self.mask is not None and c.unit >= 0:
+            units = c.unit + _places(indices, p) // self.mask.block
+            values = values.masked_fill(dropped_at(units, self.mask.state), 0.0)
+        return torch.sparse_coo_tensor(indices, values, p.shape, check_invariants=False)
 
 
-def kept_share(kept: Tensor, columns: Sequence[ParamGrads]) -> Tensor | None:
+class Results:
+    """The results of a combination, one for each column of some rows.
+
+    Args:
+        rows: the rows.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._results: list[Tensor | None] = [None] * rows.arrangement.n
+        ids = [id(g) for row in rows.grads for g in row if g is not None] if rows.overwrite else []
+        self._repeated = {i for i, n in Counter(ids).items() if n > 1} if len(set(ids)) < len(ids) else set()
+
+    def memory(self, columns: Sequence[Column]) -> list[Tensor]:
+        """Return memory for the results of columns, laid out as new ``.grad``: a free gradient's, or new memory."""
+        out = []
+        for c in columns:
+            free = self._free(c)
+            g = torch.empty_like(self._rows.params[c.place], dtype=c.dtype) if free is None else free
+            self._results[c.place] = g
+            out.append(g)
+        return out
+
+    def take_own(self) -> None:
+        """Give the unshared parameters that one task alone reaches that task's gradient."""
+        for c in self._rows.arrangement.own:
+            assert c.own is not None
+            g = self._rows.grads[c.own][c.place]
+            assert g is not None
+            self.put(c, owned(g, self._rows.params[c.place]) if c.sparse or self._free(c) is None else g)
+
+    def put(self, c: Column, g: Tensor) -> None:
+        """Set the result of a column."""
+        self._results[c.place] = g
+
+    def lacks(self, c: Column) -> bool:
+        """Return whether the column has no result yet."""
+        return self._results[c.place] is None
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with its result."""
+        return [(p, g) for p, g in zip(self._rows.params, self._results, strict=True) if g is not None]
+
+    def _free(self, c: Column) -> Tensor | None:
+        """Return a gradient of a dense column that may be overwritten; None if all are needed elsewhere."""
+        if not self._rows.overwrite:
+            return None
+        for t in c.tasks:
+            g = self._rows.grads[t][c.place]
+            assert g is not None
+            if id(g) not in self._repeated and owns_its_storage(g):
+                return g
+        return None
+
+
+def kept_share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:
     """Return the share of entries of masked ``columns`` that the mask kept; None if no column is masked.
 
     Sparse gradients do not count, because most of their entries are absent anyway.
     """
-    n_masked = sum(c.param.numel() for c in columns if c.unit >= 0 and not c.sparse)
+    n_masked = sum(c.numel for c in columns if c.unit >= 0 and not c.sparse)
     return kept / n_masked if n_masked else None
 
 
-def mask_over(columns: Sequence[ParamGrads], mask: MaskState | None) -> Mask | None:
+def mask_over(columns: Sequence[Column], mask: MaskState | None) -> Mask | None:
     """Return the mask of ``columns`` in the form that the operators take."""
-    return None if mask is None else Mask([c.unit for c in columns], mask.block, mask.state)
+    return _mask([c.unit for c in columns], mask)
 
 
-def by_dtype(columns: Sequence[ParamGrads]) -> list[list[ParamGrads]]:
-    """Return the columns in lists of one dtype each."""
-    groups: dict[torch.dtype, list[ParamGrads]] = defaultdict(list)
-    for c in columns:
-        groups[c.dtype].append(c)
-    return list(groups.values())
-
-
-def _combine_sparse(c: ParamGrads, w: Tensor, mask: MaskState | None) -> Tensor:
-    """Return the scaled entries of all tasks, concatenated; torch adds up equal indices when it coalesces."""
-    present = [(t, g) for t, g in enumerate(c.grads) if g is not None]
-    indices = torch.cat([g._indices() for _, g in present], 1)
-    values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values()).to(g.dtype) for t, g in present])
-    if mask is not None and c.unit >= 0:
-        units = c.unit + _places(indices, c.param) // mask.block
-        values = values.masked_fill(dropped_at(units, mask.state), 0.0)
-    return torch.sparse_coo_tensor(indices, values, c.param.shape, check_invariants=False)
+def _mask(units: Sequence[int], mask: MaskState | None) -> Mask | None:
+    return None if mask is None else Mask(units, mask.block, mask.state)
 
 
 def _places(indices: Tensor, p: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from gradkern.aggregators import GradAttention, Solution
 from gradkern.aggregators.attention.strata import strata
-from gradkern.gradients.param_grads import row_major
+from gradkern.gradients.plan import Column
 from gradkern.ops import operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.capture import ready
 from gradkern.ops.layout import Tables, totals
 from gradkern.ops.philox import dropped_at
-from gradkern.step.rows import Combined, Rows
+from gradkern.step.rows import Combined, Results, Rows
 
 
 class SampledRows:
@@ -41,10 +41,10 @@ class SampledRows:
         self.rows = rows
         self.method = method
         self.only = method.update == "subset"
-        members = [[c for c in rows.columns if c.segment == s] for s in range(rows.n_segments)]
-        self.shared = [c.dense() for group in members for c in group]
-        self.numels = tuple(c.param.numel() for c in self.shared)
-        sizes = tuple(sum(c.param.numel() for c in group) for group in members)
+        members = [[c for c in rows.arrangement.shared if c.segment == s] for s in range(rows.n_segments)]
+        self.shared: list[Column] = [c for group in members for c in group]
+        self.numels = tuple(c.numel for c in self.shared)
+        sizes = tuple(sum(c.numel for c in group) for group in members)
         self.strata = strata(sizes, method.subset)
         self.index = method.positions(sizes, rows.device)
         self.X = self._entries()
@@ -63,14 +63,14 @@ class SampledRows:
         if mask is not None and self.shared:
             values = values.masked_fill(self._dropped, 0.0)
             share = 1 - self._dropped.float().mean()
-        out = [c.result() for c in self.shared]
+        results = Results(self.rows)
+        out = results.memory(self.shared)
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
             torch._foreach_zero_(of_dtype)
             operators.scatter(values, self.numels, self.index, of_dtype)
-        unshared = Rows([c for c in self.rows.columns if c.segment is None], self.rows.n_segments)
-        results, _ = unshared.combine(w, unshared_weights)
-        return [*results, *((c.param, g) for c, g in zip(self.shared, out, strict=True))], share
+        unshared = self.rows.only(c for c in self.rows.arrangement.columns if c.segment is None)
+        return [*unshared.combine(w, unshared_weights)[0], *results.pairs()], share
 
     def solution(self, M: Tensor) -> Solution:
         """Return the method's solution for Gramians (S, T, T), with weights of 0 for absent tasks."""
@@ -84,7 +84,8 @@ class SampledRows:
 
     def _entries(self) -> Tensor:
         """Return :attr:`X`."""
-        grads, rows = row_major(self.shared), self.rows
+        rows = self.rows
+        grads = [g for row in zip(*map(rows.dense, self.shared), strict=True) for g in row]
         by_dtype = [
             operators.gather(
                 [g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index

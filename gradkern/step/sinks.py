@@ -111,7 +111,7 @@ class WeightedBackwardSink:
 
     def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
         totals: list[Tensor | None] = [None] * len(self._targets)
-        for _, grads in self.losses.weighted_passes(self._targets, weights):
+        for _, grads in self.losses.weighted_passes(self._targets, weights, keep=True):
             for k, g in enumerate(grads):
                 if g is not None:
                     totals[k] = added(totals[k], g)
@@ -123,7 +123,7 @@ class WeightedBackwardSink:
     def _backward_of_sum(self, weights: Sequence[float]) -> None:
         present = dict(self.losses.graphs())
         reachable = set(self._targets)
-        graph.freeable(self.losses.entries)  # raises now if a graph would raise halfway
+        self.losses.check_graphs()  # raises now what would raise halfway
         for i, loss in present.items():
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
                 raise unreached(i)

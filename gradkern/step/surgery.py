@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
-from gradkern.gradients.param_grads import own_gradients, row_major
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.step.rows import AnyRows, Combined, Rows, kept_share, mask_over
+from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 
 
@@ -83,28 +82,27 @@ def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, takes_combinatio
 
 def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     """Do all in one launch; return None if the sizes, the method or the gradients do not allow it."""
-    first = next((c for c in rows.columns if c.own is None), None)
-    if first is None:
+    batches = rows.arrangement.sums
+    if len(batches) != 1 or any(c.own is None for c in rows.arrangement.sparse):
         return None
-    sizes = one_launch.sizes(rows.device.type, rows.n_tasks, first.dtype)
-    if not sizes:  # decided before the loop over all parameters
-        return None
-    summed = [c for c in rows.columns if c.own is None]
-    if any(c.sparse or c.dtype != first.dtype for c in summed) or sum(c.param.numel() for c in summed) not in sizes:
+    (batch,) = batches
+    sizes = one_launch.sizes(rows.device.type, rows.n_tasks, batch.dtype)
+    if not sizes or sum(c.numel for c in batch.columns) not in sizes:
         return None
     shape = (rows.n_segments, rows.n_tasks, rows.n_tasks)
-    program = aggregator.program(torch.empty(shape, dtype=arithmetic_dtype(first.dtype), device=rows.device))
+    program = aggregator.program(torch.empty(shape, dtype=arithmetic_dtype(batch.dtype), device=rows.device))
     if program is None:
         return None
-    out = [c.result() for c in summed]
-    grads = TaskGrads(row_major(summed), [-1 if c.segment is None else c.segment for c in summed], rows.n_segments)
+    results = Results(rows)
+    out = results.memory(batch.columns)
+    segments = [-1 if c.segment is None else c.segment for c in batch.columns]
+    grads = TaskGrads(batch.of(rows.grads), segments, rows.n_segments)
     kept = None if rows.mask is None else rows.mask.state.new_zeros(())
-    mask = mask_over(summed, rows.mask)
+    mask = mask_over(batch.columns, rows.mask)
     M, w = operators.surgery(grads, program.projection, out, mask, rows.products_masked, kept)
-    results = own_gradients(rows.columns) | dict(zip((c.param for c in summed), out, strict=True))
-    combined = [(c.param, results[c.param]) for c in rows.columns]
-    share = None if kept is None else kept_share(kept, summed)
-    return Outcome(M, None, program.solution(M, w), None, lambda: (combined, share))
+    results.take_own()
+    share = None if kept is None else kept_share(kept, batch.columns)
+    return Outcome(M, None, program.solution(M, w), None, lambda: (results.pairs(), share))
 
 
 def _solution(aggregator: Aggregator, M: Tensor, rows: Rows) -> Solution:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.gradients import param_grads
 from gradkern.ops import operators
 from gradkern.ops.arguments import TaskGrads
+from gradkern.step import rows
 from tests.tolerances import TOLERANCES, assert_near
 
 memory = pytest.importorskip("bench.memory", reason="bench/ is in the checkout only")
@@ -140,8 +140,8 @@ def test_results_do_not_alias_what_a_hook_has_seen() -> None:
 
 def test_a_heads_gradient_that_is_needed_elsewhere_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
     copied: list[Tensor] = []
-    owned = param_grads.owned
-    monkeypatch.setattr(param_grads, "owned", lambda g, p: copied.append(p) or owned(g, p))
+    owned = rows.owned
+    monkeypatch.setattr(rows, "owned", lambda g, p: copied.append(p) or owned(g, p))
     shared, heads = nn.Parameter(torch.ones(4)), [nn.Parameter(torch.ones(4)) for _ in range(2)]
     opt = gk.SurgeryOptimizer(torch.optim.SGD([shared, *heads], 0.1), gk.PCGrad(), memory=True)
     opt.backward([(shared * head).sum() for head in heads])

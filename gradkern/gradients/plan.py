@@ -1,0 +1,224 @@
+"""The plan of a step: what follows from its parameters' layouts, and from which of them each task reaches.
+
+It is worked out once and found again by the values that it follows from. A parameter that is frozen, moved, cast or
+laid out anew has other values, and another reach is another value. So no plan can be out of date, and none keeps a
+tensor alive.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, lru_cache
+from operator import attrgetter, itemgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PLANS = 256
+"""The number of sets of parameters, and of arrangements, that are remembered; each has some kilobytes."""
+
+Row = Sequence[Tensor | None]
+"""The gradients of one task, None for a parameter that it does not reach."""
+Reach = tuple[tuple[torch.layout | None, ...], ...]
+"""The layouts of T rows of n gradients, None where a task does not reach a parameter."""
+
+_VALUES = attrgetter("shape", "dtype", "device", "grad_dtype")
+
+
+class Layouts:
+    """The layouts of n parameters and of their gradients. Equal layouts are one object; :func:`layouts_of` returns it.
+
+    Attributes:
+        device: the device of all parameters.
+        numels: the number of elements of each.
+        strides: the strides of a new ``.grad`` of each.
+        dtypes: the dtype of each ``.grad``; it may differ from the parameter's.
+        checked: whether a step has found parameters of these layouts permitted.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.device = params[0].device
+        self.numels = [p.numel() for p in params]
+        self.strides = [new_grad_stride(p) for p in params]
+        self.dtypes = [grad_dtype(p) for p in params]
+        self.checked = False
+        self.one_dtype = len(set(self.dtypes)) == 1
+        self.contiguous = all(p.is_contiguous() for p in params)
+
+
+def layouts_of(params: Sequence[Tensor]) -> Layouts:
+    """Return the layouts of n >= 1 parameters."""
+    key = (tuple(map(type, params)), tuple(map(_VALUES, params)), tuple([p.stride() for p in params]))
+    found = _layouts.get(key)
+    if found is None:
+        if len(_layouts) >= PLANS:
+            _layouts.clear()
+        found = _layouts[key] = Layouts(params)
+    return found
+
+
+_layouts: dict[Any, Layouts] = {}
+
+
+def new_grad_stride(p: Tensor) -> tuple[int, ...]:
+    """Return the strides of a new ``.grad``: the parameter's own if it is dense, else a contiguous tensor's."""
+    return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+
+
+def grad_dtype(p: Tensor) -> torch.dtype:
+    """Return the dtype of ``.grad``, which may differ from the parameter's own dtype."""
+    return p.grad_dtype or p.dtype
+
+
+class Column(NamedTuple):
+    """A parameter that at least one task reaches.
+
+    Attributes:
+        place: its number among the n parameters.
+        numel: its number of elements.
+        dtype: the dtype of its gradients, and so of ``.grad``.
+        tasks: the tasks that reach it.
+        segment: its group, or None for an unshared parameter, which gets the sum of its gradients.
+        unit: the number of its first unit of gradient suppression; -1 if it is never masked.
+        sparse: whether all its gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
+    """
+
+    place: int
+    numel: int
+    dtype: torch.dtype
+    tasks: tuple[int, ...]
+    segment: int | None
+    unit: int
+    sparse: bool
+
+    @property
+    def own(self) -> int | None:
+        """The only task that reaches an unshared parameter; None for any other parameter."""
+        return self.tasks[0] if self.segment is None and len(self.tasks) == 1 else None
+
+
+class Batch:
+    """Columns of one dtype that one launch takes.
+
+    Attributes:
+        columns: the columns.
+        segments: their groups; an unshared one's is ``unshared``.
+        units: their first units of suppression.
+    """
+
+    def __init__(self, columns: Sequence[Column], unshared: int, n: int) -> None:
+        self.columns = columns
+        self.dtype = columns[0].dtype
+        self.segments = [unshared if c.segment is None else c.segment for c in columns]
+        self.units = [c.unit for c in columns]
+        places = [c.place for c in columns]
+        self._pick = None if places == list(range(n)) else _picker(places)
+
+    def of(self, rows: Iterable[Sequence[Any]]) -> list[Any]:
+        """Return the columns' entries of rows of n entries, row by row."""
+        if self._pick is None:
+            return [entry for row in rows for entry in row]
+        return [entry for row in rows for entry in self._pick(row)]
+
+
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(places) == 1:
+        return lambda row: (row[places[0]],)
+    return itemgetter(*places)
+
+
+class Arrangement:
+    """The columns of T rows of n gradients, and the batches in which they are multiplied and combined.
+
+    Attributes:
+        columns: the parameters that any task reaches.
+        n: the number of all parameters.
+        n_segments: S, the number of groups.
+        graphs_checked: whether a step has checked the graphs of losses with this reach.
+        mixed: the places of parameters with some sparse and some dense gradients, which are all read as dense.
+    """
+
+    def __init__(self, columns: Sequence[Column], n: int, n_segments: int, mixed: Sequence[int] = ()) -> None:
+        self.columns = columns
+        self.n = n
+        self.n_segments = n_segments
+        self.mixed = mixed
+        self.graphs_checked = False
+
+    @cached_property
+    def shared(self) -> list[Column]:
+        """The columns under surgery."""
+        return [c for c in self.columns if c.segment is not None]
+
+    @cached_property
+    def products(self) -> list[Batch]:
+        """The dense columns of the dot products."""
+        return self._batches(c for c in self.shared if not c.sparse)
+
+    @cached_property
+    def products_of_all(self) -> list[Batch]:
+        """The dense columns of the dot products, if unshared parameters are one more group."""
+        return self._batches(c for c in self.columns if not c.sparse)
+
+    @cached_property
+    def sums(self) -> list[Batch]:
+        """The dense columns that are combined if unshared parameters get the sum of their gradients."""
+        return self._batches(c for c in self.columns if not c.sparse and c.own is None)
+
+    @cached_property
+    def sparse(self) -> list[Column]:
+        """The columns of sparse gradients."""
+        return [c for c in self.columns if c.sparse]
+
+    @cached_property
+    def own(self) -> list[Column]:
+        """The unshared columns that one task alone reaches."""
+        return [c for c in self.columns if c.own is not None]
+
+    @cached_property
+    def adds_up(self) -> bool:
+        """Whether several tasks reach an unshared parameter, so that their gradients are added up."""
+        return any(c.segment is None and c.own is None for c in self.columns)
+
+    def of(self, columns: Iterable[Column]) -> "Arrangement":
+        """Return the arrangement of other columns of the same rows."""
+        return Arrangement(list(columns), self.n, self.n_segments)
+
+    def _batches(self, columns: Iterable[Column]) -> list[Batch]:
+        by_dtype: dict[torch.dtype, list[Column]] = {}
+        for c in columns:
+            by_dtype.setdefault(c.dtype, []).append(c)
+        return [Batch(of_dtype, self.n_segments, self.n) for of_dtype in by_dtype.values()]
+
+
+@lru_cache(maxsize=PLANS)
+def arranged(
+    layouts: Layouts,
+    reach: Reach,
+    groups: tuple[int, ...],
+    n_segments: int,
+    shared: tuple[bool, ...] | None,
+    units: tuple[int, ...] | None,
+) -> Arrangement:
+    """Return the arrangement of n parameters.
+
+    Args:
+        layouts: their layouts.
+        reach: the layouts of their T gradients.
+        groups: the group of each.
+        n_segments: S, the number of groups.
+        shared: whether each is shared; None if those that two tasks reach are.
+        units: the first unit of suppression of each; None without suppression.
+    """
+    columns, mixed = [], []
+    for k, kinds in enumerate(zip(*reach, strict=True)):
+        tasks = tuple(t for t, kind in enumerate(kinds) if kind is not None)
+        if not tasks:
+            continue
+        is_shared = len(tasks) > 1 if shared is None else shared[k]
+        sparse = all(kinds[t] == torch.sparse_coo for t in tasks)
+        if not sparse and torch.sparse_coo in kinds:
+            mixed.append(k)
+        unit = units[k] if units is not None and is_shared else -1
+        segment = groups[k] if is_shared else None
+        columns.append(Column(k, layouts.numels[k], layouts.dtypes[k], tasks, segment, unit, sparse))
+    return Arrangement(columns, len(groups), n_segments, mixed)
