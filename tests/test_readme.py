@@ -260,6 +260,11 @@ def conflictfree_agrees(names: Names) -> None:
         assert torch.allclose(names["PCGradOperator"]().calculate_gradient(given), expected, rtol=1e-12, atol=1e-12)
 
 
+def lowers_the_losses(names: Names) -> None:
+    first, last = (sum(task_losses(model, names["x"], names["y"])) for model in (common()["model"], names["model"]))
+    assert last < first / 2  # 48 random targets, and many more parameters than these
+
+
 AFTER: dict[str, Callable[[Names], None]] = {
     "Methods": sampled,
     "Interrupt and resume": saved_all,
@@ -271,6 +276,7 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "Hugging Face Trainer": transformers_trains,
     "LibMTL": libmtl_combines,
     "conflictfree": conflictfree_agrees,
+    "Physics-informed networks": lowers_the_losses,
 }
 """Checks of a section's results, beside the check that parameters have moved or have gradients."""
 TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}
@@ -325,7 +331,7 @@ def test_its_cuda_graph_needs_the_steps_before(somewhere: None) -> None:
 
 
 def test_every_recipe_has_its_section() -> None:
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"tasks.py"}
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"tasks.py", "cost.py"}
     assert len(recipes) > 15
     assert {name for name in recipes if f"](recipes/{name})" not in README} == set()
 
