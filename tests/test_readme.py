@@ -180,6 +180,12 @@ def accelerated(names: Names) -> None:
     names["accelerator"] = accelerate.Accelerator(cpu=True)
 
 
+def acting(names: Names) -> None:
+    names["actor"], names["critic"] = names["model"], MultiHead()
+    names["batches"] = [(names["x"], names["y"]), None, (2 * names["x"], names["y"])]
+    names["actor_loss"] = lambda t, batch: names["actor"].loss(t, *batch) + names["log_alphas"][t].exp()
+
+
 GIVEN: dict[str, Callable[[Names], None]] = {
     "Use it": lambda names: names.update(J=torch.randn(3, 10), offsets=torch.tensor([0, 4, 10])),
     "Methods": methods,
@@ -191,6 +197,7 @@ GIVEN: dict[str, Callable[[Names], None]] = {
     "Hugging Face Accelerate": accelerated,
     "Hugging Face Trainer": lambda names: pytest.importorskip("transformers"),
     "conflictfree": lambda names: pytest.importorskip("conflictfree"),
+    "Multi-task reinforcement learning": acting,
 }
 """Functions that add the names a section needs besides the common ones."""
 
@@ -265,6 +272,11 @@ def lowers_the_losses(names: Names) -> None:
     assert last < first / 2  # 48 random targets, and many more parameters than these
 
 
+def absent_temperature_stays(names: Names) -> None:
+    assert [log_alpha.item() == 0 for log_alpha in names["log_alphas"]] == [False, True, False]
+    assert all(p.requires_grad and p.grad is None for p in names["critic"].parameters())
+
+
 AFTER: dict[str, Callable[[Names], None]] = {
     "Methods": sampled,
     "Interrupt and resume": saved_all,
@@ -277,6 +289,7 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "LibMTL": libmtl_combines,
     "conflictfree": conflictfree_agrees,
     "Physics-informed networks": lowers_the_losses,
+    "Multi-task reinforcement learning": absent_temperature_stays,
 }
 """Checks of a section's results, beside the check that parameters have moved or have gradients."""
 TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}

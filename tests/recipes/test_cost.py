@@ -12,7 +12,7 @@ from tests.models import flat, problem, task_gradients
 from tests.recipes.test_recipes import grads, recipe
 from tests.tolerances import TOLERANCES, assert_near
 
-cost, pinn = recipe("cost"), recipe("pinn")
+cost, pinn, rl = recipe("cost"), recipe("pinn"), recipe("multitask_rl")
 
 
 def callables(model: nn.Module, x: Tensor, y: Tensor) -> list[Callable[[], Tensor]]:
@@ -63,8 +63,12 @@ def test_the_ratios_are_medians_of_each_rounds_own() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the losses reach")  # as in test_pinn.py
-def test_a_recipe_prints_its_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("module", [pinn, rl], ids=["pinn", "multitask_rl"])
+def test_a_recipe_prints_its_cost(
+    module: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(cost, "ROUNDS", 1)
     monkeypatch.setattr(cost, "SECONDS", 0.0)
-    pinn.cost()
+    monkeypatch.setattr(rl, "MT10", rl.SMALL)
+    module.cost()
     assert capsys.readouterr().out.startswith("a step with the plain sum takes ")
