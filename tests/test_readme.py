@@ -180,6 +180,12 @@ def accelerated(names: Names) -> None:
     names["accelerator"] = accelerate.Accelerator(cpu=True)
 
 
+def acting(names: Names) -> None:
+    names["actor"], names["critic"] = names["model"], MultiHead()
+    names["batches"] = [(names["x"], names["y"]), None, (2 * names["x"], names["y"])]
+    names["actor_loss"] = lambda t, batch: names["actor"].loss(t, *batch) + names["log_alphas"][t].exp()
+
+
 GIVEN: dict[str, Callable[[Names], None]] = {
     "Use it": lambda names: names.update(J=torch.randn(3, 10), offsets=torch.tensor([0, 4, 10])),
     "Methods": methods,
@@ -191,6 +197,7 @@ GIVEN: dict[str, Callable[[Names], None]] = {
     "Hugging Face Accelerate": accelerated,
     "Hugging Face Trainer": lambda names: pytest.importorskip("transformers"),
     "conflictfree": lambda names: pytest.importorskip("conflictfree"),
+    "Multi-task reinforcement learning": acting,
 }
 """Functions that add the names a section needs besides the common ones."""
 
@@ -260,6 +267,16 @@ def conflictfree_agrees(names: Names) -> None:
         assert torch.allclose(names["PCGradOperator"]().calculate_gradient(given), expected, rtol=1e-12, atol=1e-12)
 
 
+def lowers_the_losses(names: Names) -> None:
+    first, last = (sum(task_losses(model, names["x"], names["y"])) for model in (common()["model"], names["model"]))
+    assert last < first / 2  # 48 random targets, and many more parameters than these
+
+
+def absent_temperature_stays(names: Names) -> None:
+    assert [log_alpha.item() == 0 for log_alpha in names["log_alphas"]] == [False, True, False]
+    assert all(p.requires_grad and p.grad is None for p in names["critic"].parameters())
+
+
 AFTER: dict[str, Callable[[Names], None]] = {
     "Methods": sampled,
     "Interrupt and resume": saved_all,
@@ -271,6 +288,8 @@ AFTER: dict[str, Callable[[Names], None]] = {
     "Hugging Face Trainer": transformers_trains,
     "LibMTL": libmtl_combines,
     "conflictfree": conflictfree_agrees,
+    "Physics-informed networks": lowers_the_losses,
+    "Multi-task reinforcement learning": absent_temperature_stays,
 }
 """Checks of a section's results, beside the check that parameters have moved or have gradients."""
 TRAINS_NOTHING = {"Interrupt and resume", "LibMTL", "conflictfree"}
@@ -325,7 +344,7 @@ def test_its_cuda_graph_needs_the_steps_before(somewhere: None) -> None:
 
 
 def test_every_recipe_has_its_section() -> None:
-    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"tasks.py"}
+    recipes = {path.name for path in (ROOT / "recipes").glob("*.py")} - {"tasks.py", "cost.py"}
     assert len(recipes) > 15
     assert {name for name in recipes if f"](recipes/{name})" not in README} == set()
 
