@@ -264,7 +264,7 @@ class _ToHost(Losses):
         """Check the losses. They are on the device of the parameters that they reach."""
         super().open(self.on_device[0].device)
 
-    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run :meth:`Losses.passes` on the device."""
         for i, grads in super().passes(self.on_device, keep):
             row = [None if g is None else g.cpu() for g in grads]

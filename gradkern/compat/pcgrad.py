@@ -20,6 +20,7 @@ from gradkern.gradients.losses import Loss, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
 from gradkern.optim import SurgeryOptimizer
+from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.sinks import GradSink, Sink
@@ -123,20 +124,22 @@ def _coefficients(M: list[list[float]]) -> list[list[float]]:
 class _ReductionSink(GradSink):
     """Writes the combination to ``.grad``, reduced for parameters that all tasks reach and summed for all others."""
 
+    needs_tensors = True
     takes_combination = False
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Raise for an absent task."""
+        assert isinstance(rows, Rows), "it needs tensors"
         for t, row in enumerate(rows.grads):
             if all(g is None for g in row):
                 raise ValueError(f"objectives[{t}] must not be None: with compat, every task takes part in every step")
 
-    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Combine the rows. Parameters with a missing gradient count as unshared."""
-        assert rows is not None
+        assert isinstance(rows, Rows), "it needs tensors"
         w = outcome.solution.weights
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
         by_reach = [

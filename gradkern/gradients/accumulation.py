@@ -46,7 +46,7 @@ class Accumulation:
         self.expect(n_tasks)
         self._rows = self._rows or [{} for _ in range(n_tasks)]
         losses.check_graphs()
-        for i, grads in losses.passes(targets.tensors, keep=True):
+        for i, grads in losses.passes(targets.tensors):
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
                 _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
@@ -73,10 +73,7 @@ class Accumulation:
                 "with another accumulate() block or zero_grad()"
             )
 
-    def check_graphs(self) -> None:
-        """Do nothing: each micro-batch has been checked already."""
-
-    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Yield each present task's number and its sums of gradients, and drop them."""
         for i, loss in enumerate(self.values):
             if loss is not None:

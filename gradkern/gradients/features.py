@@ -47,7 +47,7 @@ class LossesOnFeatures(Losses):
             raise TypeError(f"batched must be True or False, got {self.batched!r}")
         self.features = [h for h in _checked(self.given_features) if h.requires_grad]
 
-    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run :meth:`Losses.passes`; all heads run before the first task's gradients are yielded."""
         trunk = self._trunk(targets)
         below = [k for k, p in enumerate(targets) if p in trunk]
@@ -82,10 +82,8 @@ class LossesOnFeatures(Losses):
         """Yield each task's number and its gradients with respect to the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
         free = graph.freeable(self.entries, edges)
-        for i, loss in enumerate(self.entries):
-            if isinstance(loss, Tensor):
-                graph.refuse_reentrant(f"losses[{i}]", loss, edges)
         for i, value in self.graphs():
+            graph.refuse_reentrant(f"losses[{i}]", value, edges)
             bypassed = [p for p in graph.leaves(value, edges) if p in trunk]
             if bypassed:
                 raise ValueError(

@@ -64,6 +64,12 @@ def edge(x: Tensor) -> Edge:
     return found.node, found.output_nr
 
 
+def number(loss: object) -> int:
+    """Return the number of the node that made a loss; autograd counts the nodes of a thread."""
+    node = loss.grad_fn if isinstance(loss, Tensor) else None
+    return 0 if node is None else node._sequence_nr()
+
+
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
     """Return whether ``x`` was computed from a tensor at one of ``edges``."""
     return any((n, k) in edges for node in _nodes(x) for n, k in node.next_functions)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
-from gradkern.gradients.plan import Row
+from gradkern.gradients.plan import Row, Seen
 
 Loss = Tensor | Callable[[], Tensor] | None
 Pass = tuple[int, Row]
@@ -28,21 +28,11 @@ class Source(Protocol):
     def values(self) -> list[Tensor | None]:
         """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
-    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Yield each present task's number and its gradients for ``targets``, one task after another.
 
-        A gradient has the shape of its target. A task that reaches no target is an error of the source.
-
-        Args:
-            targets: n parameters.
-            keep: whether the caller reads a gradient after it has asked for the next one. Then the caller owns it: the
-                result may be written over it, so one that anything else needs is copied before (``aliasing.py``).
-        """
-
-    def check_graphs(self) -> None:
-        """Raise ValueError if a graph hides parameters from a backward pass, by reentrant checkpointing.
-
-        A step calls it after the passes, if another step with the same reach has not.
+        A gradient has the shape of its target. The step owns it: the result may be written over it, so a gradient that
+        anything else needs is copied before (``aliasing.py``). A task that reaches no target is an error of the source.
         """
 
 
@@ -93,22 +83,28 @@ class Losses:
         """A flag for each task: whether it has a loss in this step."""
         return [loss is not None for loss in self.entries]
 
-    def passes(self, targets: Sequence[Tensor], keep: bool) -> Iterator[Pass]:
+    def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run each present task's backward pass in turn. Each frees the part of its graph that no later pass needs.
 
         Args:
             targets: the tensors to differentiate with respect to.
-            keep: as for :class:`Source`.
+            keep: whether the caller reads a gradient after it has asked for the next one. If not, no gradient is copied
+                because something else needs it.
         """
         return self.weighted_passes(targets, None, keep)
 
-    def weighted_passes(self, targets: Sequence[Tensor], weights: Sequence[float] | None, keep: bool) -> Iterator[Pass]:
+    def weighted_passes(
+        self, targets: Sequence[Tensor], weights: Sequence[float] | None, keep: bool = True
+    ) -> Iterator[Pass]:
         """Run :meth:`passes` with each task's loss times its weight; None for weights of 1."""
-        free = graph.freeable(self.entries)
+        free = self._freeable(targets)
         for i, value in self.graphs():
             seed = None if weights is None else [torch.full_like(value, weights[i])]
             grads = differentiated(i, [value], targets, self.retain_graph or not free[i], seed)
+            if callable(self.entries[i]):
+                self._refuse_reentrant(i, value, targets, grads)
             if all(g is None for g in grads):
+                graph.refuse_reentrant(f"losses[{i}]", value)
                 raise unreached(i)
             if keep:
                 grads = aliasing.copies(grads)
@@ -116,10 +112,40 @@ class Losses:
             del value, grads  # frees a callable's graph, and gradients that the caller does not keep
 
     def check_graphs(self) -> None:
-        """Raise ValueError if a tensor's graph holds reentrant checkpointing; a callable's is checked once made."""
+        """Raise ValueError if a tensor's graph holds reentrant checkpointing."""
         for i, loss in enumerate(self.entries):
             if isinstance(loss, Tensor):
                 graph.refuse_reentrant(f"losses[{i}]", loss)
+
+    def _freeable(self, targets: Sequence[Tensor]) -> list[bool]:
+        """Return for each loss whether its own pass may free its graph.
+
+        A search of the graphs takes as long as the dot products of a small model. It is left out if an earlier one for
+        the same targets has found that all losses meet, and the numbers that autograd gives to nodes lie as far apart
+        as then. The numbers of graphs with nothing in common lie further apart. Were they not, such graphs would only
+        be freed later.
+        """
+        tensors = [i for i, loss in enumerate(self.entries) if isinstance(loss, Tensor)]
+        if len(tensors) < 2:
+            return [True] * len(self.entries)
+        numbers = [graph.number(self.entries[i]) for i in tensors]
+        distances = (tuple(map(id, targets)), tuple([n - numbers[0] for n in numbers]))
+        if distances not in _meeting:
+            free = graph.freeable(self.entries)
+            if any(free[i] for i in tensors[:-1]):
+                return free
+            _meeting.add(distances)
+        return [i == tensors[-1] or not isinstance(loss, Tensor) for i, loss in enumerate(self.entries)]
+
+    def _refuse_reentrant(self, i: int, loss: Tensor, targets: Sequence[Tensor], grads: Row) -> None:
+        """Raise ValueError if reentrant checkpointing hides targets from the pass of a callable's loss.
+
+        The first loss of some targets is searched, and each that misses a target.
+        """
+        searched = tuple(map(id, targets))
+        if searched not in _searched or any(g is None for g in grads):
+            graph.refuse_reentrant(f"losses[{i}]", loss)
+            _searched.add(searched)
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""
@@ -132,10 +158,15 @@ class Losses:
                 continue
             with torch.enable_grad():
                 value = _check(i, loss(), self.device)
-            graph.refuse_reentrant(f"losses[{i}]", value)
             self.values[i] = value.detach()
             yield i, value
             del value
+
+
+_meeting = Seen()
+"""Targets, and distances of the numbers of losses that meet above them."""
+_searched = Seen()
+"""Targets that have been differentiated from a callable's loss."""
 
 
 def differentiated(

@@ -30,8 +30,11 @@ class Layouts:
     Attributes:
         device: the device of all parameters.
         numels: the number of elements of each.
+        numel: the number of elements of all.
         strides: the strides of a new ``.grad`` of each.
         dtypes: the dtype of each ``.grad``; it may differ from the parameter's.
+        one_dtype: whether these dtypes are equal.
+        contiguous: whether all parameters are contiguous.
         checked: whether a step has found parameters of these layouts permitted.
     """
 
@@ -41,6 +44,7 @@ class Layouts:
         self.strides = [new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
+        self.numel = sum(self.numels)
         self.one_dtype = len(set(self.dtypes)) == 1
         self.contiguous = all(p.is_contiguous() for p in params)
 
@@ -57,6 +61,22 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 
 
 _layouts: dict[Any, Layouts] = {}
+
+
+class Seen:
+    """A set of a bounded size: a full one is cleared, and its entries are seen anew."""
+
+    def __init__(self) -> None:
+        self._entries: set[Any] = set()
+
+    def __contains__(self, entry: object) -> bool:
+        return entry in self._entries
+
+    def add(self, entry: object) -> None:
+        """Add an entry."""
+        if len(self._entries) >= PLANS:
+            self._entries.clear()
+        self._entries.add(entry)
 
 
 def new_grad_stride(p: Tensor) -> tuple[int, ...]:

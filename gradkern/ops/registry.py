@@ -61,7 +61,7 @@ class Operator(Generic[P, R]):
         if kwargs:
             raise TypeError(f"arguments of gradkern::{self.name} are positional, got {sorted(kwargs)}")
         flat = self.flattened(*args)
-        if torch.compiler.is_compiling() or _is_watched() or not all(map(_needs_no_dispatcher, flat)):
+        if torch.compiler.is_compiling() or is_watched() or not all(map(_needs_no_dispatcher, flat)):
             return self.overload(*flat)
         tensor = _first_tensor(flat[0])
         if tensor is None or tensor.is_meta:
@@ -166,7 +166,7 @@ def load_backends(folder: Any) -> None:
             importlib.import_module(f"{folder.__name__}.{module.name}")
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Return whether a mode, a transform of ``torch.func`` or ``torch.jit.trace`` is active."""
     modes = torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
     return modes or torch._C._is_tracing()

@@ -5,7 +5,7 @@ A step along ``.grad`` is a combination of a single row with weight 1.
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_gra
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
+from gradkern.step.flat_rows import StepRows
 from gradkern.step.rows import Rows, mask_over
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -33,7 +34,7 @@ class Combination:
         kept: (), the number of entries that the mask kept, after the step; None without a mask.
     """
 
-    rows: Rows
+    rows: StepRows
     w: Tensor
     lr_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -115,7 +116,7 @@ class AdamW(torch.optim.AdamW):
         self._step_along(direction)
         return loss
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Raise the errors of :meth:`step` unless it can step along ``rows``."""
         for c in rows.arrangement.columns:
             p = rows.params[c.place]
@@ -133,6 +134,7 @@ class AdamW(torch.optim.AdamW):
         )
 
     def _step_along(self, direction: Combination) -> None:
+        direction = _of_tensors(direction)
         rows = direction.rows
         columns = {id(rows.params[c.place]): c for c in rows.arrangement.columns}
         batches: dict[tuple[Any, ...], list[Column]] = defaultdict(list)
@@ -151,6 +153,7 @@ class AdamW(torch.optim.AdamW):
 
     def _step_batch(self, group: dict[str, Any], numbers: list[float], batch: Batch, direction: Combination) -> None:
         rows = direction.rows
+        assert isinstance(rows, Rows)
         params: list[Tensor] = batch.of([rows.params])
         device = params[0].device
         states = [self._state_of(p, group["amsgrad"]) for p in params]
@@ -228,6 +231,15 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
     if value.shape != p.shape:
         raise ValueError(f"state_dict has {name} of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
+
+
+def _of_tensors(direction: Combination) -> Combination:
+    """Return the same direction with rows of tensors; a matrix is combined first, which is one call."""
+    rows, w = direction.rows, direction.w
+    if isinstance(rows, Rows):
+        return direction
+    params, grads = zip(*rows.combine(w[:-1], w[-1])[0], strict=True)
+    return replace(direction, rows=_one_row(params, grads), w=torch.ones_like(w[:1, :1]))
 
 
 def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination
-from gradkern.step.rows import Rows, kept_share
+from gradkern.step.flat_rows import StepRows
+from gradkern.step.rows import kept_share
 from gradkern.step.surgery import Outcome
 
 
@@ -33,6 +34,7 @@ class FusedAdamWSink:
     """
 
     needs_rows = True
+    needs_tensors = False
     takes_combination = False
 
     def __init__(
@@ -51,11 +53,11 @@ class FusedAdamWSink:
         self.needs_unshared = max_norm is not None or scaler is not None
         self.total_norm: Tensor | None = None
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Raise if the step would, before anything has changed."""
         self.adamw.check(rows)
 
-    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Keep the rows and the weights; all computation happens in the step."""
         assert rows is not None
         self._rows, self._outcome = rows, outcome

@@ -11,7 +11,7 @@ from gradkern.gradients import graph
 from gradkern.gradients.losses import Losses, unreached
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
-from gradkern.step.rows import Rows
+from gradkern.step.flat_rows import StepRows
 from gradkern.step.surgery import Outcome
 
 
@@ -26,17 +26,19 @@ class Sink(Protocol):
     Attributes:
         needs_rows: whether it combines task gradients.
         needs_unshared: whether it needs dot products over unshared parameters too.
+        needs_tensors: whether it needs each gradient as a tensor.
         takes_combination: whether it takes the combination itself, and not only the weights.
     """
 
     needs_rows: bool
     needs_unshared: bool
+    needs_tensors: bool
     takes_combination: bool
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Raise unless it can take the rows."""
 
-    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Compute as much of the update as possible without writing."""
 
     def commit(self) -> None:
@@ -55,12 +57,13 @@ class GradSink:
 
     needs_rows = True
     needs_unshared = False
+    needs_tensors = False
     takes_combination = True
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Accept all rows."""
 
-    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Combine the rows."""
         self._results, self._kept = outcome.combine()
 
@@ -84,6 +87,7 @@ class WeightedBackwardSink:
 
     needs_rows = False
     needs_unshared = False
+    needs_tensors = False
     takes_combination = False
 
     def __init__(self, losses: Losses, method: Aggregator) -> None:
@@ -91,10 +95,10 @@ class WeightedBackwardSink:
         self.losses = losses
         self.method = method
 
-    def check(self, rows: Rows) -> None:
+    def check(self, rows: StepRows) -> None:
         """Accept all rows: there are none."""
 
-    def prepare(self, rows: Rows | None, outcome: Outcome, targets: Targets) -> None:
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Note the parameters."""
         self._targets = targets.tensors
 
@@ -111,7 +115,7 @@ class WeightedBackwardSink:
 
     def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
         totals: list[Tensor | None] = [None] * len(self._targets)
-        for _, grads in self.losses.weighted_passes(self._targets, weights, keep=True):
+        for _, grads in self.losses.weighted_passes(self._targets, weights):
             for k, g in enumerate(grads):
                 if g is not None:
                     totals[k] = added(totals[k], g)
@@ -123,8 +127,8 @@ class WeightedBackwardSink:
     def _backward_of_sum(self, weights: Sequence[float]) -> None:
         present = dict(self.losses.graphs())
         reachable = set(self._targets)
-        self.losses.check_graphs()  # raises now what would raise halfway
         for i, loss in present.items():
+            graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
                 raise unreached(i)
         with torch.enable_grad():

@@ -13,6 +13,7 @@ from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solut
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.step.flat_rows import StepRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 
@@ -43,7 +44,7 @@ def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) ->
     return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
-def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, takes_combination: bool) -> Outcome:
+def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combination: bool) -> Outcome:
     """Compute Gramian and weights, and also the combination if one launch can do all of it.
 
     Args:
@@ -55,11 +56,14 @@ def surgery(rows: Rows, aggregator: Aggregator, unshared: bool, takes_combinatio
     Raises:
         TypeError, ValueError: the method does not return weights (S, T).
     """
-    if takes_combination and rows.present is None:
+    if isinstance(rows, Rows) and takes_combination and rows.present is None:
         fused = _in_one_launch(rows, aggregator)
         if fused is not None:
             return fused
-    sampled = SampledRows(rows, aggregator) if isinstance(aggregator, GradAttention) else None
+    sampled = None
+    if isinstance(aggregator, GradAttention):
+        assert isinstance(rows, Rows), "its entries are sampled from tensors"
+        sampled = SampledRows(rows, aggregator)
     used_rows: AnyRows = rows if sampled is None or not sampled.only else sampled
     products = used_rows.gramian(unshared)
     M = _usable(products[: rows.n_segments], rows.present)
@@ -105,7 +109,7 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     return Outcome(M, None, program.solution(M, w), None, lambda: (results.pairs(), share))
 
 
-def _solution(aggregator: Aggregator, M: Tensor, rows: Rows) -> Solution:
+def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:
     if aggregator.needs_losses:
         return aggregator.solution(M, rows.present, rows.losses)
     return aggregator.solution(M, rows.present)

@@ -9,7 +9,7 @@ across tensors. Blocks stay in cache until they have been processed.
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -119,11 +119,11 @@ def _tensors_gramian(columns: Columns, scratch: Scratch, dtype: torch.dtype, era
 def sum_of_products(batches: Iterator[Batch], T: int, cut: Cut) -> Tensor:
     """Return Σ X Xᵀ over all chunks X, (T, T), on the CPU."""
     of_M = tiles(T)
-    first, counted = next(batches)
-    if counted == cut.terms and len(of_M) == 1:
-        return torch.from_numpy(_symmetric(_tree(products_of(first, first).numpy(force=True)[:counted])))
+    if cut.at_once and len(of_M) == 1:  # a small matrix, whose time goes into calls
+        terms = [products_of(X, X).numpy(force=True)[:counted] for X, counted in batches]
+        return torch.from_numpy(_symmetric(_tree(terms[0] if len(terms) == 1 else np.concatenate(terms))))
     totals: list[list[Floats]] = [[] for _ in of_M]
-    for group in _groups(chain([(first, counted)], batches), of_M, cut):
+    for group in _groups(batches, of_M, cut):
         for of_tile, products in zip(totals, group, strict=True):
             of_tile.append(_tree(products.numpy(force=True)).copy())
     M = np.empty((T, T), totals[0][0].dtype)

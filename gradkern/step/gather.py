@@ -1,0 +1,151 @@
+"""The first half of a step: it takes the gradients from the source, and arranges them as rows."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators import GradAttention
+from gradkern.gradients import aliasing
+from gradkern.gradients.losses import Losses, Source, stacked
+from gradkern.gradients.memory import Memory, bools_on
+from gradkern.gradients.param_grads import laid_out, reach_of, readable
+from gradkern.gradients.parameters import Targets
+from gradkern.gradients.plan import Arrangement, Row
+from gradkern.modifiers.suppression import Suppression
+from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
+from gradkern.step.options import Options
+from gradkern.step.rows import Rows
+
+
+def gathered(source: Source, targets: Targets, options: Options, needs_tensors: bool) -> tuple[list[Row], StepRows]:
+    """Return the gradients of a step's tasks, and the rows that the step combines.
+
+    Args:
+        source: the source, which has been opened.
+        targets: the n parameters.
+        options: the method and its modifiers.
+        needs_tensors: whether the step needs each gradient as a tensor. If not, the rows of a small model are a matrix.
+
+    Returns:
+        T rows of n gradients, each laid out as its parameter, or no rows if they are a matrix; and the rows, which
+        include remembered ones.
+    """
+    if not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present)):
+        taken = _flat_gradients(source, targets)
+        flat = [one for one in taken if isinstance(one, Flat)]
+        if len(flat) == sum(source.present):
+            return [], _flat_rows(source, targets, taken, options)
+        new: list[Row] = [one.views(targets.tensors) if isinstance(one, Flat) else one for one in taken]
+    else:
+        new = _gradients(source, targets)
+    with torch.no_grad():
+        return new, _rows(source, targets, new, options)
+
+
+def _may_be_flat(options: Options) -> bool:
+    plain = options.memory is None and options.suppression is None
+    return plain and not isinstance(options.aggregator, GradAttention)
+
+
+def _absent(targets: Targets) -> Row:
+    return [None] * len(targets.tensors)
+
+
+def _flat_gradients(source: Source, targets: Targets) -> list[Flat | Row]:
+    """Return each task's gradients as one vector, or where that is not possible, as :func:`_gradients` does."""
+    taken: list[Flat | Row] = [_absent(targets)] * len(source.present)
+    passes = partial(source.passes, keep=False) if isinstance(source, Losses) else source.passes
+    for i, row in passes(targets.tensors):
+        flat = flattened(row, targets.layouts)
+        taken[i] = readable(aliasing.copies(row), targets.tensors, targets.layouts) if flat is None else flat
+    return taken
+
+
+def _gradients(source: Source, targets: Targets) -> list[Row]:
+    """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
+    grads: list[Row] = [_absent(targets)] * len(source.present)
+    for i, row in source.passes(targets.tensors):
+        grads[i] = readable(row, targets.tensors, targets.layouts)
+    return grads
+
+
+def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], options: Options) -> FlatRows:
+    """Return the rows of the step as a matrix."""
+    absent = (None,) * len(targets.tensors)
+    reach = tuple([one.reach if isinstance(one, Flat) else absent for one in taken])
+    arrangement = targets.arranged(reach, None, None)
+    _check_graphs(source, arrangement)
+    return FlatRows(
+        targets.tensors,
+        [one.vector if isinstance(one, Flat) else None for one in taken],
+        arrangement,
+        losses=_losses(source, targets, options),
+    )
+
+
+def _rows(source: Source, targets: Targets, new: list[Row], options: Options) -> Rows:
+    """Return the rows of the step, including remembered ones, and the mask of suppression."""
+    memory, suppression = options.memory, options.suppression
+    taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
+    units = None if suppression is None else _units(suppression, targets)
+    arrangement = targets.arranged(tuple(map(reach_of, taken)), shared, units)
+    _check_graphs(source, arrangement)
+    if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
+        raise ValueError("no task has a gradient for any parameter that requires grad")
+    return Rows(
+        targets.tensors,
+        _of_one_kind(taken, arrangement, targets),
+        arrangement,
+        mask=None if suppression is None else suppression.mask(targets.device),
+        products_masked=suppression is not None and suppression.scope == "all",
+        present=bools_on(source.present, targets.device) if memory is not None and not all(source.present) else None,
+        losses=_losses(source, targets, options),
+        overwrite=memory is None,
+    )
+
+
+def _check_graphs(source: Source, arrangement: Arrangement) -> None:
+    """Have the source check its graphs, which takes as long as the dot products of a small model.
+
+    Parameters that a graph hides have no gradient. So a step is checked if its reach is new, or if it has parameters
+    that no task reaches.
+    """
+    if isinstance(source, Losses) and (not arrangement.graphs_checked or len(arrangement.columns) < arrangement.n):
+        source.check_graphs()
+        arrangement.graphs_checked = True
+
+
+def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) -> tuple[list[Row], tuple[bool, ...]]:
+    """Return the rows with remembered gradients of absent tasks, and whether each parameter is shared.
+
+    Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
+    """
+    recalled = memory.recall(source.present, new, targets.tensors, targets.layouts)
+    shared = targets.are_shared(tuple(map(reach_of, recalled)))
+    taken: list[Row] = [
+        [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
+    ]
+    return taken, shared
+
+
+def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
+    first_units = suppression.first_units([p.numel() for p in targets.given])
+    return tuple([first_units[k] for k in targets.places])
+
+
+def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) -> list[Row]:
+    """Return the rows with dense copies of sparse gradients of parameters that have dense gradients too."""
+    if not arrangement.mixed:
+        return rows
+    return [
+        [
+            laid_out(g, p) if k in arrangement.mixed and g is not None and g.is_sparse else g
+            for k, (g, p) in enumerate(zip(row, targets.tensors, strict=True))
+        ]
+        for row in rows
+    ]
+
+
+def _losses(source: Source, targets: Targets, options: Options) -> Tensor | None:
+    return stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None
