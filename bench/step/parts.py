@@ -1,7 +1,7 @@
 """The time of a step, split into parts by the code that runs, in the same way for all contestants.
 
 - forward: the model's code.
-- backward: autograd's code, in ``torch.autograd.grad`` and ``torch.autograd.backward``.
+- backward: autograd's code, in ``torch.autograd`` and in the function of gradkern that calls its engine.
 - update: the code of ``AdamW.step``, torch's or gradkern's. A fused step combines the task gradients in it.
 - surgery: all other code: checks, packing, dot products, projections, writing and clearing ``.grad``.
 
@@ -21,11 +21,13 @@ import gradkern as gk
 from bench import device as machine
 from bench.device import Moment
 from bench.step.model import MultiTask
+from gradkern.gradients import losses
 
 WATCHED = (
     ("surgery", gk.GradAttention, "weights"),
     ("backward", torch.autograd, "grad"),
     ("backward", torch.autograd, "backward"),
+    ("backward", losses, "differentiated"),
     ("update", torch.optim.AdamW, "step"),
     ("update", gk.optim.AdamW, "step"),
 )

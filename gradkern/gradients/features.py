@@ -91,7 +91,8 @@ class LossesOnFeatures(Losses):
                     f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
                     "leave features out"
                 )
-            grads = differentiated(i, [value], [*self.features, *heads], self.retain_graph or not free[i])
+            reached, ones = [*self.features, *heads], torch.ones_like(value)
+            grads = differentiated(i, (value,), reached, self.retain_graph or not free[i], (ones,))
             if all(g is None for g in grads):
                 raise unreached(i)
             yield i, aliasing.copies(grads)
@@ -109,7 +110,7 @@ class LossesOnFeatures(Losses):
         by_reached = reached.__getitem__
         groups = [(indices, list(tasks)) for indices, tasks in groupby(sorted(reached, key=by_reached), by_reached)]
         for n, (indices, tasks) in enumerate(groups):
-            outputs = [self.features[k] for k in indices]
+            outputs = tuple([self.features[k] for k in indices])
             last = n == len(groups) - 1 and not self.retain_graph
             if not outputs:
                 yield from ((i, [None] * len(targets)) for i in tasks)
@@ -124,7 +125,7 @@ class LossesOnFeatures(Losses):
                     yield i, [None if g is None else g[row] for g in separate]
             else:
                 for i in tasks:
-                    output_grads = [feature_grads[i][k] for k in indices]
+                    output_grads = tuple([_not_none(feature_grads[i][k]) for k in indices])
                     grads = differentiated(i, outputs, targets, not (last and i == tasks[-1]), output_grads)
                     yield i, aliasing.copies(grads)
                     del grads  # free them before the next task's pass

@@ -79,7 +79,7 @@ def read(argument: str, params: Params) -> Parameters:
     """Read tensors and names from a Module, tensors or (name, tensor) pairs."""
     if isinstance(params, nn.Module):
         params = params.named_parameters()
-    if isinstance(params, Tensor | str) or not isinstance(params, Iterable):
+    if not isinstance(params, list) and (isinstance(params, Tensor | str) or not isinstance(params, Iterable)):
         raise TypeError(f"{argument} must be a Module, tensors or (name, tensor) pairs, got {type(params).__name__}")
     entries: list[Any] = list(params)
     if _TENSORS.issuperset(map(type, entries)):  # the usual form

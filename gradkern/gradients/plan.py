@@ -35,6 +35,8 @@ class Layouts:
         dtypes: the dtype of each ``.grad``; it may differ from the parameter's.
         one_dtype: whether these dtypes are equal.
         contiguous: whether all parameters are contiguous.
+        all_dense: the layouts of n dense gradients.
+        none: the layouts of no gradients.
         checked: whether a step has found parameters of these layouts permitted.
     """
 
@@ -44,6 +46,8 @@ class Layouts:
         self.strides = [new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
+        self.all_dense: tuple[torch.layout | None, ...] = (torch.strided,) * len(params)
+        self.none: tuple[torch.layout | None, ...] = (None,) * len(params)
         self.numel = sum(self.numels)
         self.one_dtype = len(set(self.dtypes)) == 1
         self.contiguous = all(p.is_contiguous() for p in params)

@@ -132,6 +132,14 @@ def surgery(
     return M, torch.empty_like(M[:, 0])
 
 
+@operator("surgery.blocks", writes=("targets",))
+def surgery_blocks(blocks: Sequence[Tensor], method: ProjectionArguments) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Do the whole surgery of S segments' matrices: return Gramians (S, T, T), weights (S, T), and S combinations."""
+    T = blocks[0].shape[0]
+    M = blocks[0].new_empty((len(blocks), T, T), dtype=arithmetic_dtype(blocks[0].dtype))
+    return M, torch.empty_like(M[:, 0]), [block.new_empty(block.shape[1]) for block in blocks]
+
+
 @operator("adamw", writes=("params", "moments", "kept"))
 def adamw(
     rows: TaskGrads,

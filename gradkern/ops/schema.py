@@ -17,6 +17,7 @@ _TYPES = {
     Tensor: "Tensor",
     Sequence[Tensor | None]: "Tensor?[]",
     Sequence[Tensor]: "Tensor[]",
+    list[Tensor]: "Tensor[]",
     Sequence[int]: "int[]",
     Sequence[float]: "float[]",
     int: "int",

@@ -72,8 +72,7 @@ def _gradients(source: Source, targets: Targets) -> list[Row]:
 
 def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], options: Options) -> FlatRows:
     """Return the rows of the step as a matrix."""
-    absent = (None,) * len(targets.tensors)
-    reach = tuple([one.reach if isinstance(one, Flat) else absent for one in taken])
+    reach = tuple([one.reach if isinstance(one, Flat) else targets.layouts.none for one in taken])
     arrangement = targets.arranged(reach, None, None)
     _check_graphs(source, arrangement)
     return FlatRows(

@@ -139,20 +139,27 @@ class WeightedBackwardSink:
 
 def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """Accumulate each parameter's result into its ``.grad`` in place; return the parameters."""
-    written = []
+    written, totals, terms = [], [], []
     for p, g in results:
-        if p.grad is None:
-            p.grad = g.detach()  # autograd may return a view, and .grad must be none
-        elif p.grad.is_sparse and not g.is_sparse:
-            p.grad = added(p.grad, g)
+        total = p.grad
+        if total is None:
+            p.grad = g if g._base is None else g.detach()  # autograd may return a view, and .grad must be none
+        elif total.is_sparse and not g.is_sparse:
+            p.grad = added(total, g)
+        elif g.is_sparse:
+            total += g
         else:
-            p.grad += g
+            totals.append(total)
+            terms.append(g)
         written.append(p)
+    if totals:
+        torch._foreach_add_(totals, terms)
     return written
 
 
 def call_hooks(params: Sequence[Tensor]) -> None:
     """Call the post-accumulate hooks of parameters."""
     for p in params:
-        for hook in list((getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()):  # a hook may remove itself
-            hook(p)
+        if hooks := getattr(p, "_post_accumulate_grad_hooks", None):
+            for hook in list(hooks.values()):  # a hook may remove itself
+                hook(p)

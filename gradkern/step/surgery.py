@@ -13,7 +13,7 @@ from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solut
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.step.flat_rows import StepRows
+from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 
@@ -56,8 +56,8 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
     Raises:
         TypeError, ValueError: the method does not return weights (S, T).
     """
-    if isinstance(rows, Rows) and takes_combination and rows.present is None:
-        fused = _in_one_launch(rows, aggregator)
+    if takes_combination and rows.present is None:
+        fused = _in_one_launch(rows, aggregator) if isinstance(rows, Rows) else _in_one_call(rows, aggregator)
         if fused is not None:
             return fused
     sampled = None
@@ -107,6 +107,16 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     results.take_own()
     share = None if kept is None else kept_share(kept, batch.columns)
     return Outcome(M, None, program.solution(M, w), None, lambda: (results.pairs(), share))
+
+
+def _in_one_call(rows: FlatRows, aggregator: Aggregator) -> Outcome | None:
+    """Do all on the matrix in one call; return None if the method does not allow it."""
+    first, S, T = rows.blocks[0], rows.n_segments, rows.n_tasks
+    program = aggregator.program(first.new_empty((S, T, T), dtype=arithmetic_dtype(first.dtype)))
+    if program is None:
+        return None
+    M, w, combined = operators.surgery_blocks(rows.blocks, program.projection)
+    return Outcome(M, None, program.solution(M, w), None, lambda: (rows.results(combined, None), None))
 
 
 def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:

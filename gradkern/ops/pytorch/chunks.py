@@ -90,6 +90,13 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
     return Cut(width, chunks, rest, max(1, PARTIALS // T**2 // per_block) * per_block, tuple(blocks))
 
 
+@lru_cache(maxsize=4096)
+def even_width(T: int, P: int) -> int:
+    """Return the least number of columns, at least P, that T rows in one block are cut into without a rest."""
+    chunks, rest = cut(T, P, 4)[1:3]
+    return P - P % -chunks if rest else P
+
+
 def error_bound(T: int, P: int, dtype: torch.dtype) -> float:
     """Return the greatest error of an entry M_ij of a Gramian, as a share of sum_e |J_ie J_je|.
 
