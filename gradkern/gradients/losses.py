@@ -45,6 +45,7 @@ class Losses:
 
     Attributes:
         entries: the losses as a list, after :meth:`open`.
+        present: as for :class:`Source`.
         values: as for :class:`Source`.
     """
 
@@ -55,6 +56,7 @@ class Losses:
         self.given = losses
         self.retain_graph = retain_graph
         self.entries: list[Loss] = []
+        self.present: list[bool] = []
         self.values: list[Tensor | None] = []
         self.device = torch.device("cpu")
 
@@ -69,6 +71,7 @@ class Losses:
         if not isinstance(given, list) and (isinstance(given, Tensor) or not isinstance(given, Iterable)):
             raise TypeError(f"losses must be a sequence with one entry per task, got {type(given).__name__}")
         self.entries = list(given)
+        self.present = [loss is not None for loss in self.entries]
         self.values = [None] * len(self.entries)
         self.device = device
         if not self.entries:
@@ -78,11 +81,6 @@ class Losses:
         for i, loss in enumerate(self.entries):
             if loss is not None and not callable(loss):
                 _check(i, loss, device)
-
-    @property
-    def present(self) -> list[bool]:
-        """A flag for each task: whether it has a loss in this step."""
-        return [loss is not None for loss in self.entries]
 
     def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run each present task's backward pass in turn. Each frees the part of its graph that no later pass needs.

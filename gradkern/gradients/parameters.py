@@ -2,8 +2,7 @@
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +16,15 @@ Groups = str | Callable[[str], Hashable]
 _TENSORS = frozenset((Tensor, nn.Parameter))
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """All given parameters. Frozen ones are included, so that freezing never renumbers a group.
-
-    Attributes:
-        tensors: n leaf tensors.
-        names: their names, or None if the user gave tensors only.
-        argument: the name of the argument that held them.
-    """
+class Parameters(NamedTuple):
+    """All given parameters. Frozen ones are included, so that freezing never renumbers a group."""
 
     tensors: list[Tensor]
+    """n leaf tensors."""
     names: list[str] | None
+    """Their names, or None if the user gave tensors only."""
     argument: str
+    """The name of the argument that held them."""
 
     def name(self, k: int) -> str:
         """Return the name of parameter k for error messages."""
@@ -54,24 +49,24 @@ def _trainable(given: Parameters) -> tuple[list[int], Layouts]:
     tensors = given.tensors
     if not tensors:
         raise ValueError("params is empty")
-    if len(set(map(id, tensors))) < len(tensors):
+    n = len(tensors)
+    if len(set(map(id, tensors))) < n:
         first: dict[int, int] = {}
         k = next(k for k, p in enumerate(tensors) if first.setdefault(id(p), k) != k)
         raise ValueError(f"params holds the same tensor twice: {given.name(first[id(tensors[k])])} and {given.name(k)}")
     places = [k for k, p in enumerate(tensors) if p.requires_grad]
     if not places:
-        raise ValueError(f"params holds no tensor that requires grad, of {len(tensors)} given")
-    for k in places:
-        if not tensors[k].is_leaf:
+        raise ValueError(f"params holds no tensor that requires grad, of {n} given")
+    trainable = tensors if len(places) == n else [tensors[k] for k in places]
+    for k, p in zip(places, trainable, strict=True):
+        if not p.is_leaf:
             raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
-    layouts = layouts_of([tensors[k] for k in places])
+        if (g := p.grad) is not None and not g.is_sparse and _has_overlap(g):
+            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
+    layouts = layouts_of(trainable)
     if not layouts.checked:
         _check(given, places)
         layouts.checked = True
-    for k in places:
-        g = tensors[k].grad
-        if g is not None and not g.is_sparse and _has_overlap(g):
-            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
     return places, layouts
 
 
@@ -165,28 +160,24 @@ def _owning_module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-@dataclass(frozen=True)
-class Targets:
-    """The trainable parameters of a step, their groups, and the rule for which of them are shared.
-
-    Attributes:
-        given: all parameters given, frozen ones too.
-        tensors: n parameters that require grad.
-        layouts: their layouts.
-        places: the index of each among all given parameters.
-        groups: the group of each.
-        n_segments: S, the number of groups of all given parameters.
-        named: whether each is among the shared parameters that the user names; None if those that two tasks reach are
-            shared.
-    """
+class Targets(NamedTuple):
+    """The trainable parameters of a step, their groups, and the rule for which of them are shared."""
 
     given: list[Tensor]
+    """All parameters given, frozen ones too."""
     tensors: list[Tensor]
+    """n parameters that require grad."""
     layouts: Layouts
+    """Their layouts."""
     places: list[int]
+    """The index of each among all given parameters."""
     groups: tuple[int, ...]
+    """The group of each."""
     n_segments: int
+    """S, the number of groups of all given parameters."""
     named: tuple[bool, ...] | None
+    """Whether each is among the shared parameters that the user names; None if those that two tasks reach are
+    shared."""
 
     @classmethod
     def of(cls, params: Params, groups: Groups, shared: Params | None) -> "Targets":

@@ -61,7 +61,7 @@ class Operator(Generic[P, R]):
         if kwargs:
             raise TypeError(f"arguments of gradkern::{self.name} are positional, got {sorted(kwargs)}")
         flat = self.flattened(*args)
-        if torch.compiler.is_compiling() or is_watched() or not all(map(_needs_no_dispatcher, flat)):
+        if torch.compiler.is_compiling() or is_watched() or not _need_no_dispatcher(flat):
             return self.overload(*flat)
         tensor = _first_tensor(flat[0])
         if tensor is None or tensor.is_meta:
@@ -72,7 +72,10 @@ class Operator(Generic[P, R]):
         """Return the arguments in the form that the dispatcher takes."""
         flat: list[Any] = []
         for argument, value in zip(self._arguments, args, strict=False):  # defaults may be left out
-            flat += argument.flattened(value)
+            if argument.group is None:
+                flat.append(value)
+            else:
+                flat += [None] * argument.size if value is None else value
         return flat
 
     def implementation(self, device_type: str) -> Callable[P, R]:
@@ -172,13 +175,20 @@ def is_watched() -> bool:
     return modes or torch._C._is_tracing()
 
 
-def _needs_no_dispatcher(argument: Any) -> bool:
-    if isinstance(argument, Tensor):
-        return type(argument) in _NEED_NO_DISPATCHER and not argument.is_neg()
-    if isinstance(argument, list | tuple):
-        return _NEED_NO_DISPATCHER.issuperset(map(type, argument))
-    return type(argument) in _NEED_NO_DISPATCHER
+def _need_no_dispatcher(arguments: Sequence[Any]) -> bool:
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            if not _NEED_NO_DISPATCHER.issuperset(map(type, argument)):
+                return False
+        elif type(argument) not in _NEED_NO_DISPATCHER or (isinstance(argument, Tensor) and argument.is_neg()):
+            return False
+    return True
 
 
 def _first_tensor(argument: Any) -> Tensor | None:
-    return argument if isinstance(argument, Tensor) else next((t for t in argument if t is not None), None)
+    if isinstance(argument, Tensor):
+        return argument
+    for t in argument:
+        if isinstance(t, Tensor):
+            return t
+    return None

@@ -48,12 +48,6 @@ class Argument:
         """The number of fields."""
         return len(self.fields)
 
-    def flattened(self, value: Any) -> Sequence[Any]:
-        """Return the fields of a value of the argument."""
-        if self.group is None:
-            return (value,)
-        return [None] * self.size if value is None else value
-
     def joined(self, fields: Sequence[Any]) -> Any:
         """Return the value of its fields; PyTorch's dispatcher leaves out fields at the end that equal a default."""
         if self.group is None:

@@ -1,6 +1,6 @@
 """The matrices of a small model's groups: which parts of the task gradients they consist of, and where results go."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
@@ -64,7 +64,7 @@ class Blocks:
             for t, mine in enumerate(of_task):
                 self._parts += [Part(t, mine.index(run) if run in mine else None, run.numel) for run in runs]
                 self._parts.append(Part(t, None, width - numel))
-            gap = -T * width % ALIGNED
+            gap = -T * width % ALIGNED if runs is not groups[-1] else 0
             self._parts.append(Part(0, None, gap))
             self._shapes.append((T, width))
             self._sizes += [T * width, gap]
@@ -84,15 +84,14 @@ class Blocks:
             ]
             or [like.new_empty(0)]
         )
-        blocks = memory.split(self._sizes)[::2] if len(self._sizes) > 2 or self._sizes[1] else (memory,)
+        blocks = memory.split_with_sizes(self._sizes)[::2] if len(self._shapes) > 1 else (memory,)
         return [block.view(shape) for block, shape in zip(blocks, self._shapes, strict=True)]
 
-    def results(self, combinations: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of each parameter and its part of the S matrices' combinations."""
+    def results(self, combinations: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        """Return the number of each parameter and its part of the S matrices' combinations."""
         g = combinations[0] if len(combinations) == 1 else torch.cat(list(combinations))
-        for place, part in zip(self._places, g.split(self._numels), strict=True):
-            if place is not None:
-                yield place, part
+        parts = zip(self._places, g.split_with_sizes(self._numels), strict=True)
+        return [(place, part) for place, part in parts if place is not None]
 
 
 class Own:
@@ -114,10 +113,12 @@ class Own:
             for run in runs
         ]
 
-    def results(self, pieces: Pieces) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of each parameter and its gradient."""
+    def results(self, pieces: Pieces) -> list[tuple[int, Tensor]]:
+        """Return the number of each parameter and its gradient."""
+        parts: list[tuple[int, Tensor]] = []
         for t, piece, places, numels in self._runs:
-            yield from zip(places, pieces[t][piece].split(numels), strict=True)
+            parts += zip(places, pieces[t][piece].split_with_sizes(numels), strict=True)
+        return parts
 
 
 class Plan:

@@ -5,9 +5,7 @@ one vector after its backward pass, in one call, and then nothing needs to know 
 refers to them. The vectors make a matrix, whose Gramian and combination are one call each.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from gradkern.gradients.plan import Arrangement, Layouts, Row
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.registry import is_watched
-from gradkern.step.blocks import Blocks, Pieces, Plan, plan
+from gradkern.step.blocks import Blocks, Pieces, plan
 from gradkern.step.rows import Combined, Rows
 
 LARGEST = 1 << 19
@@ -47,7 +45,7 @@ class Flat(NamedTuple):
     def views(self, params: Sequence[Tensor]) -> Row:
         """Return the gradients as views of the vector."""
         reached = [p.numel() for p, kind in zip(params, self.reach, strict=True) if kind is not None]
-        pieces = iter(self.vector.split(reached))
+        pieces = iter(self.vector.split_with_sizes(reached))
         return [None if kind is None else next(pieces).view_as(p) for p, kind in zip(params, self.reach, strict=True)]
 
 
@@ -66,44 +64,45 @@ def flattened(row: Row, layouts: Layouts) -> Flat | None:
 _DENSE = frozenset((torch.strided, None))
 
 
-@dataclass(frozen=True)
 class FlatRows:
     """The T task gradients of a step as vectors.
 
-    Attributes:
+    Args:
         params: n parameters.
         vectors: the gradients of each task, as :func:`flattened` returns them; None for an absent task.
         arrangement: the columns of the gradients.
         losses: as for :class:`gradkern.step.rows.Rows`.
-    """
 
-    params: Sequence[Tensor]
-    vectors: Sequence[Tensor | None]
-    arrangement: Arrangement
-    losses: Tensor | None = None
+    Attributes:
+        blocks: the gradients of shared parameters, S matrices (T, width). Some have columns of zeros at the end.
+    """
 
     mask = None
     present = None
 
-    @property
-    def n_tasks(self) -> int:
-        """The number of tasks, T."""
-        return len(self.vectors)
-
-    @property
-    def n_segments(self) -> int:
-        """The number of groups, S."""
-        return self.arrangement.n_segments
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        vectors: Sequence[Tensor | None],
+        arrangement: Arrangement,
+        losses: Tensor | None = None,
+    ) -> None:
+        self.params = params
+        self.arrangement = arrangement
+        self.losses = losses
+        self.n_tasks = len(vectors)
+        self.n_segments = arrangement.n_segments
+        self._plan = plan(arrangement, self.n_tasks)
+        self._pieces: Pieces = [
+            () if vector is None else vector.split_with_sizes(lengths) if len(lengths) > 1 else (vector,)
+            for vector, lengths in zip(vectors, self._plan.lengths, strict=True)
+        ]
+        self.blocks = self._plan.shared.of(self._pieces)
 
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
         return self.params[0].device
-
-    @cached_property
-    def blocks(self) -> list[Tensor]:
-        """The gradients of shared parameters, S matrices (T, width). Some have columns of zeros at the end."""
-        return self._plan.shared.of(self._pieces)
 
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of the task gradients within each group; see :meth:`Rows.gramian`."""
@@ -123,15 +122,15 @@ class FlatRows:
             combined: the combinations of :attr:`blocks`, each (width,).
             unshared_weights: (T,), the weights of unshared parameters' gradients; None for ones.
         """
-        parts = list(self._plan.shared.results(combined))
+        parts = self._plan.shared.results(combined)
         if self._plan.unshared is not None:
             parts += self._unshared_results(self._plan.unshared, unshared_weights)
             parts.sort(key=itemgetter(0))
         params = [self.params[place] for place, _ in parts]
-        shaped = [x if p.ndim == 1 else x.view_as(p) for p, (_, x) in zip(params, parts, strict=True)]
+        shaped = [x if (p := self.params[place]).ndim == 1 else x.view_as(p) for place, x in parts]
         return list(zip(params, _clones(shaped), strict=True))
 
-    def _unshared_results(self, unshared: Blocks, w: Tensor | None) -> Iterator[tuple[int, Tensor]]:
+    def _unshared_results(self, unshared: Blocks, w: Tensor | None) -> list[tuple[int, Tensor]]:
         if w is None and self._plan.own is not None:
             return self._plan.own.results(self._pieces)
         (U,) = self._unshared()
@@ -143,17 +142,6 @@ class FlatRows:
         if self._plan.unshared is None:
             return [self.blocks[0].new_empty(self.n_tasks, 0)]
         return self._plan.unshared.of(self._pieces)
-
-    @cached_property
-    def _plan(self) -> Plan:
-        return plan(self.arrangement, self.n_tasks)
-
-    @cached_property
-    def _pieces(self) -> Pieces:
-        return [
-            () if vector is None else vector.split(lengths) if len(lengths) > 1 else (vector,)
-            for vector, lengths in zip(self.vectors, self._plan.lengths, strict=True)
-        ]
 
 
 def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -65,23 +65,13 @@ def _info(
     source: Source, outcome: Outcome, options: Options, kept: Tensor | None, step_scale: Tensor | None
 ) -> SurgeryInfo:
     solution = outcome.solution
-    is_single = options.groups == "model" and outcome.gramian is not None
-
-    def of_group(value: Tensor) -> Tensor:
-        return value[0] if is_single else value  # a single group has no dimension
-
-    def of_group_if_any(value: Tensor | None) -> Tensor | None:
-        return None if value is None else of_group(value)
-
-    return SurgeryInfo(
-        losses=stacked(source.values, solution.weights),
-        gramian=of_group_if_any(outcome.gramian),
-        weights=of_group(solution.weights),
-        targets=of_group_if_any(solution.targets),
-        attention=of_group_if_any(solution.attention),
-        kept=kept,
-        step_scale=step_scale,
-    )
+    M, w, targets, attention = outcome.gramian, solution.weights, solution.targets, solution.attention
+    if options.groups == "model" and M is not None:  # a single group has no dimension
+        M, w = M[0], w[0]
+        targets = None if targets is None else targets[0]
+        attention = None if attention is None else attention[0]
+    losses = stacked(source.values, solution.weights)
+    return SurgeryInfo(losses, M, w, targets, attention, kept=kept, step_scale=step_scale)
 
 
 def refuse_distributed() -> None:

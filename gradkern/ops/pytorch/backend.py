@@ -40,5 +40,7 @@ def implements(operator: Operator[P, R]) -> Callable[[Callable[P, R]], Callable[
 
 def _device_type(group: Any) -> str:
     """Return the device type of the first tensor in a list, or in a group whose first field is a list."""
-    tensors = group[0] if hasattr(group, "_fields") else group
-    return next((t.device.type for t in tensors if t is not None), "cpu")
+    for t in group[0] if hasattr(group, "_fields") else group:
+        if t is not None:
+            return str(t.device.type)
+    return "cpu"

@@ -55,12 +55,8 @@ class Cut(NamedTuple):
     """The number of products that wait to be added: those of whole blocks."""
     blocks: tuple[tuple[int, int], ...]
     """The consecutive blocks of scratch memory: their numbers of columns, and the distances of their rows."""
-
-    @property
-    def at_once(self) -> bool:
-        """Whether all columns are in one block, as a contiguous matrix."""
-        columns, stride = self.blocks[0]
-        return columns == stride
+    at_once: bool
+    """Whether all columns are in one block, as a contiguous matrix."""
 
     @property
     def terms(self) -> int:
@@ -76,7 +72,7 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
         chunks = next((n for n in range(least, 2 * least) if P % n == 0), least)
         width = P // chunks
         rest = P - chunks * width
-        return Cut(width, chunks, rest, chunks + (rest > 0), ((P, P),))
+        return Cut(width, chunks, rest, chunks + (rest > 0), ((P, P),), True)
     line = LINE // itemsize
     width = next((w for w in range(LONGEST, LONGEST // 2, -4 * line) if P % w == 0), LONGEST)
     chunks, rest = divmod(P, width)
@@ -87,7 +83,7 @@ def cut(T: int, P: int, itemsize: int) -> Cut:
     blocks = [(min(step, chunks * width - a), step + line) for a in range(0, chunks * width, step)]
     if rest:
         blocks.append((rest, rest))
-    return Cut(width, chunks, rest, max(1, PARTIALS // T**2 // per_block) * per_block, tuple(blocks))
+    return Cut(width, chunks, rest, max(1, PARTIALS // T**2 // per_block) * per_block, tuple(blocks), False)
 
 
 @lru_cache(maxsize=4096)
@@ -118,7 +114,7 @@ def error_bound(T: int, P: int, dtype: torch.dtype) -> float:
 def batch(rows: Tensor, width: int, count: int) -> Batch:
     """Return a view of the first ``count`` chunks of ``width`` columns; a single one is repeated, and counts once."""
     distance, copies = (width, count) if count > 1 else (0, 2)
-    return rows.as_strided((copies, len(rows), width), (distance, rows.stride(0), 1)), count
+    return rows.as_strided((copies, rows.shape[0], width), (distance, rows.stride(0), 1)), count
 
 
 def batches_of(rows: Tensor, columns: int, cut: Cut) -> Iterator[Batch]:

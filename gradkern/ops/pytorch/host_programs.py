@@ -48,13 +48,14 @@ def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> F
     if S * T > FEW:
         return _many(M, order_keys, visits)
     by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), strict=True)
-    return np.array([_few(m, k, visits) for m, k in by_segment])
+    return np.array([few(m, k, visits) for m, k in by_segment])
 
 
 def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str) -> list[float]:
     """Return the sum over tasks of one Gramian's coefficients (T, T); few tasks need no array."""
-    if partner == "all" and order_keys is not None and len(M) <= FEW:
-        C = _few(M.tolist(), order_keys.tolist()[0], len(M) - 1)
+    T = M.shape[0]
+    if partner == "all" and order_keys is not None and T <= FEW:
+        C = few(M.tolist(), order_keys.tolist()[0], T - 1)
     else:
         C = pcgrad_coefficients(M.unsqueeze(0), order_keys, partner)[0].tolist()
     return [sum(column) for column in zip(*C, strict=True)]
@@ -89,7 +90,7 @@ def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
     return C.reshape(S, T, T)
 
 
-def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
+def few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
     """Return the coefficients of one segment, computed task by task."""
     T = len(M)
     C = []
