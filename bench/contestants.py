@@ -25,7 +25,8 @@ from gradkern.step.rows import Rows
 from gradkern.step.surgery import surgery as step_surgery
 
 OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH = "gradkern", "one launch", "naive", "matmul", "foreach"
-NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY)
+OUT = "gradkern, out="
+NAMES = (OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER, COPY, OUT)
 
 ops = torch.ops.gradkern
 Run = Callable[[], Any]
@@ -56,9 +57,18 @@ def project(x: Inputs, peers: Peers) -> Runs:
 
 
 def pcgrad(x: Inputs, peers: Peers) -> Runs:
-    """Return the contestants that do PCGrad's whole surgery on a matrix."""
+    """Return the contestants that do PCGrad's whole surgery on a matrix. One of them has memory for its result."""
     aggregator = gk.PCGrad()
-    runs: Runs = {OURS: lambda: aggregator(x.J), NAIVE: lambda: naive.pcgrad(x.rows)}
+
+    @cache
+    def memory() -> torch.Tensor:
+        return torch.empty_like(x.J[0])
+
+    runs: Runs = {
+        OURS: lambda: aggregator(x.J),
+        OUT: lambda: aggregator(x.J, out=memory()),
+        NAIVE: lambda: naive.pcgrad(x.rows),
+    }
     runs |= _one_launch(x, runs[OURS])
     runs |= _eager_and_compiled(peers, vectorized.pcgrad, lambda: (x.J,))
     if TORCHJD in peers.found:

@@ -3,10 +3,10 @@
 from typing import Any
 
 from bench.cases import Case
-from bench.contestants import FOREACH, MATMUL, NAIVE, ONE_LAUNCH, OURS
+from bench.contestants import FOREACH, MATMUL, NAIVE, ONE_LAUNCH, OURS, OUT
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD
 
-OTHERS = (ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER)
+OTHERS = (OUT, ONE_LAUNCH, NAIVE, MATMUL, FOREACH, COMPILE, TORCHJD, PYTORCH_OPTIMIZER)
 LABEL = 66
 """Width of a case's description in characters."""
 

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from gradkern.ops import combine, gramian
 from gradkern.ops.arguments import ProjectionArguments
+from gradkern.ops.out import check_out
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,24 @@ class Aggregator(nn.Module, ABC):
         """
         return None
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the update wᵀ J of a matrix of task gradients. Each segment has its own weights.
 
         Args:
             J: (T, P), as for :func:`gradkern.gramian`.
             offsets: None or (S + 1,), as for :func:`gradkern.gramian`.
+            out: memory for the result, as for :func:`gradkern.combine`, or None.
 
         Returns:
-            (P,) in J's dtype. Differentiable in J with the weights held constant.
+            (P,) in J's dtype, ``out`` itself if that is given. Differentiable in J with the weights held constant.
+
+        Raises:
+            TypeError, ValueError: an argument is not as described above, or does not fit the method's arguments.
+                Nothing has been written then, and the method's state is as before.
         """
-        return combine(J, self.weights(gramian(J.detach(), offsets)), offsets)
+        M = gramian(J.detach(), offsets)
+        check_out(out, J)
+        return combine(J, self.weights(M), offsets, out=out)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""

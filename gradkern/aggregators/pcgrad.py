@@ -15,9 +15,11 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.autograd import recording
 from gradkern.ops.matrix import check_matrix
+from gradkern.ops.out import check_out
 from gradkern.ops.partners import ORDERED, PARTNERS
 
 _pcgrad_matrix = operators.pcgrad_matrix.overload
+_pcgrad_matrix_out = operators.pcgrad_matrix_out.overload
 
 
 class PCGrad(Projection):
@@ -50,13 +52,18 @@ class PCGrad(Projection):
         super().__init__(order, reduction, generator)
         self.partner = partner
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
         check_matrix(J, offsets)
         # One operator does all, unless the steps in between matter: to a subclass's weights, a derivative or segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
-            return super().forward(J, offsets)
-        return _pcgrad_matrix(J, *self._arguments(1, J.shape[0], J.device), self.reduction == "mean")
+            return super().forward(J, offsets, out=out)
+        check_out(out, J)
+        keys, partner = self._arguments(1, J.shape[0], J.device)
+        if out is None:
+            return _pcgrad_matrix(J, keys, partner, self.reduction == "mean")
+        _pcgrad_matrix_out(J, keys, partner, self.reduction == "mean", out)
+        return out
 
     def program(self, M: Tensor) -> Program | None:
         """Return PCGrad's program; see :meth:`Aggregator.program`."""

@@ -37,11 +37,11 @@ class Scalarization(Aggregator):
         check_gramian(M)
         return self.weights_like(M.shape[-1], M.dtype, M.device).expand(M.shape[:-1]).clone()
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the update wᵀ J; see :meth:`Aggregator.forward`. It needs no Gramian."""
         check_matrix(J, offsets)
         w = self.weights_like(J.shape[0], torch.float64, J.device)
-        return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets)
+        return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets, out=out)
 
 
 class Constant(Scalarization):

@@ -1,8 +1,10 @@
 """The cases of the self-check: each compares an operator's results with those of :mod:`gradkern.reference`."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from gradkern import reference
 from gradkern.check.problems import (
@@ -60,12 +62,21 @@ def _cross(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
 
 @operators.combine.check
 def _combine(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    return _combinations(dtype, device, combine)
+
+
+@operators.combine_out.check
+def _combine_out(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    return _combinations(dtype, device, lambda J, *given: combine(J, *given, out=torch.full_like(J[0], math.nan)))
+
+
+def _combinations(dtype: torch.dtype, device: torch.device, compute: Callable[..., Tensor]) -> Iterator[Comparison]:
     for T, P in SHAPES:
         J, on_device = matrix(T, P, dtype, device)
         for offsets in offsets_of(P):
             blocks = blocks_of(J, offsets)
             w = weights((len(blocks), T), dtype)
-            g = combine(on_device, (w if offsets else w[0]).to(device), tensor(offsets))
+            g = compute(on_device, (w if offsets else w[0]).to(device), tensor(offsets))
             expected = [sums(block, ws[None]) for block, ws in zip(blocks, w, strict=True)]
             yield g, torch.cat([total[0] for total, _ in expected]), torch.cat([size[0] for _, size in expected])
 
@@ -136,13 +147,27 @@ def _pcgrad(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
 
 @operators.pcgrad_matrix.check
 def _pcgrad_matrix(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    return _updates(dtype, device, operators.pcgrad_matrix)
+
+
+@operators.pcgrad_matrix_out.check
+def _pcgrad_matrix_out(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    def compute(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+        out = torch.full_like(J[0], math.nan)
+        operators.pcgrad_matrix_out(J, keys, partner, mean, out)
+        return out
+
+    return _updates(dtype, device, compute)
+
+
+def _updates(dtype: torch.dtype, device: torch.device, compute: Callable[..., Tensor]) -> Iterator[Comparison]:
     for T, P in SHAPES:
         J, on_device = matrix(T, P, dtype, device)
         keys = torch.rand(1, T, T)
         order = keys[0].argsort(-1).tolist()
         rows = list(J.double())
         for partner, mean in ((p, mean) for p in PARTNERS for mean in (False, True)):
-            g = operators.pcgrad_matrix(on_device, keys.to(device) if partner in ORDERED else None, partner, mean)
+            g = compute(on_device, keys.to(device) if partner in ORDERED else None, partner, mean)
             modified = torch.stack(reference.pcgrad_of(partner, rows, order))
             # A modified gradient is not longer than the original, so the error is as large as for the sum of all.
             yield g, modified.mean(0) if mean else modified.sum(0), J.double().abs().sum(0) / (T if mean else 1)

@@ -46,6 +46,11 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     return J.new_empty(J.shape[1])
 
 
+@operator("combine.out", writes=("out",))
+def combine_out(J: Tensor, w: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+    """Write the result of ``combine`` to ``out``, contiguous, which shares no memory with the other tensors."""
+
+
 @operator("project")
 def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Compute W J, (R, P), in J's dtype; ``W`` is (R, T), or (S, R, T)."""
@@ -101,6 +106,11 @@ def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
 def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """Compute PCGrad's update (P,) of a matrix: the sum of its modified rows, or their mean."""
     return J.new_empty(J.shape[1])
+
+
+@operator("pcgrad.matrix_out", writes=("out",))
+def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool, out: Tensor) -> None:
+    """Write the result of ``pcgrad.matrix`` to ``out``, as ``combine.out`` does."""
 
 
 @operator("gradvac", writes=("targets",))

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from bench import cases, floors, measure, peers, run
 from bench.__main__ import main
 from bench.cases import Case
-from bench.contestants import ONE_LAUNCH, OPERATIONS, OURS, _one_launch, contestants
+from bench.contestants import ONE_LAUNCH, OPERATIONS, OURS, OUT, _one_launch, contestants
 from bench.inputs import Inputs
 from bench.memory import peak
 from bench.peers import PACKAGES, Peers
@@ -92,6 +92,12 @@ def test_contestants_of_a_matrix_do_the_same(operation: str) -> None:
     for name in runs.keys() - {floors.COPY}:
         assert_one_of(runs[name](), expected(x))
     assert OURS in runs
+
+
+def test_one_contestant_uses_its_memory_again() -> None:
+    runs = contestants(inputs(Case("pcgrad", 3, 1000)), INSTALLED)
+    assert runs[OUT]() is runs[OUT]()
+    assert runs[OURS]() is not runs[OURS]()
 
 
 @pytest.mark.parametrize("S", [1, 4])

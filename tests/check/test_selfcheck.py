@@ -89,6 +89,8 @@ def test_broken_operators_fail_their_checks_and_no_other(capsys: pytest.CaptureF
     with (
         broken(operators.gramian, slightly_off),
         broken(operators.combine_tensors, writes_nothing),
+        broken(operators.combine_out, writes_nothing),
+        broken(operators.pcgrad_matrix_out, writes_nothing),
         broken(operators.pcgrad, projects_nothing),
         broken(operators.project, does_not_launch),
     ):
@@ -99,6 +101,8 @@ def test_broken_operators_fail_their_checks_and_no_other(capsys: pytest.CaptureF
     why = {
         "gramian": "allowed",
         "combine.tensors": "nan",
+        "combine.out": "nan",
+        "pcgrad.matrix_out": "nan",
         "pcgrad": "allowed",
         "project": "RuntimeError: no kernel image is available",
     }

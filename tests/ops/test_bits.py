@@ -60,7 +60,8 @@ def placed(J: Tensor, offset: int, gap: int) -> Tensor:
 
 
 def results(J: Tensor, w: Tensor) -> list[Tensor]:
-    return [gk.gramian(J), gk.combine(J, w), gk.project(J, torch.stack([w, w.flip(0)]))]
+    combined = gk.combine(J, w), gk.combine(J, w, out=J.new_full(J.shape[1:], torch.nan))
+    return [gk.gramian(J), *combined, gk.project(J, torch.stack([w, w.flip(0)]))]
 
 
 def assert_same_bits(actual: list[Tensor], expected: list[Tensor]) -> None:

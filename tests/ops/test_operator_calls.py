@@ -61,8 +61,10 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         ),
         "step": AdamWStep(torch.zeros(()), torch.ones(()), [1e-3, 0.9, 0.999, 0.01, 1e-8]),
     }
-    if op.name == "pcgrad.matrix":
+    if op.name.startswith("pcgrad.matrix"):
         named["order_keys"] = order_keys[:1]
+    if op.name in ("combine.out", "pcgrad.matrix_out"):
+        named["out"] = torch.zeros(P)
     return [named[name] for name in signature(op).parameters]
 
 
@@ -210,7 +212,7 @@ def test_a_transform_sees_the_operator(op: Operator[..., Any], roads: Roads) -> 
     assert [road for road, _ in roads] == ["dispatcher"]
 
 
-@pytest.mark.parametrize("name", ["pcgrad", "gramian.tensors", "combine.tensors"])
+@pytest.mark.parametrize("name", ["pcgrad", "gramian.tensors", "combine.tensors", "combine.out", "pcgrad.matrix_out"])
 def test_compiled_with_the_operator_in_the_graph(name: str) -> None:
     op, seen = registered[name], []
 

@@ -239,6 +239,7 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     opcheck(ops.gramian.default, (J,))
     opcheck(ops.gramian.default, (J.bfloat16(), offsets))
     opcheck(ops.combine.default, (J, torch.randn(2, 3, device=device), offsets))
+    opcheck(ops.combine.out, (J, torch.randn(2, 3, device=device), offsets, J.new_empty(9000)))
     opcheck(ops.project.default, (J, torch.randn(2, 3, device=device)))
     opcheck(ops.cross.default, (J, torch.randn(2, 9000, device=device), offsets))
     M = torch.randn(2, 3, 3, device=device)
@@ -246,6 +247,7 @@ def test_operators_keep_torchs_contract(device: torch.device) -> None:
     opcheck(ops.pcgrad.default, (M.mT, torch.rand(2, 3, 3, device=device), "random"))
     opcheck(ops.pcgrad.matrix, (J, torch.rand(1, 3, 3, device=device), "all", False))
     opcheck(ops.pcgrad.matrix, (J.bfloat16(), torch.rand(1, 3, 3, device=device), "random", True))
+    opcheck(ops.pcgrad.matrix_out, (J, torch.rand(1, 3, 3, device=device), "all", False, J.new_empty(9000)))
     for partner in ("average", "most_similar"):
         opcheck(ops.pcgrad.default, (M, None, partner))
         opcheck(ops.pcgrad.matrix, (J, None, partner, False))

@@ -27,6 +27,7 @@ from gradkern.ops.cosines import cosines
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.matrix import check_matrix
 from gradkern.ops.offsets import column_bounds
+from gradkern.ops.out import check_out
 
 
 class GradAttention(Aggregator):
@@ -112,9 +113,10 @@ class GradAttention(Aggregator):
         alpha = self._learn(M.reshape(problems, *M.shape[-2:]), X.reshape(problems, *X.shape[-2:]))
         return alpha.to(M.dtype).view(M.shape[:-1])
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None) -> Tensor:
+    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has its own entries."""
         check_matrix(J, offsets)
+        check_out(out, J)
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)
         groups = strata(sizes, self.subset)
@@ -122,10 +124,10 @@ class GradAttention(Aggregator):
         X = groups.tokens(K.detach().to(arithmetic_dtype(J.dtype)))
         X = X[0] if offsets is None else X
         if self.update == "all":
-            return combine(J, self.weights(gramian(J.detach(), offsets), X), offsets)
+            return combine(J, self.weights(gramian(J.detach(), offsets), X), offsets, out=out)
         ends = None if offsets is None else torch.tensor([0, *accumulate(groups.counts)], device="cpu")
         g = combine(K, self.weights(gramian(K.detach(), ends), X), ends)
-        return J.new_zeros(J.shape[1]).index_copy(0, index, g)
+        return J.new_zeros(J.shape[1]).index_copy(0, index, g) if out is None else out.zero_().index_copy_(0, index, g)
 
     # torch.compile must not trace this training step, which runs autograd and an optimizer. The decorator is private
     # API: the public torch.compiler.disable would import the compiler with this library, which takes half a second.

@@ -16,12 +16,13 @@ from gradkern.ops.layout import Layout, column_layout
 from gradkern.ops.one_launch import sizes
 from gradkern.ops.one_launch.work_list import work_list
 from gradkern.ops.one_launch.workspace import counters, n_programs
+from gradkern.ops.out import check_apart
 from gradkern.ops.partners import check_partner
 from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
 from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride
 from gradkern.ops.triton.backend import implements
 from gradkern.ops.triton.checks import check_order_keys, check_targets
-from gradkern.ops.triton.combine import combine
+from gradkern.ops.triton.combine import combine_into
 from gradkern.ops.triton.gramian import gramian
 from gradkern.ops.triton.methods import pcgrad
 
@@ -49,16 +50,29 @@ if torch.version.hip is None:  # on AMD's GPUs a barrier does not wait for other
 @implements(operators.pcgrad_matrix)
 def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """Compute PCGrad's update of a matrix, (P,): in one launch if the table has its size, else step by step."""
+    out = J.new_empty(J.shape[1])
+    _pcgrad_into(J, order_keys, partner, mean, out)
+    return out
+
+
+@implements(operators.pcgrad_matrix_out)
+def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool, out: Tensor) -> None:
+    """Compute PCGrad's update of a matrix in ``out``."""
+    check_apart(out, J)
+    torch.autograd.graph.increment_version(out)  # for backward passes that have saved it
+    _pcgrad_into(J, order_keys, partner, mean, out)
+
+
+def _pcgrad_into(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool, out: Tensor) -> None:
     J = unit_stride(J)
     T, P = J.shape
     if P not in sizes(J.device.type, T, J.dtype):
         C = pcgrad(gramian(J).unsqueeze(0), order_keys, partner)
-        return combine(J, C.mean(-2) if mean else C.sum(-2))
-    out = J.new_empty(1, P)
+        combine_into(J, C.mean(-2) if mean else C.sum(-2), None, out)
+        return
     layout = column_layout((0, P, P))  # nothing is unshared
     method = ProjectionArguments(order_keys, partner, None, None, 0.0, mean)
-    _launch(matrix_rows(J), layout, None, method, False, matrix_rows(out), None)
-    return out[0]
+    _launch(matrix_rows(J), layout, None, method, False, matrix_rows(out.view(1, P)), None)
 
 
 def _launch(

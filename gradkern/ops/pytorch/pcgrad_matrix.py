@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gradkern.ops import operators
+from gradkern.ops.out import check_apart
 from gradkern.ops.pytorch.backend import implements
 from gradkern.ops.pytorch.combination import combine_matrix, widened
 from gradkern.ops.pytorch.gramian import matrix_gramian
@@ -19,9 +20,21 @@ from gradkern.ops.pytorch.host_programs import pcgrad_weights
 def pcgrad_matrix(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """Compute PCGrad's update, (P,)."""
     X = widened(J)
+    return combine_matrix(X, _weights(X, order_keys, partner, mean)).to(J.dtype)
+
+
+@implements(operators.pcgrad_matrix_out)
+def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool, out: Tensor) -> None:
+    """Compute PCGrad's update in ``out``."""
+    check_apart(out, J)
+    X = widened(J)
+    combine_matrix(X, _weights(X, order_keys, partner, mean), out)
+
+
+def _weights(X: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+    """Return the weights of the rows in the update, (T,)."""
     M = matrix_gramian(X)
     weights = pcgrad_weights(M, order_keys, partner)
     if mean:
         weights = [w / len(weights) for w in weights]
-    w = torch.from_numpy(np.array(weights)).to(J.device, M.dtype)  # not NumPy's conversion, which warns of overflow
-    return combine_matrix(X, w).to(J.dtype)
+    return torch.from_numpy(np.array(weights)).to(X.device, M.dtype)  # not NumPy's conversion, which warns of overflow

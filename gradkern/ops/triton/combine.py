@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gradkern.kernels import combine as combine_kernel
@@ -10,6 +11,7 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.layout import column_layout
 from gradkern.ops.offsets import column_bounds
+from gradkern.ops.out import check_apart
 from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
 from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride, weights_of
 from gradkern.ops.triton.backend import implements
@@ -18,14 +20,27 @@ from gradkern.ops.triton.backend import implements
 @implements(operators.combine)
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Compute wᵀ J, (P,), in J's dtype; with ``offsets`` each segment of columns has its own row of ``w``."""
+    out = J.new_empty(J.shape[1])
+    combine_into(J, w, offsets, out)
+    return out
+
+
+@implements(operators.combine_out)
+def combine_out(J: Tensor, w: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+    """Compute wᵀ J in ``out``."""
+    check_apart(out, J, w)
+    torch.autograd.graph.increment_version(out)  # for backward passes that have saved it
+    combine_into(J, w, offsets, out)
+
+
+def combine_into(J: Tensor, w: Tensor, offsets: Tensor | None, out: Tensor) -> None:
+    """Compute wᵀ J in ``out``, which no backward pass has saved."""
     J = unit_stride(J)
     T, P = J.shape
     layout = column_layout(column_bounds(offsets, P))
-    out = J.new_empty(1, P)
     weights = weights_of("w", w, J.dtype, (layout.n_segments, T))
     tiles = tiles_of(layout, J.device)
-    combine_kernel.combine(matrix_rows(J), tiles, None, weights, matrix_rows(out), None).run(J.device)
-    return out[0]
+    combine_kernel.combine(matrix_rows(J), tiles, None, weights, matrix_rows(out.view(1, P)), None).run(J.device)
 
 
 @implements(operators.combine_tensors)

@@ -34,7 +34,7 @@ if (reason := interpreter.why_not()) and not torch.cuda.is_available():
 from gradkern.kernels import settings
 from gradkern.kernels.launch import Launch
 from gradkern.ops.one_launch import work_list, workspace
-from gradkern.ops.one_launch.surgery import pcgrad_matrix, surgery
+from gradkern.ops.one_launch.surgery import pcgrad_matrix, pcgrad_matrix_out, surgery
 
 # NumPy, in the interpreter, which divides what will not be used.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
@@ -421,6 +421,14 @@ def check_matrix(T: int, P: int, partner: str, mean: bool) -> None:
 def test_a_matrix(T: int, partner: str, mean: bool, one_launch: None, launches: list[str]) -> None:
     for P in (0, TILE + 9):
         check_matrix(T, P, partner, mean)
+    assert launches == ["surgery", "surgery"]
+
+
+def test_a_matrix_in_given_memory(one_launch: None, launches: list[str]) -> None:
+    J, order_keys = torch.randn(3, TILE + 9, device=DEVICE), torch.rand(1, 3, 3, device=DEVICE)
+    out = torch.full_like(J[0], torch.nan)
+    pcgrad_matrix_out(J, order_keys, "all", False, out)
+    assert torch.equal(out, pcgrad_matrix(J, order_keys, "all", False))
     assert launches == ["surgery", "surgery"]
 
 
