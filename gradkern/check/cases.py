@@ -160,6 +160,15 @@ def _pcgrad_matrix_out(dtype: torch.dtype, device: torch.device) -> Iterator[Com
     return _updates(dtype, device, compute)
 
 
+@operators.surgery_blocks.check
+def _surgery_blocks(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    def compute(J: Tensor, keys: Tensor | None, partner: str, mean: bool) -> Tensor:
+        method = ProjectionArguments(keys, partner, None, None, 0.0, mean)
+        return operators.surgery_blocks([J], method)[2][0]
+
+    return _updates(dtype, device, compute)
+
+
 def _updates(dtype: torch.dtype, device: torch.device, compute: Callable[..., Tensor]) -> Iterator[Comparison]:
     for T, P in SHAPES:
         J, on_device = matrix(T, P, dtype, device)

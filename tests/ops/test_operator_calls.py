@@ -40,6 +40,7 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "W": torch.randn(S, 2, T),
         "M": X @ X.mT,
         "offsets": torch.tensor([0, 100, P]),
+        "blocks": [J[:, :100].clone(), J[:, 100:].clone()],
         "rows": TaskGrads(grads, [0, 1, 0, 1, 0], S),
         "grads": grads,
         "numels": NUMELS,

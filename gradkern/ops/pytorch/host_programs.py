@@ -117,9 +117,9 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
     if S * T <= FEW_OF_GRADVAC:
         target_lists = targets.tolist()
         by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
-        few = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
+        coefficients = [few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
         targets.copy_(torch.tensor(target_lists, dtype=torch.float64).view(targets.shape))
-        return _like(np.array(few), M)
+        return _like(np.array(coefficients), M)
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
     E = np.abs(rows)  # |C| |M|, the scale of the rounding errors of C M Cᵀ
@@ -150,7 +150,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
     return _like(C, M)
 
 
-def _few_of_gradvac(
+def few_of_gradvac(
     M: list[list[float]],
     order_keys: list[list[float]],
     targets: list[list[float]],

@@ -27,44 +27,37 @@ def surgery_blocks(blocks: Sequence[Tensor], method: ProjectionArguments) -> tup
     """Compute Gramians, weights and combinations."""
     dtype = blocks[0].dtype
     wide = [widened(block) for block in blocks]
-    found = _of_few_numbers(wide[0], method) if len(blocks) == 1 else None
-    if found is None:
-        M = torch.stack([matrix_gramian(X) for X in wide])
-        w = _weights(M, method)
-    else:
-        M, w = found
+    sums = [_few_products(X) for X in wide]
+    M = wide[0].new_tensor(sums) if None not in sums else torch.stack([matrix_gramian(X) for X in wide])
+    w = _weights(M, method)
     return M, w, [combine_matrix(X, w_s).to(dtype) for X, w_s in zip(wide, w.unbind(), strict=True)]
+
+
+def _few_products(X: Tensor) -> list[list[float]] | None:
+    """Compute X Xᵀ, (T, T), and add up the products of its chunks in plain floats; return None if they are many."""
+    T, P = X.shape
+    of_columns = cut(T, P, X.itemsize)
+    n = of_columns.chunks
+    if P == 0 or of_columns.rest or n * T * T > FEW_PRODUCTS or not lies_as_scratch(X, of_columns, compute_dtype(X)):
+        return None
+    chunks, _ = batch(X, of_columns.width, n)
+    terms = products_of(chunks, chunks)[:n].view(n, T * T).tolist()
+    sums = [sum(of_entry) for of_entry in zip(*terms, strict=True)]
+    # Half of them, because a BLAS may sum up M_ij and M_ji in different orders.
+    return [[sums[max(i, j) * T + min(i, j)] for j in range(T)] for i in range(T)]
 
 
 def _weights(M: Tensor, method: ProjectionArguments) -> Tensor:
     """Return the weights (S, T) of Gramians (S, T, T); targets move unless a dot product is not finite."""
     keys, partner, targets, update_mask, beta, mean = method
-    if targets is None:
-        C = torch.from_numpy(pcgrad_coefficients(M, keys, partner)).to(M)
-    else:
+    S, T, _ = M.shape
+    if targets is not None:
         assert keys is not None
         assert update_mask is not None
         C = gradvac(M, keys, targets, update_mask & M.isfinite().all(), beta)
+    elif S == 1 and keys is not None and partner == "all" and T <= FEW:
+        of_tasks = few(M.tolist()[0], keys.tolist()[0], T - 1)
+        return M.new_tensor([[sum(column) / T if mean else sum(column) for column in zip(*of_tasks, strict=True)]])
+    else:
+        C = torch.from_numpy(pcgrad_coefficients(M, keys, partner)).to(M)
     return C.mean(-2) if mean else C.sum(-2)
-
-
-def _of_few_numbers(X: Tensor, method: ProjectionArguments) -> tuple[Tensor, Tensor] | None:
-    """Return PCGrad's Gramian (1, T, T) and weights (1, T), computed in plain floats; None for many numbers."""
-    T, P = X.shape
-    of_columns = cut(T, P, X.itemsize)
-    n, keys = of_columns.chunks, method.order_keys
-    if keys is None or method.partner != "all" or method.targets is not None:
-        return None
-    if of_columns.rest or T > FEW or n * T * T > FEW_PRODUCTS or P == 0:
-        return None
-    if not lies_as_scratch(X, of_columns, compute_dtype(X)):
-        return None
-    chunks, _ = batch(X, of_columns.width, n)
-    terms = products_of(chunks, chunks)[:n].view(n, T * T).tolist()
-    sums = [sum(of_entry) for of_entry in zip(*terms, strict=True)]
-    M = [
-        [sums[max(i, j) * T + min(i, j)] for j in range(T)] for i in range(T)
-    ]  # a BLAS may give M_ij and M_ji other bits
-    C = few(M, keys.tolist()[0], T - 1)
-    w = [sum(column) / T if method.mean else sum(column) for column in zip(*C, strict=True)]
-    return X.new_tensor([M]), X.new_tensor([w])
