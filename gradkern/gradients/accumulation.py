@@ -49,7 +49,7 @@ class Accumulation:
         for i, grads in losses.passes(targets.tensors):
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
-                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
+                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts)[0])
             del grads  # free them before the next task's pass
         self._broken = False
         self._add_losses(losses.values)

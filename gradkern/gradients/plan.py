@@ -18,8 +18,10 @@ PLANS = 256
 
 Row = Sequence[Tensor | None]
 """The gradients of one task, None for a parameter that it does not reach."""
-Reach = tuple[tuple[torch.layout | None, ...], ...]
-"""The layouts of T rows of n gradients, None where a task does not reach a parameter."""
+RowReach = tuple[torch.layout | None, ...]
+"""The layouts of the gradients of one task, None for a parameter that it does not reach."""
+Reach = tuple[RowReach, ...]
+"""The same of T tasks."""
 
 _VALUES = attrgetter("shape", "dtype", "device", "grad_dtype")
 
@@ -46,11 +48,29 @@ class Layouts:
         self.strides = [new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
-        self.all_dense: tuple[torch.layout | None, ...] = (torch.strided,) * len(params)
-        self.none: tuple[torch.layout | None, ...] = (None,) * len(params)
+        self.all_dense: RowReach = (torch.strided,) * len(params)
+        self.none: RowReach = (None,) * len(params)
+        self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}
         self.numel = sum(self.numels)
         self.one_dtype = len(set(self.dtypes)) == 1
         self.contiguous = all(p.is_contiguous() for p in params)
+
+    def fit(self, grads: Sequence[Tensor], reach: RowReach) -> bool:
+        """Return whether all gradients of a reach are dense and laid out as a new ``.grad``.
+
+        A list for each of their properties takes a third of the time of a loop over all properties of a gradient.
+        """
+        expected = self._of_reached.get(reach)
+        if expected is None:
+            if not {torch.strided, None}.issuperset(reach):
+                return False
+            reached = [k for k, kind in enumerate(reach) if kind is not None]
+            expected = [self.strides[k] for k in reached], [self.dtypes[k] for k in reached]
+            if len(self._of_reached) < PLANS:
+                self._of_reached[reach] = expected
+        strides, dtypes = expected
+        are_laid_out = [g.stride() for g in grads] == strides and [g.dtype for g in grads] == dtypes
+        return are_laid_out and True not in map(Tensor.is_neg, grads)
 
 
 def layouts_of(params: Sequence[Tensor]) -> Layouts:
@@ -81,6 +101,11 @@ class Seen:
         if len(self._entries) >= PLANS:
             self._entries.clear()
         self._entries.add(entry)
+
+
+def fits_in(g: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Return whether a gradient is dense, with the strides and dtype of a new ``.grad``."""
+    return g.layout is torch.strided and g.stride() == stride and g.dtype is dtype and not g.is_neg()
 
 
 def new_grad_stride(p: Tensor) -> tuple[int, ...]:
@@ -185,7 +210,12 @@ class Arrangement:
 
     @cached_property
     def sums(self) -> list[Batch]:
-        """The dense columns that are combined if unshared parameters get the sum of their gradients."""
+        """The dense columns that are combined if unshared parameters get the sum of their gradients.
+
+        They are the same object as :attr:`products` if they can be: all other columns are one task's own.
+        """
+        if not self.adds_up:
+            return self.products
         return self._batches(c for c in self.columns if not c.sparse and c.own is None)
 
     @cached_property

@@ -1,6 +1,7 @@
 """Groups of operator arguments that belong together, each passed as one value."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -8,9 +9,7 @@ from torch import Tensor
 OptionalTensors = Sequence[Tensor | None]
 
 
-class TaskGrads(NamedTuple):
-    """T task gradients of n parameters, each tensor left where autograd put it."""
-
+class _TaskGrads(NamedTuple):
     grads: OptionalTensors
     """T x n tensors, row-major: ``grads[t * n + k]`` is the gradient of task t for parameter k. None counts as zeros.
     All tensors of one k are dense with equal strides, so that they are read as flat memory. All have one dtype."""
@@ -18,6 +17,10 @@ class TaskGrads(NamedTuple):
     """n numbers: parameter k belongs to segment ``segments[k]``, which has a Gramian of its own."""
     n_segments: int
     """S, the number of segments."""
+
+
+class TaskGrads(_TaskGrads):
+    """T task gradients of n parameters, each tensor left where autograd put it."""
 
     @property
     def n_tasks(self) -> int:
@@ -27,6 +30,23 @@ class TaskGrads(NamedTuple):
     def column(self, k: int) -> OptionalTensors:
         """Return the T gradients of parameter k."""
         return self.grads[k :: len(self.segments)]
+
+    @cached_property
+    def addresses(self) -> tuple[int, ...]:
+        """The tensors' addresses, 0 for None; collected once for all operators on the same gradients.
+
+        Raises:
+            TypeError: the tensors have several dtypes.
+        """
+        return addresses("grads", self.grads)
+
+
+def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:
+    """Return the tensors' addresses, 0 for None."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"{name} must be of one dtype, got {sorted(map(str, dtypes))}")
+    return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
 class Mask(NamedTuple):

@@ -11,7 +11,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, reach_of, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Arrangement, Row
+from gradkern.gradients.plan import Arrangement, Reach, Row
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
@@ -37,10 +37,11 @@ def gathered(source: Source, targets: Targets, options: Options, needs_tensors: 
         if len(flat) == sum(source.present):
             return [], _flat_rows(source, targets, taken, options)
         new: list[Row] = [one.views(targets.tensors) if isinstance(one, Flat) else one for one in taken]
+        reach = tuple(map(reach_of, new))
     else:
-        new = _gradients(source, targets)
+        new, reach = _gradients(source, targets)
     with torch.no_grad():
-        return new, _rows(source, targets, new, options)
+        return new, _rows(source, targets, new, reach, options)
 
 
 def _may_be_flat(options: Options) -> bool:
@@ -58,16 +59,17 @@ def _flat_gradients(source: Source, targets: Targets) -> list[Flat | Row]:
     passes = partial(source.passes, keep=False) if isinstance(source, Losses) else source.passes
     for i, row in passes(targets.tensors):
         flat = flattened(row, targets.layouts)
-        taken[i] = readable(aliasing.copies(row), targets.tensors, targets.layouts) if flat is None else flat
+        taken[i] = readable(aliasing.copies(row), targets.tensors, targets.layouts)[0] if flat is None else flat
     return taken
 
 
-def _gradients(source: Source, targets: Targets) -> list[Row]:
+def _gradients(source: Source, targets: Targets) -> tuple[list[Row], Reach]:
     """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
     grads: list[Row] = [_absent(targets)] * len(source.present)
+    reach = [targets.layouts.none] * len(source.present)
     for i, row in source.passes(targets.tensors):
-        grads[i] = readable(row, targets.tensors, targets.layouts)
-    return grads
+        grads[i], reach[i] = readable(row, targets.tensors, targets.layouts)
+    return grads, tuple(reach)
 
 
 def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], options: Options) -> FlatRows:
@@ -83,12 +85,15 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
     )
 
 
-def _rows(source: Source, targets: Targets, new: list[Row], options: Options) -> Rows:
+def _rows(source: Source, targets: Targets, new: list[Row], reach: Reach, options: Options) -> Rows:
     """Return the rows of the step, including remembered ones, and the mask of suppression."""
     memory, suppression = options.memory, options.suppression
-    taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
+    taken, shared = new, None
+    if memory is not None:
+        taken, shared = _recalled(source, targets, new, memory)
+        reach = tuple(map(reach_of, taken))
     units = None if suppression is None else _units(suppression, targets)
-    arrangement = targets.arranged(tuple(map(reach_of, taken)), shared, units)
+    arrangement = targets.arranged(reach, shared, units)
     _check_graphs(source, arrangement)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")

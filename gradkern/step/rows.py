@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -54,6 +54,7 @@ class Rows:
     present: Tensor | None = None
     losses: Tensor | None = None
     overwrite: bool = False
+    _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def n_tasks(self) -> int:
@@ -110,8 +111,13 @@ class Rows:
 
     def _products(self, batch: Batch, n_segments: int) -> Tensor:
         mask = self.mask if self.products_masked else None
-        rows = TaskGrads(batch.of(self.grads), batch.segments, n_segments)
-        return operators.gramian_tensors(rows, _mask(batch.units, mask))
+        return operators.gramian_tensors(self.task_grads(batch, n_segments), _mask(batch.units, mask))
+
+    def task_grads(self, batch: Batch, n_segments: int) -> TaskGrads:
+        """Return the gradients of a batch as operators take them; those of equal arguments are one object."""
+        if (batch, n_segments) not in self._given:
+            self._given[batch, n_segments] = TaskGrads(batch.of(self.grads), batch.segments, n_segments)
+        return self._given[batch, n_segments]
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
         """Return each parameter with Σ_t w[segment, t] g_t; an unshared one with Σ_t unshared_weights[t] g_t.
@@ -134,7 +140,7 @@ class Rows:
         kept = None if self.mask is None else self.mask.state.new_zeros(())
         for batch in batches:
             out = results.memory(batch.columns)
-            rows = TaskGrads(batch.of(self.grads), batch.segments, len(w))
+            rows = self.task_grads(batch, len(w))
             ws = w.to(arithmetic_dtype(batch.dtype))
             operators.combine_tensors(rows, ws, out, _mask(batch.units, self.mask), kept)
         for c in arrangement.sparse:
@@ -202,10 +208,11 @@ class Results:
         """Return a gradient of a dense column that may be overwritten; None if all are needed elsewhere."""
         if not self._rows.overwrite:
             return None
+        place, grads, repeated = c.place, self._rows.grads, self._repeated
         for t in c.tasks:
-            g = self._rows.grads[t][c.place]
+            g = grads[t][place]
             assert g is not None
-            if id(g) not in self._repeated and owns_its_storage(g):
+            if owns_its_storage(g) and not (repeated and id(g) in repeated):
                 return g
         return None
 

@@ -9,7 +9,7 @@ from gradkern.kernels import surgery as kernel
 from gradkern.kernels.masks import Mask as TileMask
 from gradkern.kernels.rows import Rows
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, ProjectionArguments, TaskGrads
+from gradkern.ops.arguments import Mask, ProjectionArguments, TaskGrads, addresses
 from gradkern.ops.capture import ready
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import Layout, column_layout
@@ -18,7 +18,7 @@ from gradkern.ops.one_launch.work_list import work_list
 from gradkern.ops.one_launch.workspace import counters, n_programs
 from gradkern.ops.out import check_apart
 from gradkern.ops.partners import check_partner
-from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
+from gradkern.ops.triton.address_tables import matrix_rows, table_rows
 from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride
 from gradkern.ops.triton.backend import implements
 from gradkern.ops.triton.checks import check_order_keys, check_targets

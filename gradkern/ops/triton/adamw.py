@@ -5,8 +5,8 @@ from torch import Tensor
 
 from gradkern.kernels import adamw as kernel
 from gradkern.ops import operators
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads
-from gradkern.ops.triton.address_tables import addresses, table_rows
+from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, TaskGrads, addresses
+from gradkern.ops.triton.address_tables import table_rows
 from gradkern.ops.triton.arguments import kept_counter, placed, weights_of
 from gradkern.ops.triton.backend import implements
 

@@ -16,20 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradkern.kernels.rows import Rows
-from gradkern.ops.arguments import OptionalTensors
 from gradkern.ops.capture import capturing, keep
 
 TABLES = 1024
 """The number of tables that are kept, of some kilobytes each. Surgery takes two for each dtype, AdamW four for each
 parameter group, of which there may be one for each layer, and allocators alternate between a few addresses."""
-
-
-def addresses(name: str, tensors: OptionalTensors) -> tuple[int, ...]:
-    """Return the tensors' addresses, 0 for None."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1:
-        raise TypeError(f"{name} must be of one dtype, got {sorted(map(str, dtypes))}")
-    return tuple([0 if t is None else t.data_ptr() for t in tensors])
 
 
 def table_rows(addresses: tuple[int, ...], n: int, dtype: torch.dtype, device: torch.device) -> Rows:

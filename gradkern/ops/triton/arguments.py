@@ -11,7 +11,7 @@ from gradkern.ops.arguments import Mask, OptionalTensors, TaskGrads, numels, sam
 from gradkern.ops.capture import ready
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import TILE, Layout, tensor_layout
-from gradkern.ops.triton.address_tables import addresses, table_rows
+from gradkern.ops.triton.address_tables import table_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ def placed(given: TaskGrads, like: OptionalTensors, mask: Mask | None) -> Placed
     if mask is not None and not 1 <= mask.block <= masks.LARGEST_BLOCK:
         raise ValueError(f"block must be from 1 to {masks.LARGEST_BLOCK}, got {mask.block}")
     n = len(given.segments)
-    grad_addresses = addresses("grads", given.grads)
     units = () if mask is None else (tuple(mask.units), mask.block)
     layout = tensor_layout(tuple(numels(like, n)), tuple(given.segments), given.n_segments, *units)
     any_tensor = sample((*given.grads, *like))
@@ -67,7 +66,7 @@ def placed(given: TaskGrads, like: OptionalTensors, mask: Mask | None) -> Placed
     tile_mask = None
     if mask is not None:
         tile_mask = masks.Mask(ready(layout, device).tiles_on(device)[1], mask.block, mask.state)
-    return Placed(grad_addresses, n, any_tensor.dtype, device, layout, tile_mask)
+    return Placed(given.addresses, n, any_tensor.dtype, device, layout, tile_mask)
 
 
 def unit_stride(J: Tensor) -> Tensor:

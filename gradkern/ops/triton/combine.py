@@ -8,11 +8,11 @@ from torch import Tensor
 from gradkern.kernels import combine as combine_kernel
 from gradkern.kernels import project as project_kernel
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, TaskGrads
+from gradkern.ops.arguments import Mask, TaskGrads, addresses
 from gradkern.ops.layout import column_layout
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.out import check_apart
-from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
+from gradkern.ops.triton.address_tables import matrix_rows, table_rows
 from gradkern.ops.triton.arguments import kept_counter, placed, tiles_of, unit_stride, weights_of
 from gradkern.ops.triton.backend import implements
 

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from gradkern.kernels import entries
 from gradkern.ops import operators
-from gradkern.ops.arguments import OptionalTensors, sample
+from gradkern.ops.arguments import OptionalTensors, addresses, sample
 from gradkern.ops.capture import ready
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import totals
-from gradkern.ops.triton.address_tables import addresses, table_rows
+from gradkern.ops.triton.address_tables import table_rows
 from gradkern.ops.triton.backend import implements
 
 

@@ -11,11 +11,11 @@ from gradkern.kernels.masks import Mask as TileMask
 from gradkern.kernels.rows import Rows
 from gradkern.kernels.settings import DOT_T, LONGEST_PIECE, PROGRAMS
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, TaskGrads
+from gradkern.ops.arguments import Mask, TaskGrads, addresses
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import Layout, column_layout
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.triton.address_tables import addresses, matrix_rows, table_rows
+from gradkern.ops.triton.address_tables import matrix_rows, table_rows
 from gradkern.ops.triton.arguments import Placed, is_interpreted, placed, tiles_of, unit_stride
 from gradkern.ops.triton.backend import implements
 
