@@ -182,6 +182,7 @@ class Arrangement:
         columns: the parameters that any task reaches.
         n: the number of all parameters.
         n_segments: S, the number of groups.
+        steppable: whether AdamW has found that it can step along these columns.
         graphs_checked: whether a step has checked the graphs of losses with this reach.
         mixed: the places of parameters with some sparse and some dense gradients, which are all read as dense.
     """
@@ -192,6 +193,8 @@ class Arrangement:
         self.n_segments = n_segments
         self.mixed = mixed
         self.graphs_checked = False
+        self.steppable = False
+        self._chosen: dict[tuple[int, ...], Batch] = {}
 
     @cached_property
     def shared(self) -> list[Column]:
@@ -232,6 +235,14 @@ class Arrangement:
     def adds_up(self) -> bool:
         """Whether several tasks reach an unshared parameter, so that their gradients are added up."""
         return any(c.segment is None and c.own is None for c in self.columns)
+
+    def chosen(self, numbers: tuple[int, ...]) -> Batch:
+        """Return some of the columns as a batch, by their numbers among the columns."""
+        if numbers not in self._chosen:
+            if len(self._chosen) >= PLANS:
+                self._chosen.clear()
+            self._chosen[numbers] = Batch([self.columns[k] for k in numbers], self.n_segments, self.n)
+        return self._chosen[numbers]
 
     def of(self, columns: Iterable[Column]) -> "Arrangement":
         """Return the arrangement of other columns of the same rows."""

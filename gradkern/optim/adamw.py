@@ -4,7 +4,7 @@ A step along ``.grad`` is a combination of a single row with weight 1.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -118,9 +118,17 @@ class AdamW(torch.optim.AdamW):
 
     def check(self, rows: StepRows) -> None:
         """Raise the errors of :meth:`step` unless it can step along ``rows``."""
-        for c in rows.arrangement.columns:
-            p = rows.params[c.place]
-            _check(c, p, self.state.get(p, {}))
+        arrangement = rows.arrangement
+        params = [rows.params[c.place] for c in arrangement.columns]
+        if not arrangement.steppable:
+            for c, p in zip(arrangement.columns, params, strict=True):
+                _check(c, p)
+            arrangement.steppable = True
+        states = [(p, self.state[p]) for p in params if p in self.state]
+        for name in MOMENTS:
+            for p, state in states:
+                if name in state and state[name].shape != p.shape:
+                    raise ValueError(f"{_named(p)} has {name} of shape {tuple(state[name].shape)}")
 
     def _from_grad(self) -> Combination:
         """Return every ``.grad``, unscaled, as a combination of one row."""
@@ -136,29 +144,31 @@ class AdamW(torch.optim.AdamW):
     def _step_along(self, direction: Combination) -> None:
         direction = _of_tensors(direction)
         rows = direction.rows
-        columns = {id(rows.params[c.place]): c for c in rows.arrangement.columns}
-        batches: dict[tuple[Any, ...], list[Column]] = defaultdict(list)
-        for i, group in enumerate(self.param_groups):
+        numbers = {id(rows.params[c.place]): k for k, c in enumerate(rows.arrangement.columns)}
+        batches: list[tuple[dict[str, Any], list[float], Batch]] = []
+        for group in self.param_groups:
+            by_kind: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = defaultdict(list)
             for p in group["params"]:
-                if id(p) in columns:
-                    c = columns[id(p)]
-                    batches[i, p.device, p.dtype, c.dtype].append(c)
-        # Reading the hyperparameters may raise, so it comes before anything changes.
-        numbers = {i: _numbers(self.param_groups[i]) for i, *_ in batches}
+                k = numbers.get(id(p))
+                if k is not None:
+                    by_kind[p.device, p.dtype, rows.arrangement.columns[k].dtype].append(k)
+            # Reading the hyperparameters may raise, so it comes before anything changes.
+            batches += [
+                (group, _numbers(group), rows.arrangement.chosen(tuple(of_kind))) for of_kind in by_kind.values()
+            ]
         if rows.mask is not None:
             direction.kept = rows.mask.state.new_zeros(())
-        for (i, *_), batch in batches.items():
-            of_batch = Batch(batch, rows.n_segments, rows.arrangement.n)
-            self._step_batch(self.param_groups[i], numbers[i], of_batch, direction)
+        for group, hyperparameters, batch in batches:
+            self._step_batch(group, hyperparameters, batch, direction)
 
-    def _step_batch(self, group: dict[str, Any], numbers: list[float], batch: Batch, direction: Combination) -> None:
+    def _step_batch(
+        self, group: dict[str, Any], hyperparameters: list[float], batch: Batch, direction: Combination
+    ) -> None:
         rows = direction.rows
         assert isinstance(rows, Rows)
         params: list[Tensor] = batch.of([rows.params])
         device = params[0].device
-        states = [self._state_of(p, group["amsgrad"]) for p in params]
-        steps = [state["step"] for state in states]
-        moments = [state[name] for name in MOMENTS[: 3 if group["amsgrad"] else 2] for state in states]
+        steps, moments = self._states_of(params, MOMENTS[: 3 if group["amsgrad"] else 2])
         found_inf = None if direction.found_inf is None else direction.found_inf.to(device)
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
         w = (-direction.w if group["maximize"] else direction.w).to(device, moments[0].dtype)
@@ -170,26 +180,40 @@ class AdamW(torch.optim.AdamW):
             TaskGrads(batch.of(rows.grads), batch.segments, len(w)),
             w,
             AdamWState(params, moments, steps),
-            AdamWStep(found_inf, lr_scale, numbers),
+            AdamWStep(found_inf, lr_scale, hyperparameters),
             mask_over(batch.columns, rows.mask),
             direction.kept,
         )
         torch.autograd.graph.increment_version(params)  # for backward passes that have saved one
 
-    def _state_of(self, p: Tensor, amsgrad: bool) -> dict[str, Tensor]:
-        """Return the state of ``p``, created if missing, and moved to the device and layout of ``p``."""
-        state: dict[str, Tensor] = self.state[p]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
-        state["step"] = state["step"].to(p.device, torch.float32)
-        dtype = arithmetic_dtype(p.dtype)
-        for name in MOMENTS[: 3 if amsgrad else 2]:
-            moment = state.get(name)
-            if moment is None:
-                state[name] = torch.zeros_like(p, dtype=dtype)
-            elif (moment.dtype, moment.device, moment.stride()) != (dtype, p.device, p.stride()):
-                state[name] = torch.empty_like(p, dtype=dtype).copy_(moment)
-        return state
+    def _states_of(self, params: Sequence[Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the steps, and the moments of each name, of parameters of one dtype on one device.
+
+        States are created if missing, and moved to the device and the layout of their parameters.
+        """
+        states: list[dict[str, Tensor]] = [self.state[p] for p in params]
+        device, dtype = params[0].device, arithmetic_dtype(params[0].dtype)
+        if not all(name in state for state in states for name in ("step", *names)):
+            for p, state in zip(params, states, strict=True):
+                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+                for name in names:
+                    if name not in state:
+                        state[name] = torch.zeros_like(p, dtype=dtype)
+        steps = [state["step"] for state in states]
+        if not _are(steps, torch.float32, device):
+            for state in states:
+                state["step"] = state["step"].to(device, torch.float32)
+            steps = [state["step"] for state in states]
+        strides, moments = [p.stride() for p in params], []
+        for name in names:
+            of_name = [state[name] for state in states]
+            if not _are(of_name, dtype, device) or [m.stride() for m in of_name] != strides:
+                for p, state, m in zip(params, states, of_name, strict=True):
+                    if (m.dtype, m.device, m.stride()) != (dtype, device, p.stride()):
+                        state[name] = torch.empty_like(p, dtype=dtype).copy_(m)
+                of_name = [state[name] for state in states]
+            moments += of_name
+        return steps, moments
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not."""
@@ -249,14 +273,23 @@ def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
     return Rows(params, [row], arranged(layouts, (reach,), (0,) * len(params), 0, None, None))
 
 
-def _check(c: Column, p: Tensor, state: Mapping[str, Tensor]) -> None:
-    name = f"a parameter of shape {tuple(p.shape)}"
+def _check(c: Column, p: Tensor) -> None:
     if c.sparse:
-        raise TypeError(f"the gradient of {name} is sparse, which AdamW does not support: torch.optim.SparseAdam does")
+        raise TypeError(
+            f"the gradient of {_named(p)} is sparse, which AdamW does not support: torch.optim.SparseAdam does"
+        )
     if p.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
-        raise TypeError(f"{name} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
+        raise TypeError(f"{_named(p)} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
     if p.stride() != new_grad_stride(p):
-        raise ValueError(f"{name} has strides {p.stride()}, with gaps between its numbers: AdamW steps dense memory")
-    for moment in MOMENTS:
-        if moment in state and state[moment].shape != p.shape:
-            raise ValueError(f"{name} has {moment} of shape {tuple(state[moment].shape)}")
+        raise ValueError(
+            f"{_named(p)} has strides {p.stride()}, with gaps between its numbers: AdamW steps dense memory"
+        )
+
+
+def _named(p: Tensor) -> str:
+    return f"a parameter of shape {tuple(p.shape)}"
+
+
+def _are(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether all tensors have the dtype and are on the device."""
+    return {t.dtype for t in tensors} == {dtype} and {t.device for t in tensors} == {device}

@@ -171,8 +171,11 @@ class Results:
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
         self._results: list[Tensor | None] = [None] * rows.arrangement.n
-        ids = [id(g) for row in rows.grads for g in row if g is not None] if rows.overwrite else []
-        self._repeated = {i for i, n in Counter(ids).items() if n > 1} if len(set(ids)) < len(ids) else set()
+        self._repeated: set[int] = set()
+        if rows.overwrite:
+            ids = [id(g) for row in rows.grads for g in row if g is not None]
+            if len(set(ids)) < len(ids):
+                self._repeated = {i for i, n in Counter(ids).items() if n > 1}
 
     def memory(self, columns: Sequence[Column]) -> list[Tensor]:
         """Return memory for the results of columns, laid out as new ``.grad``: a free gradient's, or new memory."""
