@@ -38,8 +38,8 @@ def parameters(params: Params) -> Parameters:
     return given
 
 
-def _trainable(given: Parameters) -> tuple[list[int], Layouts]:
-    """Return the places of the tensors that require grad, and their layouts.
+def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
+    """Return the places of the tensors that require grad, these tensors, and their layouts.
 
     Raises:
         TypeError: a tensor has a dtype that gradient surgery does not support, or is a DTensor.
@@ -58,16 +58,17 @@ def _trainable(given: Parameters) -> tuple[list[int], Layouts]:
     if not places:
         raise ValueError(f"params holds no tensor that requires grad, of {n} given")
     trainable = tensors if len(places) == n else [tensors[k] for k in places]
-    for k, p in zip(places, trainable, strict=True):
-        if not p.is_leaf:
-            raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
-        if (g := p.grad) is not None and not g.is_sparse and _has_overlap(g):
+    if False in [p.is_leaf for p in trainable]:
+        k = next(k for k in places if not tensors[k].is_leaf)
+        raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    for k, g in [(k, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
+        if not g.is_sparse and _has_overlap(g):
             raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
     layouts = layouts_of(trainable)
     if not layouts.checked:
         _check(given, places)
         layouts.checked = True
-    return places, layouts
+    return places, trainable, layouts
 
 
 def read(argument: str, params: Params) -> Parameters:
@@ -187,14 +188,13 @@ class Targets(NamedTuple):
             TypeError, ValueError: as :func:`parameters`, :func:`segments` and :func:`subset`.
         """
         given = read("params", params)
-        places, layouts = _trainable(given)
+        places, tensors, layouts = _trainable(given)
         numbers, n_segments = segments(given, groups)
-        tensors = [given.tensors[k] for k in places]
         named = None
         if shared is not None:
             chosen = subset(shared, given)
             named = tuple([p in chosen for p in tensors])
-        of_tensors = tuple([numbers[k] for k in places])
+        of_tensors = tuple(numbers if len(places) == len(numbers) else [numbers[k] for k in places])
         return cls(given.tensors, tensors, layouts, places, of_tensors, n_segments, named)
 
     @property
