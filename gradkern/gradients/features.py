@@ -81,7 +81,7 @@ class LossesOnFeatures(Losses):
     def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
         """Yield each task's number and its gradients with respect to the features and the heads."""
         edges = {graph.edge(h) for h in self.features}
-        free = graph.freeable(self.entries, edges)
+        last, _ = graph.clusters(self.entries, edges)
         for i, value in self.graphs():
             graph.refuse_reentrant(f"losses[{i}]", value, edges)
             bypassed = [p for p in graph.leaves(value, edges) if p in trunk]
@@ -92,7 +92,7 @@ class LossesOnFeatures(Losses):
                     "leave features out"
                 )
             reached, ones = [*self.features, *heads], torch.ones_like(value)
-            grads = differentiated(i, (value,), reached, self.retain_graph or not free[i], (ones,))
+            grads = differentiated(i, (value,), reached, self.retain_graph or last[i] != i, (ones,))
             if all(g is None for g in grads):
                 raise unreached(i)
             yield i, aliasing.copies(grads)

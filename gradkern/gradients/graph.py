@@ -1,7 +1,7 @@
 """Searches of autograd graphs before a step runs them. Each search visits a node once."""
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
@@ -9,36 +9,52 @@ from torch.autograd.graph import Node, get_gradient_edge
 Edge = tuple[Node, int]
 
 
-def freeable(losses: Sequence[object], cut: Collection[Edge] = ()) -> list[bool]:
-    """Return for each loss whether its own backward pass may free its graph; True for entries that are not tensors.
+class Meeting(NamedTuple):
+    """A node below two losses, and the ways to it: which edge to follow at each node, from the loss on."""
 
-    Losses that share nodes form a cluster, and the last of a cluster frees the shared nodes. Parameters do not count,
-    because they hold no activations. Graphs end at the edges ``cut``.
+    first: int
+    from_first: tuple[int, ...]
+    second: int
+    from_second: tuple[int, ...]
+
+    def is_in(self, losses: Sequence[object]) -> bool:
+        """Return whether the two losses of another step meet there too."""
+        node = _at_end(losses[self.first], self.from_first)
+        return node is not None and node is _at_end(losses[self.second], self.from_second)
+
+
+def clusters(losses: Sequence[object], cut: Collection[Edge] = ()) -> tuple[list[int], list[Meeting]]:
+    """Return for each loss the last loss of its cluster, and the meetings that make the clusters.
+
+    Losses that share nodes form a cluster. Parameters do not count, because they hold no activations. Entries that are
+    not tensors are alone. Graphs end at the edges ``cut``.
 
     All losses are searched in turns, a node each. So heads of one trunk are found to meet near their ends, and the
     search ends where all losses have met.
     """
     owner: dict[Node, int] = {}
-    graphs = {i: _nodes(loss, cut, owner) for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+    searches = {i: _Search(loss, cut, owner) for i, loss in enumerate(losses) if isinstance(loss, Tensor)}
+    unfinished = dict(searches)
     cluster = list(range(len(losses)))  # union-find: every loss leads to the latest one of its cluster
-    n_clusters = len(graphs)
+    meetings: list[Meeting] = []
 
     def latest(i: int) -> int:
         while cluster[i] != i:
             i = cluster[i]
         return i
 
-    while graphs and n_clusters > 1:
-        for i, nodes in list(graphs.items()):
-            node = next(nodes, None)
+    while unfinished and len(meetings) < len(searches) - 1:
+        for i, search in list(unfinished.items()):
+            node = next(search, None)
             if node is None:
-                del graphs[i]
+                del unfinished[i]
             elif _leaf(node) is None:
-                a, b = latest(owner.setdefault(node, i)), latest(i)
+                j = owner.setdefault(node, i)
+                a, b = latest(i), latest(j)
                 if a != b:
                     cluster[min(a, b)] = max(a, b)
-                    n_clusters -= 1
-    return [latest(i) == i for i in range(len(losses))]
+                    meetings.append(Meeting(i, search.way_to(node), j, searches[j].way_to(node)))
+    return [latest(i) for i in range(len(losses))], meetings
 
 
 def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
@@ -46,7 +62,7 @@ def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
 
     Such checkpointing hides the parameters it uses: autograd would report that they are not reached, or raise.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _nodes(x, cut)):
+    if any(node.name() == "CheckpointFunctionBackward" for node in _Search(x, cut)):
         raise ValueError(
             f"{name} runs through reentrant activation checkpointing, which cannot give the gradients of one "
             "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
@@ -55,7 +71,7 @@ def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
 
 def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
     """Yield the leaf tensors that ``loss`` was computed from and that require grad, the nearest first."""
-    return (leaf for node in _nodes(loss, cut) if (leaf := _leaf(node)) is not None)
+    return (leaf for node in _Search(loss, cut) if (leaf := _leaf(node)) is not None)
 
 
 def edge(x: Tensor) -> Edge:
@@ -64,30 +80,48 @@ def edge(x: Tensor) -> Edge:
     return found.node, found.output_nr
 
 
-def number(loss: object) -> int:
-    """Return the number of the node that made a loss; autograd counts the nodes of a thread."""
-    node = loss.grad_fn if isinstance(loss, Tensor) else None
-    return 0 if node is None else node._sequence_nr()
-
-
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
     """Return whether ``x`` was computed from a tensor at one of ``edges``."""
-    return any((n, k) in edges for node in _nodes(x) for n, k in node.next_functions)
+    return any((n, k) in edges for node in _Search(x) for n, k in node.next_functions)
 
 
-def _nodes(loss: Tensor, cut: Collection[Edge] = (), known: Collection[Node] = ()) -> Iterator[Node]:
-    """Yield each node below ``loss`` once, depth first, but none below ``known`` nodes or from the edges ``cut`` on."""
-    root, k = edge(loss)
-    stack, seen = ([] if (root, k) in cut else [root]), {root}
-    while stack:
-        node = stack.pop()
-        is_new = node not in known  # before the caller adds it
-        yield node
-        if is_new:
-            for n, k in node.next_functions:
-                if n is not None and n not in seen and not (cut and (n, k) in cut):
-                    seen.add(n)
-                    stack.append(n)
+class _Search(Iterator[Node]):
+    """A search of the nodes below ``x``, depth first, but not below ``known`` nodes or along the edges ``cut``."""
+
+    def __init__(self, x: Tensor, cut: Collection[Edge] = (), known: Collection[Node] = ()) -> None:
+        root, k = edge(x)
+        self._stack = [] if (root, k) in cut else [root]
+        self._above: dict[Node, tuple[Node, int] | None] = {root: None}
+        self._cut = cut
+        self._known = known
+
+    def __next__(self) -> Node:
+        if not self._stack:
+            raise StopIteration
+        node = self._stack.pop()
+        if node not in self._known:
+            for number, (below, k) in enumerate(node.next_functions):
+                if below is not None and below not in self._above and not (self._cut and (below, k) in self._cut):
+                    self._above[below] = (node, number)
+                    self._stack.append(below)
+        return node
+
+    def way_to(self, node: Node) -> tuple[int, ...]:
+        """Return the number of the edge to follow at each node, from ``x`` to a node that has been found."""
+        way: list[int] = []
+        while (step := self._above[node]) is not None:
+            node, number = step
+            way.append(number)
+        return tuple(reversed(way))
+
+
+def _at_end(loss: object, way: Sequence[int]) -> Node | None:
+    """Return the node at the end of a way from a loss; None if there is no such way, or it ends at a parameter."""
+    node = loss.grad_fn if isinstance(loss, Tensor) else None
+    for number in way:
+        edges = () if node is None else node.next_functions
+        node = edges[number][0] if number < len(edges) else None
+    return None if node is None or _leaf(node) is not None else node
 
 
 def _leaf(node: Any) -> Tensor | None:

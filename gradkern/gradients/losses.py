@@ -1,13 +1,13 @@
 """The losses of a step: checked, and turned into task gradients one backward pass after another."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
-from gradkern.gradients.plan import Row, Seen
+from gradkern.gradients.plan import PLANS, Row
 
 Loss = Tensor | Callable[[], Tensor] | None
 Pass = tuple[int, Row]
@@ -117,23 +117,23 @@ class Losses:
                 graph.refuse_reentrant(f"losses[{i}]", loss)
 
     def _freeable(self, targets: Sequence[Tensor]) -> list[bool]:
-        """Return for each loss whether its own pass may free its graph.
+        """Return for each loss whether its own pass may free its graph: the last of those that share a part of it.
 
-        A search of the graphs takes as long as the dot products of a small model. It is left out if an earlier one for
-        the same targets has found that all losses meet, and the numbers that autograd gives to nodes lie as far apart
-        as then. The numbers of graphs with nothing in common lie further apart. Were they not, such graphs would only
-        be freed later.
+        A search of the graphs takes as long as the dot products of a small model. It is left out where all losses meet
+        at the nodes where they met in an earlier step for the same targets.
         """
-        tensors = [i for i, loss in enumerate(self.entries) if isinstance(loss, Tensor)]
+        tensors = tuple([i for i, loss in enumerate(self.entries) if isinstance(loss, Tensor)])
         if len(tensors) < 2:
             return [True] * len(self.entries)
-        numbers = [graph.number(self.entries[i]) for i in tensors]
-        distances = (tuple(map(id, targets)), tuple([n - numbers[0] for n in numbers]))
-        if distances not in _meeting:
-            free = graph.freeable(self.entries)
-            if any(free[i] for i in tensors[:-1]):
-                return free
-            _meeting.add(distances)
+        key = (tensors, tuple(map(id, targets)))
+        meetings = _meetings.get(key)
+        if meetings is None or not all(meeting.is_in(self.entries) for meeting in meetings):
+            last, meetings = graph.clusters(self.entries)
+            if len(meetings) < len(tensors) - 1:
+                return [i == j for i, j in enumerate(last)]
+            if len(_meetings) >= PLANS:
+                _meetings.clear()
+            _meetings[key] = meetings
         return [i == tensors[-1] or not isinstance(loss, Tensor) for i, loss in enumerate(self.entries)]
 
     def _refuse_reentrant(self, i: int, loss: Tensor, targets: Sequence[Tensor], grads: Row) -> None:
@@ -144,6 +144,8 @@ class Losses:
         searched = tuple(map(id, targets))
         if searched not in _searched or any(g is None for g in grads):
             graph.refuse_reentrant(f"losses[{i}]", loss)
+            if len(_searched) >= PLANS:
+                _searched.clear()
             _searched.add(searched)
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
@@ -164,9 +166,9 @@ class Losses:
 
 _run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
 
-_meeting = Seen()
-"""Targets, and distances of the numbers of losses that meet above them."""
-_searched = Seen()
+_meetings: dict[Any, list[graph.Meeting]] = {}
+"""The nodes where all losses met, by the losses' numbers and the targets."""
+_searched: set[tuple[int, ...]] = set()
 """Targets that have been differentiated from a callable's loss."""
 
 

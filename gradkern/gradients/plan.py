@@ -87,22 +87,6 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 _layouts: dict[Any, Layouts] = {}
 
 
-class Seen:
-    """A set of a bounded size: a full one is cleared, and its entries are seen anew."""
-
-    def __init__(self) -> None:
-        self._entries: set[Any] = set()
-
-    def __contains__(self, entry: object) -> bool:
-        return entry in self._entries
-
-    def add(self, entry: object) -> None:
-        """Add an entry."""
-        if len(self._entries) >= PLANS:
-            self._entries.clear()
-        self._entries.add(entry)
-
-
 def fits_in(g: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Return whether a gradient is dense, with the strides and dtype of a new ``.grad``."""
     return g.layout is torch.strided and g.stride() == stride and g.dtype is dtype and not g.is_neg()
