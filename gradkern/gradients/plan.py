@@ -228,6 +228,12 @@ class Arrangement:
             self._chosen[numbers] = Batch([self.columns[k] for k in numbers], self.n_segments, self.n)
         return self._chosen[numbers]
 
+    @cached_property
+    def combined(self) -> "Arrangement":
+        """The arrangement of a single row, the combination of these."""
+        columns = [c._replace(tasks=(0,), segment=None, unit=-1, sparse=False) for c in self.columns]
+        return Arrangement(columns, self.n, 0)
+
     def of(self, columns: Iterable[Column]) -> "Arrangement":
         """Return the arrangement of other columns of the same rows."""
         return Arrangement(list(columns), self.n, self.n_segments)

@@ -16,7 +16,7 @@ from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_gra
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
-from gradkern.step.flat_rows import StepRows
+from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import Rows, mask_over
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -170,7 +170,7 @@ class AdamW(torch.optim.AdamW):
         device = params[0].device
         steps, moments = self._states_of(params, MOMENTS[: 3 if group["amsgrad"] else 2])
         found_inf = None if direction.found_inf is None else direction.found_inf.to(device)
-        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float())
+        _count(steps, 1.0 if found_inf is None else (found_inf == 0).float())
         w = (-direction.w if group["maximize"] else direction.w).to(device, moments[0].dtype)
         lr_scale = None if direction.lr_scale is None else direction.lr_scale.to(device)
         if isinstance(group["lr"], Tensor):
@@ -194,8 +194,9 @@ class AdamW(torch.optim.AdamW):
         states: list[dict[str, Tensor]] = [self.state[p] for p in params]
         device, dtype = params[0].device, arithmetic_dtype(params[0].dtype)
         if not all(name in state for state in states for name in ("step", *names)):
-            for p, state in zip(params, states, strict=True):
-                state.setdefault("step", torch.zeros((), dtype=torch.float32, device=device))
+            new_steps = torch.zeros(len(params), dtype=torch.float32, device=device).unbind()
+            for p, state, new_step in zip(params, states, new_steps, strict=True):
+                state.setdefault("step", new_step)
                 for name in names:
                     if name not in state:
                         state[name] = torch.zeros_like(p, dtype=dtype)
@@ -257,13 +258,23 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
 
 
+def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combination:
+    """Return the direction of a step along the combination of ``rows``, each parameter with its gradient."""
+    arrangement = rows.arrangement.combined
+    row: list[Tensor | None] = [None] * arrangement.n
+    for c, (_, g) in zip(arrangement.columns, results, strict=True):
+        row[c.place] = g
+    w = torch.ones((1, 1), dtype=torch.float32, device=rows.device)
+    return Combination(Rows(rows.params, [row], arrangement), w)
+
+
 def _of_tensors(direction: Combination) -> Combination:
     """Return the same direction with rows of tensors; a matrix is combined first, which is one call."""
     rows, w = direction.rows, direction.w
     if isinstance(rows, Rows):
         return direction
-    params, grads = zip(*rows.combine(w[:-1], w[-1])[0], strict=True)
-    return replace(direction, rows=_one_row(params, grads), w=torch.ones_like(w[:1, :1]))
+    results, _ = rows.combine(w[:-1], w[-1])
+    return replace(along(rows, results), lr_scale=direction.lr_scale, found_inf=direction.found_inf)
 
 
 def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
@@ -284,6 +295,15 @@ def _check(c: Column, p: Tensor) -> None:
         raise ValueError(
             f"{_named(p)} has strides {p.stride()}, with gaps between its numbers: AdamW steps dense memory"
         )
+
+
+def _count(steps: list[Tensor], by: float | Tensor) -> None:
+    """Add to all step counts: to the one tensor that they are views of, if they are all of its numbers."""
+    together = steps[0]._base
+    if together is not None and together.shape == (len(steps),) and all(step._base is together for step in steps):
+        together += by
+    else:
+        torch._foreach_add_(steps, by)
 
 
 def _named(p: Tensor) -> str:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients.parameters import Targets
-from gradkern.optim.adamw import AdamW, Combination
-from gradkern.step.flat_rows import StepRows
+from gradkern.optim.adamw import AdamW, Combination, along
+from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import kept_share
 from gradkern.step.surgery import Outcome
 
@@ -67,14 +67,20 @@ class FusedAdamWSink:
 
     def finish(self, step_scale: Tensor | None) -> Tensor | None:
         """Step along the combination; return the share of entries that the mask kept."""
-        w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
-        of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
-        direction = Combination(self._rows, torch.cat((w, of_unshared.unsqueeze(0))), step_scale)
+        direction = self._direction()
+        direction.lr_scale = step_scale
         if self.scaler is None:
             self._step(direction)
         else:
             self._step_scaled(direction, self.scaler)
         return None if direction.kept is None else kept_share(direction.kept, self._rows.arrangement.columns)
+
+    def _direction(self) -> Combination:
+        if isinstance(self._rows, FlatRows) and not self.needs_unshared:  # nothing scales the combination
+            return along(self._rows, self._outcome.combine()[0])
+        w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
+        of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
+        return Combination(self._rows, torch.cat((w, of_unshared.unsqueeze(0))))
 
     def _step(self, direction: Combination) -> None:
         if self.max_norm is not None:

@@ -56,10 +56,13 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
     Raises:
         TypeError, ValueError: the method does not return weights (S, T).
     """
-    if takes_combination and rows.present is None:
-        fused = _in_one_launch(rows, aggregator) if isinstance(rows, Rows) else _in_one_call(rows, aggregator)
-        if fused is not None:
-            return fused
+    fused = None
+    if isinstance(rows, FlatRows):
+        fused = None if unshared else _in_one_call(rows, aggregator)
+    elif takes_combination and rows.present is None:
+        fused = _in_one_launch(rows, aggregator)
+    if fused is not None:
+        return fused
     sampled = None
     if isinstance(aggregator, GradAttention):
         assert isinstance(rows, Rows), "its entries are sampled from tensors"

@@ -45,9 +45,21 @@ def adamw(
     """Take a step of AdamW along Σ_t w[s, t] grads[t, k], and along 0 where the mask drops."""
     if step.found_inf is not None and bool(step.found_inf):
         return
+    if mask is None and _is_along_gradients(rows, w, state):  # the way of a small model, without a slice
+        grads = [g for g in rows.grads if g is not None]
+        _fused(state.params, grads, state.moments, state.steps, step)
+        return
     drops = None if mask is None else Drops(mask, numels(state.params, len(state.params)))
     for pieces in _combined(rows, w, state.params, drops, kept):
         _step(pieces, state, step)
+
+
+def _is_along_gradients(rows: TaskGrads, w: Tensor, state: AdamWState) -> bool:
+    """Return whether each parameter has one gradient, of weight 1 and of its moments' dtype, and all are contiguous."""
+    if rows.n_tasks > 1 or w.tolist() != [[1.0]] * len(w):
+        return False
+    tensors = [*rows.grads, *state.params]
+    return all(t is not None and t.dtype == state.moments[0].dtype and t.is_contiguous() for t in tensors)
 
 
 def _combined(
@@ -99,28 +111,40 @@ def _own_combination(rows: Sequence[Tensor | None], weights: Sequence[float]) ->
 def _step(pieces: list[Piece], state: AdamWState, step: AdamWStep) -> None:
     """Take PyTorch's fused step on the pieces."""
     n = len(state.params)
-    lr, beta1, beta2, weight_decay, eps = step.hyperparameters
     stored = [piece.of(state.params[piece.k]) for piece in pieces]
     # 16-bit parameters are stepped in float32, and rounded once.
     stepped = [p.to(piece.g.dtype) for p, piece in zip(stored, pieces, strict=True)]
-    first, second, *largest = [
-        [piece.of(state.moments[row * n + piece.k]) for piece in pieces] for row in range(len(state.moments) // n)
+    moments = [
+        piece.of(state.moments[first + piece.k]) for first in range(0, len(state.moments), n) for piece in pieces
     ]
+    _fused(stepped, [piece.g for piece in pieces], moments, [state.steps[piece.k] for piece in pieces], step)
+    for p, new in zip(stored, stepped, strict=True):
+        if p.dtype != new.dtype:
+            p.copy_(new)
+
+
+def _fused(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    step: AdamWStep,
+) -> None:
+    """Call PyTorch's fused step. ``moments`` holds those of one name after another."""
+    n = len(params)
+    lr, beta1, beta2, weight_decay, eps = step.hyperparameters
     torch._fused_adamw_(
-        stepped,
-        [piece.g for piece in pieces],
-        first,
-        second,
-        largest[0] if largest else [],
-        [state.steps[piece.k] for piece in pieces],
+        list(params),
+        list(grads),
+        list(moments[:n]),
+        list(moments[n : 2 * n]),
+        list(moments[2 * n :]),
+        list(steps),
         lr=lr if step.lr_scale is None else lr * step.lr_scale.item(),
         beta1=beta1,
         beta2=beta2,
         weight_decay=weight_decay,
         eps=eps,
-        amsgrad=bool(largest),
+        amsgrad=len(moments) > 2 * n,
         maximize=False,
     )
-    for p, new in zip(stored, stepped, strict=True):
-        if p.dtype != new.dtype:
-            p.copy_(new)
