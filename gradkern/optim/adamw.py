@@ -193,7 +193,7 @@ class AdamW(torch.optim.AdamW):
         """
         states: list[dict[str, Tensor]] = [self.state[p] for p in params]
         device, dtype = params[0].device, arithmetic_dtype(params[0].dtype)
-        if not all(name in state for state in states for name in ("step", *names)):
+        if not all(map({"step", *names}.issubset, states)):
             new_steps = torch.zeros(len(params), dtype=torch.float32, device=device).unbind()
             for p, state, new_step in zip(params, states, new_steps, strict=True):
                 state.setdefault("step", new_step)
@@ -300,7 +300,11 @@ def _check(c: Column, p: Tensor) -> None:
 def _count(steps: list[Tensor], by: float | Tensor) -> None:
     """Add to all step counts: to the one tensor that they are views of, if they are all of its numbers."""
     together = steps[0]._base
-    if together is not None and together.shape == (len(steps),) and all(step._base is together for step in steps):
+    if (
+        together is not None
+        and together.shape == (len(steps),)
+        and {id(step._base) for step in steps} == {id(together)}
+    ):
         together += by
     else:
         torch._foreach_add_(steps, by)

@@ -196,7 +196,9 @@ class SurgeryOptimizer(OptimizerWrapper):
             and not self._options().is_weighted_backward
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
-            and all(p.grad is None and not getattr(p, "_post_accumulate_grad_hooks", None) for p in self._tensors())
+            and not [
+                p for p in self._tensors() if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)
+            ]
         )
 
     def _step_by_grad(

@@ -58,8 +58,9 @@ def _is_along_gradients(rows: TaskGrads, w: Tensor, state: AdamWState) -> bool:
     """Return whether each parameter has one gradient, of weight 1 and of its moments' dtype, and all are contiguous."""
     if rows.n_tasks > 1 or w.tolist() != [[1.0]] * len(w):
         return False
-    tensors = [*rows.grads, *state.params]
-    return all(t is not None and t.dtype == state.moments[0].dtype and t.is_contiguous() for t in tensors)
+    tensors = [t for t in (*rows.grads, *state.params) if t is not None]
+    are_alike = {(t.dtype, t.is_contiguous()) for t in tensors} == {(state.moments[0].dtype, True)}
+    return are_alike and len(tensors) == 2 * len(state.params)
 
 
 def _combined(
