@@ -93,11 +93,12 @@ class FlatRows:
         self.n_tasks = len(vectors)
         self.n_segments = arrangement.n_segments
         self._plan = plan(arrangement, self.n_tasks)
-        self._pieces: Pieces = [
+        pieces: Pieces = [
             () if vector is None else vector.split_with_sizes(lengths) if len(lengths) > 1 else (vector,)
             for vector, lengths in zip(vectors, self._plan.lengths, strict=True)
         ]
-        self.blocks = self._plan.shared.of(self._pieces)
+        self.blocks = self._plan.shared.of(pieces)
+        self._pieces = pieces if self._plan.unshared is not None else ()  # the blocks are copies, so vectors can go
 
     @property
     def device(self) -> torch.device:
