@@ -167,7 +167,6 @@ class Arrangement:
         n: the number of all parameters.
         n_segments: S, the number of groups.
         steppable: whether AdamW has found that it can step along these columns.
-        graphs_checked: whether a step has checked the graphs of losses with this reach.
         mixed: the places of parameters with some sparse and some dense gradients, which are all read as dense.
     """
 
@@ -176,7 +175,6 @@ class Arrangement:
         self.n = n
         self.n_segments = n_segments
         self.mixed = mixed
-        self.graphs_checked = False
         self.steppable = False
         self._chosen: dict[tuple[int, ...], Batch] = {}
 

@@ -11,7 +11,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, reach_of, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Arrangement, Reach, Row
+from gradkern.gradients.plan import PLANS, Arrangement, Reach, Row
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
@@ -76,7 +76,7 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
     """Return the rows of the step as a matrix."""
     reach = tuple([one.reach if isinstance(one, Flat) else targets.layouts.none for one in taken])
     arrangement = targets.arranged(reach, None, None)
-    _check_graphs(source, arrangement)
+    _check_graphs(source, targets, reach, arrangement)
     return FlatRows(
         targets.tensors,
         [one.vector if isinstance(one, Flat) else None for one in taken],
@@ -94,7 +94,7 @@ def _rows(source: Source, targets: Targets, new: list[Row], reach: Reach, option
         reach = tuple(map(reach_of, taken))
     units = None if suppression is None else _units(suppression, targets)
     arrangement = targets.arranged(reach, shared, units)
-    _check_graphs(source, arrangement)
+    _check_graphs(source, targets, reach, arrangement)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
@@ -109,15 +109,24 @@ def _rows(source: Source, targets: Targets, new: list[Row], reach: Reach, option
     )
 
 
-def _check_graphs(source: Source, arrangement: Arrangement) -> None:
+def _check_graphs(source: Source, targets: Targets, reach: Reach, arrangement: Arrangement) -> None:
     """Have the source check its graphs, which takes as long as the dot products of a small model.
 
-    Parameters that a graph hides have no gradient. So a step is checked if its reach is new, or if it has parameters
-    that no task reaches.
+    Parameters that a graph hides have no gradient. So a step is checked if its reach of these parameters is new, or if
+    it has parameters that no task reaches.
     """
-    if isinstance(source, Losses) and (not arrangement.graphs_checked or len(arrangement.columns) < arrangement.n):
+    if not isinstance(source, Losses):
+        return
+    checked = (tuple(map(id, targets.tensors)), reach)
+    if checked not in _checked or len(arrangement.columns) < arrangement.n:
         source.check_graphs()
-        arrangement.graphs_checked = True
+        if len(_checked) >= PLANS:
+            _checked.clear()
+        _checked.add(checked)
+
+
+_checked: set[tuple[tuple[int, ...], Reach]] = set()
+"""The parameters, and their reach, of steps whose graphs have been checked."""
 
 
 def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) -> tuple[list[Row], tuple[bool, ...]]:
