@@ -1,4 +1,4 @@
-"""Whatever changes between steps, a step is right: nothing that is remembered from earlier steps is out of date."""
+"""A step is right whatever changes before it: nothing that is remembered from earlier steps is out of date."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,0 +1,97 @@
+"""The rows of a small model as matrices: their blocks, their bits, and what becomes of unshared parameters."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradkern as gk
+from gradkern.gradients.plan import arranged, layouts_of
+from gradkern.ops.pytorch.chunks import LINE, cut
+from gradkern.step import flat_rows
+from gradkern.step.flat_rows import FlatRows, flattened
+from tests.models import problem, task_gradients
+
+ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("by_parameter", [False, True])
+def test_blocks_are_cut_evenly_and_start_at_cache_lines(dtype: torch.dtype, by_parameter: bool) -> None:
+    """Such blocks take the shortest way to a Gramian. Missing gradients and added columns are zeros."""
+    sizes = (5, 0, 4099, 1, 2048 * 3 + 1)
+    params = [nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+    rows = [[torch.randn_like(p) for p in params] for _ in range(3)]
+    rows[1][2] = None
+    layouts = layouts_of(params)
+    flat = [flattened(row, layouts) for row in rows]
+    groups = tuple(range(5)) if by_parameter else (0,) * 5
+    arrangement = arranged(layouts, tuple(one.reach for one in flat), groups, len(set(groups)), None, None)
+    found = FlatRows(params, [one.vector for one in flat], arrangement).blocks
+    members = [[k] for k in range(5)] if by_parameter else [range(5)]
+    assert len(found) == len(members)
+    for block, of_group in zip(found, members, strict=True):
+        assert block.data_ptr() % LINE == 0
+        assert block.is_contiguous()
+        assert cut(*block.shape, block.itemsize).rest == 0
+        for row, values in zip(rows, block, strict=True):
+            parts = [torch.zeros_like(params[k]) if row[k] is None else row[k] for k in of_group]
+            expected = torch.cat(parts)
+            assert torch.equal(values[: len(expected)], expected)
+            assert not values[len(expected) :].any()
+
+
+@pytest.mark.parametrize("groups", ["model", "parameter"])
+@pytest.mark.parametrize("n_tasks", [2, 3, 9])
+def test_the_number_of_threads_changes_no_bit(n_tasks: int, groups: str) -> None:
+    torch.manual_seed(0)
+    sizes = ((50, 50), (50,), (3000,), (97, 31), (1,))
+    params = [nn.Parameter(torch.randn(s)) for s in sizes]
+    factors = [[torch.randn(s) for s in sizes] for _ in range(n_tasks)]
+    order = [list(range(n_tasks))] * n_tasks
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3, 5):
+            torch.set_num_threads(n)
+            losses = [sum((p * f).sum() for p, f in zip(params, row, strict=True)) for row in factors]
+            for p in params:
+                p.grad = None
+            info = gk.backward(losses, params, aggregator=gk.PCGrad(order=order), groups=groups)
+            results.append([info.gramian, info.weights, *(p.grad for p in params)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_heads_get_their_gradient_unchanged_and_named_parameters_the_sum() -> None:
+    model, x, y = problem()
+    heads, trunk = list(model.heads.parameters()), list(model.trunk.parameters())
+    rows = task_gradients(model.losses(x, y), heads)
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER))
+    own: list[Tensor] = [next(row[k] for row in rows if row[k] is not None) for k in range(len(heads))]
+    assert all(torch.equal(p.grad, g) for p, g in zip(heads, own, strict=True))
+    # All but the first two are unshared by name. Then each of them gets the sum, which is exact for one task.
+    model.zero_grad()
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(order=ORDER), shared=trunk[:2])
+    assert all(torch.equal(p.grad, g) for p, g in zip(heads, own, strict=True))
+    for p, column in zip(trunk[2:], zip(*task_gradients(model.losses(x, y), trunk[2:]), strict=True), strict=True):
+        total = sum(g.double() for g in column)
+        # Three terms are added in float32: two roundings.
+        assert (p.grad - total).abs().max() <= 2 * 2**-24 * sum(g.abs().double() for g in column).max()
+
+
+def test_larger_models_and_other_steps_keep_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = problem()
+    made: list[FlatRows] = []
+    init = FlatRows.__init__
+    monkeypatch.setattr(
+        FlatRows, "__init__", lambda self, *args, **kwargs: (made.append(self), init(self, *args, **kwargs))[1]
+    )
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
+    assert len(made) == 1
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(), suppression=gk.Suppression(0.5))
+    gk.backward(model.losses(x, y), model, aggregator=gk.GradAttention(subset=8))
+    gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), 0.1), gk.PCGrad(), memory=True).backward(model.losses(x, y))
+    monkeypatch.setattr(flat_rows, "LARGEST", 3 * sum(p.numel() for p in model.parameters()) - 1)
+    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
+    assert len(made) == 1
