@@ -155,7 +155,7 @@ def adamw(x: Inputs, peers: Peers) -> Runs:
 def _rows(x: Inputs, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]) -> Rows:
     """Return a step's rows of parameters that are all shared."""
     layouts, suppression = layouts_of(params), x.suppression
-    left = [readable(row, params, layouts)[0] for row in grads]
+    left = [readable(row, params, layouts) for row in grads]
     units = None if suppression is None else tuple(suppression.first_units(x.numels))
     arrangement = arranged(
         layouts, tuple(map(reach_of, left)), tuple(x.segments), len(x.groups), (True,) * len(params), units

@@ -45,11 +45,10 @@ class Accumulation:
         n_tasks = len(losses.present)
         self.expect(n_tasks)
         self._rows = self._rows or [{} for _ in range(n_tasks)]
-        losses.check_graphs()
         for i, grads in losses.passes(targets.tensors):
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
-                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts)[0])
+                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
             del grads  # free them before the next task's pass
         self._broken = False
         self._add_losses(losses.values)

@@ -64,9 +64,6 @@ class LossesOnFeatures(Losses):
                 rows[i][k] = g
             yield i, rows.pop(i)
 
-    def check_graphs(self) -> None:
-        """Do nothing: the passes have checked the graphs, whose parts below and above the features run apart."""
-
     def _trunk(self, targets: Sequence[Tensor]) -> set[Tensor]:
         """Return the targets that the features were computed from."""
         edges = {graph.edge(h) for h in self.features}

@@ -80,6 +80,11 @@ def edge(x: Tensor) -> Edge:
     return found.node, found.output_nr
 
 
+def number(loss: Tensor) -> int:
+    """Return the number of the node that made a loss. Autograd numbers the nodes of a thread as it makes them."""
+    return 0 if loss.grad_fn is None else loss.grad_fn._sequence_nr()
+
+
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
     """Return whether ``x`` was computed from a tensor at one of ``edges``."""
     return any((n, k) in edges for node in _Search(x) for n, k in node.next_functions)

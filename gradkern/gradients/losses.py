@@ -1,7 +1,8 @@
 """The losses of a step: checked, and turned into task gradients one backward pass after another."""
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +50,8 @@ class Losses:
         values: as for :class:`Source`.
     """
 
+    _numbered = threading.local()
+    """The number of the last loss that the thread has differentiated."""
     one_graph_each = True
     """Whether each callable makes a graph of its own, so that only one graph is alive at a time."""
 
@@ -96,27 +99,20 @@ class Losses:
         self, targets: Sequence[Tensor], weights: Sequence[float] | None, keep: bool = True
     ) -> Iterator[Pass]:
         """Run :meth:`passes` with each task's loss times its weight; None for weights of 1."""
-        free = self._freeable(targets)
+        key = hash(tuple(map(id, targets)))
+        free = self._freeable(key)
         for i, value in self.graphs():
             seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
             grads = differentiated(i, (value,), targets, self.retain_graph or not free[i], (seed,))
-            if callable(self.entries[i]):
-                self._refuse_reentrant(i, value, targets, grads)
+            self._refuse_reentrant(i, value, key, grads)
             if all(g is None for g in grads):
-                graph.refuse_reentrant(f"losses[{i}]", value)
                 raise unreached(i)
             if keep:
                 grads = aliasing.copies(grads)
             yield i, grads
             del value, grads  # frees a callable's graph, and gradients that the caller does not keep
 
-    def check_graphs(self) -> None:
-        """Raise ValueError if a tensor's graph holds reentrant checkpointing."""
-        for i, loss in enumerate(self.entries):
-            if isinstance(loss, Tensor):
-                graph.refuse_reentrant(f"losses[{i}]", loss)
-
-    def _freeable(self, targets: Sequence[Tensor]) -> list[bool]:
+    def _freeable(self, key: int) -> list[bool]:
         """Return for each loss whether its own pass may free its graph: the last of those that share a part of it.
 
         A search of the graphs takes as long as the dot products of a small model. It is left out where all losses meet
@@ -125,26 +121,29 @@ class Losses:
         tensors = tuple([i for i, loss in enumerate(self.entries) if isinstance(loss, Tensor)])
         if len(tensors) < 2:
             return [True] * len(self.entries)
-        key = (tensors, tuple(map(id, targets)))
-        meetings = _meetings.get(key)
+        meetings = _meetings.get((tensors, key))
         if meetings is None or not all(meeting.is_in(self.entries) for meeting in meetings):
             last, meetings = graph.clusters(self.entries)
             if len(meetings) < len(tensors) - 1:
                 return [i == j for i, j in enumerate(last)]
             if len(_meetings) >= PLANS:
                 _meetings.clear()
-            _meetings[key] = meetings
+            _meetings[tensors, key] = meetings
         return [i == tensors[-1] or not isinstance(loss, Tensor) for i, loss in enumerate(self.entries)]
 
-    def _refuse_reentrant(self, i: int, loss: Tensor, targets: Sequence[Tensor], grads: Row) -> None:
-        """Raise ValueError if reentrant checkpointing hides targets from the pass of a callable's loss.
+    def _refuse_reentrant(self, i: int, loss: Tensor, key: int, grads: Row) -> None:
+        """Raise ValueError if reentrant checkpointing hides targets from a pass.
 
-        The first loss of some targets is searched, and each that misses a target.
+        A search of the graph takes as long as the dot products of a small model. It is left out if one has been made
+        for the same targets, reached and not, and for as many nodes: autograd numbers them. A checkpoint takes the
+        place of all nodes of its function.
         """
-        searched = tuple(map(id, targets))
-        if searched not in _searched or any(g is None for g in grads):
+        number = graph.number(loss)
+        made, self._numbered.last = number - getattr(self._numbered, "last", 0), number
+        searched = hash((key, i, made, *[g is None for g in grads]))
+        if searched not in _searched:
             graph.refuse_reentrant(f"losses[{i}]", loss)
-            if len(_searched) >= PLANS:
+            if len(_searched) >= 64 * PLANS:
                 _searched.clear()
             _searched.add(searched)
 
@@ -166,10 +165,10 @@ class Losses:
 
 _run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
 
-_meetings: dict[Any, list[graph.Meeting]] = {}
-"""The nodes where all losses met, by the losses' numbers and the targets."""
-_searched: set[tuple[int, ...]] = set()
-"""Targets that have been differentiated from a callable's loss."""
+_meetings: dict[tuple[tuple[int, ...], int], list[graph.Meeting]] = {}
+"""The nodes where all losses met, by the losses' numbers and a hash of the targets' identities."""
+_searched: set[int] = set()
+"""Hashes of what has been searched for reentrant checkpointing."""
 
 
 def differentiated(

@@ -38,7 +38,7 @@ class Memory:
             if not present[t]:
                 # The parameter's strides, dtype or device may have changed since.
                 old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
-                known[t] = readable(old, params, layouts)[0]
+                known[t] = readable(old, params, layouts)
         return known
 
     def remember(self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor]) -> None:

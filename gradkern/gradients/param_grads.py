@@ -12,20 +12,18 @@ from torch import Tensor
 from gradkern.gradients.plan import Layouts, Row, RowReach, fits_in, grad_dtype
 
 
-def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> tuple[list[Tensor | None], RowReach]:
-    """Return one task's gradients and their reach, with copies of those laid out otherwise than a new ``.grad``.
+def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tensor | None]:
+    """Return one task's gradients, with copies of those whose layout differs from that of a new ``.grad``.
 
     Sparse ones stay as they are. Call it after each backward pass, so that at most one task's gradients are alive
     beside their copies.
     """
-    reach = reach_of(row)
-    if layouts.fit([g for g in row if g is not None], reach):
-        return list(row), reach
-    read = [
+    if layouts.fit([g for g in row if g is not None], reach_of(row)):
+        return list(row)
+    return [
         g if g is None or g.is_sparse or fits_in(g, stride, dtype) else laid_out(g, p)
         for g, p, stride, dtype in zip(row, params, layouts.strides, layouts.dtypes, strict=True)
     ]
-    return read, reach_of(read)
 
 
 def reach_of(row: Row) -> RowReach:

@@ -202,6 +202,11 @@ class Targets(NamedTuple):
         """The device of all parameters."""
         return self.layouts.device
 
+    def as_now(self) -> "Targets":
+        """Return the targets with the layouts that the parameters have now, since a callable may have changed them."""
+        layouts = layouts_of(self.tensors)
+        return self if layouts is self.layouts else self._replace(layouts=layouts)
+
     def are_shared(self, reach: Reach) -> tuple[bool, ...]:
         """Return whether each parameter is shared: named, or if none are named, reached by at least two tasks.
 

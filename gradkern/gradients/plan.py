@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
-PLANS = 256
-"""The number of sets of parameters, and of arrangements, that are remembered; each has some kilobytes."""
+PLANS = 64
+"""The number of sets of parameters, and of arrangements, that are remembered; each has .2 KB for a parameter."""
 
 Row = Sequence[Tensor | None]
 """The gradients of one task, None for a parameter that it does not reach."""
@@ -43,9 +44,10 @@ class Layouts:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
+        lazy = any(map(is_lazy, params))  # of unknown shapes, until a callable runs the module
         self.device = params[0].device
-        self.numels = [p.numel() for p in params]
-        self.strides = [new_grad_stride(p) for p in params]
+        self.numels = [0 if lazy else p.numel() for p in params]
+        self.strides = [() if lazy else new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
         self.all_dense: RowReach = (torch.strided,) * len(params)
@@ -53,7 +55,7 @@ class Layouts:
         self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}
         self.numel = sum(self.numels)
         self.one_dtype = len(set(self.dtypes)) == 1
-        self.contiguous = all(p.is_contiguous() for p in params)
+        self.contiguous = not lazy and all(p.is_contiguous() for p in params)
 
     def fit(self, grads: Sequence[Tensor], reach: RowReach) -> bool:
         """Return whether all gradients of a reach are dense and laid out as a new ``.grad``.
@@ -75,7 +77,10 @@ class Layouts:
 
 def layouts_of(params: Sequence[Tensor]) -> Layouts:
     """Return the layouts of n >= 1 parameters."""
-    key = (tuple(map(type, params)), tuple(map(_VALUES, params)), tuple([p.stride() for p in params]))
+    types = tuple(map(type, params))
+    if UninitializedParameter in types:
+        return Layouts(params)
+    key = (types, tuple(map(_VALUES, params)), tuple([p.stride() for p in params]))
     found = _layouts.get(key)
     if found is None:
         if len(_layouts) >= PLANS:

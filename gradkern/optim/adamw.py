@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import readable
+from gradkern.gradients.param_grads import reach_of, readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
@@ -113,7 +113,8 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         direction, self.combination = self.combination or self._from_grad(), None
-        self._step_along(direction)
+        if direction is not None:
+            self._step_along(direction)
         return loss
 
     def check(self, rows: StepRows) -> None:
@@ -130,12 +131,14 @@ class AdamW(torch.optim.AdamW):
                 if name in state and state[name].shape != p.shape:
                     raise ValueError(f"{_named(p)} has {name} of shape {tuple(state[name].shape)}")
 
-    def _from_grad(self) -> Combination:
-        """Return every ``.grad``, unscaled, as a combination of one row."""
+    def _from_grad(self) -> Combination | None:
+        """Return every ``.grad``, unscaled, as a combination of one row; None if there is no ``.grad``."""
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return None
         rows = _one_row(params, [p.grad for p in params])
         self.check(rows)
-        w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device if params else None)
+        w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device)
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # GradScaler sets this and found_inf
         return Combination(
             rows, w if grad_scale is None else w / grad_scale, found_inf=getattr(self, "found_inf", None)
@@ -280,8 +283,8 @@ def _of_tensors(direction: Combination) -> Combination:
 def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
     """Return the rows of one task; all parameters are unshared."""
     layouts = layouts_of(params)
-    row, reach = readable(grads, params, layouts)
-    return Rows(params, [row], arranged(layouts, (reach,), (0,) * len(params), 0, None, None))
+    row = readable(grads, params, layouts)
+    return Rows(params, [row], arranged(layouts, (reach_of(row),), (0,) * len(params), 0, None, None))
 
 
 def _check(c: Column, p: Tensor) -> None:

@@ -18,17 +18,21 @@ Pieces = Sequence[Sequence[Tensor]]
 """Each task's gradients, in a vector for each run that it reaches."""
 
 
-class Run(NamedTuple):
-    """Neighbouring columns of one group that the same tasks reach."""
+class Run:
+    """Neighbouring columns of one group that the same tasks reach.
 
-    columns: tuple[Column, ...]
-    segment: int | None
-    tasks: tuple[int, ...]
+    Attributes:
+        columns: the columns.
+        segment: their group; None for unshared ones.
+        numel: the number of elements of all.
+        pieces: the number of its piece among those of each task that reaches it.
+    """
 
-    @property
-    def numel(self) -> int:
-        """The number of elements of all columns."""
-        return sum(c.numel for c in self.columns)
+    def __init__(self, columns: Sequence[Column], segment: int | None) -> None:
+        self.columns = columns
+        self.segment = segment
+        self.numel = sum(c.numel for c in columns)
+        self.pieces: dict[int, int] = {}
 
 
 class Part(NamedTuple):
@@ -47,24 +51,23 @@ class Blocks:
 
     Args:
         groups: the runs of each group.
-        of_task: for each of T tasks the runs that it reaches, in the order of its pieces.
+        T: the number of tasks.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Run]], of_task: Sequence[Sequence[Run]]) -> None:
-        T = len(of_task)
+    def __init__(self, groups: Sequence[Sequence[Run]], T: int) -> None:
         self._parts: list[Part] = []
         self._shapes: list[tuple[int, int]] = []
         self._sizes: list[int] = []
         self._places: list[int | None] = []
         self._numels: list[int] = []
-        for runs in groups:
+        for s, runs in enumerate(groups):
             columns = [c for run in runs for c in run.columns]
             numel = sum(c.numel for c in columns)
             width = even_width(T, numel)
-            for t, mine in enumerate(of_task):
-                self._parts += [Part(t, mine.index(run) if run in mine else None, run.numel) for run in runs]
+            for t in range(T):
+                self._parts += [Part(t, run.pieces.get(t), run.numel) for run in runs]
                 self._parts.append(Part(t, None, width - numel))
-            gap = -T * width % ALIGNED if runs is not groups[-1] else 0
+            gap = -T * width % ALIGNED if s < len(groups) - 1 else 0
             self._parts.append(Part(0, None, gap))
             self._shapes.append((T, width))
             self._sizes += [T * width, gap]
@@ -99,18 +102,13 @@ class Own:
 
     Args:
         runs: the runs.
-        of_task: as for :class:`Blocks`.
     """
 
-    def __init__(self, runs: Sequence[Run], of_task: Sequence[Sequence[Run]]) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = [
-            (
-                run.tasks[0],
-                of_task[run.tasks[0]].index(run),
-                [c.place for c in run.columns],
-                [c.numel for c in run.columns],
-            )
+            (t, piece, [c.place for c in run.columns], [c.numel for c in run.columns])
             for run in runs
+            for t, piece in run.pieces.items()
         ]
 
     def results(self, pieces: Pieces) -> list[tuple[int, Tensor]]:
@@ -131,16 +129,19 @@ class Plan:
         own: the gradients of unshared parameters; None if several tasks reach one of them.
     """
 
-    def __init__(self, arrangement: Arrangement, n_tasks: int) -> None:
-        grouped = groupby(arrangement.columns, lambda c: (c.segment, c.tasks))
-        runs = [Run(tuple(columns), segment, tasks) for (segment, tasks), columns in grouped]
-        of_task = [[run for run in runs if t in run.tasks] for t in range(n_tasks)]
-        self.lengths = [[run.numel for run in mine] for mine in of_task]
-        groups = [[run for run in runs if run.segment == s] for s in range(arrangement.n_segments)]
-        self.shared = Blocks(groups, of_task)
-        unshared = [run for run in runs if run.segment is None]
-        self.unshared = Blocks([unshared], of_task) if unshared else None
-        self.own = None if arrangement.adds_up else Own(unshared, of_task)
+    def __init__(self, arrangement: Arrangement, T: int) -> None:
+        self.lengths: list[list[int]] = [[] for _ in range(T)]
+        groups: list[list[Run]] = [[] for _ in range(arrangement.n_segments)]
+        unshared: list[Run] = []
+        for (segment, tasks), columns in groupby(arrangement.columns, lambda c: (c.segment, c.tasks)):
+            run = Run(list(columns), segment)
+            for t in tasks:
+                run.pieces[t] = len(self.lengths[t])
+                self.lengths[t].append(run.numel)
+            (unshared if segment is None else groups[segment]).append(run)
+        self.shared = Blocks(groups, T)
+        self.unshared = Blocks([unshared], T) if unshared else None
+        self.own = None if arrangement.adds_up else Own(unshared)
 
 
 plan = lru_cache(maxsize=PLANS)(Plan)

@@ -28,11 +28,13 @@ LARGEST = 1 << 19
 def fits(layouts: Layouts, n_tasks: int) -> bool:
     """Return whether the rows of a step may be a matrix.
 
-    Parameters have one dtype, are contiguous and small, and on a device that the PyTorch back end serves: a GPU's own
-    back end takes six launches for any number of tensors, and copies would be T + 1 more. A step that is traced is
-    traced as it runs there.
+    Parameters have one dtype of 32 or 64 bits, are contiguous and small, and on a device that the PyTorch back end
+    serves: a GPU's own back end takes six launches for any number of tensors, and copies would be T + 1 more. A step
+    that is traced is traced as it runs there.
     """
     plain = layouts.one_dtype and layouts.contiguous and n_tasks * layouts.numel <= LARGEST
+    # A combination of 16 bits would be rounded before an update's step along it.
+    plain = plain and arithmetic_dtype(layouts.dtypes[0]) == layouts.dtypes[0]
     return plain and layouts.device.type not in operators.gramian_tensors.implementations and not is_watched()
 
 

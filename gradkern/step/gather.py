@@ -11,7 +11,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, reach_of, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import PLANS, Arrangement, Reach, Row
+from gradkern.gradients.plan import Arrangement, Row
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
@@ -31,17 +31,21 @@ def gathered(source: Source, targets: Targets, options: Options, needs_tensors: 
         T rows of n gradients, each laid out as its parameter, or no rows if they are a matrix; and the rows, which
         include remembered ones.
     """
-    if not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present)):
-        taken = _flat_gradients(source, targets)
-        flat = [one for one in taken if isinstance(one, Flat)]
-        if len(flat) == sum(source.present):
-            return [], _flat_rows(source, targets, taken, options)
-        new: list[Row] = [one.views(targets.tensors) if isinstance(one, Flat) else one for one in taken]
-        reach = tuple(map(reach_of, new))
-    else:
-        new, reach = _gradients(source, targets)
+    flat = not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present))
+    taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
+    if isinstance(source, Losses) and any(map(callable, source.entries)):
+        before, targets = targets, targets.as_now()
+        if targets is not before:  # a callable has changed a parameter's layout
+            taken = [readable(_row(one, targets), targets.tensors, targets.layouts) for one in taken]
+    if flat and sum(isinstance(one, Flat) for one in taken) == sum(source.present):
+        return [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
-        return new, _rows(source, targets, new, reach, options)
+        new = [_row(one, targets) for one in taken]
+        return new, _rows(source, targets, new, options)
+
+
+def _row(one: Flat | Row, targets: Targets) -> Row:
+    return one.views(targets.tensors) if isinstance(one, Flat) else one
 
 
 def _may_be_flat(options: Options) -> bool:
@@ -59,24 +63,22 @@ def _flat_gradients(source: Source, targets: Targets) -> list[Flat | Row]:
     passes = partial(source.passes, keep=False) if isinstance(source, Losses) else source.passes
     for i, row in passes(targets.tensors):
         flat = flattened(row, targets.layouts)
-        taken[i] = readable(aliasing.copies(row), targets.tensors, targets.layouts)[0] if flat is None else flat
+        taken[i] = readable(aliasing.copies(row), targets.tensors, targets.layouts) if flat is None else flat
     return taken
 
 
-def _gradients(source: Source, targets: Targets) -> tuple[list[Row], Reach]:
+def _gradients(source: Source, targets: Targets) -> list[Flat | Row]:
     """Return the gradients of this step's tasks, T rows of n, each laid out as its parameter; None where absent."""
-    grads: list[Row] = [_absent(targets)] * len(source.present)
-    reach = [targets.layouts.none] * len(source.present)
+    grads: list[Flat | Row] = [_absent(targets)] * len(source.present)
     for i, row in source.passes(targets.tensors):
-        grads[i], reach[i] = readable(row, targets.tensors, targets.layouts)
-    return grads, tuple(reach)
+        grads[i] = readable(row, targets.tensors, targets.layouts)
+    return grads
 
 
 def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], options: Options) -> FlatRows:
     """Return the rows of the step as a matrix."""
     reach = tuple([one.reach if isinstance(one, Flat) else targets.layouts.none for one in taken])
     arrangement = targets.arranged(reach, None, None)
-    _check_graphs(source, targets, reach, arrangement)
     return FlatRows(
         targets.tensors,
         [one.vector if isinstance(one, Flat) else None for one in taken],
@@ -85,16 +87,12 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
     )
 
 
-def _rows(source: Source, targets: Targets, new: list[Row], reach: Reach, options: Options) -> Rows:
+def _rows(source: Source, targets: Targets, new: list[Row], options: Options) -> Rows:
     """Return the rows of the step, including remembered ones, and the mask of suppression."""
     memory, suppression = options.memory, options.suppression
-    taken, shared = new, None
-    if memory is not None:
-        taken, shared = _recalled(source, targets, new, memory)
-        reach = tuple(map(reach_of, taken))
+    taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
     units = None if suppression is None else _units(suppression, targets)
-    arrangement = targets.arranged(reach, shared, units)
-    _check_graphs(source, targets, reach, arrangement)
+    arrangement = targets.arranged(tuple(map(reach_of, taken)), shared, units)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
@@ -107,26 +105,6 @@ def _rows(source: Source, targets: Targets, new: list[Row], reach: Reach, option
         losses=_losses(source, targets, options),
         overwrite=memory is None,
     )
-
-
-def _check_graphs(source: Source, targets: Targets, reach: Reach, arrangement: Arrangement) -> None:
-    """Have the source check its graphs, which takes as long as the dot products of a small model.
-
-    Parameters that a graph hides have no gradient. So a step is checked if its reach of these parameters is new, or if
-    it has parameters that no task reaches.
-    """
-    if not isinstance(source, Losses):
-        return
-    checked = (tuple(map(id, targets.tensors)), reach)
-    if checked not in _checked or len(arrangement.columns) < arrangement.n:
-        source.check_graphs()
-        if len(_checked) >= PLANS:
-            _checked.clear()
-        _checked.add(checked)
-
-
-_checked: set[tuple[tuple[int, ...], Reach]] = set()
-"""The parameters, and their reach, of steps whose graphs have been checked."""
 
 
 def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) -> tuple[list[Row], tuple[bool, ...]]:

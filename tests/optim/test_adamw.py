@@ -620,3 +620,23 @@ def test_bad_arguments_of_an_update(arguments: dict[str, Any], error: type[Excep
     with pytest.raises(error, match=message):
         opt.update(tasks.losses(), **arguments)
     assert all(torch.equal(p, q) for p, q in zip(tasks.params, before, strict=True))
+
+
+def test_a_step_without_any_gradient_does_nothing() -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = AdamW([p])
+    opt.step()
+    assert opt.step(lambda: 7.0) == 7.0
+    assert torch.equal(p, torch.ones(3))
+    assert not opt.state
+
+
+def test_a_combination_of_sixteen_bits_is_not_rounded_before_the_step() -> None:
+    """Both gradients are within float16, their sum is not."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.float16))
+    opt = gk.SurgeryOptimizer(AdamW([p], lr=1e-2, weight_decay=0.0), gk.PCGrad(order=[0, 1]))
+    c = torch.tensor([4e4, 3e4, 2e4])
+    opt.update([(p.float() * c).sum(), (p.float() * c).sum()])
+    expected = 0.1 * 2 * c.half().float()  # (1 - beta1) of the sum
+    assert_near(opt.state[p]["exp_avg"], expected, expected, 3 * 2**-24)  # the product, the sum and the store
+    assert p.isfinite().all()

@@ -223,3 +223,65 @@ def test_reentrant_checkpointing_from_the_second_step_on_is_refused(as_callables
     with pytest.raises(ValueError, match="reentrant activation checkpointing"):
         gk.backward(losses(True), params, aggregator=gk.PCGrad())
     assert all(p.grad is None for p in params)
+
+
+def test_a_checkpoint_whose_parameters_have_another_way_to_the_loss_is_refused() -> None:
+    """Nothing is without a gradient then, but what goes through the checkpoint would be missing."""
+    table, bias, scale = nn.Embedding(7, 4), nn.Parameter(torch.zeros(7)), torch.ones(1, requires_grad=True)
+
+    def hidden(s: Tensor) -> Tensor:
+        return torch.tanh(table(torch.tensor([1, 2, 3])) * s)
+
+    for n in range(4):
+        h = checkpoint(hidden, scale, use_reentrant=True) if n == 3 else hidden(scale)
+        out = h @ table.weight.t() + bias
+        losses = [out.logsumexp(-1).sum(), out[:, 2].sum()]
+        if n < 3:
+            gk.backward(losses, [table.weight, bias], aggregator=gk.PCGrad())
+        else:
+            with pytest.raises(ValueError, match=r"losses\[0\] runs through reentrant"):
+                gk.backward(losses, [table.weight, bias], aggregator=gk.PCGrad())
+
+
+def test_a_second_callable_with_a_checkpoint_is_refused_in_the_first_step() -> None:
+    layer, x = nn.Linear(4, 4), torch.randn(5, 4, requires_grad=True)
+
+    def decay() -> Tensor:
+        return sum((p.square().sum() for p in layer.parameters()), torch.zeros(()))
+
+    losses = [
+        lambda: layer(x).sum() + decay(),
+        lambda: checkpoint(layer, x, use_reentrant=True).square().sum() + decay(),
+    ]
+    with pytest.raises(ValueError, match=r"losses\[1\] runs through reentrant"):
+        gk.backward(losses, layer, aggregator=gk.PCGrad())
+
+
+@pytest.mark.parametrize("size", [(7, 5), (700, 500)])
+def test_a_callable_that_lays_a_parameter_out_anew(size: tuple[int, int]) -> None:
+    """The step goes by the layout that the parameter has when all callables have run."""
+    p = nn.Parameter(torch.randn(size))
+    before = p.detach().clone()
+    factors = torch.randn(2, *size)
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW([p], lr=0.1, weight_decay=0.0), gk.PCGrad(order=[0, 1]))
+
+    def first() -> Tensor:
+        p.data = p.data.mT.contiguous().mT
+        return (p * factors[0]).sum()
+
+    w = opt.update([first, lambda: (p * factors[1]).sum()]).weights
+    g = w[0] * factors[0] + w[1] * factors[1]
+    assert torch.equal((p.detach() - before).sign(), -g.sign())  # AdamW's first step is lr long, against the gradient
+
+
+def test_a_module_that_takes_its_shape_in_the_first_step() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), torch.randn(4, 5)
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), 0.1), gk.PCGrad(order=[0, 1]))
+    for _ in range(2):
+        opt.zero_grad()
+        opt.backward([lambda: model(x)[:, 0].sum(), lambda: model(x)[:, 1].square().sum()])
+        params = list(model.parameters())
+        losses = [model(x)[:, 0].sum(), model(x)[:, 1].square().sum()]
+        rows = [flat(row, params) for row in task_gradients(losses, params)]
+        expected = reference.pcgrad_update(rows, [[0, 1], [0, 1]])
+        assert_near(flat([p.grad for p in params], params), expected, sum(row.norm() for row in rows), 3e-6)
