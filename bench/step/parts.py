@@ -10,17 +10,13 @@ first launch to the end of its last.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from functools import wraps
-from typing import Any
-from unittest.mock import patch
 
 import torch
 
 import gradkern as gk
 from bench import device as machine
-from bench.device import Moment
 from bench.step.model import MultiTask
+from bench.watch import watching
 from gradkern.gradients import losses
 
 WATCHED = (
@@ -44,26 +40,7 @@ def parts(
         device: device it runs on.
         forward: class and method name of the model's forward pass.
     """
-    spent: list[tuple[str, Moment, Moment]] = []
-    inside = False
-
-    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal inside
-            if inside:
-                return function(*args, **kwargs)
-            inside, start = True, machine.now(device)
-            result = function(*args, **kwargs)
-            inside, end = False, machine.now(device)
-            spent.append((part, start, end))
-            return result
-
-        return run
-
-    with ExitStack() as stack:
-        for part, owner, name in (("forward", *forward), *WATCHED):
-            stack.enter_context(patch.object(owner, name, watched(part, getattr(owner, name))))
+    with watching([("forward", *forward), *WATCHED], device) as spent:
         whole = machine.timed(step, 1, device)
     found = dict.fromkeys(PARTS, 0.0)
     for part, start, end in spent:
