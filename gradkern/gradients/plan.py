@@ -1,8 +1,8 @@
 """The plan of a step: what follows from its parameters' layouts, and from which of them each task reaches.
 
-It is worked out once and found again by the values that it follows from. A parameter that is frozen, moved, cast or
-laid out anew has other values, and another reach is another value. So no plan can be out of date, and none keeps a
-tensor alive.
+A plan is remembered. Its key is all that it depends on: the parameters' shapes, strides, dtypes and devices, which of
+them require grad, their groups, and which task reaches which of them. A change in any of these makes another key, so a
+remembered plan is never out of date. It keeps no tensor alive.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -135,7 +135,7 @@ class Column(NamedTuple):
 
 
 class Batch:
-    """Columns of one dtype that one launch takes.
+    """Columns of one dtype that one call of an operator takes.
 
     Attributes:
         columns: the columns.
@@ -171,7 +171,7 @@ class Arrangement:
         columns: the parameters that any task reaches.
         n: the number of all parameters.
         n_segments: S, the number of groups.
-        steppable: whether AdamW has found that it can step along these columns.
+        steppable: whether AdamW has checked that it can step along these columns.
         mixed: the places of parameters with some sparse and some dense gradients, which are all read as dense.
     """
 

@@ -43,8 +43,8 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None, *, out: Tensor 
         J: as for :func:`gramian`.
         w: (T,), or (S, T) with ``offsets``; floating.
         offsets: as for :func:`gramian`.
-        out: memory for the result, (P,), contiguous, of J's dtype and on its device. It shares no memory with J and w,
-            but may lie between J's rows. None for new memory. The operating system has to provide that, which for
+        out: memory for the result, (P,), contiguous, of J's dtype and on its device. It must not overlap J or w; the
+            gaps between J's rows are fine. None for new memory. The operating system has to provide that, which for
             three rows of 10⁷ numbers takes twice as long as the combination.
 
     Returns:

@@ -150,17 +150,19 @@ class SurgeryOptimizer(OptimizerWrapper):
         batched: bool = False,
         retain_graph: bool = False,
     ) -> SurgeryInfo:
-        """Run backward pass and step in one: ``zero_grad``, ``backward``, clipping and ``step``; leave no ``.grad``.
+        """Run backward pass, clipping and step in one, then clear ``.grad``.
+
+        A ``.grad`` that is there before the call is added to the gradient; call ``zero_grad`` first to drop it.
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
-        lengths, which matters if these nearly cancel. Around other optimizers, and if the norm of a suppressed update
-        is needed, ``.grad`` is written in between. Any earlier content of ``.grad`` is added.
+        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, and
+        if the norm of a suppressed update is needed, ``.grad`` is written in between.
 
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
-            max_norm: the greatest norm of the gradient of all parameters together, to which a longer gradient is scaled
-                down; a gradient whose norm is not finite becomes NaN.
+            max_norm: the largest norm allowed for the gradient over all parameters. A longer gradient is scaled down to
+                it, and one whose norm is not finite becomes NaN.
             scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
                 afterwards.
             features: as in :func:`gradkern.backward`.

@@ -61,9 +61,10 @@ def backward(
 
     Raises:
         TypeError, ValueError: an argument is not as described above, a loss reaches none of ``params``, a graph holds
-            reentrant checkpointing, or torch.distributed runs on more than one rank. No ``.grad`` has changed then,
-            nor if a callable or a tensor's hook raises. But if torch's own backward pass of a weighted sum of tensors
-            fails halfway, ``.grad`` is as torch leaves it. Post-accumulate hooks run after everything else.
+            reentrant checkpointing, or torch.distributed runs on more than one rank. In all these cases, and if a
+            callable or a tensor's hook raises, every ``.grad`` is unchanged. One exception: ``Sum``, ``Mean`` and
+            ``Constant`` run torch's own backward pass, and if that fails halfway, ``.grad`` may be partly written.
+            Post-accumulate hooks run after everything else.
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)

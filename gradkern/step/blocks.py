@@ -1,4 +1,13 @@
-"""The matrices of a small model's groups: which parts of the task gradients they consist of, and where results go."""
+"""The matrices of a small model's groups, and how they are put together from the tasks' gradients.
+
+Each task has one vector, the gradients of the parameters that it reaches, in the order of the parameters. A run is a
+sequence of neighbouring parameters that are in the same group and are reached by the same tasks. A task's vector is cut
+into pieces, one for each run that it reaches. A group's matrix, its block, has a row for each task: the pieces of the
+group's runs, with zeros in place of the runs that the task does not reach. For two tasks, a shared trunk and two heads:
+
+    task 0's vector    trunk 0 | head 0                  block    trunk 0
+    task 1's vector    trunk 1 | head 1                           trunk 1
+"""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,13 +28,13 @@ Pieces = Sequence[Sequence[Tensor]]
 
 
 class Run:
-    """Neighbouring columns of one group that the same tasks reach.
+    """Neighbouring parameters of one group that the same tasks reach.
 
     Attributes:
-        columns: the columns.
+        columns: the parameters' columns.
         segment: their group; None for unshared ones.
         numel: the number of elements of all.
-        pieces: the number of its piece among those of each task that reaches it.
+        pieces: for each task that reaches the run, the index of its piece in that task's vector.
     """
 
     def __init__(self, columns: Sequence[Column], segment: int | None) -> None:
@@ -36,7 +45,7 @@ class Run:
 
 
 class Part(NamedTuple):
-    """A part of a block's memory: the piece of a task, or zeros if there is none."""
+    """A part of a block's memory: a task's piece, by its index, or zeros where that is None."""
 
     task: int
     piece: int | None
@@ -46,8 +55,8 @@ class Part(NamedTuple):
 class Blocks:
     """The matrices of S groups, with a row for each task. They follow each other in memory.
 
-    A row ends with zeros where the columns could otherwise not be cut into equal chunks, and a block with some where
-    the next would not start at a cache line. The Gramian of other blocks takes longer.
+    Rows are padded with zeros to a whole number of chunks, and blocks so that the next one starts at a cache line.
+    Without the padding the Gramian takes longer.
 
     Args:
         groups: the runs of each group.

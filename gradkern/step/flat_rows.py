@@ -30,7 +30,7 @@ def fits(layouts: Layouts, n_tasks: int) -> bool:
 
     Parameters have one dtype of 32 or 64 bits, are contiguous and small, and on a device that the PyTorch back end
     serves: a GPU's own back end takes six launches for any number of tensors, and copies would be T + 1 more. A step
-    that is traced is traced as it runs there.
+    under FakeTensorMode or another mode keeps its tensors, as it would on a GPU.
     """
     plain = layouts.one_dtype and layouts.contiguous and n_tasks * layouts.numel <= LARGEST
     # A combination of 16 bits would be rounded before an update's step along it.
