@@ -17,10 +17,19 @@ class Meeting(NamedTuple):
     second: int
     from_second: tuple[int, ...]
 
-    def is_in(self, losses: Sequence[object]) -> bool:
-        """Return whether the two losses of another step meet there too."""
-        node = _at_end(losses[self.first], self.from_first)
-        return node is not None and node is _at_end(losses[self.second], self.from_second)
+
+def meet_again(losses: Sequence[Any], meetings: Sequence[Meeting]) -> bool:
+    """Return whether losses, all of them tensors, meet at the same places as the losses of another step."""
+    for first, from_first, second, from_second in meetings:
+        ends = []
+        for node, way in ((losses[first].grad_fn, from_first), (losses[second].grad_fn, from_second)):
+            for number in way:
+                edges = () if node is None else node.next_functions
+                node = edges[number][0] if number < len(edges) else None
+            ends.append(node)
+        if ends[0] is not ends[1] or ends[0] is None or _leaf(ends[0]) is not None:
+            return False
+    return True
 
 
 def clusters(losses: Sequence[object], cut: Collection[Edge] = ()) -> tuple[list[int], list[Meeting]]:
@@ -80,11 +89,6 @@ def edge(x: Tensor) -> Edge:
     return found.node, found.output_nr
 
 
-def number(loss: Tensor) -> int:
-    """Return the number of the node that made a loss. Autograd numbers the nodes of a thread as it makes them."""
-    return 0 if loss.grad_fn is None else loss.grad_fn._sequence_nr()
-
-
 def meets(x: Tensor, edges: Collection[Edge]) -> bool:
     """Return whether ``x`` was computed from a tensor at one of ``edges``."""
     return any((n, k) in edges for node in _Search(x) for n, k in node.next_functions)
@@ -118,15 +122,6 @@ class _Search(Iterator[Node]):
             node, number = step
             way.append(number)
         return tuple(reversed(way))
-
-
-def _at_end(loss: object, way: Sequence[int]) -> Node | None:
-    """Return the node at the end of a way from a loss; None if there is no such way, or it ends at a parameter."""
-    node = loss.grad_fn if isinstance(loss, Tensor) else None
-    for number in way:
-        edges = () if node is None else node.next_functions
-        node = edges[number][0] if number < len(edges) else None
-    return None if node is None or _leaf(node) is not None else node
 
 
 def _leaf(node: Any) -> Tensor | None:

@@ -50,8 +50,6 @@ class Losses:
         values: as for :class:`Source`.
     """
 
-    _numbered = threading.local()
-    """The number of the last loss that the thread has differentiated."""
     one_graph_each = True
     """Whether each callable makes a graph of its own, so that only one graph is alive at a time."""
 
@@ -104,8 +102,7 @@ class Losses:
         for i, value in self.graphs():
             seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
             grads = differentiated(i, (value,), targets, self.retain_graph or not free[i], (seed,))
-            self._refuse_reentrant(i, value, key, grads)
-            if all(g is None for g in grads):
+            if not self._refuse_reentrant(i, value, key, grads):
                 raise unreached(i)
             if keep:
                 grads = aliasing.copies(grads)
@@ -122,7 +119,7 @@ class Losses:
         if len(tensors) < 2:
             return [True] * len(self.entries)
         meetings = _meetings.get((tensors, key))
-        if meetings is None or not all(meeting.is_in(self.entries) for meeting in meetings):
+        if meetings is None or not graph.meet_again(self.entries, meetings):
             last, meetings = graph.clusters(self.entries)
             if len(meetings) < len(tensors) - 1:
                 return [i == j for i, j in enumerate(last)]
@@ -131,21 +128,23 @@ class Losses:
             _meetings[tensors, key] = meetings
         return [i == tensors[-1] or not isinstance(loss, Tensor) for i, loss in enumerate(self.entries)]
 
-    def _refuse_reentrant(self, i: int, loss: Tensor, key: int, grads: Row) -> None:
-        """Raise ValueError if reentrant checkpointing hides targets from a pass.
+    def _refuse_reentrant(self, i: int, loss: Tensor, key: int, grads: Row) -> bool:
+        """Raise ValueError if reentrant checkpointing hides targets from a pass; return whether it reached any.
 
         A search of the graph takes as long as the dot products of a small model. It is left out if one has been made
         for the same targets, reached and not, and for as many nodes: autograd numbers them. A checkpoint takes the
         place of all nodes of its function.
         """
-        number = graph.number(loss)
-        made, self._numbered.last = number - getattr(self._numbered, "last", 0), number
-        searched = hash((key, i, made, *[g is None for g in grads]))
+        number = 0 if loss.grad_fn is None else loss.grad_fn._sequence_nr()
+        made, _numbered.last = number - getattr(_numbered, "last", 0), number
+        missed = [g is None for g in grads]
+        searched = hash((key, i, made, *missed))
         if searched not in _searched:
             graph.refuse_reentrant(f"losses[{i}]", loss)
             if len(_searched) >= 64 * PLANS:
                 _searched.clear()
             _searched.add(searched)
+        return False in missed
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""
@@ -169,6 +168,8 @@ _meetings: dict[tuple[tuple[int, ...], int], list[graph.Meeting]] = {}
 """The nodes where all losses met, by the losses' numbers and a hash of the targets' identities."""
 _searched: set[int] = set()
 """Hashes of what has been searched for reentrant checkpointing."""
+_numbered = threading.local()
+"""The number of the last loss that the thread has differentiated."""
 
 
 def differentiated(

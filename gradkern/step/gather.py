@@ -33,11 +33,11 @@ def gathered(source: Source, targets: Targets, options: Options, needs_tensors: 
     """
     flat = not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present))
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
-    if isinstance(source, Losses) and any(map(callable, source.entries)):
+    if isinstance(source, Losses) and True in map(callable, source.entries):
         before, targets = targets, targets.as_now()
         if targets is not before:  # a callable has changed a parameter's layout
             taken = [readable(_row(one, targets), targets.tensors, targets.layouts) for one in taken]
-    if flat and sum(isinstance(one, Flat) for one in taken) == sum(source.present):
+    if flat and list(map(type, taken)).count(Flat) == source.present.count(True):
         return [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
         new = [_row(one, targets) for one in taken]

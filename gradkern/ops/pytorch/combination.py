@@ -126,7 +126,7 @@ def _in_bags(J: Tensor, w: Tensor, weights: Sequence[float], width: int, start: 
     """Compute columns ``start:end`` of wᵀ J by torch's weighted sum of embeddings: one call, reading each row once."""
     T, P = J.shape
     n, first, stop = P // width, start // width, end // width
-    nonzero = tuple(t for t, weight in enumerate(weights) if weight != 0.0)
+    nonzero = tuple([t for t, weight in enumerate(weights) if weight != 0.0])
     parts, starts = _bags(n, nonzero)
     if stop - first < n:
         parts, starts = parts[first * len(nonzero) : stop * len(nonzero)], starts[: stop - first]
