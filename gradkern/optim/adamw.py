@@ -263,12 +263,10 @@ def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
 
 def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combination:
     """Return the direction of a step along the combination of ``rows``, each parameter with its gradient."""
-    arrangement = rows.arrangement.combined
-    row: list[Tensor | None] = [None] * arrangement.n
-    for c, (_, g) in zip(arrangement.columns, results, strict=True):
-        row[c.place] = g
+    of_param = {id(p): g for p, g in results}
+    row = [of_param.get(id(p)) for p in rows.params]
     w = torch.ones((1, 1), dtype=torch.float32, device=rows.device)
-    return Combination(Rows(rows.params, [row], arrangement), w)
+    return Combination(Rows(rows.params, [row], rows.arrangement.combined), w)
 
 
 def _of_tensors(direction: Combination) -> Combination:

@@ -118,7 +118,7 @@ class FlatRows:
         return self.results(combined, unshared_weights), None
 
     def results(self, combined: Sequence[Tensor], unshared_weights: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Return each parameter with its gradient, in memory of its own.
+        """Return each parameter with its gradient, in memory of its own, in the order of the parameters.
 
         Args:
             combined: the combinations of :attr:`blocks`, each (width,).
@@ -127,7 +127,7 @@ class FlatRows:
         parts = self._plan.shared.results(combined)
         if self._plan.unshared is not None:
             parts += self._unshared_results(self._plan.unshared, unshared_weights)
-            parts.sort(key=itemgetter(0))
+        parts.sort(key=itemgetter(0))
         params = [self.params[place] for place, _ in parts]
         shaped = [x if (p := self.params[place]).ndim == 1 else x.view_as(p) for place, x in parts]
         return list(zip(params, _clones(shaped), strict=True))

@@ -5,11 +5,13 @@ import torch
 from torch import Tensor, nn
 
 import gradkern as gk
+from gradkern import reference
 from gradkern.gradients.plan import arranged, layouts_of
 from gradkern.ops.pytorch.chunks import LINE, cut
 from gradkern.step import flat_rows
 from gradkern.step.flat_rows import FlatRows, flattened
 from tests.models import problem, task_gradients
+from tests.tolerances import assert_near
 
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 
@@ -95,3 +97,35 @@ def test_larger_models_and_other_steps_keep_their_tensors(monkeypatch: pytest.Mo
     monkeypatch.setattr(flat_rows, "LARGEST", 3 * sum(p.numel() for p in model.parameters()) - 1)
     gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
     assert len(made) == 1
+
+
+def test_groups_that_alternate_get_their_own_results(back_end: str) -> None:
+    """A group's parameters are neighbours in its matrix, but not among the parameters."""
+    sizes = {"a.0": (3, 3), "b.0": (3,), "a.1": (1, 3), "b.1": (5,), "a.2": (2,)}
+    factors = [{name: torch.randn(s) for name, s in sizes.items()} for _ in range(2)]
+    for way in ("backward", "update"):
+        params = {name: nn.Parameter(torch.randn(s)) for name, s in sizes.items()}
+        before = {name: p.detach().clone() for name, p in params.items()}
+        seen: list[int] = []
+        opt = gk.SurgeryOptimizer(
+            gk.optim.AdamW(list(params.items()), lr=0.1, weight_decay=0.0),
+            gk.PCGrad(order=[0, 1]),
+            groups=lambda name: name[0],
+        )
+        losses = [sum((params[n] * f).sum() for n, f in of_task.items()) for of_task in factors]
+        if way == "backward":
+            for k, p in enumerate(params.values()):
+                p.register_post_accumulate_grad_hook(lambda p, k=k, seen=seen: seen.append(k))
+        (opt.backward if way == "backward" else opt.update)(losses)
+        for group in "ab":
+            names = [name for name in sizes if name[0] == group]
+            rows = [torch.cat([of_task[n].flatten() for n in names]) for of_task in factors]
+            expected = reference.pcgrad_update(rows, [[0, 1], [0, 1]])
+            parts = expected.split([before[n].numel() for n in names])
+            for name, part in zip(names, parts, strict=True):
+                p = params[name]
+                if way == "backward":
+                    assert_near(p.grad.flatten(), part, rows[0].norm() + rows[1].norm(), 3e-6)
+                else:  # AdamW's first step is lr long, against the gradient
+                    assert torch.equal((p.detach() - before[name]).flatten().sign(), -part.sign().float())
+        assert seen == (list(range(5)) if way == "backward" else [])
