@@ -21,6 +21,18 @@ if importlib.util.find_spec("hypothesis"):  # without hypothesis, the tests that
     settings.register_profile("any machine", deadline=None)  # a busy machine may be slow at any time
     settings.load_profile("any machine")
 
+SLOW = {"bench", "check", "compat", "demo", "examples", "kernels", "one_launch", "recipes"}
+SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
+"""Folders and files of tests that run whole programs, other libraries or kernels in Triton's interpreter."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fast tests: those outside of the slow folders and files that do not run the interpreter."""
+    for item in items:
+        if SLOW.isdisjoint(item.path.parts) and "triton" not in item.name and "kernel" not in item.name:
+            item.add_marker(pytest.mark.fast)
+
+
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
