@@ -51,14 +51,14 @@ def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> F
     return np.array([few(m, k, visits) for m, k in by_segment])
 
 
-def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str) -> list[float]:
-    """Return the sum over tasks of one Gramian's coefficients (T, T); few tasks need no array."""
+def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> list[float]:
+    """Return the sum or mean over tasks of one Gramian's coefficients (T, T); few tasks need no array."""
     T = M.shape[0]
     if partner == "all" and order_keys is not None and T <= FEW:
         C = few(M.tolist(), order_keys.tolist()[0], T - 1)
     else:
         C = pcgrad_coefficients(M.unsqueeze(0), order_keys, partner)[0].tolist()
-    return [sum(column) for column in zip(*C, strict=True)]
+    return [sum(column) / T if mean else sum(column) for column in zip(*C, strict=True)]
 
 
 def _average(M: Tensor) -> Floats:

@@ -15,7 +15,7 @@ from gradkern.ops.pytorch.backend import implements
 from gradkern.ops.pytorch.chunks import batch, cut
 from gradkern.ops.pytorch.combination import combine_matrix, widened
 from gradkern.ops.pytorch.gramian import compute_dtype, matrix_gramian
-from gradkern.ops.pytorch.host_programs import FEW, few, gradvac, pcgrad_coefficients
+from gradkern.ops.pytorch.host_programs import gradvac, pcgrad_coefficients, pcgrad_weights
 from gradkern.ops.pytorch.observed import lies_as_scratch, products_of
 
 FEW_PRODUCTS = 512
@@ -50,14 +50,12 @@ def _few_products(X: Tensor) -> list[list[float]] | None:
 def _weights(M: Tensor, method: ProjectionArguments) -> Tensor:
     """Return the weights (S, T) of Gramians (S, T, T); targets move unless a dot product is not finite."""
     keys, partner, targets, update_mask, beta, mean = method
-    S, T, _ = M.shape
     if targets is not None:
         assert keys is not None
         assert update_mask is not None
         C = gradvac(M, keys, targets, update_mask & M.isfinite().all(), beta)
-    elif S == 1 and keys is not None and partner == "all" and T <= FEW:
-        of_tasks = few(M.tolist()[0], keys.tolist()[0], T - 1)
-        return M.new_tensor([[sum(column) / T if mean else sum(column) for column in zip(*of_tasks, strict=True)]])
+    elif len(M) == 1:
+        return M.new_tensor([pcgrad_weights(M[0], keys, partner, mean)])
     else:
         C = torch.from_numpy(pcgrad_coefficients(M, keys, partner)).to(M)
     return C.mean(-2) if mean else C.sum(-2)

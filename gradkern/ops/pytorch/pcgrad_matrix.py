@@ -34,7 +34,5 @@ def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: 
 def _weights(X: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> Tensor:
     """Return the weights of the rows in the update, (T,)."""
     M = matrix_gramian(X)
-    weights = pcgrad_weights(M, order_keys, partner)
-    if mean:
-        weights = [w / len(weights) for w in weights]
+    weights = pcgrad_weights(M, order_keys, partner, mean)
     return torch.from_numpy(np.array(weights)).to(X.device, M.dtype)  # not NumPy's conversion, which warns of overflow
