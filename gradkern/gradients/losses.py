@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
-from gradkern.gradients.plan import PLANS, Row
+from gradkern.gradients.plan import PLANS, Row, make_room
 
 Loss = Tensor | Callable[[], Tensor] | None
 Pass = tuple[int, Row]
@@ -123,8 +123,7 @@ class Losses:
             last, meetings = graph.clusters(self.entries)
             if len(meetings) < len(tensors) - 1:
                 return [i == j for i, j in enumerate(last)]
-            if len(_meetings) >= PLANS:
-                _meetings.clear()
+            make_room(_meetings)
             _meetings[tensors, key] = meetings
         return [i == tensors[-1] or not isinstance(loss, Tensor) for i, loss in enumerate(self.entries)]
 
@@ -141,8 +140,7 @@ class Losses:
         searched = hash((key, i, made, *missed))
         if searched not in _searched:
             graph.refuse_reentrant(f"losses[{i}]", loss)
-            if len(_searched) >= 64 * PLANS:
-                _searched.clear()
+            make_room(_searched, 64 * PLANS)
             _searched.add(searched)
         return False in missed
 

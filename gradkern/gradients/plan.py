@@ -27,6 +27,12 @@ Reach = tuple[RowReach, ...]
 _VALUES = attrgetter("shape", "dtype", "device", "grad_dtype")
 
 
+def make_room(remembered: dict[Any, Any] | set[Any], most: int = PLANS) -> None:
+    """Clear what is remembered if it is full; it is worked out anew when it is needed."""
+    if len(remembered) >= most:
+        remembered.clear()
+
+
 class Layouts:
     """The layouts of n parameters and of their gradients. Equal layouts are one object; :func:`layouts_of` returns it.
 
@@ -68,8 +74,8 @@ class Layouts:
                 return False
             reached = [k for k, kind in enumerate(reach) if kind is not None]
             expected = [self.strides[k] for k in reached], [self.dtypes[k] for k in reached]
-            if len(self._of_reached) < PLANS:
-                self._of_reached[reach] = expected
+            make_room(self._of_reached)
+            self._of_reached[reach] = expected
         strides, dtypes = expected
         are_laid_out = [g.stride() for g in grads] == strides and [g.dtype for g in grads] == dtypes
         return are_laid_out and True not in map(Tensor.is_neg, grads)
@@ -83,8 +89,7 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
     key = (types, tuple(map(_VALUES, params)), tuple([p.stride() for p in params]))
     found = _layouts.get(key)
     if found is None:
-        if len(_layouts) >= PLANS:
-            _layouts.clear()
+        make_room(_layouts)
         found = _layouts[key] = Layouts(params)
     return found
 
@@ -226,8 +231,7 @@ class Arrangement:
     def chosen(self, numbers: tuple[int, ...]) -> Batch:
         """Return some of the columns as a batch, by their numbers among the columns."""
         if numbers not in self._chosen:
-            if len(self._chosen) >= PLANS:
-                self._chosen.clear()
+            make_room(self._chosen)
             self._chosen[numbers] = Batch([self.columns[k] for k in numbers], self.n_segments, self.n)
         return self._chosen[numbers]
 

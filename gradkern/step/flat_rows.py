@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
+from gradkern.gradients.param_grads import reach_of
 from gradkern.gradients.plan import Arrangement, Layouts, Row
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
@@ -52,7 +53,7 @@ class Flat(NamedTuple):
 
 def flattened(row: Row, layouts: Layouts) -> Flat | None:
     """Return a copy of the gradients in one vector; None if one is sparse, or not of the parameters' dtype."""
-    reach = tuple([None if g is None else g.layout for g in row])
+    reach = reach_of(row)
     if reach == layouts.all_dense and len(row) > 1:
         vector, reach = _flatten_dense_tensors(row), layouts.all_dense
     elif _DENSE.issuperset(reach) and reach != layouts.none:

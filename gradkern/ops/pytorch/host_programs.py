@@ -48,14 +48,14 @@ def pcgrad_coefficients(M: Tensor, order_keys: Tensor | None, partner: str) -> F
     if S * T > FEW:
         return _many(M, order_keys, visits)
     by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), strict=True)
-    return np.array([few(m, k, visits) for m, k in by_segment])
+    return np.array([_few(m, k, visits) for m, k in by_segment])
 
 
 def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str, mean: bool) -> list[float]:
     """Return the sum or mean over tasks of one Gramian's coefficients (T, T); few tasks need no array."""
     T = M.shape[0]
     if partner == "all" and order_keys is not None and T <= FEW:
-        C = few(M.tolist(), order_keys.tolist()[0], T - 1)
+        C = _few(M.tolist(), order_keys.tolist()[0], T - 1)
     else:
         C = pcgrad_coefficients(M.unsqueeze(0), order_keys, partner)[0].tolist()
     return [sum(column) / T if mean else sum(column) for column in zip(*C, strict=True)]
@@ -90,7 +90,7 @@ def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
     return C.reshape(S, T, T)
 
 
-def few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
+def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> list[list[float]]:
     """Return the coefficients of one segment, computed task by task."""
     T = len(M)
     C = []
@@ -117,7 +117,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
     if S * T <= FEW_OF_GRADVAC:
         target_lists = targets.tolist()
         by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
-        coefficients = [few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
+        coefficients = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
         targets.copy_(torch.tensor(target_lists, dtype=torch.float64).view(targets.shape))
         return _like(np.array(coefficients), M)
     rows = _host(M).reshape(S * T, T)
@@ -150,7 +150,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
     return _like(C, M)
 
 
-def few_of_gradvac(
+def _few_of_gradvac(
     M: list[list[float]],
     order_keys: list[list[float]],
     targets: list[list[float]],
