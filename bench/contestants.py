@@ -17,7 +17,7 @@ from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern.aggregators.methods import METHODS, Method
-from gradkern.gradients.param_grads import reach_of, readable
+from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import arranged, layouts_of
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
@@ -158,7 +158,7 @@ def _rows(x: Inputs, params: Sequence[Tensor], grads: Sequence[Sequence[Tensor]]
     left = [readable(row, params, layouts) for row in grads]
     units = None if suppression is None else tuple(suppression.first_units(x.numels))
     arrangement = arranged(
-        layouts, tuple(map(reach_of, left)), tuple(x.segments), len(x.groups), (True,) * len(params), units
+        layouts, tuple(map(layouts.reach_of, left)), tuple(x.segments), len(x.groups), (True,) * len(params), units
     )
     return Rows(params, left, arrangement, None if suppression is None else suppression.mask(x.device))
 

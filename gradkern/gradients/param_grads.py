@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.gradients.plan import Layouts, Row, RowReach, fits_in, grad_dtype
+from gradkern.gradients.plan import Layouts, Row, fits_in, grad_dtype
 
 
 def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tensor | None]:
@@ -18,17 +18,12 @@ def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tenso
     Sparse ones stay as they are. Call it after each backward pass, so that at most one task's gradients are alive
     beside their copies.
     """
-    if layouts.fit([g for g in row if g is not None], reach_of(row)):
+    if layouts.fitting_reach_of(row) is not None:
         return list(row)
     return [
         g if g is None or g.is_sparse or fits_in(g, stride, dtype) else laid_out(g, p)
         for g, p, stride, dtype in zip(row, params, layouts.strides, layouts.dtypes, strict=True)
     ]
-
-
-def reach_of(row: Row) -> RowReach:
-    """Return the layout of each gradient, None for a parameter that the task does not reach."""
-    return tuple([None if g is None else g.layout for g in row])
 
 
 def owns_its_storage(g: Tensor) -> bool:

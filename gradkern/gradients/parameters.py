@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradkern.gradients.plan import Arrangement, Layouts, Reach, arranged, layouts_of
+from gradkern.gradients.plan import Arrangement, Layouts, Reach, arranged, layouts_of, recognized
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -49,6 +49,24 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
     tensors = given.tensors
     if not tensors:
         raise ValueError("params is empty")
+    known = recognized(tensors)
+    if known is not None and known.checked:  # distinct leaves that require grad
+        places, trainable, layouts = list(range(len(tensors))), tensors, known
+    else:
+        places, trainable = _requiring_grad(given)
+        layouts = layouts_of(trainable)
+    for k, g in [(k, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
+        if not g.is_sparse and _has_overlap(g):
+            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
+    if not layouts.checked:
+        _check(given, places)
+        layouts.checked = True
+    return places, trainable, layouts
+
+
+def _requiring_grad(given: Parameters) -> tuple[list[int], list[Tensor]]:
+    """Return the places of the tensors that require grad, all of them leaves, and these tensors."""
+    tensors = given.tensors
     n = len(tensors)
     if len(set(map(id, tensors))) < n:
         first: dict[int, int] = {}
@@ -57,18 +75,10 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
     places = [k for k, p in enumerate(tensors) if p.requires_grad]
     if not places:
         raise ValueError(f"params holds no tensor that requires grad, of {n} given")
-    trainable = tensors if len(places) == n else [tensors[k] for k in places]
-    if False in [p.is_leaf for p in trainable]:
-        k = next(k for k in places if not tensors[k].is_leaf)
-        raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
-    for k, g in [(k, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
-        if not g.is_sparse and _has_overlap(g):
-            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
-    layouts = layouts_of(trainable)
-    if not layouts.checked:
-        _check(given, places)
-        layouts.checked = True
-    return places, trainable, layouts
+    for k in places:
+        if not tensors[k].is_leaf:
+            raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    return places, tensors if len(places) == n else [tensors[k] for k in places]
 
 
 def read(argument: str, params: Params) -> Parameters:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from gradkern.gradients.recognition import Comparison, comparison_with
+
 PLANS = 64
 """The number of sets of parameters, and of arrangements, that are remembered; each has .2 KB for a parameter."""
 
@@ -24,7 +26,7 @@ RowReach = tuple[torch.layout | None, ...]
 Reach = tuple[RowReach, ...]
 """The same of T tasks."""
 
-_VALUES = attrgetter("shape", "dtype", "device", "grad_dtype")
+_VALUES = attrgetter("shape", "dtype", "device", "grad_dtype", "requires_grad")
 
 
 def make_room(remembered: dict[Any, Any] | set[Any], most: int = PLANS) -> None:
@@ -46,7 +48,7 @@ class Layouts:
         contiguous: whether all parameters are contiguous.
         all_dense: the layouts of n dense gradients.
         none: the layouts of no gradients.
-        checked: whether a step has found parameters of these layouts permitted.
+        checked: whether a step has found parameters of these layouts permitted; they require grad then.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -59,11 +61,28 @@ class Layouts:
         self.all_dense: RowReach = (torch.strided,) * len(params)
         self.none: RowReach = (None,) * len(params)
         self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}
+        self._is_like_usual: Comparison = lambda row: False
         self.numel = sum(self.numels)
         self.one_dtype = len(set(self.dtypes)) == 1
         self.contiguous = not lazy and all(p.is_contiguous() for p in params)
 
-    def fit(self, grads: Sequence[Tensor], reach: RowReach) -> bool:
+    def reach_of(self, row: Row) -> RowReach:
+        """Return the layout of each gradient of a task, None for a parameter that the task does not reach."""
+        return self.all_dense if self._is_like_usual(row) else tuple([None if g is None else g.layout for g in row])
+
+    def fitting_reach_of(self, row: Row) -> RowReach | None:
+        """Return the reach of a task if all its gradients are dense and laid out as a new ``.grad``; else None."""
+        reach = self.reach_of(row)
+        if reach is self.all_dense:  # a row like one seen before
+            return reach
+        grads = [g for g in row if g is not None]
+        if not self._are_laid_out(grads, reach):
+            return None
+        if len(grads) == len(row):
+            self._is_like_usual = comparison_with(grads)
+        return reach
+
+    def _are_laid_out(self, grads: Sequence[Tensor], reach: RowReach) -> bool:
         """Return whether all gradients of a reach are dense and laid out as a new ``.grad``.
 
         A list for each of their properties takes a third of the time of a loop over all properties of a gradient.
@@ -82,7 +101,10 @@ class Layouts:
 
 
 def layouts_of(params: Sequence[Tensor]) -> Layouts:
-    """Return the layouts of n >= 1 parameters."""
+    """Return the layouts of n >= 1 leaf tensors."""
+    found = recognized(params)
+    if found is not None:
+        return found
     types = tuple(map(type, params))
     if UninitializedParameter in types:
         return Layouts(params)
@@ -91,10 +113,23 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
     if found is None:
         make_room(_layouts)
         found = _layouts[key] = Layouts(params)
+    make_room(_latest)
+    _latest[len(params)] = comparison_with(params), [p.grad_dtype for p in params], found
     return found
 
 
+def recognized(params: Sequence[Tensor]) -> Layouts | None:
+    """Return the layouts of n tensors if they are leaves like the last n whose layouts were asked for; else None."""
+    are_like, grad_dtypes, latest = _latest.get(len(params), _NONE)
+    if not are_like(params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
+        return None
+    return latest if [p.grad_dtype for p in params] == grad_dtypes else None
+
+
+_NONE: tuple[Comparison, list[torch.dtype | None], None] = (lambda params: False, [], None)
 _layouts: dict[Any, Layouts] = {}
+_latest: dict[int, tuple[Comparison, list[torch.dtype | None], Layouts | None]] = {}
+"""The last layouts of n tensors, by n, with what the tensors are compared with."""
 
 
 def fits_in(g: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import reach_of, readable
+from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
@@ -282,7 +282,7 @@ def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
     """Return the rows of one task; all parameters are unshared."""
     layouts = layouts_of(params)
     row = readable(grads, params, layouts)
-    return Rows(params, [row], arranged(layouts, (reach_of(row),), (0,) * len(params), 0, None, None))
+    return Rows(params, [row], arranged(layouts, (layouts.reach_of(row),), (0,) * len(params), 0, None, None))
 
 
 def _check(c: Column, p: Tensor) -> None:

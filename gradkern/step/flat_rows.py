@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradkern.gradients.param_grads import reach_of
 from gradkern.gradients.plan import Arrangement, Layouts, Row
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
@@ -53,9 +52,9 @@ class Flat(NamedTuple):
 
 def flattened(row: Row, layouts: Layouts) -> Flat | None:
     """Return a copy of the gradients in one vector; None if one is sparse, or not of the parameters' dtype."""
-    reach = reach_of(row)
+    reach = layouts.fitting_reach_of(row) or layouts.reach_of(row)
     if reach == layouts.all_dense and len(row) > 1:
-        vector, reach = _flatten_dense_tensors(row), layouts.all_dense
+        vector = _flatten_dense_tensors(row)
     elif _DENSE.issuperset(reach) and reach != layouts.none:
         vector = torch.cat([g.flatten() for g in row if g is not None])
     else:

@@ -9,7 +9,7 @@ from gradkern.aggregators import GradAttention
 from gradkern.gradients import aliasing
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
-from gradkern.gradients.param_grads import laid_out, reach_of, readable
+from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Row
 from gradkern.modifiers.suppression import Suppression
@@ -92,7 +92,7 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
     memory, suppression = options.memory, options.suppression
     taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
     units = None if suppression is None else _units(suppression, targets)
-    arrangement = targets.arranged(tuple(map(reach_of, taken)), shared, units)
+    arrangement = targets.arranged(tuple(map(targets.layouts.reach_of, taken)), shared, units)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
@@ -113,7 +113,7 @@ def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) 
     Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
     """
     recalled = memory.recall(source.present, new, targets.tensors, targets.layouts)
-    shared = targets.are_shared(tuple(map(reach_of, recalled)))
+    shared = targets.are_shared(tuple(map(targets.layouts.reach_of, recalled)))
     taken: list[Row] = [
         [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
     ]
