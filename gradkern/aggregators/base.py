@@ -47,6 +47,8 @@ class Aggregator(nn.Module, ABC):
 
     needs_losses = False
     """Whether ``solution`` takes the losses."""
+    needs_entries = False
+    """Whether it looks at entries of the task gradients, and not only at their Gramian."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

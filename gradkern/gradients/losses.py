@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from operator import is_
 from typing import Protocol
 
 import torch
@@ -136,8 +138,8 @@ class Losses:
         """
         number = 0 if loss.grad_fn is None else loss.grad_fn._sequence_nr()
         made, _numbered.last = number - getattr(_numbered, "last", 0), number
-        missed = [g is None for g in grads]
-        searched = hash((key, i, made, *missed))
+        missed = tuple(map(is_, grads, repeat(None)))
+        searched = hash((key, i, made, missed))
         if searched not in _searched:
             graph.refuse_reentrant(f"losses[{i}]", loss)
             make_room(_searched, 64 * PLANS)
@@ -223,7 +225,7 @@ def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
     present = [loss for loss in losses if loss is not None]
     dtypes = {loss.dtype for loss in present}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    if dtypes == {dtype} and len(present) == len(losses) and all(loss.ndim == 0 for loss in present):
+    if dtypes == {dtype} and len(present) == len(losses) and {loss.ndim for loss in present} == {0}:
         return torch.stack(present)  # the usual case
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)
     return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
-from gradkern.gradients.recognition import Comparison, comparison_with
+from gradkern.gradients.recognition import Comparison, comparison_with, unlike
+from gradkern.ops.dtypes import arithmetic_dtype
 
 PLANS = 64
 """The number of sets of parameters, and of arrangements, that are remembered; each has .2 KB for a parameter."""
@@ -44,8 +45,7 @@ class Layouts:
         numel: the number of elements of all.
         strides: the strides of a new ``.grad`` of each.
         dtypes: the dtype of each ``.grad``; it may differ from the parameter's.
-        one_dtype: whether these dtypes are equal.
-        contiguous: whether all parameters are contiguous.
+        flattens: whether all parameters are contiguous, and their gradients of one dtype of 32 or 64 bits.
         all_dense: the layouts of n dense gradients.
         none: the layouts of no gradients.
         checked: whether a step has found parameters of these layouts permitted; they require grad then.
@@ -61,21 +61,20 @@ class Layouts:
         self.all_dense: RowReach = (torch.strided,) * len(params)
         self.none: RowReach = (None,) * len(params)
         self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}
-        self._is_like_usual: Comparison = lambda row: False
+        self._is_like_usual: Comparison = unlike
         self.numel = sum(self.numels)
-        self.one_dtype = len(set(self.dtypes)) == 1
-        self.contiguous = not lazy and all(p.is_contiguous() for p in params)
+        one_dtype = len(set(self.dtypes)) == 1 and arithmetic_dtype(self.dtypes[0]) == self.dtypes[0]
+        self.flattens = one_dtype and not lazy and all(p.is_contiguous() for p in params)
 
     def reach_of(self, row: Row) -> RowReach:
         """Return the layout of each gradient of a task, None for a parameter that the task does not reach."""
-        return self.all_dense if self._is_like_usual(row) else tuple([None if g is None else g.layout for g in row])
+        return self.all_dense if self._is_like_usual(*row) else tuple([None if g is None else g.layout for g in row])
 
     def fitting_reach_of(self, row: Row) -> RowReach | None:
         """Return the reach of a task if all its gradients are dense and laid out as a new ``.grad``; else None."""
-        reach = self.reach_of(row)
-        if reach is self.all_dense:  # a row like one seen before
-            return reach
-        grads = [g for g in row if g is not None]
+        if self._is_like_usual(*row):
+            return self.all_dense
+        reach, grads = self.reach_of(row), [g for g in row if g is not None]
         if not self._are_laid_out(grads, reach):
             return None
         if len(grads) == len(row):
@@ -121,12 +120,12 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 def recognized(params: Sequence[Tensor]) -> Layouts | None:
     """Return the layouts of n tensors if they are leaves like the last n whose layouts were asked for; else None."""
     are_like, grad_dtypes, latest = _latest.get(len(params), _NONE)
-    if not are_like(params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
+    if not are_like(*params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
         return None
     return latest if [p.grad_dtype for p in params] == grad_dtypes else None
 
 
-_NONE: tuple[Comparison, list[torch.dtype | None], None] = (lambda params: False, [], None)
+_NONE: tuple[Comparison, list[torch.dtype | None], None] = (unlike, [], None)
 _layouts: dict[Any, Layouts] = {}
 _latest: dict[int, tuple[Comparison, list[torch.dtype | None], Layouts | None]] = {}
 """The last layouts of n tensors, by n, with what the tensors are compared with."""

@@ -9,21 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Comparison = Callable[[Sequence[Any]], bool]
-"""Returns whether other tensors are the same in number, classes, dtypes, devices, shapes, strides, ``requires_grad``,
-and in what else decides how PyTorch dispatches them: laziness, subclasses, layouts; and whether they are distinct."""
+Comparison = Callable[..., bool]
+"""Takes n tensors, and returns whether they are distinct, and the same as n others in classes, dtypes, devices, shapes,
+strides, ``requires_grad``, and in what else decides how PyTorch dispatches them: layouts, lazy negation, modes."""
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 
 
 def comparison_with(tensors: Sequence[Tensor]) -> Comparison:
-    """Return a comparison with n distinct tensors. It keeps none of them alive.
+    """Return a comparison of n others with n distinct tensors. It keeps none of them alive.
 
     Where PyTorch cannot compare, no tensors are the same, and the caller looks at each.
     """
-    n = len(tensors)
     try:
-        check = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        check: Comparison = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
     except (AttributeError, TypeError, RuntimeError):  # private API of PyTorch; and some tensors have no shape
-        return lambda others: False
-    return lambda others: len(others) == n and check(*others)
+        return unlike
+    return check
+
+
+def unlike(*others: Any) -> bool:
+    """Return False: a comparison with nothing."""
+    return False

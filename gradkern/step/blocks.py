@@ -9,13 +9,14 @@ group's runs, with zeros in place of the runs that the task does not reach. For 
     task 1's vector    trunk 1 | head 1                           trunk 1
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
 
 from gradkern.gradients.plan import PLANS, Arrangement, Column
 from gradkern.ops.pytorch.chunks import LINE, even_width
@@ -61,17 +62,18 @@ class Blocks:
     Args:
         groups: the runs of each group.
         T: the number of tasks.
+
+    Attributes:
+        places: the numbers of each block's parameters.
     """
 
     def __init__(self, groups: Sequence[Sequence[Run]], T: int) -> None:
         self._parts: list[Part] = []
         self._shapes: list[tuple[int, int]] = []
         self._sizes: list[int] = []
-        self._places: list[int | None] = []
-        self._numels: list[int] = []
+        self.places = [[c.place for run in runs for c in run.columns] for runs in groups]
         for s, runs in enumerate(groups):
-            columns = [c for run in runs for c in run.columns]
-            numel = sum(c.numel for c in columns)
+            numel = sum(run.numel for run in runs)
             width = even_width(T, numel)
             for t in range(T):
                 self._parts += [Part(t, run.pieces.get(t), run.numel) for run in runs]
@@ -80,14 +82,11 @@ class Blocks:
             self._parts.append(Part(0, None, gap))
             self._shapes.append((T, width))
             self._sizes += [T * width, gap]
-            self._places += [*(c.place for c in columns), None]
-            self._numels += [*(c.numel for c in columns), width - numel]
         self._parts = [part for part in self._parts if part.numel]
         self._longest_gap = max((part.numel for part in self._parts if part.piece is None), default=0)
 
-    def of(self, pieces: Pieces) -> list[Tensor]:
-        """Return S matrices (T, width), with zeros where a task does not reach a run."""
-        like = next(x for mine in pieces for x in mine)
+    def of(self, pieces: Pieces, like: Tensor) -> list[Tensor]:
+        """Return S matrices (T, width), with zeros where a task does not reach a run; of the dtype of ``like``."""
         zeros = like.new_zeros(self._longest_gap) if self._longest_gap else like
         memory = torch.cat(
             [
@@ -96,36 +95,41 @@ class Blocks:
             ]
             or [like.new_empty(0)]
         )
-        blocks = memory.split_with_sizes(self._sizes)[::2] if len(self._shapes) > 1 else (memory,)
+        if len(self._shapes) == 1:
+            return [memory.view(self._shapes[0])]
+        blocks = memory.split_with_sizes(self._sizes)[::2]
         return [block.view(shape) for block, shape in zip(blocks, self._shapes, strict=True)]
 
-    def results(self, combinations: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        """Return the number of each parameter and its part of the S matrices' combinations."""
-        g = combinations[0] if len(combinations) == 1 else torch.cat(list(combinations))
-        parts = zip(self._places, g.split_with_sizes(self._numels), strict=True)
-        return [(place, part) for place, part in parts if place is not None]
+    def results(self, combinations: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters' parts of the S matrices' combinations, as views."""
+        return _views(combinations, self.places, params)
+
+
+def _views(vectors: Iterable[Tensor], places: Iterable[Sequence[int]], params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of vectors that belong to the parameters at ``places``, shaped like them."""
+    parts: list[Tensor] = []
+    for vector, of_vector in zip(vectors, places, strict=True):
+        parts += _unflatten_dense_tensors(vector, [params[k] for k in of_vector])
+    return parts
 
 
 class Own:
-    """The gradients of unshared parameters that one task alone reaches.
+    """The gradients of unshared parameters, each of which one task alone reaches.
 
     Args:
-        runs: the runs.
+        runs: the runs, each reached by one task.
+
+    Attributes:
+        places: the numbers of each run's parameters.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = [
-            (t, piece, [c.place for c in run.columns], [c.numel for c in run.columns])
-            for run in runs
-            for t, piece in run.pieces.items()
-        ]
+        self._pieces = [(t, piece) for run in runs for t, piece in run.pieces.items()]
+        self.places = [[c.place for c in run.columns] for run in runs]
 
-    def results(self, pieces: Pieces) -> list[tuple[int, Tensor]]:
-        """Return the number of each parameter and its gradient."""
-        parts: list[tuple[int, Tensor]] = []
-        for t, piece, places, numels in self._runs:
-            parts += zip(places, pieces[t][piece].split_with_sizes(numels), strict=True)
-        return parts
+    def results(self, pieces: Pieces, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters' gradients, as views."""
+        return _views([pieces[t][piece] for t, piece in self._pieces], self.places, params)
 
 
 class Plan:
@@ -136,6 +140,9 @@ class Plan:
         shared: the blocks of the S groups.
         unshared: the block of unshared parameters; None if there are none.
         own: the gradients of unshared parameters; None if several tasks reach one of them.
+        places: the numbers of all parameters, in ascending order.
+        order: the position of each one's result among the results of ``shared`` and of ``unshared`` or ``own``; None if
+            they are in order.
     """
 
     def __init__(self, arrangement: Arrangement, T: int) -> None:
@@ -151,6 +158,9 @@ class Plan:
         self.shared = Blocks(groups, T)
         self.unshared = Blocks([unshared], T) if unshared else None
         self.own = None if arrangement.adds_up else Own(unshared)
+        places = [k for blocks in (self.shared, self.unshared) if blocks for of_one in blocks.places for k in of_one]
+        self.places = sorted(places)
+        self.order = None if places == self.places else sorted(range(len(places)), key=places.__getitem__)
 
 
 plan = lru_cache(maxsize=PLANS)(Plan)

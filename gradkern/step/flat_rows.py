@@ -6,7 +6,6 @@ refers to them. The vectors make a matrix, whose Gramian and combination are one
 """
 
 from collections.abc import Sequence
-from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -27,14 +26,14 @@ LARGEST = 1 << 19
 def fits(layouts: Layouts, n_tasks: int) -> bool:
     """Return whether the rows of a step may be a matrix.
 
-    Parameters have one dtype of 32 or 64 bits, are contiguous and small, and on a device that the PyTorch back end
-    serves: a GPU's own back end takes six launches for any number of tensors, and copies would be T + 1 more. A step
-    under FakeTensorMode or another mode keeps its tensors, as it would on a GPU.
+    Parameters have one dtype of 32 or 64 bits (a combination of 16 bits would be rounded before an update's step along
+    it), are contiguous and small, and on a device that the PyTorch back end serves: a GPU's own back end takes six
+    launches for any number of tensors, and copies would be T + 1 more. A step under FakeTensorMode or another mode
+    keeps its tensors, as it would on a GPU.
     """
-    plain = layouts.one_dtype and layouts.contiguous and n_tasks * layouts.numel <= LARGEST
-    # A combination of 16 bits would be rounded before an update's step along it.
-    plain = plain and arithmetic_dtype(layouts.dtypes[0]) == layouts.dtypes[0]
-    return plain and layouts.device.type not in operators.gramian_tensors.implementations and not is_watched()
+    if not layouts.flattens or n_tasks * layouts.numel > LARGEST or is_watched() or torch.compiler.is_compiling():
+        return False
+    return layouts.device.type not in operators.gramian_tensors.implementations
 
 
 class Flat(NamedTuple):
@@ -98,7 +97,8 @@ class FlatRows:
             () if vector is None else vector.split_with_sizes(lengths) if len(lengths) > 1 else (vector,)
             for vector, lengths in zip(vectors, self._plan.lengths, strict=True)
         ]
-        self.blocks = self._plan.shared.of(pieces)
+        self._like = next(vector for vector in vectors if vector is not None)
+        self.blocks = self._plan.shared.of(pieces, self._like)
         self._pieces = pieces if self._plan.unshared is not None else ()  # the blocks are copies, so vectors can go
 
     @property
@@ -124,26 +124,27 @@ class FlatRows:
             combined: the combinations of :attr:`blocks`, each (width,).
             unshared_weights: (T,), the weights of unshared parameters' gradients; None for ones.
         """
-        parts = self._plan.shared.results(combined)
+        parts = self._plan.shared.results(combined, self.params)
         if self._plan.unshared is not None:
             parts += self._unshared_results(self._plan.unshared, unshared_weights)
-        parts.sort(key=itemgetter(0))
-        params = [self.params[place] for place, _ in parts]
-        shaped = [x if (p := self.params[place]).ndim == 1 else x.view_as(p) for place, x in parts]
-        return list(zip(params, _clones(shaped), strict=True))
+        places, order, params = self._plan.places, self._plan.order, self.params
+        if order is not None:
+            parts = [parts[i] for i in order]
+        reached = params if len(places) == len(params) else [params[k] for k in places]
+        return list(zip(reached, _clones(parts), strict=True))
 
-    def _unshared_results(self, unshared: Blocks, w: Tensor | None) -> list[tuple[int, Tensor]]:
+    def _unshared_results(self, unshared: Blocks, w: Tensor | None) -> list[Tensor]:
         if w is None and self._plan.own is not None:
-            return self._plan.own.results(self._pieces)
+            return self._plan.own.results(self._pieces, self.params)
         (U,) = self._unshared()
         ones = torch.ones(self.n_tasks, dtype=arithmetic_dtype(U.dtype), device=U.device)
-        return unshared.results([operators.combine(U, ones if w is None else w.to(ones.dtype))])
+        return unshared.results([operators.combine(U, ones if w is None else w.to(ones.dtype))], self.params)
 
     def _unshared(self) -> list[Tensor]:
         """Return the gradients of unshared parameters, one matrix (T, width)."""
         if self._plan.unshared is None:
             return [self.blocks[0].new_empty(self.n_tasks, 0)]
-        return self._plan.unshared.of(self._pieces)
+        return self._plan.unshared.of(self._pieces, self._like)
 
 
 def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:

@@ -5,7 +5,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import GradAttention
 from gradkern.gradients import aliasing
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
@@ -49,8 +48,7 @@ def _row(one: Flat | Row, targets: Targets) -> Row:
 
 
 def _may_be_flat(options: Options) -> bool:
-    plain = options.memory is None and options.suppression is None
-    return plain and not isinstance(options.aggregator, GradAttention)
+    return options.memory is None and options.suppression is None and not options.aggregator.needs_entries
 
 
 def _absent(targets: Targets) -> Row:

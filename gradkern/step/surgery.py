@@ -115,10 +115,10 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
 def _in_one_call(rows: FlatRows, aggregator: Aggregator) -> Outcome | None:
     """Do all on the matrix in one call; return None if the method does not allow it."""
     first, S, T = rows.blocks[0], rows.n_segments, rows.n_tasks
-    program = aggregator.program(first.new_empty((S, T, T), dtype=arithmetic_dtype(first.dtype)))
+    program = aggregator.program(first.new_empty((S, T, T)))
     if program is None:
         return None
-    M, w, combined = operators.surgery_blocks(rows.blocks, program.projection)
+    M, w, combined = operators.surgery_blocks.on_plain(first.device.type, rows.blocks, program.projection)
     return Outcome(M, None, program.solution(M, w), None, lambda: (rows.results(combined, None), None))
 
 

@@ -48,6 +48,8 @@ class GradAttention(Aggregator):
         generator: a generator on the gradients' device that samples the entries; None for the device's default one.
     """
 
+    needs_entries = True
+
     def __init__(
         self,
         subset: int = 4096,

@@ -4,7 +4,9 @@ It does little between the two passes over a matrix, because each pass leaves th
 the work after it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -25,16 +27,16 @@ FEW_PRODUCTS = 512
 @implements(operators.surgery_blocks)
 def surgery_blocks(blocks: Sequence[Tensor], method: ProjectionArguments) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Compute Gramians, weights and combinations."""
-    dtype = blocks[0].dtype
-    wide = [widened(block) for block in blocks]
-    sums = [_few_products(X) for X in wide]
-    M = wide[0].new_tensor(sums) if None not in sums else torch.stack([matrix_gramian(X) for X in wide])
+    dtype, T = blocks[0].dtype, blocks[0].shape[0]
+    wide = list(map(widened, blocks))
+    sums = list(map(_few_products, wide))
+    M = torch.stack(list(map(matrix_gramian, wide))) if None in sums else wide[0].new_tensor(sums).view(-1, T, T)
     w = _weights(M, method)
-    return M, w, [combine_matrix(X, w_s).to(dtype) for X, w_s in zip(wide, w.unbind(), strict=True)]
+    return M, w, [g.to(dtype) for g in map(combine_matrix, wide, w.unbind())]
 
 
-def _few_products(X: Tensor) -> list[list[float]] | None:
-    """Compute X Xᵀ, (T, T), and add up the products of its chunks in plain floats; return None if they are many."""
+def _few_products(X: Tensor) -> Sequence[float] | None:
+    """Compute X Xᵀ, (T, T), row by row, in plain floats; return None if there are many products of chunks."""
     T, P = X.shape
     of_columns = cut(T, P, X.itemsize)
     n = of_columns.chunks
@@ -42,9 +44,18 @@ def _few_products(X: Tensor) -> list[list[float]] | None:
         return None
     chunks, _ = batch(X, of_columns.width, n)
     terms = products_of(chunks, chunks)[:n].view(n, T * T).tolist()
-    sums = [sum(of_entry) for of_entry in zip(*terms, strict=True)]
-    # Half of them, because a BLAS may sum up M_ij and M_ji in different orders.
-    return [[sums[max(i, j) * T + min(i, j)] for j in range(T)] for i in range(T)]
+    return _symmetric(T)(list(map(sum, zip(*terms, strict=True))))
+
+
+@cache
+def _symmetric(T: int) -> Callable[[list[float]], Sequence[float]]:
+    """Return a function that mirrors the lower half of T x T numbers, one after another, into the upper half.
+
+    A BLAS may sum up M_ij and M_ji in different orders.
+    """
+    if T == 1:
+        return lambda sums: sums
+    return itemgetter(*(max(i, j) * T + min(i, j) for i in range(T) for j in range(T)))
 
 
 def _weights(M: Tensor, method: ProjectionArguments) -> Tensor:
@@ -54,7 +65,7 @@ def _weights(M: Tensor, method: ProjectionArguments) -> Tensor:
         assert keys is not None
         assert update_mask is not None
         C = gradvac(M, keys, targets, update_mask & M.isfinite().all(), beta)
-    elif len(M) == 1:
+    elif M.shape[0] == 1:
         return M.new_tensor([pcgrad_weights(M[0], keys, partner, mean)])
     else:
         C = torch.from_numpy(pcgrad_coefficients(M, keys, partner)).to(M)
