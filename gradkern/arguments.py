@@ -5,7 +5,7 @@ its value. A bool is not a number, and a string is not a sequence.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -16,6 +16,9 @@ LONGEST = 200
 """The number of characters of a value that an error message shows."""
 LEAST_INTEGER, LARGEST_INTEGER = -(2**63), 2**63 - 1
 """The range of the integers that a tensor can hold."""
+
+_NOT_SEQUENCES = (str, bytes, bytearray, memoryview, set, frozenset, Mapping)
+"""Types that can be iterated, but whose entries are characters, or are in no order, or are keys."""
 
 C = TypeVar("C")
 
@@ -69,13 +72,10 @@ def numbers(name: str, value: object) -> list[float]:
 
     It may be a sequence, a tensor or an array. Its entries may be tensors or arrays of no dimension.
     """
-    plain = _plain(value)
-    if not isinstance(plain, Iterable) or isinstance(plain, _NOT_SEQUENCES):
-        raise TypeError(f"{name} must be a sequence of numbers, got {shown(value)}")
-    values = [number(f"{name}[{i}]", _plain(entry)) for i, entry in enumerate(plain)]
-    if not values:
+    listed = entries(name, value, "a sequence of numbers")
+    if not listed:
         raise ValueError(f"{name} must hold a number at least, got {shown(value)}")
-    return values
+    return [number(f"{name}[{i}]", plain(entry)) for i, entry in enumerate(listed)]
 
 
 def boolean(name: str, value: object) -> bool:
@@ -123,6 +123,17 @@ def sequence(name: str, value: object, wanted: str) -> Sequence[Any]:
     return value
 
 
+def entries(name: str, value: object, wanted: str) -> list[Any]:
+    """Return ``value`` as a list, if it can be iterated in an order that means something.
+
+    A tensor or an array gives numbers, or lists of numbers.
+    """
+    given = plain(value)
+    if not isinstance(given, Iterable) or isinstance(given, _NOT_SEQUENCES):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
+    return list(given)
+
+
 def mapping(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:
     """Return ``value``, if it is a mapping with exactly the given keys."""
     wanted = f"{name} must hold {_listed(map(repr, keys), 'and')}"
@@ -142,11 +153,7 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
-_NOT_SEQUENCES = (str, bytes, bytearray, memoryview, Set, Mapping)
-"""Types that can be iterated, but whose entries are characters, or are in no order that a task could have."""
-
-
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Return a tensor or an array as numbers or lists of numbers, and any other value as it is."""
     if not hasattr(value, "tolist"):
         return value

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
+from gradkern.arguments import choice, shown
 from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.autograd import recording
-from gradkern.ops.matrix import check_matrix
-from gradkern.ops.out import check_out
 from gradkern.ops.partners import ORDERED, PARTNERS
 
 _pcgrad_matrix = operators.pcgrad_matrix.overload
@@ -45,20 +44,16 @@ class PCGrad(Projection):
         reduction: str = "sum",
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(partner, str) or partner not in PARTNERS:
-            raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
+        choice("partner", partner, PARTNERS)
         if order is not None and partner not in ORDERED:
-            raise ValueError(f"order must be None with partner={partner!r}, which depends on no order; got {order!r}")
+            raise ValueError(f"order must be None with partner={partner!r}, which uses none; got {shown(order)}")
         super().__init__(order, reduction, generator)
         self.partner = partner
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
-        check_matrix(J, offsets)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
         # One operator does all, unless the steps in between matter: to a subclass's weights, a derivative or segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
-            return super().forward(J, offsets, out=out)
-        check_out(out, J)
+            return super()._aggregate(J, offsets, out)
         keys, partner = self._arguments(1, J.shape[0], J.device)
         if out is None:
             return _pcgrad_matrix(J, keys, partner, self.reduction == "mean")

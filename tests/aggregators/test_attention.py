@@ -297,6 +297,11 @@ def test_a_state_that_cannot_be_loaded_is_refused() -> None:
     before = everything(method)
     with pytest.raises(TypeError, match="must hold 'generator', 'tasks' and 'adam', got tensor"):
         method.load_state_dict({**method.state_dict(), "_extra_state": torch.zeros(3)})
+    own = method.state_dict()["_extra_state"]
+    with pytest.raises(TypeError, match="tasks must be an integer, got '3'"):
+        method.load_state_dict({**method.state_dict(), "_extra_state": {**own, "tasks": "3"}})
+    with pytest.raises(TypeError, match="the state of Adam must be a dict, got 3"):
+        method.load_state_dict({**method.state_dict(), "_extra_state": {**own, "adam": 3}})
     with pytest.raises(ValueError, match="generator is None"):
         method.load_state_dict(trained(generator=torch.Generator()).state_dict())
     with pytest.raises(ValueError, match="assign must be False"):

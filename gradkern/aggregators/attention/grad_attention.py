@@ -21,13 +21,11 @@ from torch import Tensor
 from gradkern.aggregators.attention.encoder import Encoder
 from gradkern.aggregators.attention.strata import strata
 from gradkern.aggregators.base import Aggregator, check_gramian
-from gradkern.arguments import choice, integer, mapping, number, tensor
+from gradkern.arguments import choice, instance, integer, mapping, number, tensor
 from gradkern.ops import combine, gramian
 from gradkern.ops.cosines import cosines
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.ops.matrix import check_matrix
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.out import check_out
 
 
 class GradAttention(Aggregator):
@@ -113,10 +111,8 @@ class GradAttention(Aggregator):
         alpha = self._learn(M.reshape(problems, *M.shape[-2:]), X.reshape(problems, *X.shape[-2:]))
         return alpha.to(M.dtype).view(M.shape[:-1])
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has its own entries."""
-        check_matrix(J, offsets)
-        check_out(out, J)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+        # Each segment has its own entries.
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)
         groups = strata(sizes, self.subset)
@@ -186,8 +182,9 @@ class GradAttention(Aggregator):
     def set_extra_state(self, state: Any) -> None:
         """Load a :meth:`get_extra_state`. It creates an embedding of the right size, into which torch loads later."""
         mapping("the state to load", state, ("generator", "tasks", "adam"))
+        tasks, adam = state["tasks"], instance("the state of Adam", state["adam"], dict, "a dict")
         super().set_extra_state(state["generator"])
-        self._begin(state["tasks"], state["adam"])
+        self._begin(None if tasks is None else integer("tasks", tasks, 1), adam)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Aggregator does; ``assign`` must be False, because the optimizer refers to the parameters."""
