@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.ops.partners import PARTNERS
+from gradkern.ops.partners import ORDERED, PARTNERS
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 SOME_T = [1, 2, 3, 5, 8, 16, 40]
@@ -244,6 +244,27 @@ def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
     order = [position, *others]
     result = gk.PCGrad(order=order)(with_zero)
     assert_near(result, gk.PCGrad(order=list(range(T)))(J), 1 + J.norm() * T, 1e-9)
+
+
+@pytest.mark.parametrize("partner", PARTNERS)
+@pytest.mark.parametrize("zeros", [1, 40])
+def test_zero_gradients_are_nobodys_partners(zeros: int, partner: str, device: torch.device) -> None:
+    """Two tasks in conflict give [.5, 1.5], with any number of gradients of zero before, between and after them."""
+    J = torch.zeros(2 + 3 * zeros, 2, device=device)
+    J[zeros], J[1 + 2 * zeros] = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
+    assert gk.PCGrad(partner)(J).tolist() == [0.5, 1.5]
+    w = gk.PCGrad(partner).weights((J @ J.mT).expand(2, -1, -1))
+    assert w[:, [zeros, 1 + 2 * zeros]].tolist() == [[2.0, 1.5]] * 2
+    assert w.sum(-1).tolist() == [3.5 + 3 * zeros] * 2  # a gradient of zero keeps its weight of 1
+
+
+@pytest.mark.parametrize("partner", ORDERED)
+def test_gradients_of_zero_change_no_order(partner: str) -> None:
+    J = conflicting(5)
+    J[3] = 0
+    order = [3, 1, 4, 0, 2]
+    without = gk.PCGrad(partner, order=[1, 3, 0, 2])(J[[0, 1, 2, 4]])
+    assert_near(gk.PCGrad(partner, order=order)(J), without, J.norm(), 1e-13)
 
 
 def test_the_order_is_the_methods_own() -> None:
