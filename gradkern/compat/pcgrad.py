@@ -147,6 +147,5 @@ class _ReductionSink(GradSink):
         ]
         self._results, self._kept = rows.only(by_reach).combine(w, summed)
 
-    def finish(self, step_scale: Tensor | None) -> Tensor | None:
+    def finish(self) -> None:
         """Call no hooks: post-accumulate hooks do not run in these modes."""
-        return self._kept

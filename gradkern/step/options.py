@@ -7,6 +7,7 @@ from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
 from gradkern.modifiers.suppression import Suppression
+from gradkern.ops.undo import PutBack
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Options:
             raise TypeError(f"suppression must be a gradkern.Suppression or None, got {self.suppression!r}")
         if self.conflict_lr is not None and not isinstance(self.conflict_lr, ConflictLR):
             raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {self.conflict_lr!r}")
+
+    def snapshot(self) -> list[PutBack]:
+        """Return functions that put the state of the method, the masks and the memory back as it is now."""
+        stateful = (self.aggregator, self.suppression, self.memory)
+        return [one.snapshot() for one in stateful if one is not None]
 
     @property
     def is_weighted_backward(self) -> bool:
