@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkern.arguments import shown
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
@@ -92,10 +93,10 @@ class AdamW(torch.optim.AdamW):
         refuse_unfused({"foreach": foreach, "differentiable": differentiable, "fused": fused})
         numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         flags = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable}
-        options = adamw_options(numbers | flags)
-        super().__init__(
-            listed("params", params, "tensors, (name, tensor) pairs or groups of them"), **options, fused=True
-        )
+        entries = listed("params", params, "tensors, (name, tensor) pairs or groups of them")
+        if not entries:
+            raise ValueError(f"params is empty: {shown(params)}")
+        super().__init__(entries, **adamw_options(numbers | flags), fused=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with hyperparameters of their own.

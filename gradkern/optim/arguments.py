@@ -10,13 +10,10 @@ from gradkern.gradients.parameters import Parameters, read
 
 
 def listed(name: str, params: object, wanted: str) -> list[Any]:
-    """Return parameters, which the message calls ``wanted``, as a list that is not empty."""
+    """Return parameters, which the message calls ``wanted``, as a list."""
     if isinstance(params, (Tensor, str, bytes, Set, Mapping)) or not isinstance(params, Iterable):
         raise TypeError(f"{name} must be {wanted}, got {shown(params)}")
-    entries = list(params)
-    if not entries:
-        raise ValueError(f"{name} is empty: {shown(params)}")
-    return entries
+    return list(params)
 
 
 def checked_group(param_group: object) -> Parameters:
@@ -36,7 +33,7 @@ def checked_group(param_group: object) -> Parameters:
     if len(set(map(id, given.tensors))) < len(given.tensors):
         raise ValueError(f"{name} holds a tensor twice: {shown([tuple(p.shape) for p in given.tensors])}")
     for k, p in enumerate(given.tensors):
-        if not p.is_leaf:
+        if not (p.is_leaf or p.retains_grad):
             raise ValueError(f"{name} must be leaf tensors; {given.name(k)} is computed")
     return given
 

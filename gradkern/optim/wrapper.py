@@ -38,11 +38,8 @@ class OptimizerWrapper(Optimizer):
     def __getattr__(self, name: str) -> Any:
         """Return a public attribute of the wrapped optimizer; Python asks for those that this one lacks."""
         inner = self.__dict__.get("optimizer")  # missing in a copy that is being made
-        if name.startswith("_") or inner is None or not hasattr(inner, name):
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}, nor has its optimizer, "
-                f"{type(inner).__name__!r}"
-            )
+        if name.startswith("_") or inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
 
     @property

@@ -364,6 +364,17 @@ def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], messag
         AdamW(**{"params": [nn.Parameter(torch.ones(2))]} | arguments)
 
 
+def test_a_group_may_be_empty() -> None:
+    ours, theirs = parameters(), parameters()
+    mine = AdamW([{"params": []}, {"params": iter(ours)}], lr=0.5)
+    other = torch.optim.AdamW([{"params": []}, {"params": iter(theirs)}], lr=0.5, fused=True)
+    grads = draw(ours)
+    for params, optimizer in ((ours, mine), (theirs, other)):
+        give(params, grads)
+        optimizer.step()
+    assert_same(ours, theirs, 1e-6)  # float32 steps of 0.5
+
+
 def test_numbers_of_numpy_are_numbers() -> None:
     ours, theirs = parameters(), parameters()
     mine = AdamW(ours, lr=np.float32(0.5), betas=[np.float64(0.5), 0], eps=np.float32(0.25), weight_decay=0)
