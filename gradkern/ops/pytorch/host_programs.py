@@ -123,7 +123,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
         target_lists = targets.tolist()
         by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
         coefficients = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
-        targets.copy_(torch.tensor(target_lists, dtype=torch.float64).view(targets.shape))
+        targets.copy_(torch.tensor(target_lists, dtype=torch.float64, device="cpu").view(targets.shape))
         return _like(np.array(coefficients), M)
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
