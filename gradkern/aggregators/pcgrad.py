@@ -4,8 +4,8 @@ Task i starts from c = e_i and visits the other tasks j in a random order of its
 of its already modified gradient with the original g_j; if s < 0, c_j -= s / M_jj removes the conflict.
 
 The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner only, or take the mean over partners. A
-task whose gradient is zero, because it is absent for one, is nobody's partner: its cosine, 0 by convention, would be
-larger than that of every conflict, and hide it.
+task whose gradient is zero is nobody's partner: its cosine, 0 by convention, would be larger than that of every
+conflict, and hide it. An absent task without a remembered gradient is such a task.
 """
 
 import torch
@@ -30,8 +30,8 @@ class PCGrad(Projection):
         partner: the tasks whose gradients a task's own gradient is projected onto where they conflict. "all": all other
             tasks, one after another, as in the paper. "random": one other task. "most_similar" or "most_different":
             the task with the largest or the smallest cosine, the first of equals. "average": all other tasks, and the
-            result is the mean of the projections, each of the original gradient. A task that is absent or whose
-            gradient is zero is nobody's partner.
+            result is the mean of the projections, each of the original gradient. A task whose gradient is zero is
+            nobody's partner; so is one that is absent, unless memory has its last gradient.
         order: None for a fresh random order for each segment and task, as in the paper. Otherwise integers: (T,), the
             order in which every task visits its partners, or (T, T), where row i is the order of task i. Each row is
             a permutation of 0 … T-1, in which a task skips its own index. With ``partner="random"`` the first task
