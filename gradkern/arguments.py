@@ -5,7 +5,7 @@ its value. A bool is not a number, and a string is not a sequence.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -72,10 +72,10 @@ def numbers(name: str, value: object) -> list[float]:
 
     It may be a sequence, a tensor or an array. Its entries may be tensors or arrays of no dimension.
     """
-    listed = entries(name, value, "a sequence of numbers")
-    if not listed:
+    given = entries(name, value, "a sequence of numbers")
+    if not given:
         raise ValueError(f"{name} must hold a number at least, got {shown(value)}")
-    return [number(f"{name}[{i}]", plain(entry)) for i, entry in enumerate(listed)]
+    return [number(f"{name}[{i}]", plain(entry)) for i, entry in enumerate(given)]
 
 
 def boolean(name: str, value: object) -> bool:
@@ -132,6 +132,13 @@ def entries(name: str, value: object, wanted: str) -> list[Any]:
     if not isinstance(given, Iterable) or isinstance(given, _NOT_SEQUENCES):
         raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
     return list(given)
+
+
+def listed(name: str, value: object, wanted: str) -> list[Any]:
+    """Return ``value`` as a list, if it can be iterated in order, as an iterator too, and is no tensor."""
+    if not isinstance(value, Iterable) or isinstance(value, (Tensor, Set, *_NOT_SEQUENCES)):
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}")
+    return list(value)
 
 
 def mapping(name: str, value: object, keys: Sequence[str]) -> Mapping[str, Any]:

@@ -32,6 +32,7 @@ RETURNED: list[tuple[Callable[[], Any], Any]] = [
     (lambda: a.choice("mode", None, (None, "b")), None),
     (lambda: a.instance("s", "x", str, "a string"), "x"),
     (lambda: a.sequence("s", (1, 2), "a sequence of things"), (1, 2)),
+    (lambda: a.listed("s", iter((1, 2)), "things in order"), [1, 2]),
     (lambda: a.mapping("s", {"b": 1, "a": 2}, ("a", "b")), {"a": 2, "b": 1}),
 ]
 
@@ -119,6 +120,10 @@ RAISED: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "X must be float32 or float64, got torch.int32",
     ),
     (lambda: a.instance("s", 1, str, "a string or None"), TypeError, "s must be a string or None, got 1"),
+    *[
+        (lambda value=value: a.listed("s", value, "things in order"), TypeError, "s must be things in order, got ")
+        for value in (3, "ab", b"ab", {1}, {1: 2}, {1: 2}.keys(), torch.ones(2))
+    ],
     (lambda: a.sequence("s", "ab", "a sequence of things"), TypeError, "s must be a sequence of things, got 'ab'"),
     (lambda: a.sequence("s", {1}, "a sequence of things"), TypeError, "s must be a sequence of things, got {1}"),
     (lambda: a.mapping("s", None, ("a", "b")), TypeError, "s must hold 'a' and 'b', got None"),

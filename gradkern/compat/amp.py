@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.arguments import number, shown, tensor
+from gradkern.arguments import boolean, instance, number, shown, tensor
 from gradkern.compat.losses import listed
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.losses import Loss, Losses, Pass
@@ -44,10 +44,9 @@ class _Accumulating:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         refuse_wrapper(optimizer)
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
-        if not isinstance(cpu_offload, bool):
-            raise TypeError(f"cpu_offload must be True or False, got {cpu_offload!r}")
+        if scaler is not None:
+            instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
+        boolean("cpu_offload", cpu_offload)
         self.num_tasks = num_tasks
         self.cpu_offload = cpu_offload
         self._optimizer = optimizer

@@ -1,12 +1,11 @@
 """The losses of a step as the originals take them: one after another, or all in one tensor."""
 
-from collections.abc import Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.arguments import shown
+from gradkern import arguments
 
 
 def listed(name: str, losses: object) -> list[Any]:
@@ -20,6 +19,4 @@ def listed(name: str, losses: object) -> list[Any]:
     if isinstance(losses, Tensor) and losses.ndim > 0:
         with torch.inference_mode(False), torch.enable_grad():
             return list(losses.unbind())
-    if isinstance(losses, (Tensor, str, bytes, Set, Mapping)) or not isinstance(losses, Iterable):
-        raise TypeError(f"{name} must be a sequence or a tensor (T,) with one entry per task, got {shown(losses)}")
-    return list(losses)
+    return arguments.listed(name, losses, "a sequence or a tensor (T,) with one entry per task")

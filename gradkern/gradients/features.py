@@ -12,6 +12,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from gradkern.arguments import boolean
 from gradkern.gradients import aliasing, graph
 from gradkern.gradients.losses import Loss, Losses, Pass, differentiated, unreached
 
@@ -43,8 +44,7 @@ class LossesOnFeatures(Losses):
             TypeError, ValueError: as :meth:`Losses.open`, or ``features`` or ``batched`` is not as described above.
         """
         super().open(device)
-        if not isinstance(self.batched, bool):
-            raise TypeError(f"batched must be True or False, got {self.batched!r}")
+        boolean("batched", self.batched)
         self.features = [h for h in _checked(self.given_features) if h.requires_grad]
 
     def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:

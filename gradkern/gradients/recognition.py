@@ -11,7 +11,8 @@ from torch import Tensor
 
 Comparison = Callable[..., bool]
 """Takes n tensors, and returns whether they are distinct, and the same as n others in classes, dtypes, devices, shapes,
-strides, ``requires_grad``, and in what else decides how PyTorch dispatches them: layouts, lazy negation, modes."""
+strides, ``requires_grad``, and in what else decides how PyTorch dispatches them: layouts, lazy negation, modes.
+None of the n may be a nested tensor: PyTorch would end the process."""
 
 _guards: Any = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
 

@@ -68,10 +68,6 @@ class Operator(Generic[P, R]):
             return self.overload(*flat)
         return self.implementation(tensor.device.type)(*args, **kwargs)
 
-    def on_plain(self, device_type: str, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Compute the operator on new plain tensors, while nothing must see it: a call without any check."""
-        return self.implementation(device_type)(*args, **kwargs)
-
     def flattened(self, *args: Any) -> list[Any]:
         """Return the arguments in the form that the dispatcher takes."""
         flat: list[Any] = []

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.arguments import shown
+from gradkern.arguments import listed, shown
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, refuse_unfused, state_entry
-from gradkern.optim.arguments import check_closure, check_mapping, checked_group, listed
+from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import Rows, mask_over
 

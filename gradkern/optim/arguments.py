@@ -1,19 +1,12 @@
 """Checks of what an optimizer is given: parameter groups, closures and states."""
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from gradkern.arguments import shown
+from gradkern.arguments import listed, shown
 from gradkern.gradients.parameters import Parameters, read
-
-
-def listed(name: str, params: object, wanted: str) -> list[Any]:
-    """Return parameters, which the message calls ``wanted``, as a list."""
-    if isinstance(params, (Tensor, str, bytes, Set, Mapping)) or not isinstance(params, Iterable):
-        raise TypeError(f"{name} must be {wanted}, got {shown(params)}")
-    return list(params)
 
 
 def checked_group(param_group: object) -> Parameters:

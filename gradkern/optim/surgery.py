@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator, GradAttention
-from gradkern.arguments import number
+from gradkern.arguments import boolean, instance, number
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Source
@@ -74,8 +74,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         memory: bool = False,
     ) -> None:
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
-        if not isinstance(memory, bool):
-            raise TypeError(f"memory must be True or False, got {memory!r}")
+        boolean("memory", memory)
         super().__init__(optimizer)
         self.aggregator = aggregator
         self.groups = groups
@@ -202,8 +201,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         if max_norm is not None:
             max_norm = number("max_norm", max_norm, above=0, infinite=True)
-        if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
-            raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
+        if scaler is not None:
+            instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
         self._refuse_within_accumulate("update()")
         if not self._is_fused(measured=max_norm is not None or scaler is not None):
             refuse_closure(self.optimizer)

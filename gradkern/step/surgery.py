@@ -118,7 +118,9 @@ def _in_one_call(rows: FlatRows, aggregator: Aggregator) -> Outcome | None:
     program = aggregator.program(first.new_empty((S, T, T)))
     if program is None:
         return None
-    M, w, combined = operators.surgery_blocks.on_plain(first.device.type, rows.blocks, program.projection)
+    # The blocks are new plain tensors of a step that no mode watches, so the call needs no check and no dispatcher.
+    compute = operators.surgery_blocks.implementation(first.device.type)
+    M, w, combined = compute(rows.blocks, program.projection)
     return Outcome(M, None, program.solution(M, w), None, lambda: (rows.results(combined, None), None))
 
 
