@@ -1,15 +1,16 @@
 """The losses of a step: checked, and turned into task gradients one backward pass after another."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import repeat
 from operator import is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
+from gradkern.gradients.engine import differentiated
 from gradkern.gradients.plan import PLANS, Row, make_room
 
 Loss = Tensor | Callable[[], Tensor] | None
@@ -48,6 +49,7 @@ class Losses:
 
     Attributes:
         entries: the losses as a list, after :meth:`open`.
+        has_callables: whether one is a callable, which may change parameters while the step runs.
         present: as for :class:`Source`.
         values: as for :class:`Source`.
     """
@@ -59,6 +61,7 @@ class Losses:
         self.given = losses
         self.retain_graph = retain_graph
         self.entries: list[Loss] = []
+        self.has_callables = False
         self.present: list[bool] = []
         self.values: list[Tensor | None] = []
         self.device = torch.device("cpu")
@@ -70,15 +73,13 @@ class Losses:
             TypeError, ValueError: the losses are not a sequence, are empty, have no task present, or hold an entry that
                 is not a loss on ``device``.
         """
-        given = self.given
-        if not isinstance(given, list) and (isinstance(given, Tensor) or not isinstance(given, Iterable)):
-            raise TypeError(f"losses must be a sequence with one entry per task, got {type(given).__name__}")
-        self.entries = list(given)
+        self.entries = entries_of("losses", self.given)
+        self.has_callables = True in map(callable, self.entries)
         self.present = [loss is not None for loss in self.entries]
         self.values = [None] * len(self.entries)
         self.device = device
         if not self.entries:
-            raise ValueError("losses is empty")
+            raise ValueError("losses is empty; an iterator is, once it has been used")
         if not any(self.present):
             raise ValueError(f"losses has no task present: {self.entries}")
         for i, loss in enumerate(self.entries):
@@ -103,7 +104,7 @@ class Losses:
         free = self._freeable(key)
         for i, value in self.graphs():
             seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
-            grads = differentiated(i, (value,), targets, self.retain_graph or not free[i], (seed,))
+            grads = differentiated(f"losses[{i}]", (value,), targets, self.retain_graph or not free[i], (seed,))
             if not self._refuse_reentrant(i, value, key, grads):
                 raise unreached(i)
             if keep:
@@ -162,8 +163,6 @@ class Losses:
             del value
 
 
-_run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
-
 _meetings: dict[tuple[tuple[int, ...], int], list[graph.Meeting]] = {}
 """The nodes where all losses met, by the losses' numbers and a hash of the targets' identities."""
 _searched: set[int] = set()
@@ -172,38 +171,21 @@ _numbered = threading.local()
 """The number of the last loss that the thread has differentiated."""
 
 
-def differentiated(
-    i: int,
-    outputs: tuple[Tensor, ...],
-    targets: Sequence[Tensor],
-    retain_graph: bool,
-    grads: tuple[Tensor, ...],
-) -> Row:
-    """Return the gradients of task ``i``'s ``outputs`` with respect to ``targets``, None for a target not reached.
-
-    It runs the engine beneath ``torch.autograd.grad``, whose checks take 10 to 20 µs for a small model.
-
-    Args:
-        grads: the gradients with respect to the outputs.
-    """
-    try:
-        return _run_backward(outputs, grads, retain_graph, False, tuple(targets), True, accumulate_grad=False)
-    except RuntimeError as error:
-        for x in outputs:
-            graph.refuse_reentrant(f"losses[{i}]", x)
-        if "donated buffer" not in str(error):
-            raise
-        raise ValueError(
-            f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
-            "activations. Pass losses as callables, each with a forward pass of its own; or, before anything is "
-            "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
-            "name of your own. Without that name torch's cache on disk returns the same code, with wrong gradients"
-        ) from error
-
-
 def unreached(i: int) -> ValueError:
     """Return the error for a loss that was computed from no trainable parameter."""
-    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params")
+    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params{_ABSENT}")
+
+
+def entries_of(argument: str, losses: Any) -> list[Any]:
+    """Return the losses as a list; raise TypeError if they are nothing whose order tells the tasks apart."""
+    if not isinstance(losses, list) and (isinstance(losses, _UNORDERED) or not isinstance(losses, Iterable)):
+        raise TypeError(f"{argument} must be a sequence with one entry per task, got {type(losses).__name__}")
+    return list(losses)
+
+
+_UNORDERED = (Tensor, str, bytes, Set, Mapping)
+
+_ABSENT = "; pass None for a task that is absent"
 
 
 def _check(i: int, loss: object, device: torch.device) -> Tensor:
@@ -211,12 +193,14 @@ def _check(i: int, loss: object, device: torch.device) -> Tensor:
         raise TypeError(f"losses[{i}] must be a tensor, a callable that returns one, or None; got {loss!r}")
     if loss.numel() != 1:
         raise ValueError(f"losses[{i}] must have one element, got shape {tuple(loss.shape)}")
+    if loss.layout is not torch.strided:
+        raise TypeError(f"losses[{i}] must be dense, got layout {loss.layout}")
     if not loss.dtype.is_floating_point:
         raise TypeError(f"losses[{i}] must be floating, got {loss.dtype}")
     if loss.device != device:
         raise ValueError(f"losses[{i}] must be on the parameters' device, {device}; got {loss.device}")
     if not loss.requires_grad:
-        raise ValueError(f"losses[{i}] reaches no parameter: it does not require grad")
+        raise ValueError(f"losses[{i}] reaches no parameter: it does not require grad{_ABSENT}")
     return loss
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.gradients import graph
+from gradkern.gradients.engine import raise_explained
 from gradkern.gradients.losses import Losses, unreached
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
@@ -134,7 +135,11 @@ class WeightedBackwardSink:
         with torch.enable_grad():
             terms = [weights[i] * loss for i, loss in present.items()]
             total = sum(terms[1:], terms[0])
-        torch.autograd.backward(total, inputs=self._targets, retain_graph=self.losses.retain_graph)
+        try:
+            torch.autograd.backward(total, inputs=self._targets, retain_graph=self.losses.retain_graph)
+        except RuntimeError as error:
+            raise_explained("one of losses", present.values(), error)
+            raise
 
 
 def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
