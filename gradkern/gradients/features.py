@@ -80,7 +80,7 @@ class LossesOnFeatures(Losses):
             row = rows.pop(i)
             for k, g in zip(below, grads, strict=True):
                 row[k] = g
-            if all(g is None for g in row):
+            if all(g is None for g in row) and not self.frozen_grads.get(i):
                 raise unreached(i)
             yield i, row
 
@@ -113,10 +113,11 @@ class LossesOnFeatures(Losses):
                     f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
                     "leave features out"
                 )
-            reached, ones = [*trunk.outputs, *heads], torch.ones_like(value)
+            thawed = [p for p in self.frozen if p.requires_grad]
+            reached, ones = [*trunk.outputs, *heads, *thawed], torch.ones_like(value)
             retain_graph = self.retain_graph or last[i] != i
-            grads = differentiated(f"losses[{i}]", (value,), reached, retain_graph, (ones,))
-            yield i, aliasing.copies(grads)
+            grads = aliasing.copies(differentiated(f"losses[{i}]", (value,), reached, retain_graph, (ones,)))
+            yield i, self._of_targets(i, grads, thawed) if thawed else grads
             del value  # frees a callable's graph
 
     def _trunk_passes(

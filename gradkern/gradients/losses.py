@@ -32,6 +32,10 @@ class Source(Protocol):
     def values(self) -> list[Tensor | None]:
         """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
+    @property
+    def frozen_grads(self) -> dict[int, dict[Tensor, Tensor]]:
+        """By task, the gradients of parameters that are not among the targets, because they did not require grad."""
+
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Yield each present task's number and its gradients for ``targets``, one task after another.
 
@@ -52,6 +56,8 @@ class Losses:
         has_callables: whether one is a callable, which may change parameters while the step runs.
         present: as for :class:`Source`.
         values: as for :class:`Source`.
+        frozen: parameters that do not require grad when the step begins, and that a callable may let require it.
+        frozen_grads: as for :class:`Source`.
     """
 
     one_graph_each = True
@@ -65,6 +71,8 @@ class Losses:
         self.present: list[bool] = []
         self.values: list[Tensor | None] = []
         self.device = torch.device("cpu")
+        self.frozen: Sequence[Tensor] = ()
+        self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
 
     def open(self, device: torch.device) -> None:
         """Check the losses, as far as possible before callables run.
@@ -104,12 +112,14 @@ class Losses:
         free = self._freeable(key)
         for i, value in self.graphs():
             seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
-            grads = differentiated(f"losses[{i}]", (value,), targets, self.retain_graph or not free[i], (seed,))
+            thawed = [p for p in self.frozen if p.requires_grad] if self.frozen else []
+            reached = [*targets, *thawed] if thawed else targets
+            grads = differentiated(f"losses[{i}]", (value,), reached, self.retain_graph or not free[i], (seed,))
             if not self._refuse_reentrant(i, value, key, grads):
                 raise unreached(i)
-            if keep:
+            if keep or thawed:
                 grads = aliasing.copies(grads)
-            yield i, grads
+            yield i, self._of_targets(i, grads, thawed) if thawed else grads
             del value, grads  # frees a callable's graph, and gradients that the caller does not keep
 
     def _freeable(self, key: int) -> list[bool]:
@@ -146,6 +156,13 @@ class Losses:
             make_room(_searched, 64 * PLANS)
             _searched.add(searched)
         return False in missed
+
+    def _of_targets(self, i: int, grads: Row, thawed: Sequence[Tensor]) -> Row:
+        """Return the gradients of the targets, and keep task ``i``'s of thawed parameters, which follow them."""
+        n = len(grads) - len(thawed)
+        of_thawed = zip(thawed, grads[n:], strict=True)
+        self.frozen_grads[i] = {p: g for p, g in of_thawed if g is not None}
+        return grads[:n]
 
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""

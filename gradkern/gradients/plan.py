@@ -27,6 +27,7 @@ RowReach = tuple[torch.layout | None, ...]
 Reach = tuple[RowReach, ...]
 """The same of T tasks."""
 
+_IS_NESTED = attrgetter("is_nested")
 _VALUES = attrgetter("shape", "dtype", "device", "grad_dtype", "requires_grad")
 
 
@@ -41,6 +42,7 @@ class Layouts:
 
     Attributes:
         device: the device of all parameters.
+        lazy: whether a parameter is of unknown shape, until its lazy module runs.
         numels: the number of elements of each.
         numel: the number of elements of all.
         strides: the strides of a new ``.grad`` of each.
@@ -52,7 +54,7 @@ class Layouts:
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        lazy = any(map(is_lazy, params))  # of unknown shapes, until a callable runs the module
+        self.lazy = lazy = any(map(is_lazy, params))
         self.device = params[0].device
         self.numels = [0 if lazy else p.numel() for p in params]
         self.strides = [() if lazy else new_grad_stride(p) for p in params]
@@ -120,9 +122,12 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 def recognized(params: Sequence[Tensor]) -> Layouts | None:
     """Return the layouts of n tensors if they are leaves like the last n whose layouts were asked for; else None."""
     are_like, grad_dtypes, latest = _latest.get(len(params), _NONE)
-    if not are_like(*params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
+    if True in map(_IS_NESTED, params) or not are_like(*params):  # a comparison with nested ones ends the process
         return None
-    return latest if [p.grad_dtype for p in params] == grad_dtypes else None
+    try:
+        return latest if [p.grad_dtype for p in params] == grad_dtypes else None
+    except RuntimeError:  # one is not a leaf
+        return None
 
 
 _NONE: tuple[Comparison, list[torch.dtype | None], None] = (unlike, [], None)
