@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ def make_room(remembered: dict[Any, Any] | set[Any], most: int = PLANS) -> None:
         remembered.clear()
 
 
+class Looks(NamedTuple):
+    """Which steps of a set of parameters have been looked at for warnings."""
+
+    first: "ref[Tensor]"
+    """The first parameter, which tells the set from others of the same layouts."""
+    arrangements: set["Arrangement"]
+    """The arrangements of these steps."""
+
+
 class Layouts:
     """The layouts of n parameters and of their gradients. Equal layouts are one object; :func:`layouts_of` returns it.
 
@@ -51,6 +61,8 @@ class Layouts:
         all_dense: the layouts of n dense gradients.
         none: the layouts of no gradients.
         checked: whether a step has found parameters of these layouts permitted; they require grad then.
+        looks: what has been looked at for warnings, by the first parameter's identity; see ``step/notices.py``.
+        n_looks: how often the host has read gradients of these layouts for it.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -60,6 +72,8 @@ class Layouts:
         self.strides = [() if lazy else new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
+        self.looks: dict[int, Looks] = {}
+        self.n_looks = 0
         self.all_dense: RowReach = (torch.strided,) * len(params)
         self.none: RowReach = (None,) * len(params)
         self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}

@@ -73,6 +73,11 @@ def backward(
             cases, and if a callable or a tensor's hook raises, every ``.grad`` is unchanged. One exception: ``Sum``,
             ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails halfway, ``.grad`` may be partly
             written. Post-accumulate hooks run after everything else.
+
+    Warns:
+        UserWarning: surgery does nothing, because there is one task in the step or no parameter is shared; or in the
+            first step of some parameters each entry of a shared one has a gradient of one task at most. It comes once
+            for an ``aggregator``, before anything has changed.
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)

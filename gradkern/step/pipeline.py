@@ -10,6 +10,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.step.gather import gathered
+from gradkern.step.notices import look
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink
 from gradkern.step.surgery import Outcome, fixed_weights, surgery
@@ -39,6 +40,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
         sink.check(rows)
+        look(source, targets, options, rows)
         outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
         step_scale = _step_scale(outcome, options)
         sink.prepare(rows, outcome, targets)
