@@ -128,7 +128,8 @@ def test_each_task_trains_its_own_adapter(method: str, groups: str) -> None:
             assert_grads(params, expected)
         else:
             names = [name if groups == "parameter" else name.rpartition(".")[0] for name, _ in model.named_parameters()]
-            trunk = [*dict.fromkeys(names)].index("trunk.weight" if groups == "parameter" else "trunk")
+            assert info.groups == tuple(dict.fromkeys(names))
+            trunk = info.groups.index("trunk.weight" if groups == "parameter" else "trunk")
             assert info.gramian[trunk].abs().min() > 0
             assert info.gramian[: trunk - 1].abs().max() == 0  # adapters have one task each
 
