@@ -64,38 +64,47 @@ def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tens
     return modified
 
 
-def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int]) -> list[Tensor]:
-    """Project each gradient onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3)."""
-    return pcgrad(grads, [[j] for j in partners])
+def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int | None]) -> list[Tensor]:
+    """Project each gradient onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3).
+
+    A task whose partner is None keeps its gradient.
+    """
+    return pcgrad(grads, [[] if j is None else [j] for j in partners])
 
 
-def most_similar(grads: Sequence[Tensor]) -> list[int]:
-    """Return for each of T >= 2 tasks the other one of largest cosine (Rhapsody, eq. 7); the first of equals."""
-    return [max(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+def most_similar(grads: Sequence[Tensor]) -> list[int | None]:
+    """Return for each task its partner of largest cosine (Rhapsody, eq. 7); the first of equals, None of none."""
+    return [max(partners(grads, i), key=lambda j: cosine(grads[i], grads[j]), default=None) for i in range(len(grads))]
 
 
-def most_different(grads: Sequence[Tensor]) -> list[int]:
-    """Return for each of T >= 2 tasks the other one of smallest cosine (Rhapsody, eq. 8); the first of equals."""
-    return [min(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+def most_different(grads: Sequence[Tensor]) -> list[int | None]:
+    """Return for each task its partner of smallest cosine (Rhapsody, eq. 8); the first of equals, None of none."""
+    return [min(partners(grads, i), key=lambda j: cosine(grads[i], grads[j]), default=None) for i in range(len(grads))]
+
+
+def partners(grads: Sequence[Tensor], i: int) -> list[int]:
+    """Return the tasks that may be partners of task i: all others, except those whose gradient is zero."""
+    return [j for j, g in enumerate(grads) if j != i and _length(g) != 0]
 
 
 def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the mean over T - 1 partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
+    """Return the mean over all partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
     modified = []
     for i, g in enumerate(grads):
-        projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in _others(grads, i)]
+        projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in partners(grads, i)]
         modified.append(torch.stack(projected).mean(0) if projected else g.double())
     return modified
 
 
 def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Run PCGrad with any partner. ``order`` is as for :func:`pcgrad`; "random" takes the first other task in it."""
+    """Run PCGrad with any partner. ``order`` is as for :func:`pcgrad`; "random" takes the first partner in it."""
     if partner == "average":
         return pcgrad_average(grads)
-    if partner == "all" or len(grads) == 1:
+    if partner == "all":
         return pcgrad(grads, order)
     if partner == "random":
-        return pcgrad_onto(grads, [next(j for j in row if j != i) for i, row in enumerate(order)])
+        first = [next((j for j in row if j in partners(grads, i)), None) for i, row in enumerate(order)]
+        return pcgrad_onto(grads, first)
     return pcgrad_onto(grads, {"most_similar": most_similar, "most_different": most_different}[partner](grads))
 
 
@@ -128,7 +137,7 @@ def gradvac(
     moved = targets.double().clone()
     modified = []
     for i in range(len(grads)):
-        c = torch.zeros(len(grads), dtype=torch.float64)
+        c = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
         c[i] = 1
         for j in order[i]:
             if j == i:
@@ -154,7 +163,7 @@ def gradvac_updates(
     steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], beta: float = 0.01
 ) -> list[Tensor]:
     """Return the updates of GradVac in several steps. Targets start from zero; ``order`` is as for :func:`pcgrad`."""
-    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64)
+    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64, device="cpu")
     updates = []
     for grads in steps:
         modified, targets = gradvac(grads, order, targets, beta, torch.finfo(torch.float64).eps)
@@ -186,7 +195,7 @@ def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence
     for size in range(1, len(rows) + 1):
         for support in combinations(range(len(rows)), size):
             first, *others = (hull[i] for i in support)
-            w = torch.ones(size, dtype=torch.float64)
+            w = torch.ones(size, dtype=torch.float64, device="cpu")
             if others:
                 # Differences from the first gradient are scaled to length 1, so that long ones do not drown short ones.
                 edges = torch.stack([g - first for g in others], 1)
@@ -249,9 +258,10 @@ def kept(seed: int, step: int, p: float, block: int, first_unit: int, numel: int
     Entry e belongs to unit ``first_unit + e // block``. Unit u is dropped if word u mod 4 at counter u div 4 is below
     p 2³².
     """
-    units = first_unit + torch.arange(numel) // block
+    entries = torch.arange(numel, device="cpu")
+    units = first_unit + entries // block
     words = philox(seed, step, units // 4)
-    return words[torch.arange(numel), units % 4] >= round(p * 2**32)
+    return words[entries, units % 4] >= round(p * 2**32)
 
 
 def first_units(numels: Sequence[int], block: int) -> list[int]:
@@ -273,14 +283,14 @@ def suppressed(
         keep: (P,) bool, the mask b.
         scope: "all" to let ``method`` see the kept entries only.
     """
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     rows = [torch.where(keep, g.double(), zero) for g in grads] if scope == "all" else [g.double() for g in grads]
     return torch.where(keep, torch.stack(method(rows)).sum(0), zero)
 
 
 def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
     """Return softmax(r / τ), r_i = Σ_j φ_ij: the maximum of GradAttention's objective Σ_i α_i r_i + τ H(α)."""
-    r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
+    r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64, device="cpu")
     return torch.softmax(r / entropy, 0)
 
 
@@ -318,7 +328,7 @@ class Memory:
     """Runs steps with some of the tasks, and keeps the last gradients of the others as vectors (Rhapsody, §3.2)."""
 
     def __init__(self, n_tasks: int, n_entries: int) -> None:
-        self.rows = [torch.zeros(n_entries, dtype=torch.float64) for _ in range(n_tasks)]
+        self.rows = [torch.zeros(n_entries, dtype=torch.float64, device="cpu") for _ in range(n_tasks)]
 
     def step(self, present: dict[int, Tensor], method: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensor:
         """Return the sum of the present tasks' modified gradients. ``method`` modifies remembered gradients too."""
@@ -326,10 +336,6 @@ class Memory:
             self.rows[i] = g.double()
         modified = method(self.rows)
         return torch.stack([modified[i] for i in present]).sum(0)
-
-
-def _others(grads: Sequence[Tensor], i: int) -> list[int]:
-    return [j for j in range(len(grads)) if j != i]
 
 
 def _length(g: Tensor) -> float:

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gradkern.arguments import instance, tensor
 from gradkern.ops import combine, gramian
 from gradkern.ops.arguments import ProjectionArguments
+from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
+from gradkern.ops.undo import PutBack, numbers_of, state_of
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ class Aggregator(nn.Module, ABC):
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        if generator is not None:
+            instance("generator", generator, torch.Generator, "a torch.Generator or None")
         self.generator = generator
 
     @abstractmethod
@@ -105,9 +108,13 @@ class Aggregator(nn.Module, ABC):
             TypeError, ValueError: an argument is not as described above, or does not fit the method's arguments.
                 Nothing has been written then, and the method's state is as before.
         """
-        M = gramian(J.detach(), offsets)
+        X = readable(J, offsets)
         check_out(out, J)
-        return combine(J, self.weights(M), offsets, out=out)
+        return self._aggregate(X, offsets, out)
+
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return the result of :meth:`forward`; its arguments are checked, and J's columns are of unit stride."""
+        return combine(J, self.weights(gramian(J.detach(), offsets)), offsets, out=out)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""
@@ -124,7 +131,35 @@ class Aggregator(nn.Module, ABC):
             return
         if self.generator is None:
             raise ValueError(f"generator is None in {self!r}, but the state to load holds a generator's state")
-        self.generator.set_state(state.cpu())
+        self.generator.set_state(tensor("the generator's state", state, (torch.uint8,)).cpu())
+
+    def snapshot(self) -> PutBack:
+        """Return a function that puts the method's state back as it is when this is called.
+
+        A step that raises calls it. The state is the method's parameters, buffers and generator; a method with more
+        extends it.
+        """
+        holders = [(state, dict(state)) for state in self._state_dicts()]
+        kept = [numbers_of(x) for _, state in holders for x in state.values() if x is not None]
+        if self.generator is not None:
+            kept.append(state_of(self.generator))
+
+        def put_back() -> None:
+            for state, before in holders:
+                state.clear()
+                state.update(before)
+            for put_numbers_back in kept:
+                put_numbers_back()
+
+        return put_back
+
+    def _state_dicts(self) -> Iterator[dict[str, Any]]:
+        """Yield the dictionaries that hold the tensors of the method's state."""
+        for module in self.modules() if self._modules else (self,):
+            if module._parameters:
+                yield module._parameters
+            if module._buffers:
+                yield module._buffers
 
 
 class PerDevice:
@@ -150,10 +185,7 @@ def has_numbers(M: Tensor) -> bool:
 
 
 def check_gramian(M: Tensor) -> None:
-    """Raise unless ``M`` is (..., T, T) with T >= 1, float32 or float64."""
-    if not isinstance(M, Tensor):
-        raise TypeError(f"M must be a tensor, got {type(M).__name__}")
-    if M.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"M must be float32 or float64, as gradkern.gramian returns it; got {M.dtype}")
+    """Raise unless ``M`` is dense, (..., T, T) with T >= 1, float32 or float64, as Gramians are."""
+    tensor("M", M, (torch.float32, torch.float64))
     if M.ndim < 2 or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
         raise ValueError(f"M must have shape (..., T, T) with T >= 1, got {tuple(M.shape)}")

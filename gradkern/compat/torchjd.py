@@ -27,6 +27,8 @@ Results equal TorchJD's up to rounding, with these exceptions:
 - A step that is not finite does not change ``GradVac``'s targets. TorchJD's are NaN from then on, and correct nothing.
 - ``GradVac``'s targets are float64, on the device of the Gramian, and are kept if the dtype changes. Checkpoints load
   into fresh instances. They are exchangeable with TorchJD's, which load into instances that have made a step.
+- A matrix of integers, of complex numbers or that is sparse is an error, whose message names the conversion:
+  ``J.float()``, ``torch.view_as_real(J).flatten(1)`` or ``J.to_dense()``.
 - A matrix of no rows is an error, and so is capture in a CUDA graph, which would repeat orders drawn on the host.
 
 Gramian and combination take some 20 to 50 µs more, in one call, than two products of small matrices. The methods with
@@ -69,7 +71,7 @@ class GramianWeightedAggregator(theirs.GramianWeightedAggregator):
 
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
-        return combine(_readable(matrix), weights)
+        return combine(matrix, weights)
 
 
 class PCGradWeighting(theirs.PCGradWeighting):
@@ -79,7 +81,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
         """Return the weights (T,) of a Gramian (T, T), in its dtype."""
         M = _computable(gramian)
         T = len(M)
-        keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
+        keys = _keys(torch.stack([_permutation(T) for _ in range(T)]), M.device)
         return operators.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
 
 
@@ -104,8 +106,8 @@ class GradVacWeighting(theirs.GradVacWeighting):
         """Return the weights (T,) of a Gramian (T, T), in its dtype. A new number of tasks starts from targets of 0."""
         M = _computable(gramian)
         T = len(M)
-        own = torch.arange(T).unsqueeze(1)
-        others = torch.stack([torch.randperm(T - 1) for _ in range(T)])
+        others = torch.stack([_permutation(T - 1) for _ in range(T)])
+        own = torch.arange(T, device=others.device).unsqueeze(1)
         keys = _keys(torch.cat((own, others + (others >= own)), 1), M.device)
         if self._phi_t is None or self._phi_t.shape != M.shape:
             targets = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
@@ -171,13 +173,8 @@ class UPGrad(theirs.UPGrad, GramianWeightedAggregator):
     """TorchJD's UPGrad, with Gramian and combination on gradkern."""
 
 
-def _readable(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` with columns of unit stride."""
-    return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _gramian(matrix: Tensor) -> PSDMatrix:
-    return cast(PSDMatrix, gramian(_readable(matrix)))
+    return cast(PSDMatrix, gramian(matrix))
 
 
 def _computable(gramian: Tensor) -> Tensor:
@@ -185,6 +182,12 @@ def _computable(gramian: Tensor) -> Tensor:
     M = gramian.to(arithmetic_dtype(gramian.dtype))
     check_gramian(M)
     return M
+
+
+def _permutation(n: int) -> Tensor:
+    """Return a permutation, drawn on the default device as TorchJD draws it; on the CPU if that device is "meta"."""
+    drawn = torch.randperm(n)
+    return torch.randperm(n, device="cpu") if drawn.is_meta else drawn
 
 
 def _keys(order: Tensor, device: torch.device) -> Tensor:
