@@ -1,7 +1,7 @@
 """The results of one step's surgery, as tensors on the device. The host waits for them only when it reads them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import permutations
@@ -11,6 +11,12 @@ from torch import Tensor
 
 from gradkern.arguments import entries, shown
 from gradkern.ops.cosines import cosines
+
+GROUPS = 256
+"""The number of groups that have numbers of their own in :meth:`SurgeryInfo.scalars`."""
+
+Tagged = tuple[str, list[str], Tensor | None]
+"""A kind of number, the ends of its tags, and as many numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,9 @@ class SurgeryInfo:
         step_scale: (), the factor κ by which ``ConflictLR`` scales the optimizer's step; None without ``ConflictLR``.
         total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without
             ``max_norm``.
+        groups: the names of the S groups, in the order of the dimension (S,): of parameters or modules, or what the
+            function of names returned. Parameters without names have places, such as "params[0]". The module that is
+            the model itself is "". None where there is no dimension (S,).
     """
 
     losses: Tensor
@@ -44,6 +53,7 @@ class SurgeryInfo:
     kept: Tensor | None = None
     step_scale: Tensor | None = None
     total_norm: Tensor | None = None
+    groups: tuple[Hashable, ...] | None = None
 
     @cached_property
     def norms(self) -> Tensor | None:
@@ -72,23 +82,26 @@ class SurgeryInfo:
             - ``loss/i``; ``norm/i``; ``cosine/i-j``, once for each pair, in the order of tasks;
             - ``conflict``, the share of pairs with a cosine below 0, among pairs of gradients other than zero;
             - ``weight/i``; ``attention/i``; ``target/i-j``, of i's modified and j's original gradient, so both ways;
-            - ``kept``, ``step_scale`` and ``total_norm``.
+            - ``kept``, ``step_scale`` and ``total_norm``;
+            - with groups, for each group g of the first 256 of :attr:`groups`: ``conflict/g``, the share of its pairs
+              with a cosine below 0, and ``mean_cosine/g``, the mean over its pairs. "" is called "(model)".
 
             With groups, the norms and cosines are the whole model's, from the sum of the Gramians. ``conflict`` counts
             the pairs of all groups. Weights, attention and targets are means over the groups that have a gradient.
+            So T tasks have at most 4 T + 3 T (T - 1) / 2 + 4 numbers, and the groups at most 512 more.
 
             A tag is left out if the method has no such quantity, or if its number is not finite: the loss of an absent
             task, the cosines of a gradient that is zero, and numbers that a step that overflowed made infinite or NaN.
 
         Raises:
             TypeError: ``tasks`` is not a sequence.
-            ValueError: it does not hold T names, or two pairs of them make the same tag.
+            ValueError: it does not hold T names, or two pairs of them or two groups make the same tag.
         """
         names = _names(tasks, self.losses.shape[-1])
         of_tasks = [f"/{a}" for a in names]
         of_pairs = [f"/{a}-{b}" for a in names for b in names]
         M, targets = self.gramian, self.targets
-        tagged: list[tuple[str, list[str], Tensor | None]] = [("loss", of_tasks, self.losses)]
+        tagged: list[Tagged] = [("loss", of_tasks, self.losses)]
         if M is not None:
             whole = M if M.ndim == 2 else M.sum(0)
             of_groups = _pair_cosines(M)
@@ -97,6 +110,7 @@ class SurgeryInfo:
                 ("norm", of_tasks, whole.diagonal().sqrt()),
                 ("cosine", of_pairs, _pair_cosines(whole)),
                 ("conflict", [""], share),
+                *self._of_groups(of_groups),
             ]
         if targets is not None:
             own = torch.eye(len(names), dtype=torch.bool, device=targets.device)
@@ -112,6 +126,20 @@ class SurgeryInfo:
         tags = [kind + of for kind, each, values in tagged if values is not None for of in each]
         numbers = torch.cat([values.reshape(-1).double() for _, _, values in tagged if values is not None]).tolist()
         return {tag: number for tag, number in zip(tags, numbers, strict=True) if math.isfinite(number)}
+
+    def _of_groups(self, cosines: Tensor) -> list[Tagged]:
+        """Return the tagged numbers of each group. ``cosines`` (S, T, T) are NaN but for the pairs that count."""
+        if self.groups is None:
+            return []
+        names = [str(group) or "(model)" for group in self.groups[:GROUPS]]
+        if len(set(names)) < len(names):
+            raise ValueError(f"groups must have names of their own as strings, got {self.groups!r:.200}")
+        of_group, cosines = [f"/{name}" for name in names], cosines[: len(names)].double().flatten(1)
+        counts = cosines.isfinite().sum(1)
+        return [
+            ("conflict", of_group, (cosines < 0).sum(1).double() / counts),
+            ("mean_cosine", of_group, cosines.where(cosines.isfinite(), 0.0).sum(1) / counts),
+        ]
 
     def _mean_of_groups(self, values: Tensor | None) -> Tensor | None:
         """Return the mean over the groups with a gradient other than zero. Heads, for one, have none under surgery."""

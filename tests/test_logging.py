@@ -23,6 +23,7 @@ from tests.test_package import run as printed_by
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 PAIRS = list(combinations(range(3), 2))
 NAMES = ("sst", "para", "sts")
+HEADS = tuple(f"heads.{t}.{kind}" for t in range(3) for kind in ("weight", "bias"))
 
 # Rows (3, 0), (-3, 4), (0, 2): lengths 3, 5, 2 and cosines -9/15, 0/6, 8/10.
 M = torch.tensor([[9.0, -9.0, 0.0], [-9.0, 25.0, 8.0], [0.0, 8.0, 4.0]], dtype=torch.float64)
@@ -76,6 +77,89 @@ def test_of_groups_one_number_each() -> None:
     assert told["conflict"] == 2 / 6  # 0-1 in the first group, 1-2 in the second
 
 
+def test_of_groups_with_names_their_conflict_and_mean_cosine() -> None:
+    """The second group has all signs turned, the third no gradients, and the fourth two gradients."""
+    turned = M * torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) * 4
+    pair = M * torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 0]])
+    names = ("trunk", 7, ("a", "b"), "")
+    told = info(torch.stack([M, turned, torch.zeros(3, 3), pair]), torch.ones(4, 3), groups=names).scalars()
+    of_groups = {tag: value for tag, value in told.items() if tag.startswith(("conflict/", "mean_cosine/"))}
+    assert of_groups == {
+        **{"conflict/trunk": 1 / 3, "conflict/7": 1 / 3, "conflict/(model)": 1.0},
+        # Cosines -.6, 0 and .8; .6, 0 and -.8; and -.6. Their sums have some roundings of 1e-16.
+        "mean_cosine/trunk": pytest.approx(0.2 / 3, abs=1e-15),
+        "mean_cosine/7": pytest.approx(-0.2 / 3, abs=1e-15),
+        "mean_cosine/(model)": pytest.approx(-0.6, abs=1e-15),
+    }
+    without = info(torch.stack([M, turned, torch.zeros(3, 3), pair]), torch.ones(4, 3)).scalars()
+    assert without == {tag: value for tag, value in told.items() if tag not in of_groups}
+
+
+def test_256_groups_have_numbers_of_their_own() -> None:
+    names = tuple(f"layer{s}" for s in range(300))
+    told = info(M.expand(300, 3, 3), torch.ones(300, 3), groups=names).scalars()
+    assert [tag for tag in told if tag.startswith("conflict/")] == [f"conflict/layer{s}" for s in range(256)]
+    assert len(told) == 3 + 3 + 3 + 1 + 3 + 2 * 256  # losses, norms, cosines, conflict, weights, groups
+
+
+def test_groups_of_one_name_as_a_string_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"groups must have names of their own as strings, got \(1, '1'\)"):
+        info(M.expand(2, 3, 3), torch.ones(2, 3), groups=(1, "1")).scalars()
+
+
+def by_depth(name: str) -> int:
+    return int(name.split(".")[1]) // 2
+
+
+GROUPS: dict[str, tuple[Any, tuple[Any, ...] | None]] = {
+    "model": ("model", None),
+    "parameter": ("parameter", ("trunk.0.weight", "trunk.0.bias", "trunk.2.weight", "trunk.2.bias", *HEADS)),
+    "module": ("module", ("trunk.0", "trunk.2", "heads.0", "heads.1", "heads.2")),
+    "function": (by_depth, (0, 1)),
+}
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "gradvac", "attention", "sum"])
+@pytest.mark.parametrize("kind", GROUPS)
+def test_a_step_names_its_groups(kind: str, method: str) -> None:
+    groups, names = GROUPS[kind]
+    model, x, y = problem()
+    params = list(model.named_parameters())
+    step = gk.backward(model.losses(x, y), model, aggregator=METHODS[method](), groups=groups)
+    plain = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=0.0), METHODS[method](), groups=groups)
+    fused = gk.SurgeryOptimizer(gk.optim.AdamW(params, lr=0.0), METHODS[method](), groups=groups)
+    model.trunk[0].requires_grad_(False)  # its groups stay, so that numbers never move
+    steps = [step, plain.backward(model.losses(x, y)), fused.update(model.losses(x, y))]
+    with plain.accumulate() as total:
+        plain.backward(model.losses(x, y))
+    for step in (*steps, total.info):
+        if method == "sum" or names is None:  # no dimension of groups
+            assert step.groups is None
+        else:
+            assert step.groups == names
+            assert len(names) == len(step.gramian) == len(step.weights)
+
+
+def test_groups_of_parameters_without_names_have_their_places() -> None:
+    model, x, y = problem()
+    params = list(model.parameters())
+    step = gk.backward(model.losses(x, y), params, aggregator=gk.PCGrad(), groups="parameter")
+    assert step.groups == tuple(f"params[{k}]" for k in range(len(params)))
+    assert {f"conflict/params[{k}]" for k in range(4)} == {tag for tag in step.scalars() if tag.startswith("conflict/")}
+
+
+def test_the_numbers_of_a_group_are_those_of_its_own_gradients() -> None:
+    model, x, y = problem()
+    told = gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad(), groups="module").scalars(NAMES)
+    for name in ("trunk.0", "trunk.2"):
+        params = list(model.get_submodule(name).parameters())
+        rows = [flat(row, params).numpy() for row in task_gradients(model.losses(x, y), params)]
+        cosines = [rows[i] @ rows[j] / np.linalg.norm(rows[i]) / np.linalg.norm(rows[j]) for i, j in PAIRS]
+        assert told[f"conflict/{name}"] == np.mean([cosine < 0 for cosine in cosines])
+        assert told[f"mean_cosine/{name}"] == pytest.approx(np.mean(cosines), abs=1e-5)  # float32 products
+    assert not any(tag.startswith(("conflict/heads", "mean_cosine/heads")) for tag in told)  # no surgery there
+
+
 METHODS: dict[str, Callable[[], gk.Aggregator]] = {
     "pcgrad": lambda: gk.PCGrad(order=ORDER),
     "gradvac": lambda: gk.GradVac(0.5),
@@ -95,6 +179,7 @@ def test_a_step_tells_what_its_gradients_are(method: str, groups: str) -> None:
     told = step.scalars(NAMES)
     kinds = {tag.partition("/")[0] for tag in told}
     beside = {"gradvac": {"target"}, "attention": {"attention"}}.get(method, set())
+    beside |= set() if groups == "model" else {"mean_cosine"}
     assert kinds == {"loss", "weight"} | (set() if method == "sum" else {"norm", "cosine", "conflict"} | beside)
     assert [told[f"loss/{name}"] for name in NAMES] == [loss.item() for loss in losses]
     # float32 products and their sums; 1e-5 is some hundred roundings.

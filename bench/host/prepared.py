@@ -36,6 +36,7 @@ class Gradients:
     def __init__(self, rows: Sequence[Sequence[Tensor]]) -> None:
         self.present = [True] * len(rows)
         self.values: list[Tensor | None] = [torch.zeros(()) for _ in rows]
+        self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
         self._originals = rows
         self._rows: list[list[Tensor | None]] = []
 

@@ -47,7 +47,7 @@ class Training:
         self.device = next(model.parameters()).device
         model.freeze_encoder(phase.frozen)
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        shared = [p for name, p in trained if not name.startswith("heads.")]
+        shared = [p for name, p in trained if not name.startswith("heads.")] or None
         alone = len(self.tasks) == 1
         recipe = SUM if alone or not shared else make_recipe(s.method, s.task_weights, s.suppression, scheme.sampling)
         self.opt = recipe.around(OPTIMIZERS[s.optimizer](trained, scheme.lr), s.seed, self.device, shared)

@@ -95,7 +95,14 @@ class GradVac(Projection):
                 return torch.zeros(M.shape, dtype=torch.float64, device=M.device)
             current = self.targets
             if current.shape[-1] != T or len(current) > S:
-                raise ValueError(f"M is of {S} group(s) of {T} tasks, the targets are of shape {tuple(current.shape)}")
+                tasks, groups = f"{current.shape[-1]} tasks", f"{len(current)} group(s)"
+                kept = "groups may be added, but not removed"
+                if current.shape[-1] != T:
+                    kept = "a task keeps its place among the losses, so pass None for one that is absent"
+                raise ValueError(
+                    f"GradVac's targets are of {tasks} in {groups}, and this step has {T} tasks in {S} group(s): "
+                    f"{kept}. A new GradVac starts anew"
+                )
             if len(current) == S and current.device == M.device:
                 if capturing(M.device):
                     keep(current)

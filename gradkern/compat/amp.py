@@ -17,6 +17,7 @@ from gradkern.compat.losses import listed
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.losses import Loss, Losses, Pass
 from gradkern.gradients.parameters import parameters
+from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.undo import Undo
 from gradkern.optim.arguments import check_mapping
 from gradkern.optim.checkpoint import load
@@ -83,7 +84,8 @@ class _Accumulating:
             raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
         scaled = [self._scaled(loss) for loss in losses]
         if self.cpu_offload:
-            add_up(self._rows, _ToHost(scaled, self._trained()), self._host_params())
+            self._add_hosts(switching=any(map(callable, losses)))
+            add_up(self._rows, _ToHost(scaled, list(self._hosts)), list(self._hosts.values()))
         else:
             add_up(self._rows, Losses(scaled, retain_graph=False), self._params())
 
@@ -116,7 +118,7 @@ class _Accumulating:
 
     def _write_grads(self) -> None:
         """Write the surgery of the rows to ``.grad``; the rows are used up by it."""
-        params = self._host_params() if self.cpu_offload else self._params()
+        params = list(self._hosts.values()) if self.cpu_offload else self._params()
         run(self._rows, GradSink(), Options(self._method), params)
         for p, host in self._hosts.items():
             p.grad = None if host.grad is None else host.grad.to(p.device)
@@ -156,16 +158,15 @@ class _Accumulating:
     def _params(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"]]
 
-    def _trained(self) -> list[Tensor]:
-        return [p for p in self._params() if p.requires_grad]
+    def _add_hosts(self, switching: bool) -> None:
+        """Add a stand-in on the host for each trained parameter. Its rows belong to it; its values are not read.
 
-    def _host_params(self) -> list[Tensor]:
-        """Return a stand-in on the host for each trained parameter. Its rows belong to it; its values are not read."""
-        trained = self._trained()
-        for p in trained:
-            if p not in self._hosts:
+        Args:
+            switching: whether callables may train parameters that are frozen here.
+        """
+        for p in self._params():
+            if p not in self._hosts and (p.requires_grad or (switching and p.dtype in DTYPES)):
                 self._hosts[p] = torch.empty_like(p, device="cpu", requires_grad=True)
-        return [self._hosts[p] for p in trained]
 
     def _scaled(self, loss: Loss) -> Loss:
         scaler = self._scaler

@@ -10,7 +10,7 @@ from torch import Tensor
 from gradkern.gradients.losses import Losses, Pass, stacked
 from gradkern.gradients.param_grads import added, owns_its_storage, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Row
+from gradkern.gradients.plan import Row, layouts_of
 from gradkern.info import SurgeryInfo
 
 
@@ -34,6 +34,11 @@ class Accumulation:
         """A flag for each task: whether it has had a loss."""
         return [loss is not None for loss in self.values]
 
+    @property
+    def frozen_grads(self) -> dict[int, dict[Tensor, Tensor]]:
+        """By task, the sums for parameters that no :meth:`passes` has asked for, because they are frozen by then."""
+        return {i: row for i, row in enumerate(self._rows) if row}
+
     def add(self, losses: Losses, targets: Targets) -> SurgeryInfo:
         """Add a micro-batch's gradients; return its losses, with zero weights because nothing is updated yet.
 
@@ -49,6 +54,9 @@ class Accumulation:
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
                 _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
+                if thawed := losses.frozen_grads.pop(i, None):
+                    of_thawed = readable([*thawed.values()], [*thawed], layouts_of([*thawed]))
+                    _add(self._rows[i], [*thawed], of_thawed)
             del grads  # free them before the next task's pass
         self._broken = False
         self._add_losses(losses.values)
@@ -82,7 +90,10 @@ class Accumulation:
         """Set the number of tasks; raise ValueError if earlier micro-batches had another."""
         self.values = self.values or [None] * n_tasks
         if n_tasks != len(self.values):
-            raise ValueError(f"losses has {n_tasks} entries; those before in this block had {len(self.values)}")
+            raise ValueError(
+                f"losses has {n_tasks} entries, and those before in this block had {len(self.values)}: pass None for a "
+                "task that is absent"
+            )
 
     def _add_losses(self, values: Sequence[Tensor | None]) -> None:
         for i, value in enumerate(values):

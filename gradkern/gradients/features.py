@@ -8,15 +8,31 @@ pass.
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradkern.arguments import boolean
 from gradkern.gradients import aliasing, graph
-from gradkern.gradients.losses import Loss, Losses, Pass, differentiated, unreached
+from gradkern.gradients.engine import differentiated, differentiated_together
+from gradkern.gradients.losses import Loss, Losses, Pass, unreached
+from gradkern.gradients.plan import Row
 
 Features = Tensor | Sequence[Tensor]
+
+
+class _Trunk(NamedTuple):
+    """What lies below the features."""
+
+    outputs: list[Tensor]
+    """The features that trained parameters lie below."""
+    edges: set[graph.Edge]
+    """The edges where the heads' graphs end; a feature may have no trained parameter below."""
+    leaves: set[Tensor]
+    """The targets below."""
+    heads_meet: bool
+    """Whether heads may share a part of their graphs, because a feature is computed from another one."""
 
 
 class LossesOnFeatures(Losses):
@@ -24,7 +40,8 @@ class LossesOnFeatures(Losses):
 
     Args:
         losses: one entry per task; callables use the same features.
-        features: the output of the trunk, which the heads take. Tensors that do not require grad are ignored.
+        features: the output of the trunk, which the heads take. Tensors that do not require grad are ignored. What is
+            computed from another of them counts as part of the heads.
         batched: send the tasks through the trunk together, by :func:`torch.func.vmap`'s rules.
         retain_graph: keep all graphs.
     """
@@ -50,54 +67,62 @@ class LossesOnFeatures(Losses):
     def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run :meth:`Losses.passes`; all heads run before the first task's gradients are yielded."""
         trunk = self._trunk(targets)
-        below = [k for k, p in enumerate(targets) if p in trunk]
-        above = [k for k, p in enumerate(targets) if p not in trunk]
+        below = [k for k, p in enumerate(targets) if p in trunk.leaves]
+        above = [k for k, p in enumerate(targets) if p not in trunk.leaves]
         rows: dict[int, list[Tensor | None]] = {}
-        feature_grads: dict[int, Sequence[Tensor | None]] = {}
+        feature_grads: dict[int, Row] = {}
         for i, grads in self._head_passes([targets[k] for k in above], trunk):
-            feature_grads[i] = grads[: len(self.features)]
+            feature_grads[i] = grads[: len(trunk.outputs)]
             rows[i] = [None] * len(targets)
-            for k, g in zip(above, grads[len(self.features) :], strict=True):
+            for k, g in zip(above, grads[len(trunk.outputs) :], strict=True):
                 rows[i][k] = g
-        for i, grads in self._trunk_passes(feature_grads, [targets[k] for k in below]):
+        for i, grads in self._trunk_passes(feature_grads, [targets[k] for k in below], trunk.outputs):
+            row = rows.pop(i)
             for k, g in zip(below, grads, strict=True):
-                rows[i][k] = g
-            yield i, rows.pop(i)
+                row[k] = g
+            if all(g is None for g in row) and not self.frozen_grads.get(i):
+                raise unreached(i)
+            yield i, row
 
-    def _trunk(self, targets: Sequence[Tensor]) -> set[Tensor]:
-        """Return the targets that the features were computed from."""
-        edges = {graph.edge(h) for h in self.features}
-        for k, h in enumerate(self.features):
-            if graph.meets(h, edges):
-                raise ValueError(f"features[{k}] is computed from another of features: give only the last of them")
+    def _trunk(self, targets: Sequence[Tensor]) -> _Trunk:
+        """Return the trunk, whose outputs are the features that are computed from no other one."""
+        given = {graph.edge(h) for h in self.features}
+        first = [(k, h) for k, h in enumerate(self.features) if not graph.meets(h, given)]
+        known, leaves, outputs = set(targets), set[Tensor](), []
+        for k, h in first:
             if h._backward_hooks or h.retains_grad:
                 raise ValueError(f"features[{k}] has a hook or retain_grad(), which would run twice for each task")
             graph.refuse_reentrant(f"features[{k}]", h)
-        return {leaf for h in self.features for leaf in graph.leaves(h)} & set(targets)
+            below = known.intersection(graph.leaves(h))
+            if below:
+                leaves |= below
+                outputs.append(h)
+        return _Trunk(outputs, {graph.edge(h) for _, h in first}, leaves, len(first) < len(self.features))
 
-    def _head_passes(self, heads: Sequence[Tensor], trunk: set[Tensor]) -> Iterator[Pass]:
-        """Yield each task's number and its gradients with respect to the features and the heads."""
-        edges = {graph.edge(h) for h in self.features}
-        last, _ = graph.clusters(self.entries, edges)
+    def _head_passes(self, heads: Sequence[Tensor], trunk: _Trunk) -> Iterator[Pass]:
+        """Yield each task's number and its gradients with respect to the trunk's outputs and the heads."""
+        last, _ = graph.clusters(self.entries, trunk.edges)
+        if trunk.heads_meet and self.has_callables:  # a callable's graph ends in what others share
+            last = [max(i for i, is_present in enumerate(self.present) if is_present)] * len(last)
         for i, value in self.graphs():
-            graph.refuse_reentrant(f"losses[{i}]", value, edges)
-            bypassed = [p for p in graph.leaves(value, edges) if p in trunk]
+            graph.refuse_reentrant(f"losses[{i}]", value, trunk.edges)
+            bypassed = [p for p in graph.leaves(value, trunk.edges) if p in trunk.leaves]
             if bypassed:
                 raise ValueError(
                     f"losses[{i}] reaches {len(bypassed)} of the params below features past them, by a skip "
                     f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
                     "leave features out"
                 )
-            reached, ones = [*self.features, *heads], torch.ones_like(value)
-            grads = differentiated(i, (value,), reached, self.retain_graph or last[i] != i, (ones,))
-            if all(g is None for g in grads):
-                raise unreached(i)
-            yield i, aliasing.copies(grads)
+            thawed = [p for p in self.frozen if p.requires_grad]
+            reached, ones = [*trunk.outputs, *heads, *thawed], torch.ones_like(value)
+            retain_graph = self.retain_graph or last[i] != i
+            grads = aliasing.copies(differentiated(f"losses[{i}]", (value,), reached, retain_graph, (ones,)))
+            yield i, self._of_targets(i, grads, thawed) if thawed else grads
             del value  # frees a callable's graph
 
     def _trunk_passes(
-        self, feature_grads: dict[int, Sequence[Tensor | None]], targets: Sequence[Tensor]
-    ) -> Iterator[tuple[int, Sequence[Tensor | None]]]:
+        self, feature_grads: dict[int, Row], targets: Sequence[Tensor], features: Sequence[Tensor]
+    ) -> Iterator[Pass]:
         """Yield each task's number and its gradients with respect to the trunk.
 
         A task reaches a target only through the features that it reaches. So tasks that reach the same features form a
@@ -107,15 +132,13 @@ class LossesOnFeatures(Losses):
         by_reached = reached.__getitem__
         groups = [(indices, list(tasks)) for indices, tasks in groupby(sorted(reached, key=by_reached), by_reached)]
         for n, (indices, tasks) in enumerate(groups):
-            outputs = tuple([self.features[k] for k in indices])
+            outputs = tuple([features[k] for k in indices])
             last = n == len(groups) - 1 and not self.retain_graph
             if not outputs:
                 yield from ((i, [None] * len(targets)) for i in tasks)
             elif self.batched and len(tasks) > 1:  # a single task's gradients would be views, which hide shared memory
                 stacked = [torch.stack([_not_none(feature_grads[i][k]) for i in tasks]) for k in indices]
-                batch = torch.autograd.grad(
-                    outputs, targets, stacked, retain_graph=not last, allow_unused=True, is_grads_batched=True
-                )
+                batch = differentiated_together("features", outputs, targets, not last, stacked)
                 # vmap expands a gradient that is the same for all tasks, such as a hook's constant: they share memory.
                 separate = [g if g is None or g.stride(0) else g.contiguous() for g in batch]
                 for row, i in enumerate(tasks):
@@ -123,7 +146,8 @@ class LossesOnFeatures(Losses):
             else:
                 for i in tasks:
                     output_grads = tuple([_not_none(feature_grads[i][k]) for k in indices])
-                    grads = differentiated(i, outputs, targets, not (last and i == tasks[-1]), output_grads)
+                    retain_graph = not (last and i == tasks[-1])
+                    grads = differentiated(f"losses[{i}]", outputs, targets, retain_graph, output_grads)
                     yield i, aliasing.copies(grads)
                     del grads  # free them before the next task's pass
 

@@ -78,6 +78,11 @@ def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
         )
 
 
+def is_compiled(outputs: Sequence[Tensor]) -> bool:
+    """Return whether any of ``outputs`` was computed by code of ``torch.compile``."""
+    return any(node.name() == "CompiledFunctionBackward" for x in outputs for node in _Search(x))
+
+
 def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
     """Yield the leaf tensors that ``loss`` was computed from and that require grad, the nearest first."""
     return (leaf for node in _Search(loss, cut) if (leaf := _leaf(node)) is not None)

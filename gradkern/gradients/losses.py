@@ -1,15 +1,16 @@
 """The losses of a step: checked, and turned into task gradients one backward pass after another."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from itertools import repeat
 from operator import is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
+from gradkern.gradients.engine import differentiated
 from gradkern.gradients.plan import PLANS, Row, make_room
 
 Loss = Tensor | Callable[[], Tensor] | None
@@ -31,6 +32,10 @@ class Source(Protocol):
     def values(self) -> list[Tensor | None]:
         """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
+    @property
+    def frozen_grads(self) -> dict[int, dict[Tensor, Tensor]]:
+        """By task, the gradients of parameters that are not among the targets, because they did not require grad."""
+
     def passes(self, targets: Sequence[Tensor]) -> Iterator[Pass]:
         """Yield each present task's number and its gradients for ``targets``, one task after another.
 
@@ -48,8 +53,11 @@ class Losses:
 
     Attributes:
         entries: the losses as a list, after :meth:`open`.
+        has_callables: whether one is a callable, which may change parameters while the step runs.
         present: as for :class:`Source`.
         values: as for :class:`Source`.
+        frozen: parameters that do not require grad when the step begins, and that a callable may let require it.
+        frozen_grads: as for :class:`Source`.
     """
 
     one_graph_each = True
@@ -59,9 +67,12 @@ class Losses:
         self.given = losses
         self.retain_graph = retain_graph
         self.entries: list[Loss] = []
+        self.has_callables = False
         self.present: list[bool] = []
         self.values: list[Tensor | None] = []
         self.device = torch.device("cpu")
+        self.frozen: Sequence[Tensor] = ()
+        self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
 
     def open(self, device: torch.device) -> None:
         """Check the losses, as far as possible before callables run.
@@ -70,15 +81,13 @@ class Losses:
             TypeError, ValueError: the losses are not a sequence, are empty, have no task present, or hold an entry that
                 is not a loss on ``device``.
         """
-        given = self.given
-        if not isinstance(given, list) and (isinstance(given, Tensor) or not isinstance(given, Iterable)):
-            raise TypeError(f"losses must be a sequence with one entry per task, got {type(given).__name__}")
-        self.entries = list(given)
+        self.entries = entries_of("losses", self.given)
+        self.has_callables = True in map(callable, self.entries)
         self.present = [loss is not None for loss in self.entries]
         self.values = [None] * len(self.entries)
         self.device = device
         if not self.entries:
-            raise ValueError("losses is empty")
+            raise ValueError("losses is empty; an iterator is, once it has been used")
         if not any(self.present):
             raise ValueError(f"losses has no task present: {self.entries}")
         for i, loss in enumerate(self.entries):
@@ -103,12 +112,14 @@ class Losses:
         free = self._freeable(key)
         for i, value in self.graphs():
             seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
-            grads = differentiated(i, (value,), targets, self.retain_graph or not free[i], (seed,))
+            thawed = [p for p in self.frozen if p.requires_grad] if self.frozen else []
+            reached = [*targets, *thawed] if thawed else targets
+            grads = differentiated(f"losses[{i}]", (value,), reached, self.retain_graph or not free[i], (seed,))
             if not self._refuse_reentrant(i, value, key, grads):
                 raise unreached(i)
-            if keep:
+            if keep or thawed:
                 grads = aliasing.copies(grads)
-            yield i, grads
+            yield i, self._of_targets(i, grads, thawed) if thawed else grads
             del value, grads  # frees a callable's graph, and gradients that the caller does not keep
 
     def _freeable(self, key: int) -> list[bool]:
@@ -146,6 +157,13 @@ class Losses:
             _searched.add(searched)
         return False in missed
 
+    def _of_targets(self, i: int, grads: Row, thawed: Sequence[Tensor]) -> Row:
+        """Return the gradients of the targets, and keep task ``i``'s of thawed parameters, which follow them."""
+        n = len(grads) - len(thawed)
+        of_thawed = zip(thawed, grads[n:], strict=True)
+        self.frozen_grads[i] = {p: g for p, g in of_thawed if g is not None}
+        return grads[:n]
+
     def graphs(self) -> Iterator[tuple[int, Tensor]]:
         """Yield each present task's number and loss, with its graph; each callable runs when it is its turn."""
         for i, loss in enumerate(self.entries):
@@ -162,8 +180,6 @@ class Losses:
             del value
 
 
-_run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
-
 _meetings: dict[tuple[tuple[int, ...], int], list[graph.Meeting]] = {}
 """The nodes where all losses met, by the losses' numbers and a hash of the targets' identities."""
 _searched: set[int] = set()
@@ -172,38 +188,21 @@ _numbered = threading.local()
 """The number of the last loss that the thread has differentiated."""
 
 
-def differentiated(
-    i: int,
-    outputs: tuple[Tensor, ...],
-    targets: Sequence[Tensor],
-    retain_graph: bool,
-    grads: tuple[Tensor, ...],
-) -> Row:
-    """Return the gradients of task ``i``'s ``outputs`` with respect to ``targets``, None for a target not reached.
-
-    It runs the engine beneath ``torch.autograd.grad``, whose checks take 10 to 20 µs for a small model.
-
-    Args:
-        grads: the gradients with respect to the outputs.
-    """
-    try:
-        return _run_backward(outputs, grads, retain_graph, False, tuple(targets), True, accumulate_grad=False)
-    except RuntimeError as error:
-        for x in outputs:
-            graph.refuse_reentrant(f"losses[{i}]", x)
-        if "donated buffer" not in str(error):
-            raise
-        raise ValueError(
-            f"losses[{i}] shares a compiled graph with another loss, and torch.compile has let backward overwrite its "
-            "activations. Pass losses as callables, each with a forward pass of its own; or, before anything is "
-            "compiled, set torch._functorch.config.donated_buffer = False and torch.compiler.config.cache_key_tag to a "
-            "name of your own. Without that name torch's cache on disk returns the same code, with wrong gradients"
-        ) from error
-
-
 def unreached(i: int) -> ValueError:
     """Return the error for a loss that was computed from no trainable parameter."""
-    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params")
+    return ValueError(f"losses[{i}] reaches no parameter: autograd has no gradient of it for any of params{_ABSENT}")
+
+
+def entries_of(argument: str, losses: Any) -> list[Any]:
+    """Return the losses as a list; raise TypeError if they are nothing whose order tells the tasks apart."""
+    if not isinstance(losses, list) and (isinstance(losses, _UNORDERED) or not isinstance(losses, Iterable)):
+        raise TypeError(f"{argument} must be a sequence with one entry per task, got {type(losses).__name__}")
+    return list(losses)
+
+
+_UNORDERED = (Tensor, str, bytes, Set, Mapping)
+
+_ABSENT = "; pass None for a task that is absent"
 
 
 def _check(i: int, loss: object, device: torch.device) -> Tensor:
@@ -211,12 +210,14 @@ def _check(i: int, loss: object, device: torch.device) -> Tensor:
         raise TypeError(f"losses[{i}] must be a tensor, a callable that returns one, or None; got {loss!r}")
     if loss.numel() != 1:
         raise ValueError(f"losses[{i}] must have one element, got shape {tuple(loss.shape)}")
+    if loss.layout is not torch.strided:
+        raise TypeError(f"losses[{i}] must be dense, got layout {loss.layout}")
     if not loss.dtype.is_floating_point:
         raise TypeError(f"losses[{i}] must be floating, got {loss.dtype}")
     if loss.device != device:
         raise ValueError(f"losses[{i}] must be on the parameters' device, {device}; got {loss.device}")
     if not loss.requires_grad:
-        raise ValueError(f"losses[{i}] reaches no parameter: it does not require grad")
+        raise ValueError(f"losses[{i}] reaches no parameter: it does not require grad{_ABSENT}")
     return loss
 
 

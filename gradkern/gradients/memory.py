@@ -28,7 +28,10 @@ class Memory:
     def check(self, n_tasks: int) -> None:
         """Raise ValueError if earlier steps had another number of tasks."""
         if self._rows and len(self._rows) != n_tasks:
-            raise ValueError(f"losses has {n_tasks} entries; the steps remembered had {len(self._rows)}")
+            raise ValueError(
+                f"losses has {n_tasks} entries, and the steps remembered had {len(self._rows)}: pass None for a task "
+                "that is absent"
+            )
 
     def recall(
         self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor], layouts: Layouts

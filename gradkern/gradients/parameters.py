@@ -1,13 +1,14 @@
 """The parameters of a step: checked, named, numbered into groups, and shared between tasks or not."""
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradkern.gradients.plan import Arrangement, Layouts, Reach, arranged, layouts_of, recognized
+from gradkern.gradients.plan import PLANS, Arrangement, Layouts, Reach, arranged, layouts_of, recognized
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -48,16 +49,14 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
     """
     tensors = given.tensors
     if not tensors:
-        raise ValueError("params is empty")
+        raise ValueError("params is empty; an iterator is, once it has been used")
     known = recognized(tensors)
     if known is not None and known.checked:  # distinct leaves that require grad
         places, trainable, layouts = list(range(len(tensors))), tensors, known
     else:
         places, trainable = _requiring_grad(given)
         layouts = layouts_of(trainable)
-    for k, p, g in [(k, p, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
-        if (reason := why_unwritable(g, p)) is not None:
-            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: {reason}")
+    _check_grads(given, places)
     if not layouts.checked:
         _check(given, places)
         layouts.checked = True
@@ -75,14 +74,30 @@ def _requiring_grad(given: Parameters) -> tuple[list[int], list[Tensor]]:
     places = [k for k, p in enumerate(tensors) if p.requires_grad]
     if not places:
         raise ValueError(f"params holds no tensor that requires grad, of {n} given")
-    for k in places:
-        if not tensors[k].is_leaf:
-            raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+    _check_forms(given, places)
     return places, tensors if len(places) == n else [tensors[k] for k in places]
 
 
+def _check_forms(given: Parameters, places: Sequence[int]) -> None:
+    """Raise unless the parameters at ``places`` are leaves, and dense."""
+    for k in places:
+        p = given.tensors[k]
+        if not p.is_leaf:
+            raise ValueError(f"params must be leaf tensors, whose .grad can be set; {given.name(k)} is computed")
+        if p.layout is not torch.strided or p.is_nested:
+            raise TypeError(
+                f"params must be dense tensors; {given.name(k)} is {'nested' if p.is_nested else p.layout}: let the "
+                "tensor of its values be the parameter"
+            )
+
+
 def read(argument: str, params: Params) -> Parameters:
-    """Read tensors and names from a Module, tensors or (name, tensor) pairs."""
+    """Read tensors and names from a Module, tensors or (name, tensor) pairs.
+
+    Raises:
+        TypeError: ``params`` has none of these forms.
+        ValueError: two tensors have one name.
+    """
     if isinstance(params, nn.Module):
         params = params.named_parameters()
     if not isinstance(params, list) and (isinstance(params, Tensor | str) or not isinstance(params, Iterable)):
@@ -99,16 +114,26 @@ def read(argument: str, params: Params) -> Parameters:
         raise TypeError(
             f"{argument} mixes tensors with (name, tensor) pairs; {argument}[{pairs.index(False)}] is unnamed"
         )
-    return Parameters(tensors, [e[0] for e in entries] if entries and pairs[0] else None, argument)
+    names = [e[0] for e in entries] if entries and pairs[0] else None
+    if names is not None and len(set(names)) < len(names):
+        k = next(k for k, name in enumerate(names) if name in names[:k])
+        raise ValueError(f"{argument} holds the name {names[k]!r} twice, {argument}[{names.index(names[k])}] and [{k}]")
+    return Parameters(tensors, names, argument)
 
 
 def subset(shared: Params, given: Parameters) -> set[Tensor]:
     """Return the tensors of ``shared``, which has any form of ``params``, as a set.
 
     Raises:
-        TypeError, ValueError: ``shared`` has no form of ``params``, or holds a tensor that is not in ``given``.
+        TypeError, ValueError: ``shared`` has no form of ``params``, is empty, or holds a tensor that is not in
+            ``given``.
     """
     chosen = read("shared", shared)
+    if not chosen.tensors:
+        raise ValueError(
+            f"shared is empty: {shared!r:.80} gives no parameter, such as a filter by name that fits none or an "
+            "iterator that was used before. Leave shared out for the parameters that two losses reach"
+        )
     known = set(given.tensors)
     for k, p in enumerate(chosen.tensors):
         if p not in known:
@@ -133,6 +158,13 @@ def _check(given: Parameters, places: Sequence[int]) -> None:
             raise ValueError(f"params must be on one device; {name} is on {p.device}, others on {device}")
 
 
+def _check_grads(given: Parameters, places: Sequence[int]) -> None:
+    """Raise unless each ``.grad`` of the parameters at ``places`` can be added to."""
+    for k, p, g in [(k, p, g) for k in places if (g := (p := given.tensors[k]).grad) is not None]:
+        if (reason := why_unwritable(g, p)) is not None:
+            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: {reason}")
+
+
 def why_unwritable(g: Tensor, p: Tensor) -> str | None:
     """Return why nothing can be added in place to ``g``, the ``.grad`` of ``p``; None if something can."""
     if g.is_inference():
@@ -148,8 +180,19 @@ def _has_overlap(g: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(g.stride(), g.shape, strict=True))
 
 
-def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
-    """Return the group of each parameter, numbered by first appearance, and the number of groups.
+class Grouping(NamedTuple):
+    """The groups of all given parameters."""
+
+    numbers: Sequence[int]
+    """The group of each parameter."""
+    n_segments: int
+    """S, the number of groups."""
+    names: Sequence[Hashable] | None
+    """The names of the groups; None for the one group of "model"."""
+
+
+def grouping(given: Parameters, groups: Groups) -> Grouping:
+    """Return the groups of parameters, numbered by first appearance.
 
     Raises:
         TypeError: ``groups`` is neither a string nor a function.
@@ -159,9 +202,9 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
     if not isinstance(groups, str) and not callable(groups):
         raise TypeError(f"groups must be a string or a function of the name, got {type(groups).__name__}")
     if groups == "model":
-        return [0] * n, 1
+        return Grouping([0] * n, 1, None)
     if groups == "parameter":
-        return list(range(n)), n
+        return Grouping(range(n), n, _places(given.argument, n) if given.names is None else given.names)
     if isinstance(groups, str) and groups != "module":
         raise ValueError(f"groups must be 'model', 'parameter', 'module' or a function of the name, got {groups!r}")
     if given.names is None:
@@ -175,7 +218,12 @@ def segments(given: Parameters, groups: Groups) -> tuple[list[int], int]:
         if not isinstance(group, Hashable) or isinstance(group, Tensor):
             raise TypeError(f"groups must give hashable values that are not tensors; gave {group!r} for {name!r}")
         numbered.append(numbers.setdefault(group, len(numbers)))
-    return numbered, len(numbers)
+    return Grouping(numbered, len(numbers), tuple(numbers))
+
+
+@lru_cache(maxsize=PLANS)
+def _places(argument: str, n: int) -> tuple[str, ...]:
+    return tuple([f"{argument}[{k}]" for k in range(n)])
 
 
 def _owning_module(name: str) -> str:
@@ -185,7 +233,7 @@ def _owning_module(name: str) -> str:
 class Targets(NamedTuple):
     """The trainable parameters of a step, their groups, and the rule for which of them are shared."""
 
-    given: list[Tensor]
+    given: Parameters
     """All parameters given, frozen ones too."""
     tensors: list[Tensor]
     """n parameters that require grad."""
@@ -193,40 +241,79 @@ class Targets(NamedTuple):
     """Their layouts."""
     places: list[int]
     """The index of each among all given parameters."""
+    grouping: Grouping
+    """The groups of all given parameters."""
+    chosen: set[Tensor] | None
+    """The shared parameters that the user names; None if those that two tasks reach are shared."""
     groups: tuple[int, ...]
     """The group of each."""
-    n_segments: int
-    """S, the number of groups of all given parameters."""
     named: tuple[bool, ...] | None
-    """Whether each is among the shared parameters that the user names; None if those that two tasks reach are
-    shared."""
+    """Whether each is among ``chosen``."""
 
     @classmethod
     def of(cls, params: Params, groups: Groups, shared: Params | None) -> "Targets":
         """Read and check the user's arguments.
 
         Raises:
-            TypeError, ValueError: as :func:`parameters`, :func:`segments` and :func:`subset`.
+            TypeError, ValueError: as :func:`parameters`, :func:`grouping` and :func:`subset`.
         """
         given = read("params", params)
         places, tensors, layouts = _trainable(given)
-        numbers, n_segments = segments(given, groups)
-        named = None
-        if shared is not None:
-            chosen = subset(shared, given)
-            named = tuple([p in chosen for p in tensors])
-        of_tensors = tuple(numbers if len(places) == len(numbers) else [numbers[k] for k in places])
-        return cls(given.tensors, tensors, layouts, places, of_tensors, n_segments, named)
+        return cls._at(
+            places, tensors, layouts, given, grouping(given, groups), None if shared is None else subset(shared, given)
+        )
+
+    @classmethod
+    def _at(
+        cls,
+        places: list[int],
+        tensors: list[Tensor],
+        layouts: Layouts,
+        given: Parameters,
+        grouping: Grouping,
+        chosen: set[Tensor] | None,
+    ) -> "Targets":
+        named = None if chosen is None else tuple([p in chosen for p in tensors])
+        numbers = grouping.numbers
+        groups = tuple(numbers if len(places) == len(numbers) else [numbers[k] for k in places])
+        return cls(given, tensors, layouts, places, grouping, chosen, groups, named)
 
     @property
     def device(self) -> torch.device:
         """The device of all parameters."""
         return self.layouts.device
 
-    def as_now(self) -> "Targets":
-        """Return the targets with the layouts that the parameters have now, since a callable may have changed them."""
-        layouts = layouts_of(self.tensors)
-        return self if layouts is self.layouts else self._replace(layouts=layouts)
+    @property
+    def frozen(self) -> list[Tensor]:
+        """The given parameters that are not among the targets."""
+        if len(self.places) == len(self.given.tensors):
+            return []
+        trained = set(self.tensors)
+        return [p for p in self.given.tensors if p not in trained]
+
+    def name(self, k: int) -> str:
+        """Return the name of target k for messages, and its shape."""
+        return f"{self.given.name(self.places[k])} of shape {tuple(self.tensors[k].shape)}"
+
+    def as_now(self, others: Collection[Tensor]) -> "Targets":
+        """Return the targets as the parameters are now, since a callable may have changed them.
+
+        Args:
+            others: given parameters that are not among the targets but have gradients; they are targets then.
+
+        Raises:
+            TypeError, ValueError: another parameter cannot be trained.
+        """
+        if not others:
+            layouts = layouts_of(self.tensors)
+            return self if layouts is self.layouts else self._replace(layouts=layouts)
+        wanted = {*self.tensors, *others}
+        places = [k for k, p in enumerate(self.given.tensors) if p in wanted]
+        _check_forms(self.given, places)
+        _check(self.given, places)
+        _check_grads(self.given, places)
+        tensors = [self.given.tensors[k] for k in places]
+        return self._at(places, tensors, layouts_of(tensors), self.given, self.grouping, self.chosen)
 
     def are_shared(self, reach: Reach) -> tuple[bool, ...]:
         """Return whether each parameter is shared: named, or if none are named, reached by at least two tasks.
@@ -247,4 +334,4 @@ class Targets(NamedTuple):
             units: the first unit of suppression of each parameter; None without suppression.
         """
         decided = self.named if shared is None else shared
-        return arranged(self.layouts, reach, self.groups, self.n_segments, decided, units)
+        return arranged(self.layouts, reach, self.groups, self.grouping.n_segments, decided, units)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ RowReach = tuple[torch.layout | None, ...]
 Reach = tuple[RowReach, ...]
 """The same of T tasks."""
 
+_IS_NESTED = attrgetter("is_nested")
 _VALUES = attrgetter("shape", "dtype", "device", "grad_dtype", "requires_grad")
 
 
@@ -36,11 +38,21 @@ def make_room(remembered: dict[Any, Any] | set[Any], most: int = PLANS) -> None:
         remembered.clear()
 
 
+class Looks(NamedTuple):
+    """Which steps of a set of parameters have been looked at for warnings."""
+
+    first: "ref[Tensor]"
+    """The first parameter, which tells the set from others of the same layouts."""
+    arrangements: set["Arrangement"]
+    """The arrangements of these steps."""
+
+
 class Layouts:
     """The layouts of n parameters and of their gradients. Equal layouts are one object; :func:`layouts_of` returns it.
 
     Attributes:
         device: the device of all parameters.
+        lazy: whether a parameter is of unknown shape, until its lazy module runs.
         numels: the number of elements of each.
         numel: the number of elements of all.
         strides: the strides of a new ``.grad`` of each.
@@ -49,15 +61,19 @@ class Layouts:
         all_dense: the layouts of n dense gradients.
         none: the layouts of no gradients.
         checked: whether a step has found parameters of these layouts permitted; they require grad then.
+        looks: what has been looked at for warnings, by the first parameter's identity; see ``step/notices.py``.
+        n_looks: how often the host has read gradients of these layouts for it.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
-        lazy = any(map(is_lazy, params))  # of unknown shapes, until a callable runs the module
+        self.lazy = lazy = any(map(is_lazy, params))
         self.device = params[0].device
         self.numels = [0 if lazy else p.numel() for p in params]
         self.strides = [() if lazy else new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
+        self.looks: dict[int, Looks] = {}
+        self.n_looks = 0
         self.all_dense: RowReach = (torch.strided,) * len(params)
         self.none: RowReach = (None,) * len(params)
         self._of_reached: dict[RowReach, tuple[list[tuple[int, ...]], list[torch.dtype]]] = {}
@@ -120,14 +136,14 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 def recognized(params: Sequence[Tensor]) -> Layouts | None:
     """Return the layouts of n tensors if they are leaves like the last n whose layouts were asked for; else None."""
     are_like, grad_dtypes, latest = _latest.get(len(params), _NONE)
-    if True in map(_IS_NESTED, params):  # a comparison takes none
+    if True in map(_IS_NESTED, params) or not are_like(*params):  # a comparison with nested ones ends the process
         return None
-    if not are_like(*params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
+    try:
+        return latest if [p.grad_dtype for p in params] == grad_dtypes else None
+    except RuntimeError:  # one is not a leaf
         return None
-    return latest if [p.grad_dtype for p in params] == grad_dtypes else None
 
 
-_IS_NESTED = attrgetter("is_nested")
 _NONE: tuple[Comparison, list[torch.dtype | None], None] = (unlike, [], None)
 _layouts: dict[Any, Layouts] = {}
 _latest: dict[int, tuple[Comparison, list[torch.dtype | None], Layouts | None]] = {}

@@ -25,7 +25,7 @@ class TaskSampler:
             for batches in sampler:  # one entry per task: its batch, or None where the task is absent
                 losses = [None if b is None else loss(t, b) for t, b in enumerate(batches)]
                 opt.zero_grad()
-                gk.backward(losses, model, aggregator=gk.PCGrad())
+                opt.backward(losses)  # of a SurgeryOptimizer with memory=True, if tasks take turns
                 opt.step()
 
     The schemes, for T loaders of L_i batches and N_i examples:

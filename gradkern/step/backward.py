@@ -11,7 +11,7 @@ from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.options import Options
-from gradkern.step.pipeline import outside_inference_mode, refuse_distributed, run
+from gradkern.step.pipeline import open_source, outside_inference_mode, refuse_distributed, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
 
 
@@ -33,27 +33,35 @@ def backward(
     gradient unchanged, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` do no
     surgery: they run torch's own backward pass of the weighted sum of the losses.
 
+    A parameter counts as shared as a whole. A tensor that holds weights of all tasks, such as log-variances or one wide
+    head, must be left out of ``shared``, or be split into a tensor for each task.
+
     Args:
-        losses: T entries; a task is identified by its position. Each is a tensor of one element, or a callable that
-            returns one, or None for a task absent in this step. Callables run once each, in order, with gradients
-            enabled. Each one's graph is freed before the next runs, so that only one task's activations are alive at
-            a time. Callables enter autocast themselves if they need it.
-        params: a Module, tensors, or (name, tensor) pairs: leaf tensors on one device; float32, float64, bfloat16 or
-            float16, also mixed. Those that do not require grad are skipped.
+        losses: T entries in an order, such as a list; a task is identified by its position. Each is a dense floating
+            tensor of one element, or a callable that returns one, or None for a task absent in this step. Callables run
+            once each, in order, with gradients enabled. Each one's graph is freed before the next runs, so that only
+            one task's activations are alive at a time. So each needs a forward pass of its own. A callable may switch
+            ``requires_grad``: its task trains what requires grad when it returns. Callables enter autocast themselves
+            if they need it.
+        params: a Module, tensors, or (name, tensor) pairs: dense leaf tensors on one device; float32, float64, bfloat16
+            or float16, also mixed. Names are distinct. Those that do not require grad are skipped, and so are lazy ones
+            that have no shape yet.
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: the groups of parameters, each with its own Gramian and weights: "model", one group of all parameters;
             "parameter", one group for each; "module", one group for each module that owns parameters; or a function
             from a parameter's name to its group.
-        shared: the parameters under surgery, some of ``params`` in any of its forms, in place of those that two
-            losses reach. All others get the sum of their gradients.
+        shared: the parameters under surgery, one or more of ``params`` in any of its forms, in place of those that two
+            losses reach. All others get the sum of their gradients. An iterator serves one call.
         suppression: drops entries of the shared parameters' results at random, with any ``aggregator``.
         features: the output of a trunk that the tasks share in one forward pass: a tensor, or several. Losses must
             reach the trunk's parameters only through it. The backward passes of the heads run first, and each frees
             its graph, a callable's too, before the next; then the trunk runs once per task. Features must have no
-            tensor hooks and no retain_grad().
+            tensor hooks and no retain_grad(). Those that do not require grad are ignored. What is computed from another
+            of the features counts as part of the heads.
         batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster if one
             task's pass is too small for the device. The trunk's operations must have rules for
-            :func:`torch.func.vmap`, and a tensor's hook there sees all tasks' gradients at once.
+            :func:`torch.func.vmap`, so it must not be compiled, and a tensor's hook there sees all tasks' gradients at
+            once.
         retain_graph: keep the graphs for another backward pass.
 
     Returns:
@@ -61,12 +69,17 @@ def backward(
 
     Raises:
         TypeError, ValueError: an argument is not as described above, a loss reaches none of ``params``, a graph holds
-            reentrant checkpointing, nothing can be added to a ``.grad``, or torch.distributed runs on more than one
-            rank. In all these cases, and whatever else raises, every ``.grad`` and the state of ``aggregator`` and
-            ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default generators stay
-            drawn. ``Sum``, ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails halfway,
-            ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises, ``.grad``
-            is written and the step counts.
+            reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or torch.distributed runs
+            on more than one rank. In all these cases, and whatever else raises, every ``.grad`` and the state of
+            ``aggregator`` and ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default
+            generators stay drawn. ``Sum``, ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails
+            halfway, ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises,
+            ``.grad`` is written and the step counts.
+
+    Warns:
+        UserWarning: surgery does nothing, because there is one task in the step or no parameter is shared; or in the
+            first step of some parameters each entry of a shared one has a gradient of one task at most. It comes once
+            for an ``aggregator``, before anything has changed.
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)
@@ -85,5 +98,5 @@ def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:
     """Add the task gradients of ``losses`` to ``total``, the source of a later step."""
     refuse_distributed()
     targets = Targets.of(params, groups="model", shared=None)
-    losses.open(targets.device)
+    open_source(losses, targets)
     return total.add(losses, targets)

@@ -5,14 +5,14 @@ one vector after its backward pass, in one call, and then nothing needs to know 
 refers to them. The vectors make a matrix, whose Gramian and combination are one call each.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradkern.gradients.plan import Arrangement, Layouts, Row
+from gradkern.gradients.plan import Arrangement, Column, Layouts, Row
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.registry import is_watched
@@ -105,6 +105,15 @@ class FlatRows:
     def device(self) -> torch.device:
         """The device of all parameters."""
         return self.params[0].device
+
+    def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
+        """Yield each column under surgery, and the gradients of the tasks that reach it, as vectors."""
+        columns = {c.place: c for c in self.arrangement.shared}
+        for block, places in zip(self.blocks, self._plan.shared.places, strict=True):
+            start = 0
+            for c in map(columns.__getitem__, places):
+                yield c, [block[t, start : start + c.numel] for t in c.tasks]
+                start += c.numel
 
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of the task gradients within each group; see :meth:`Rows.gramian`."""

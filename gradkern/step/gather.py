@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from gradkern.gradients import aliasing
 from gradkern.gradients.losses import Losses, Source, stacked
@@ -17,30 +18,47 @@ from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 
 
-def gathered(source: Source, targets: Targets, options: Options, needs_tensors: bool) -> tuple[list[Row], StepRows]:
+def gathered(
+    source: Source, targets: Targets, options: Options, needs_tensors: bool
+) -> tuple[Targets, list[Row], StepRows]:
     """Return the gradients of a step's tasks, and the rows that the step combines.
 
     Args:
         source: the source, which has been opened.
-        targets: the n parameters.
+        targets: the parameters when the step began.
         options: the method and its modifiers.
         needs_tensors: whether the step needs each gradient as a tensor. If not, the rows of a small model are a matrix.
 
     Returns:
-        T rows of n gradients, each laid out as its parameter, or no rows if they are a matrix; and the rows, which
-        include remembered ones.
+        The n parameters of the rows, which are ``targets`` unless a callable has changed them; T rows of n gradients,
+        each laid out as its parameter, or no rows if they are a matrix; and the rows, which include remembered ones.
     """
     flat = not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present))
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
-    if isinstance(source, Losses) and True in map(callable, source.entries):
-        before, targets = targets, targets.as_now()
-        if targets is not before:  # a callable has changed a parameter's layout
-            taken = [readable(_row(one, targets), targets.tensors, targets.layouts) for one in taken]
+    if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
+        targets, taken = _as_now(source, targets, taken)
     if flat and list(map(type, taken)).count(Flat) == source.present.count(True):
-        return [], _flat_rows(source, targets, taken, options)
+        return targets, [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
         new = [_row(one, targets) for one in taken]
-        return new, _rows(source, targets, new, options)
+        return targets, new, _rows(source, targets, new, options)
+
+
+def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[Targets, list[Flat | Row]]:
+    """Return the parameters as the callables have left them, and their gradients; the arguments if nothing changed."""
+    frozen_grads = source.frozen_grads
+    others = {p for of_task in frozen_grads.values() for p in of_task}
+    targets = before.as_now(others)
+    if targets is before:
+        return targets, taken
+    rows: list[Flat | Row] = []
+    for i, one in enumerate(taken):
+        row = _row(one, before)
+        if others:
+            found = dict(zip(before.tensors, row, strict=True)) | frozen_grads.get(i, {})
+            row = [found.get(p) for p in targets.tensors]
+        rows.append(readable(row, targets.tensors, targets.layouts))
+    return targets, rows
 
 
 def _row(one: Flat | Row, targets: Targets) -> Row:
@@ -119,7 +137,14 @@ def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) 
 
 
 def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
-    first_units = suppression.first_units([p.numel() for p in targets.given])
+    given = targets.given
+    if UninitializedParameter in map(type, given.tensors):
+        name = next(given.name(k) for k, p in enumerate(given.tensors) if is_lazy(p))
+        raise ValueError(
+            f"suppression needs the shapes of all params, because they decide where its masks lie; {name} has none "
+            "yet: run its lazy module once before the first step"
+        )
+    first_units = suppression.first_units([p.numel() for p in given.tensors])
     return tuple([first_units[k] for k in targets.places])
 
 

@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gradkern.gradients.losses import Source, stacked
+from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.gather import gathered
+from gradkern.step.notices import look
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink
 from gradkern.step.surgery import Outcome, fixed_weights, surgery
@@ -49,7 +50,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     refuse_distributed()
     options.check()
     targets = Targets.of(params, options.groups, options.shared)
-    source.open(targets.device)
+    open_source(source, targets)
     if options.memory is not None:
         options.memory.check(len(source.present))
     if not sink.needs_rows:
@@ -57,11 +58,12 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         sink.prepare(None, outcome, targets)
         sink.commit(None)
         sink.finish()
-        return _info(source, outcome, options, kept=None, step_scale=None)
-    new, rows = gathered(source, targets, options, sink.needs_tensors)
+        return _info(source, targets, outcome, kept=None, step_scale=None)
+    targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
         with Undo(*options.snapshot()):
             sink.check(rows)
+            look(source, targets, options, rows)
             outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
             step_scale = _step_scale(outcome, options)
             sink.prepare(rows, outcome, targets)
@@ -71,7 +73,14 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
             if rows.mask is not None:
                 rows.mask.advance()
         sink.finish()
-        return _info(source, outcome, options, kept, step_scale)
+        return _info(source, targets, outcome, kept, step_scale)
+
+
+def open_source(source: Source, targets: Targets) -> None:
+    """Open a source for the targets of a step."""
+    source.open(targets.device)
+    if isinstance(source, Losses) and source.has_callables:
+        source.frozen = targets.frozen
 
 
 def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
@@ -83,16 +92,18 @@ def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
 
 
 def _info(
-    source: Source, outcome: Outcome, options: Options, kept: Tensor | None, step_scale: Tensor | None
+    source: Source, targets: Targets, outcome: Outcome, kept: Tensor | None, step_scale: Tensor | None
 ) -> SurgeryInfo:
     solution = outcome.solution
-    M, w, targets, attention = outcome.gramian, solution.weights, solution.targets, solution.attention
-    if options.groups == "model" and M is not None:  # a single group has no dimension
+    M, w, cosines, attention = outcome.gramian, solution.weights, solution.targets, solution.attention
+    groups = targets.grouping.names
+    if groups is None and M is not None:  # a single group has no dimension
         M, w = M[0], w[0]
-        targets = None if targets is None else targets[0]
+        cosines = None if cosines is None else cosines[0]
         attention = None if attention is None else attention[0]
     losses = stacked(source.values, solution.weights)
-    return SurgeryInfo(losses, M, w, targets, attention, kept=kept, step_scale=step_scale)
+    named = None if groups is None or M is None else tuple(groups)
+    return SurgeryInfo(losses, M, w, cosines, attention, kept=kept, step_scale=step_scale, groups=named)
 
 
 def refuse_distributed() -> None:

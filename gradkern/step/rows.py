@@ -1,7 +1,7 @@
 """The rows of a step: its task gradients over all parameters, their Gramian, and their combination."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -85,6 +85,12 @@ class Rows:
         if not c.sparse:
             return column
         return [None if g is None else laid_out(g, self.params[c.place]) for g in column]
+
+    def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
+        """Yield each dense column under surgery, and the gradients of the tasks that reach it."""
+        for c in self.arrangement.shared:
+            if not c.sparse:
+                yield c, [g for g in self.column(c) if g is not None]
 
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of the task gradients within each group; float64 if any gradient is.

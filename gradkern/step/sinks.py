@@ -5,9 +5,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.gradients import graph
+from gradkern.gradients.engine import raise_explained
 from gradkern.gradients.losses import Losses, unreached
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
@@ -100,12 +102,12 @@ class WeightedBackwardSink:
 
     def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Note the parameters."""
-        self._targets = targets.tensors
+        self._targets = targets
 
     def commit(self, step_scale: Tensor | None) -> None:
         """Run the backward pass. Callables run one by one, so that only one graph is alive at a time."""
         weights = self.method.task_weights(len(self.losses.entries))
-        if self.losses.one_graph_each and any(map(callable, self.losses.entries)):
+        if self.losses.one_graph_each and self.losses.has_callables:
             self._add_up_one_by_one(weights)
         else:
             self._backward_of_sum(weights)
@@ -114,20 +116,26 @@ class WeightedBackwardSink:
         """Do nothing: torch's own backward pass has called the hooks."""
 
     def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
-        totals: list[Tensor | None] = [None] * len(self._targets)
-        for _, grads in self.losses.weighted_passes(self._targets, weights):
-            for k, g in enumerate(grads):
+        tensors, thawed = self._targets.tensors, self.losses.frozen_grads
+        totals: dict[Tensor, Tensor] = {}
+        for i, grads in self.losses.weighted_passes(tensors, weights):
+            for p, g in (*zip(tensors, grads, strict=True), *thawed.pop(i, {}).items()):
                 if g is not None:
-                    totals[k] = added(totals[k], g)
+                    totals[p] = added(totals.get(p), g)
             del grads  # free them before the next task's pass
+        targets = self._targets.as_now(totals.keys() - set(tensors))
         with torch.no_grad():
-            results = [(p, owned(g, p)) for p, g in zip(self._targets, totals, strict=True) if g is not None]
+            results = [(p, owned(totals[p], p)) for p in targets.tensors if p in totals]
             write(results)
             call_hooks(results)
 
     def _backward_of_sum(self, weights: Sequence[float]) -> None:
-        present = dict(self.losses.graphs())
-        reachable = set(self._targets)
+        present: dict[int, Tensor] = {}
+        for i, loss in self.losses.graphs():
+            present[i] = loss
+            if self.losses.has_callables:
+                self._refuse_switches(i)
+        reachable = set(self._targets.tensors)
         for i, loss in present.items():
             graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
@@ -135,7 +143,24 @@ class WeightedBackwardSink:
         with torch.enable_grad():
             terms = [weights[i] * loss for i, loss in present.items()]
             total = sum(terms[1:], terms[0])
-        torch.autograd.backward(total, inputs=self._targets, retain_graph=self.losses.retain_graph)
+        inputs = self._targets.tensors
+        if self._targets.layouts.lazy:
+            inputs = [p for p in inputs if not is_lazy(p)]
+        try:
+            torch.autograd.backward(total, inputs=inputs, retain_graph=self.losses.retain_graph)
+        except RuntimeError as error:
+            raise_explained("one of losses", present.values(), error)
+            raise
+
+    def _refuse_switches(self, i: int) -> None:
+        """Raise ValueError if a callable, task ``i``'s, has switched a ``requires_grad``: one pass cannot follow it."""
+        given, trained = self._targets.given, set(self._targets.tensors)
+        for k, p in enumerate(given.tensors):
+            if p.requires_grad != (p in trained):
+                raise ValueError(
+                    f"losses[{i}], a callable on features, has switched requires_grad of {given.name(k)}: leave "
+                    f"features out, so that {self.method!r} takes the losses one by one"
+                )
 
 
 def write(results: Sequence[tuple[Tensor, Tensor]]) -> None:

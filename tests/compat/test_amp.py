@@ -177,6 +177,31 @@ def test_callables_and_absent_tasks_take_part(make: Make) -> None:
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
+def test_callables_may_take_turns_in_training_their_adapters(make: Make, cpu_offload: bool) -> None:
+    """Nothing is shared, so each adapter moves along its own task's gradients, as in a plain step."""
+    ours = nn.ModuleList(nn.Linear(4, 1).double().requires_grad_(t == 0) for t in range(3))
+    plain = copy.deepcopy(ours).requires_grad_(True)
+    x = torch.randn(2, 8, 4).double()
+
+    def loss(t: int, part: Tensor) -> Tensor:
+        for s, adapter in enumerate(ours):
+            adapter.requires_grad_(s == t)
+        return sum(adapter(part) for adapter in ours).square().mean()
+
+    opt = make(3, torch.optim.SGD(ours.parameters(), lr=0.1), cpu_offload=cpu_offload)
+    for _ in range(2):
+        for part in x:
+            opt.backward([lambda t=t, part=part: loss(t, part) for t in range(3)])
+        opt.step()
+        inner = torch.optim.SGD(plain.parameters(), lr=0.1)
+        sum(sum(adapter(part) for adapter in plain).square().mean() for part in x).backward()
+        inner.step()
+        inner.zero_grad()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert_near(p.detach(), q.detach(), 1.0, 1e-12)  # float64
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
 def test_an_overflow_in_one_task_skips_the_step_and_leaves_nothing_behind(make: Make, cpu_offload: bool) -> None:
     pulls = torch.tensor([[1.0, 2.0, 3.0], [-1.0, -2.0, 1.0], [1.0, -1.0, 2.0]]).half()
     p = torch.zeros(3, requires_grad=True)

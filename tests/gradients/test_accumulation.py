@@ -195,7 +195,7 @@ def test_what_comes_after_the_block_is_refused_within() -> None:
     assert total.info is None  # nothing has been added up
     with opt.accumulate():
         opt.backward(model.losses(x, y))
-        with pytest.raises(ValueError, match="losses has 2 entries; those before in this block had 3"):
+        with pytest.raises(ValueError, match="losses has 2 entries, and those before in this block had 3: pass None"):
             opt.backward(model.losses(x, y)[:2])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -244,6 +244,27 @@ def test_a_row_per_task_is_kept_and_no_more() -> None:
 
     # 6 MB: the CPU's scratch for Gramian and combination.
     assert 4 * row <= memory.peak(run, "cpu") <= 4 * row + (6 << 20)
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(order=ORDER), gk.Sum()], ids=["PCGrad", "Sum"])
+def test_what_is_frozen_within_the_block_gets_the_sums_from_before(method: gk.Aggregator) -> None:
+    """As torch's ``.grad`` would stay. The rest of the model goes on."""
+    model, x, y = problem()
+    params = list(model.parameters())
+    rows = task_gradients(model.losses(x, y), params)
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=0.1), method)
+    with opt.accumulate():
+        opt.backward(model.losses(x, y))
+        model.heads.requires_grad_(False)
+        model.trunk[0].requires_grad_(False)
+        opt.backward(model.losses(x, y))
+    trunk, n = list(model.trunk.parameters()), 4
+    sums = [[g if k < 2 else 2 * g for k, g in enumerate(row[:n])] for row in rows]
+    vectors = [flat(row, trunk) for row in sums]
+    expected = sum(vectors) if isinstance(method, gk.Sum) else reference.pcgrad_update(vectors, ORDER)
+    assert_near(flat([p.grad for p in trunk], trunk), expected, expected.norm(), 1e-5)  # float32
+    for k, p in enumerate(params[n:], n):
+        assert torch.equal(p.grad, next(row[k] for row in rows if row[k] is not None))  # once
 
 
 def test_a_method_may_become_a_scalarization_before_the_block_is_left() -> None:

@@ -257,7 +257,7 @@ def test_another_number_of_tasks_is_refused() -> None:
     model, x, y = problem()
     opt = optimizer(model, gk.PCGrad())
     opt.backward(model.losses(x, y))
-    with pytest.raises(ValueError, match="losses has 2 entries; the steps remembered had 3"):
+    with pytest.raises(ValueError, match="losses has 2 entries, and the steps remembered had 3: pass None"):
         opt.backward(model.losses(x, y)[:2])
 
 

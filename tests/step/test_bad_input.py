@@ -54,12 +54,42 @@ def _grown(model: MultiHead) -> Tensor:
     return model.trunk[0].weight * 2
 
 
+def _eye(layout: torch.layout) -> Tensor:
+    blocks = {"blocksize": (1, 1)} if layout == torch.sparse_bsr else {}
+    return torch.eye(3).to_sparse(layout=layout, **blocks).requires_grad_()
+
+
+def _lazy() -> list[tuple[str, Tensor]]:
+    return [(f"lazy.{name}", p) for name, p in nn.LazyLinear(2).named_parameters()]
+
+
 Case = tuple[Callable[[MultiHead, list[Tensor]], dict[str, Any]], type[Exception], str]
 
 BACKWARD: list[Case] = [
     (lambda m, ls: {"losses": ls[0]}, TypeError, "losses must be a sequence.*got Tensor"),
     (lambda m, ls: {"losses": 3}, TypeError, "losses must be a sequence.*got int"),
+    (lambda m, ls: {"losses": set(ls)}, TypeError, "losses must be a sequence with one entry per task, got set"),
+    (lambda m, ls: {"losses": dict.fromkeys(ls)}, TypeError, "losses must be a sequence.*got dict"),
+    (lambda m, ls: {"losses": dict.fromkeys(ls).keys()}, TypeError, "losses must be a sequence.*got dict_keys"),
+    (lambda m, ls: {"losses": "abc"}, TypeError, "losses must be a sequence.*got str"),
+    (lambda m, ls: {"losses": b"abc"}, TypeError, "losses must be a sequence.*got bytes"),
     (lambda m, ls: {"losses": []}, ValueError, "losses is empty"),
+    (
+        lambda m, ls: {"losses": [ls[0], ls[1].reshape(1).to_sparse()]},
+        TypeError,
+        r"losses\[1\] must be dense, got layout torch.sparse_coo",
+    ),
+    (
+        lambda m, ls: {"losses": [lambda: ls[0], lambda: ls[1], lambda: ls[2]]},
+        ValueError,
+        r"losses\[1\] has a graph that an earlier backward pass has freed.*retain_graph=True",
+    ),
+    (lambda m, ls: {"losses": [lambda: ls[0], lambda: ls[0]]}, ValueError, r"losses\[1\] has a graph that .* freed"),
+    (
+        lambda m, ls: {"losses": [ls[0], torch.zeros(())]},
+        ValueError,
+        r"losses\[1\] reaches no parameter.*pass None for a task that is absent",
+    ),
     (lambda m, ls: {"losses": [None, None]}, ValueError, "losses has no task present"),
     (lambda m, ls: {"losses": [ls[0], 0.5]}, TypeError, r"losses\[1\] must be a tensor, a callable.*got 0.5"),
     (lambda m, ls: {"losses": [ls[0], lambda: 0.5]}, TypeError, r"losses\[1\] must be a tensor.*got 0.5"),
@@ -100,6 +130,34 @@ BACKWARD: list[Case] = [
         lambda m, ls: {"params": [*m.parameters(), torch.ones(3, device="meta", requires_grad=True)]},
         ValueError,
         r"params must be on one device; params\[10\] is on meta, others on cpu",
+    ),
+    *(
+        (
+            lambda m, ls, layout=layout: {"params": [*m.named_parameters(), ("odd", _eye(layout))]},
+            TypeError,
+            rf"params must be dense tensors; 'odd' is {layout}",
+        )
+        for layout in (torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr)
+    ),
+    (
+        lambda m, ls: {"params": [*m.parameters(), torch.nested.nested_tensor([J[0], J[1, :2]], requires_grad=True)]},
+        TypeError,
+        r"params must be dense tensors; params\[10\] is nested",
+    ),
+    (
+        lambda m, ls: {"params": [("a", p) if k else ("b", p) for k, p in enumerate(m.parameters())]},
+        ValueError,
+        r"params holds the name 'a' twice, params\[1\] and \[2\]",
+    ),
+    (
+        lambda m, ls: {"shared": [("a", p) for p in m.trunk.parameters()]},
+        ValueError,
+        r"shared holds the name 'a' twice, shared\[0\] and \[1\]",
+    ),
+    (
+        lambda m, ls: {"suppression": gk.Suppression(0.5), "params": [*m.named_parameters(), *_lazy()]},
+        ValueError,
+        "suppression needs the shapes of all params.*'lazy.weight' has none yet: run its lazy module once",
     ),
     (lambda m, ls: {"params": [torch.ones(3)]}, ValueError, "params holds no tensor that requires grad"),
     (lambda m, ls: {"groups": "layer"}, ValueError, "groups must be 'model', 'parameter', 'module'.*got 'layer'"),
@@ -157,6 +215,42 @@ def test_backward_raises_and_changes_nothing(
     with pytest.raises(error, match=message):
         gk.backward(arguments.pop("losses"), arguments.pop("params"), **arguments)
     assert all(torch.equal(p.grad, torch.full_like(p, 4.0)) for p in model.parameters())
+
+
+@pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("method", [gk.PCGrad(), gk.GradVac(), gk.Sum()], ids=["PCGrad", "GradVac", "Sum"])
+def test_a_loss_whose_graph_is_freed_is_named(method: gk.Aggregator, features: bool) -> None:
+    """By an earlier step, as of losses that are kept from step to step; or by a pass of torch's own."""
+    model, x, y = problem()
+    h = model.trunk(x)
+    losses = [(head(h).squeeze(-1) - target).square().mean() for head, target in zip(model.heads, y, strict=True)]
+    torch.autograd.grad(losses[1], list(model.heads[1].parameters()))
+    named = "one of losses" if isinstance(method, gk.Sum) else r"losses\[1\]"
+    with pytest.raises(ValueError, match=rf"^{named} has a graph that an earlier backward pass has freed.*second time"):
+        gk.backward(losses, model, aggregator=method, features=h if features else None)
+    assert isinstance(method, gk.Sum) or all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(order=[0, 1]), gk.Sum()], ids=["PCGrad", "Sum"])
+def test_callables_may_return_one_graph_that_is_kept(method: gk.Aggregator) -> None:
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    z = p.square()
+    losses = [z.sum(), z.prod()]
+    gk.backward([lambda: losses[0], lambda: losses[1]], [p], aggregator=method, retain_graph=True)
+    assert p.grad.tolist() == [2 + 8, 4 + 4]  # they agree, so PCGrad adds them up too
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(order=[0, 1]), gk.Sum()], ids=["PCGrad", "Sum"])
+@pytest.mark.parametrize("as_callables", [False, True])
+def test_a_lazy_parameter_that_the_step_does_not_use(method: gk.Aggregator, as_callables: bool) -> None:
+    """Its module has not run, so it has no shape; a step leaves it alone."""
+    p = nn.Parameter(torch.tensor([1.0, 2.0]))
+    lazy = nn.LazyLinear(2)
+    losses = [p.sum(), p.prod()]
+    given = [lambda loss=loss: loss for loss in losses] if as_callables else losses
+    gk.backward(given, [p, *lazy.parameters()], aggregator=method)
+    assert p.grad.tolist() == [1 + 2, 1 + 1]
+    assert all(q.grad is None for q in lazy.parameters())
 
 
 @pytest.mark.parametrize("method", [gk.PCGrad(), gk.Sum()], ids=["PCGrad", "Sum"])
