@@ -71,6 +71,8 @@ def _info(
         targets = None if targets is None else targets[0]
         attention = None if attention is None else attention[0]
     losses = stacked(source.values, solution.weights)
+    if M is None:  # fixed weights are numbers of the host, in no dtype
+        w = w.to(losses.dtype)
     return SurgeryInfo(losses, M, w, targets, attention, kept=kept, step_scale=step_scale)
 
 
