@@ -137,7 +137,7 @@ def gradvac(
     moved = targets.double().clone()
     modified = []
     for i in range(len(grads)):
-        c = torch.zeros(len(grads), dtype=torch.float64)
+        c = torch.zeros(len(grads), dtype=torch.float64, device="cpu")
         c[i] = 1
         for j in order[i]:
             if j == i:
@@ -163,7 +163,7 @@ def gradvac_updates(
     steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], beta: float = 0.01
 ) -> list[Tensor]:
     """Return the updates of GradVac in several steps. Targets start from zero; ``order`` is as for :func:`pcgrad`."""
-    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64)
+    targets = torch.zeros(len(steps[0]), len(steps[0]), dtype=torch.float64, device="cpu")
     updates = []
     for grads in steps:
         modified, targets = gradvac(grads, order, targets, beta, torch.finfo(torch.float64).eps)
@@ -195,7 +195,7 @@ def mgda(grads: Sequence[Tensor], normalize: str | None = None, losses: Sequence
     for size in range(1, len(rows) + 1):
         for support in combinations(range(len(rows)), size):
             first, *others = (hull[i] for i in support)
-            w = torch.ones(size, dtype=torch.float64)
+            w = torch.ones(size, dtype=torch.float64, device="cpu")
             if others:
                 # Differences from the first gradient are scaled to length 1, so that long ones do not drown short ones.
                 edges = torch.stack([g - first for g in others], 1)
@@ -258,9 +258,10 @@ def kept(seed: int, step: int, p: float, block: int, first_unit: int, numel: int
     Entry e belongs to unit ``first_unit + e // block``. Unit u is dropped if word u mod 4 at counter u div 4 is below
     p 2³².
     """
-    units = first_unit + torch.arange(numel) // block
+    entries = torch.arange(numel, device="cpu")
+    units = first_unit + entries // block
     words = philox(seed, step, units // 4)
-    return words[torch.arange(numel), units % 4] >= round(p * 2**32)
+    return words[entries, units % 4] >= round(p * 2**32)
 
 
 def first_units(numels: Sequence[int], block: int) -> list[int]:
@@ -282,14 +283,14 @@ def suppressed(
         keep: (P,) bool, the mask b.
         scope: "all" to let ``method`` see the kept entries only.
     """
-    zero = torch.zeros((), dtype=torch.float64)
+    zero = torch.zeros((), dtype=torch.float64, device="cpu")
     rows = [torch.where(keep, g.double(), zero) for g in grads] if scope == "all" else [g.double() for g in grads]
     return torch.where(keep, torch.stack(method(rows)).sum(0), zero)
 
 
 def attention_optimum(grads: Sequence[Tensor], entropy: float) -> Tensor:
     """Return softmax(r / τ), r_i = Σ_j φ_ij: the maximum of GradAttention's objective Σ_i α_i r_i + τ H(α)."""
-    r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64)
+    r = torch.tensor([sum(cosine(a, b) for b in grads) for a in grads], dtype=torch.float64, device="cpu")
     return torch.softmax(r / entropy, 0)
 
 
@@ -327,7 +328,7 @@ class Memory:
     """Runs steps with some of the tasks, and keeps the last gradients of the others as vectors (Rhapsody, §3.2)."""
 
     def __init__(self, n_tasks: int, n_entries: int) -> None:
-        self.rows = [torch.zeros(n_entries, dtype=torch.float64) for _ in range(n_tasks)]
+        self.rows = [torch.zeros(n_entries, dtype=torch.float64, device="cpu") for _ in range(n_tasks)]
 
     def step(self, present: dict[int, Tensor], method: Callable[[Sequence[Tensor]], list[Tensor]]) -> Tensor:
         """Return the sum of the present tasks' modified gradients. ``method`` modifies remembered gradients too."""

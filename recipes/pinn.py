@@ -14,7 +14,6 @@ helps: compare it with ``gk.Sum()`` on your own equation.
 
 import math
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +34,6 @@ except ImportError:  # pip install "gradkern[demo]"; without it there is no figu
 TASKS = ("equation", "boundary", "initial")
 ADAM_STEPS, LBFGS_STEPS = 500, 10
 NU, A = 0.1, 1.5  # viscosity; A > 1, and the closer to 1 the steeper the solution
-
-# The points of the equation require grad, for the derivatives of u, and belong in no optimizer.
-warnings.filterwarnings("ignore", "the losses reach .* not in the optimizer")
 
 
 def exact(t: Tensor, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from gradkern.ops import combine, gramian
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
+from gradkern.ops.undo import PutBack, numbers_of, state_of
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,34 @@ class Aggregator(nn.Module, ABC):
         if self.generator is None:
             raise ValueError(f"generator is None in {self!r}, but the state to load holds a generator's state")
         self.generator.set_state(tensor("the generator's state", state, (torch.uint8,)).cpu())
+
+    def snapshot(self) -> PutBack:
+        """Return a function that puts the method's state back as it is when this is called.
+
+        A step that raises calls it. The state is the method's parameters, buffers and generator; a method with more
+        extends it.
+        """
+        holders = [(state, dict(state)) for state in self._state_dicts()]
+        kept = [numbers_of(x) for _, state in holders for x in state.values() if x is not None]
+        if self.generator is not None:
+            kept.append(state_of(self.generator))
+
+        def put_back() -> None:
+            for state, before in holders:
+                state.clear()
+                state.update(before)
+            for put_numbers_back in kept:
+                put_numbers_back()
+
+        return put_back
+
+    def _state_dicts(self) -> Iterator[dict[str, Any]]:
+        """Yield the dictionaries that hold the tensors of the method's state."""
+        for module in self.modules() if self._modules else (self,):
+            if module._parameters:
+                yield module._parameters
+            if module._buffers:
+                yield module._buffers
 
 
 class PerDevice:

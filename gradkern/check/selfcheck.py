@@ -134,7 +134,7 @@ def checks(device_type: str) -> dict[str, Cases]:
 def check(operator: str, device: torch.device) -> Outcome:
     """Compare an operator or a method with the reference. An exception is a failure too."""
     errors: dict[torch.dtype, float] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         try:
             return Outcome(errors, next(_wrong(operator, device, errors), None))
@@ -144,7 +144,7 @@ def check(operator: str, device: torch.device) -> Outcome:
 
 def other_bits() -> str | None:
     """Describe the first change of bits on the CPU between equal numbers; return None if there is none."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         try:
             return next(differences(), None)

@@ -4,7 +4,7 @@
 the rows, lets the scaler unscale the result and step, and drops the rows.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
+from gradkern.arguments import number, shown, tensor
+from gradkern.compat.losses import listed
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.losses import Loss, Losses, Pass
 from gradkern.gradients.parameters import parameters
+from gradkern.ops.undo import Undo
+from gradkern.optim.arguments import check_mapping
+from gradkern.optim.checkpoint import load
+from gradkern.optim.undo import grads_of, stage_of
+from gradkern.optim.wrapper import refuse_wrapper
 from gradkern.step.backward import add_up
 from gradkern.step.options import Options
 from gradkern.step.pipeline import run
@@ -36,6 +43,7 @@ class _Accumulating:
             raise ValueError(f"num_tasks must be a positive integer, got {num_tasks!r}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        refuse_wrapper(optimizer)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
         if not isinstance(cpu_offload, bool):
@@ -58,20 +66,20 @@ class _Accumulating:
         """The scaler of the losses, or None."""
         return self._scaler
 
-    def backward(self, mt_losses: Sequence[Loss]) -> None:
+    def backward(self, mt_losses: Sequence[Loss] | Tensor) -> None:
         """Add the gradient of each task's loss to that task's row. The graphs are freed, and ``.grad`` does not change.
 
         Args:
             mt_losses: ``num_tasks`` entries, as ``losses`` in :func:`gradkern.backward`. Divide them by the number of
-                micro-batches to get the mean over micro-batches.
+                micro-batches to get the mean over micro-batches. Or a tensor (``num_tasks``,) that holds all losses.
+                Through it every loss reaches all heads, most of them with zeros, so that heads count as shared
+                parameters.
 
         Raises:
             TypeError, ValueError: as :func:`gradkern.backward`.
             RuntimeError: an earlier call raised halfway, and ``zero_grad`` was not called since.
         """
-        if isinstance(mt_losses, Tensor) or not isinstance(mt_losses, Iterable):
-            raise TypeError(f"mt_losses must be a sequence with one entry per task, got {type(mt_losses).__name__}")
-        losses = list(mt_losses)
+        losses = listed("mt_losses", mt_losses)
         if len(losses) != self.num_tasks:
             raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
         scaled = [self._scaled(loss) for loss in losses]
@@ -83,24 +91,36 @@ class _Accumulating:
     def step(self) -> None:
         """Replace ``.grad`` by the surgery of the rows, drop the rows, step, and clear ``.grad``.
 
+        If it raises, the rows are lost. Every ``.grad``, the method's targets and the scaler's record of the step are
+        as before. What the optimizer has changed by then, parameters and its state, cannot be taken back.
+
         Raises:
             RuntimeError: ``backward`` was not called since the last step or ``zero_grad``, or a call raised halfway.
         """
         self._rows.check()
         if not any(self._rows.present):
             raise RuntimeError("step() without a backward() before it: there are no gradients to step along")
-        self._optimizer.zero_grad()
+        optimizer, params = self._optimizer, self._params()
+        with Undo(self._method.snapshot(), grads_of(params, changed=False), stage_of(self._scaler, optimizer)):
+            for p in params:
+                p.grad = None
+            try:
+                self._write_grads()
+            finally:
+                self._forget()
+            if self._scaler is None:
+                optimizer.step()
+            else:
+                self._scaler.step(optimizer)
+                self._scaler.update()
+            optimizer.zero_grad()
+
+    def _write_grads(self) -> None:
+        """Write the surgery of the rows to ``.grad``; the rows are used up by it."""
         params = self._host_params() if self.cpu_offload else self._params()
         run(self._rows, GradSink(), Options(self._method), params)
         for p, host in self._hosts.items():
             p.grad = None if host.grad is None else host.grad.to(p.device)
-        self._forget()
-        if self._scaler is None:
-            self._optimizer.step()
-        else:
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        self._optimizer.zero_grad()
 
     def zero_grad(self) -> None:
         """Drop the rows and clear ``.grad``."""
@@ -118,21 +138,17 @@ class _Accumulating:
         """Load a state that :meth:`state_dict` returned, here or in the original.
 
         Raises:
-            ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
+            TypeError, ValueError: an entry is missing or does not fit. Nothing has been loaded then.
         """
+        check_mapping(state_dict)
         for name in self.state_dict():
             if name not in state_dict:
-                raise ValueError(f"state_dict must hold {name!r}, got {sorted(state_dict)}")
-        if self._scaler is None:
-            self._optimizer.load_state_dict(state_dict["optimizer"])
-            return
-        before = self._scaler.state_dict()
-        self._scaler.load_state_dict(state_dict["scaler"])
-        try:
-            self._optimizer.load_state_dict(state_dict["optimizer"])
-        except Exception:
-            self._scaler.load_state_dict(before)
-            raise
+                raise ValueError(f"state_dict must hold {name!r}, got {shown(list(state_dict))}")
+        if self._scaler is not None:
+            _check_scaler_state(state_dict["scaler"], self._scaler)
+        load(self._optimizer, state_dict["optimizer"])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(state_dict["scaler"])
 
     def _forget(self) -> None:
         self._rows = Accumulation()
@@ -232,7 +248,9 @@ class GradVacAMP(_Accumulating):
     def rho_T(self) -> Tensor:
         """A copy of the cosines that GradVac aims at, (T, T) float64."""
         targets = self._vaccine.targets
-        return torch.zeros((self.num_tasks,) * 2, dtype=torch.float64) if targets is None else targets[0].clone()
+        if targets is None:
+            return torch.zeros((self.num_tasks,) * 2, dtype=torch.float64, device="cpu")
+        return targets[0].clone()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the "optimizer" and the "scaler", and "rho_T". Rows are not in it."""
@@ -244,13 +262,28 @@ class GradVacAMP(_Accumulating):
         A target that is not finite, as the original may hold, starts from 0 again.
 
         Raises:
-            ValueError, RuntimeError: an entry is missing or does not fit. Nothing has been loaded then.
+            TypeError, ValueError: an entry is missing or does not fit. Nothing has been loaded then.
         """
-        rho = state_dict.get("rho_T", self.rho_T)
-        if not isinstance(rho, Tensor) or rho.shape != self.rho_T.shape:
-            raise ValueError(f"rho_T in state_dict must be of shape {tuple(self.rho_T.shape)}, got {rho!r}")
-        super().load_state_dict(state_dict)
-        self._vaccine.targets = torch.where(rho.isfinite(), rho.double(), 0.0).unsqueeze(0)
+        check_mapping(state_dict)
+        rho = tensor("rho_T in state_dict", state_dict.get("rho_T", self.rho_T))
+        if not rho.is_floating_point():
+            raise TypeError(f"rho_T in state_dict must be floating, got {rho.dtype}")
+        if rho.shape != self.rho_T.shape:
+            raise ValueError(f"rho_T in state_dict must be of shape {tuple(self.rho_T.shape)}, got {tuple(rho.shape)}")
+        targets = torch.where(rho.isfinite(), rho.double(), 0.0).unsqueeze(0)
+        with Undo(self._vaccine.snapshot()):
+            self._vaccine.load_state_dict({"targets": targets, "_extra_state": None})
+            super().load_state_dict(state_dict)
+
+
+def _check_scaler_state(state: object, scaler: torch.amp.GradScaler) -> None:
+    """Raise unless a state has the numbers that the scaler loads: none if it is disabled."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict['scaler'] must be a dictionary, got {shown(state)}")
+    for name in scaler.state_dict():
+        if name not in state:
+            raise ValueError(f"state_dict['scaler'] must hold {name!r}, got {shown(list(state))}")
+        number(f"{name} in state_dict['scaler']", state[name])
 
 
 class _ToHost(Losses):

@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
+from gradkern.compat.losses import listed
 from gradkern.gradients.losses import Loss, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
+from gradkern.ops.undo import Undo
 from gradkern.optim import SurgeryOptimizer
+from gradkern.optim.undo import grads_of, scale_of
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
@@ -59,26 +62,40 @@ class PCGrad(SurgeryOptimizer):
         self.reduction = method.reduction = "mean" if compat == "original" else reduction
         self.compat = compat
 
-    def pc_backward(self, objectives: Iterable[Loss], retain_graph: bool = False) -> SurgeryInfo:
+    def pc_backward(self, objectives: Iterable[Loss] | Tensor, retain_graph: bool = False) -> SurgeryInfo:
         """Clear every ``.grad`` and run :meth:`backward`, so that ``.grad`` holds this call's update and nothing else.
 
+        What was in ``.grad`` stays in memory until the end, for the case that something raises; ``zero_grad`` before
+        the call saves that memory.
+
         Args:
-            objectives: one entry per task, as ``losses`` in :func:`gradkern.backward`; with ``compat`` none is None.
+            objectives: one entry per task, as ``losses`` in :func:`gradkern.backward`; with ``compat`` none is None. Or
+                a tensor (T,) that holds all losses. Through it every loss reaches all heads, most of them with zeros,
+                so that heads count as shared parameters.
             retain_graph: True to keep the graphs for another backward pass. The originals always keep them.
 
         Returns:
             The step's losses, Gramian and weights.
 
         Raises:
-            TypeError, ValueError: as :func:`gradkern.backward`.
+            TypeError, ValueError: as :func:`gradkern.backward`. Then every ``.grad`` is as before, and also if a
+                callable or a hook raises.
         """
-        self.zero_grad()
-        info = self.backward(objectives, retain_graph=retain_graph)  # type: ignore[arg-type]  # it takes iterables too
-        if self.compat == "original":
-            for p in self._tensors():
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+        self._refuse_within_accumulate("pc_backward()")
+        losses, params = listed("objectives", objectives), self._tensors()
+        with Undo(grads_of(params, changed=False), scale_of(self._pending)):
+            for p in params:
+                p.grad = None
+            info = self.backward(losses, retain_graph=retain_graph)
+            if self.compat == "original":
+                for p in params:
+                    if p.grad is None:
+                        p.grad = torch.zeros_like(p)
         return info
+
+    def init_group(self) -> None:
+        """Clear every ``.grad``, as the method of pytorch_optimizer's class does."""
+        self.zero_grad()
 
     def _options(self) -> Options:
         options = super()._options()
@@ -91,6 +108,7 @@ class PCGrad(SurgeryOptimizer):
         return self.compat is None and super()._is_fused(measured)
 
     def __reduce__(self) -> tuple[Any, ...]:  # the arguments are not those of SurgeryOptimizer
+        self._refuse_within_accumulate("a copy")
         return partial(type(self), compat=self.compat), (self.optimizer, self.reduction)
 
     def __repr__(self) -> str:
@@ -147,6 +165,5 @@ class _ReductionSink(GradSink):
         ]
         self._results, self._kept = rows.only(by_reach).combine(w, summed)
 
-    def finish(self, step_scale: Tensor | None) -> Tensor | None:
+    def finish(self) -> None:
         """Call no hooks: post-accumulate hooks do not run in these modes."""
-        return self._kept

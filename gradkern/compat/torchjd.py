@@ -84,7 +84,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
         """Return the weights (T,) of a Gramian (T, T), in its dtype."""
         M = _computable(gramian)
         T = len(M)
-        keys = _keys(torch.stack([torch.randperm(T) for _ in range(T)]), M.device)
+        keys = _keys(torch.stack([_permutation(T) for _ in range(T)]), M.device)
         return operators.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
 
 
@@ -109,8 +109,8 @@ class GradVacWeighting(theirs.GradVacWeighting):
         """Return the weights (T,) of a Gramian (T, T), in its dtype. A new number of tasks starts from targets of 0."""
         M = _computable(gramian)
         T = len(M)
-        own = torch.arange(T).unsqueeze(1)
-        others = torch.stack([torch.randperm(T - 1) for _ in range(T)])
+        others = torch.stack([_permutation(T - 1) for _ in range(T)])
+        own = torch.arange(T, device=others.device).unsqueeze(1)
         keys = _keys(torch.cat((own, others + (others >= own)), 1), M.device)
         if self._phi_t is None or self._phi_t.shape != M.shape:
             targets = torch.zeros(M.shape, dtype=torch.float64, device=M.device)
@@ -185,6 +185,12 @@ def _computable(gramian: Tensor) -> Tensor:
     M = gramian.to(arithmetic_dtype(gramian.dtype))
     check_gramian(M)
     return M
+
+
+def _permutation(n: int) -> Tensor:
+    """Return a permutation, drawn on the default device as TorchJD draws it; on the CPU if that device is "meta"."""
+    drawn = torch.randperm(n)
+    return torch.randperm(n, device="cpu") if drawn.is_meta else drawn
 
 
 def _keys(order: Tensor, device: torch.device) -> Tensor:

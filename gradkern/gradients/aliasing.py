@@ -59,6 +59,10 @@ def _references_if_unaliased(tensors: Sequence[Tensor]) -> list[_References]:
 
 
 _DENSE, _VIEW, _SPARSE = _references_if_unaliased(
-    (torch.zeros(2), torch.zeros(2).view(2, 1), torch.zeros(2, 1).to_sparse_coo())
+    (
+        torch.zeros(2, device="cpu"),
+        torch.zeros(2, device="cpu").view(2, 1),
+        torch.zeros(2, 1, device="cpu").to_sparse_coo(),
+    )
 )
 _UNALIASED = frozenset((_DENSE, _VIEW, _SPARSE, None))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Layouts, Row
+from gradkern.ops.undo import PutBack
 
 Remembered = dict[Tensor, Tensor]
 """The gradients of one task by parameter."""
@@ -48,6 +49,15 @@ class Memory:
             if is_present:
                 self._rows[t] = {p: _compact(g) for p, g in zip(params, grads[t], strict=True) if g is not None}
 
+    def snapshot(self) -> PutBack:
+        """Return a function that puts the rows back as they are when this is called."""
+        before = list(self._rows)
+
+        def put_back() -> None:
+            self._rows = before
+
+        return put_back
+
     def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """Return T rows, which hold a gradient or None for each of ``params``."""
         return [[row.get(p) for p in params] for row in self._rows]
@@ -65,11 +75,21 @@ class Memory:
             if len(row) != len(params):
                 raise ValueError(f"the memory of task {t} is of {len(row)} parameters, not of {len(params)}")
             for k, (g, p) in enumerate(zip(row, params, strict=True)):
-                if g is not None and (not isinstance(g, Tensor) or g.shape != p.shape):
-                    got = tuple(g.shape) if isinstance(g, Tensor) else type(g).__name__
+                if g is not None and not _is_gradient(g, p):
+                    got = f"{g.dtype} {tuple(g.shape)}, {g.layout}" if isinstance(g, Tensor) else type(g).__name__
                     raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
-            loaded.append({p: g.to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
+            loaded.append({p: g.detach().to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
         self._rows = loaded
+
+
+def _is_gradient(g: object, p: Tensor) -> bool:
+    """Return whether ``g`` could be a gradient of ``p``: floating, of its shape, dense or sparse COO."""
+    return (
+        isinstance(g, Tensor)
+        and g.shape == p.shape
+        and g.is_floating_point() == p.is_floating_point()
+        and g.layout in (torch.strided, torch.sparse_coo)
+    )
 
 
 def _compact(g: Tensor) -> Tensor:

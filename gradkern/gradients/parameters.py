@@ -44,7 +44,7 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
     Raises:
         TypeError: a tensor has a dtype that gradient surgery does not support, or is a DTensor.
         ValueError: no tensor is given, or none requires grad; a tensor is given twice, or is not a leaf; trainable
-            tensors are on several devices, or a ``.grad`` is expanded.
+            tensors are on several devices, or nothing can be added to a ``.grad``.
     """
     tensors = given.tensors
     if not tensors:
@@ -55,9 +55,9 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
     else:
         places, trainable = _requiring_grad(given)
         layouts = layouts_of(trainable)
-    for k, g in [(k, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
-        if not g.is_sparse and _has_overlap(g):
-            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: strides {g.stride()}")
+    for k, p, g in [(k, p, g) for k, p in zip(places, trainable, strict=True) if (g := p.grad) is not None]:
+        if (reason := why_unwritable(g, p)) is not None:
+            raise ValueError(f".grad of {given.name(k)} in params cannot be added to in place: {reason}")
     if not layouts.checked:
         _check(given, places)
         layouts.checked = True
@@ -131,6 +131,17 @@ def _check(given: Parameters, places: Sequence[int]) -> None:
             )
         if p.device != device:
             raise ValueError(f"params must be on one device; {name} is on {p.device}, others on {device}")
+
+
+def why_unwritable(g: Tensor, p: Tensor) -> str | None:
+    """Return why nothing can be added in place to ``g``, the ``.grad`` of ``p``; None if something can."""
+    if g.is_inference():
+        return "it was made in inference mode; set it to None, or to its clone"
+    if g.shape != p.shape or g.device != p.device:
+        return f"it is {tuple(g.shape)} on {g.device}, the parameter {tuple(p.shape)} on {p.device}"
+    if not g.is_sparse and _has_overlap(g):
+        return f"strides {g.stride()}"
+    return None
 
 
 def _has_overlap(g: Tensor) -> bool:

@@ -120,11 +120,14 @@ def layouts_of(params: Sequence[Tensor]) -> Layouts:
 def recognized(params: Sequence[Tensor]) -> Layouts | None:
     """Return the layouts of n tensors if they are leaves like the last n whose layouts were asked for; else None."""
     are_like, grad_dtypes, latest = _latest.get(len(params), _NONE)
+    if True in map(_IS_NESTED, params):  # a comparison with nested tensors ends the process
+        return None
     if not are_like(*params) or False in [p.is_leaf for p in params]:  # other tensors have no grad_dtype
         return None
     return latest if [p.grad_dtype for p in params] == grad_dtypes else None
 
 
+_IS_NESTED = attrgetter("is_nested")
 _NONE: tuple[Comparison, list[torch.dtype | None], None] = (unlike, [], None)
 _layouts: dict[Any, Layouts] = {}
 _latest: dict[int, tuple[Comparison, list[torch.dtype | None], Layouts | None]] = {}

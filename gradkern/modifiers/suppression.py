@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import choice, integer, mapping, number
+from gradkern.ops.undo import PutBack, numbers_of
 
 SCOPES = ("update", "all")
 LARGEST_SEED = 2**64 - 1
@@ -88,6 +89,16 @@ class Suppression:
         seed, step = integer("seed", state_dict["seed"], 0, LARGEST_SEED), integer("step", state_dict["step"], 0)
         self.seed = seed
         self._state.copy_(self._fresh(seed, step))  # in place: a captured CUDA graph reads it there
+
+    def snapshot(self) -> PutBack:
+        """Return a function that puts the position in the stream of masks back as it is when this is called."""
+        seed, put_numbers_back = self.seed, numbers_of(self._state)
+
+        def put_back() -> None:
+            self.seed = seed
+            put_numbers_back()
+
+        return put_back
 
     def _fresh(self, seed: int, step: int) -> Tensor:
         signed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits

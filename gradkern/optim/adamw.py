@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkern.arguments import shown
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
+from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, refuse_unfused, state_entry
+from gradkern.optim.arguments import check_closure, check_mapping, checked_group, listed
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import Rows, mask_over
 
@@ -63,6 +66,9 @@ class AdamW(torch.optim.AdamW):
         capturable: as for torch's AdamW; it changes nothing here.
         differentiable: False.
         fused: None or True.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above. Numbers are finite and 0 at least; betas are below 1.
     """
 
     # A class attribute, because copies are made without __init__.
@@ -84,17 +90,28 @@ class AdamW(torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        if foreach:
-            raise ValueError(f"foreach must be None or False, got {foreach!r}: the step is fused")
-        if differentiable:
-            raise ValueError(f"differentiable must be False, got {differentiable!r}: the step is fused")
-        if fused is not None and not fused:
-            raise ValueError(f"fused must be None or True, got {fused!r}: use torch.optim.AdamW for unfused steps")
-        if any(isinstance(beta, Tensor) for beta in betas):
-            raise ValueError(f"betas must be floats, got {betas!r}")
-        super().__init__(
-            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, capturable=capturable, fused=True
-        )
+        refuse_unfused({"foreach": foreach, "differentiable": differentiable, "fused": fused})
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        flags = {"amsgrad": amsgrad, "maximize": maximize, "capturable": capturable}
+        entries = listed("params", params, "tensors, (name, tensor) pairs or groups of them")
+        if not entries:
+            raise ValueError(f"params is empty: {shown(params)}")
+        super().__init__(entries, **adamw_options(numbers | flags), fused=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with hyperparameters of their own.
+
+        Args:
+            param_group: a dictionary that holds "params", tensors or (name, tensor) pairs, and any hyperparameters that
+                differ from the optimizer's.
+
+        Raises:
+            TypeError, ValueError: ``param_group`` is not as said above. Nothing has changed then.
+        """
+        checked_group(param_group)
+        refuse_unfused(param_group)
+        adamw_options(param_group)
+        super().add_param_group(param_group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
@@ -104,11 +121,12 @@ class AdamW(torch.optim.AdamW):
             closure: recomputes the loss, which the step returns.
 
         Raises:
-            TypeError: a gradient is sparse, or its dtype does not fit the parameter's.
+            TypeError: ``closure`` cannot be called, a gradient is sparse, or its dtype does not fit the parameter's.
             ValueError: there are gaps between a parameter's numbers, or its state has another shape. Nothing has
                 changed in either case.
         """
         loss = None
+        check_closure(closure)
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -220,15 +238,21 @@ class AdamW(torch.optim.AdamW):
         return steps, moments
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not."""
+        """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not.
+
+        Raises:
+            TypeError, ValueError: ``state_dict`` has another form, or does not fit. Nothing has changed then.
+        """
+        check_mapping(state_dict)
         kept: dict[Tensor, dict[str, Tensor]] = {}
 
         def keep(_: Any, loaded: dict[str, Any]) -> None:
+            check_adamw_state(loaded)
             # torch converts moments to the parameter's dtype, and leaves the step count of unfused steps on the CPU.
-            numbers = [number for group in loaded["param_groups"] for number in group["params"]]
+            places = [place for group in loaded["param_groups"] for place in group["params"]]
             params = [p for group in self.param_groups for p in group["params"]]
-            for number, p in zip(numbers, params, strict=False):  # torch raises if they do not fit
-                kept[p] = {name: _loaded(name, x, p) for name, x in loaded["state"].get(number, {}).items()}
+            for place, p in zip(places, params, strict=False):  # torch raises if they do not fit
+                kept[p] = {name: state_entry(name, x, p) for name, x in loaded["state"].get(place, {}).items()}
 
         def put(_: Any) -> None:
             self.state.update({p: state for p, state in kept.items() if state})
@@ -249,16 +273,6 @@ def _numbers(group: dict[str, Any]) -> list[float]:
     """Return lr, betas, weight decay and eps; lr is 1 if it is a tensor, which multiplies it on the device."""
     lr = 1.0 if isinstance(group["lr"], Tensor) else group["lr"]
     return [float(number) for number in (lr, *group["betas"], group["weight_decay"], group["eps"])]
-
-
-def _loaded(name: str, value: Any, p: Tensor) -> Tensor:
-    """Return a copy of a state's entry, converted to the dtype and layout of the state of ``p``."""
-    value = torch.as_tensor(value).detach()
-    if name == "step":
-        return value.to(p.device, torch.float32, copy=True)
-    if value.shape != p.shape:
-        raise ValueError(f"state_dict has {name} of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
-    return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)
 
 
 def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combination:

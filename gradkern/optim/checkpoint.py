@@ -1,34 +1,34 @@
-"""The state of an optimizer's surgery, as checkpoints contain it."""
+"""The state of an optimizer's surgery, as checkpoints and copies contain it."""
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-from gradkern.aggregators import Aggregator
-from gradkern.gradients.memory import Memory
-from gradkern.modifiers.suppression import Suppression
+from gradkern.arguments import shown
+from gradkern.ops.undo import PutBack, Undo
+from gradkern.optim.arguments import check_mapping, check_state
+from gradkern.optim.untracked import Untracked
+from gradkern.step.options import Options
 
 
 @dataclass(frozen=True)
 class Remembered:
-    """The parts of an optimizer's surgery that have state, over ``params``; missing parts are None."""
+    """The parts of an optimizer's surgery that have state, over ``params``."""
 
-    aggregator: Aggregator
-    suppression: Suppression | None
-    memory: Memory | None
+    options: Options
     params: Sequence[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the method's name and state, the suppression's seed and step, and the gradients in ``memory``."""
+        method, suppression, memory = self.options.aggregator, self.options.suppression, self.options.memory
         return {
-            "method": type(self.aggregator).__name__,
-            "state": dict(self.aggregator.state_dict()),
-            "suppression": None if self.suppression is None else self.suppression.state_dict(),
-            "memory": None if self.memory is None else self.memory.state_dict(self.params),
+            "method": type(method).__name__,
+            "state": dict(method.state_dict()),
+            "suppression": None if suppression is None else suppression.state_dict(),
+            "memory": None if memory is None else memory.state_dict(self.params),
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -37,30 +37,72 @@ class Remembered:
         Raises:
             ValueError: it belongs to another method, or does not fit. Parts of it may have been loaded then.
         """
-        method = type(self.aggregator).__name__
+        name = type(self.options.aggregator).__name__
         if not isinstance(state_dict, dict) or not {"method", "state"} <= set(state_dict):
-            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {state_dict!r:.200}")
-        if state_dict["method"] != method:
-            raise ValueError(
-                f"state_dict is of a step with {state_dict['method']}, this optimizer's method is {method}"
-            )
+            raise ValueError(f"state_dict['surgery'] must hold 'method' and 'state', got {shown(state_dict)}")
+        if state_dict["method"] != name:
+            raise ValueError(f"state_dict is of a step with {state_dict['method']}, this optimizer's method is {name}")
         suppression, memory = state_dict.get("suppression"), state_dict.get("memory")
-        for name, saved, own in (("suppression", suppression, self.suppression), ("memory", memory, self.memory)):
+        own_suppression, own_memory = self.options.suppression, self.options.memory
+        for part, saved, own in (("suppression", suppression, own_suppression), ("memory", memory, own_memory)):
             if saved is not None and own is None:
-                raise ValueError(f"state_dict is of steps with {name}, but this optimizer has no {name}")
-        self.aggregator.load_state_dict(state_dict["state"])
-        if self.suppression is not None and suppression is not None:
-            self.suppression.load_state_dict(suppression)
-        if self.memory is not None and memory is not None:
-            self.memory.load_state_dict(memory, self.params)
+                raise ValueError(f"state_dict is of steps with {part}, but this optimizer has no {part}")
+        self.options.aggregator.load_state_dict(state_dict["state"])
+        if own_suppression is not None and suppression is not None:
+            own_suppression.load_state_dict(suppression)
+        if own_memory is not None and memory is not None:
+            own_memory.load_state_dict(memory, self.params)
 
-    @contextmanager
-    def restored_if_it_raises(self) -> Iterator[Self]:
-        """Yield itself for the block; if the block raises, restore the state from before."""
-        before = self.state_dict()
-        before["state"] = copy.deepcopy(before["state"])  # loading writes into the tensors that it refers to
-        try:
-            yield self
-        except Exception:
-            self.load_state_dict(before)
-            raise
+
+def load(optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's state. If that raises, its state and groups are as before.
+
+    Raises:
+        TypeError, ValueError: the state has another form than those of torch's optimizers, which the optimizer loads.
+    """
+    check_mapping(state)
+    if type(optimizer).load_state_dict is Optimizer.load_state_dict:
+        check_state(state)
+    with Undo(_state_of(optimizer)):
+        optimizer.load_state_dict(dict(state))
+
+
+def _state_of(optimizer: Optimizer) -> PutBack:
+    """Keep an optimizer's state and groups, in whose place torch puts those that it loads."""
+    state, groups = optimizer.state, optimizer.param_groups
+
+    def put_back() -> None:
+        if optimizer.state is not state or optimizer.param_groups is not groups:
+            optimizer.state, optimizer.param_groups = state, groups
+
+    return put_back
+
+
+def restored(
+    kind: Callable[..., Any],
+    optimizer: Optimizer,
+    options: Options,
+    step_scale: Tensor | None,
+    untracked: Untracked,
+) -> Any:
+    """Return the SurgeryOptimizer, or a class derived from it, that ``pickle`` or ``copy`` restores.
+
+    Args:
+        kind: the class.
+        optimizer: the wrapped optimizer.
+        options: the options of its steps.
+        step_scale: κ that waits for a step, or None.
+        untracked: as its attribute.
+    """
+    made = kind(
+        optimizer,
+        options.aggregator,
+        groups=options.groups,
+        shared=options.shared,
+        suppression=options.suppression,
+        conflict_lr=options.conflict_lr,
+    )
+    made._memory = options.memory
+    made._pending.step_scale = step_scale
+    made._untracked = untracked
+    return made

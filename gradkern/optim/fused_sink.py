@@ -62,10 +62,7 @@ class FusedAdamWSink:
         assert rows is not None
         self._rows, self._outcome = rows, outcome
 
-    def commit(self) -> None:
-        """Write nothing: there is no ``.grad``."""
-
-    def finish(self, step_scale: Tensor | None) -> Tensor | None:
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Step along the combination; return the share of entries that the mask kept."""
         direction = self._direction()
         direction.lr_scale = step_scale
@@ -74,6 +71,9 @@ class FusedAdamWSink:
         else:
             self._step_scaled(direction, self.scaler)
         return None if direction.kept is None else kept_share(direction.kept, self._rows.arrangement.columns)
+
+    def finish(self) -> None:
+        """Do nothing: there is no ``.grad`` for hooks."""
 
     def _direction(self) -> Combination:
         if isinstance(self._rows, FlatRows) and not self.needs_unshared:  # nothing scales the combination

@@ -1,6 +1,6 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator, GradAttention
+from gradkern.arguments import number
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Source
@@ -20,14 +21,18 @@ from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR, rescale
 from gradkern.modifiers.suppression import Suppression
+from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
-from gradkern.optim.checkpoint import Remembered
+from gradkern.optim.arguments import check_closure, check_mapping, checked_group
+from gradkern.optim.checkpoint import Remembered, load, restored
 from gradkern.optim.fused_sink import FusedAdamWSink
+from gradkern.optim.grad_step import refuse_closure, step_by_grad
+from gradkern.optim.undo import grads_of, scale_of, stage_of
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.backward import add_up, grad_sink
 from gradkern.step.options import Options
-from gradkern.step.pipeline import run
+from gradkern.step.pipeline import outside_inference_mode, run
 from gradkern.step.sinks import Sink
 
 
@@ -38,9 +43,12 @@ class SurgeryOptimizer(OptimizerWrapper):
     are the wrapped optimizer's own. Its ``state_dict`` is the wrapped optimizer's with one more entry, "surgery". It
     loads an ordinary optimizer's checkpoint too, and an ordinary optimizer loads its checkpoint.
 
+    Public attributes that it lacks are read from the wrapped optimizer: ``train`` and ``eval`` of a schedule-free one,
+    ``first_step`` and ``second_step`` of SAM. They do there what they always do; ``conflict_lr`` scales ``step`` alone.
+
     Args:
-        optimizer: the optimizer that takes the step, over leaf tensors as in :func:`gradkern.backward`. Give it
-            ``model.named_parameters()`` where ``groups`` needs names.
+        optimizer: the optimizer that takes the step, over leaf tensors as in :func:`gradkern.backward`; not another
+            SurgeryOptimizer. Give it ``model.named_parameters()`` where ``groups`` needs names.
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: as in :func:`gradkern.backward`.
         shared: as in :func:`gradkern.backward`.
@@ -49,6 +57,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
             to step, and are part of ``state_dict``.
+
+    Raises:
+        TypeError, ValueError: an argument is not as said above.
     """
 
     def __init__(
@@ -78,8 +89,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         # not see attributes that they bind to that self.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
-        self._untracked: Untracked | None = None  # set during the first step
-        self._first = True
+        self._untracked = Untracked()
         Targets.of(self._params(), groups, self.shared)  # raises for what a step would refuse
 
     def backward(
@@ -92,13 +102,19 @@ class SurgeryOptimizer(OptimizerWrapper):
     ) -> SurgeryInfo:
         """Run :func:`gradkern.backward` on the optimizer's parameters: accumulate the surgery's result into ``.grad``.
 
+        The first call warns of parameters (``nn.Parameter``) that the losses reach and the optimizer lacks, before it
+        writes anything.
+
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
             features: as in :func:`gradkern.backward`.
             batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
+
+        Raises:
+            TypeError, ValueError: as for :func:`gradkern.backward`.
         """
-        losses = self._watched(losses)
+        losses = self._listed(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
         if total is not None and not self._options().is_weighted_backward:
@@ -110,7 +126,6 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._pending.step_scale = info.step_scale
             if total is not None:
                 total.took([loss is not None for loss in losses], info)
-        self._warn_of_untracked()
         return info
 
     @contextmanager
@@ -140,6 +155,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             total.info = self._run(total, self._grad_sink(total))
             self._pending.step_scale = total.info.step_scale
 
+    @outside_inference_mode
     def update(
         self,
         losses: Sequence[Loss],
@@ -152,17 +168,24 @@ class SurgeryOptimizer(OptimizerWrapper):
     ) -> SurgeryInfo:
         """Run backward pass, clipping and step in one, then clear ``.grad``.
 
-        A ``.grad`` that is there before the call is added to the gradient; call ``zero_grad`` first to drop it.
+        A ``.grad`` that is there before the call is added to the gradient, and copied in case something raises; call
+        ``zero_grad`` first to drop it.
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
         lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, and
         if the norm of a suppressed update is needed, ``.grad`` is written in between.
 
+        Whatever raises, a hook or a lack of memory too, everything is as before the call and it can be repeated: every
+        ``.grad``, the state of the method, the masks and the memory, κ of an earlier ``backward``, and what ``scaler``
+        has noted of this optimizer. Three things are not taken back: what the wrapped optimizer has done by then to
+        parameters and its state, if its own step fails halfway or a hook after it raises; numbers drawn from torch's
+        default generators; and the graphs of ``losses``, which the backward pass frees.
+
         Args:
             losses: one entry per task, as in :func:`gradkern.backward`.
-            max_norm: the largest norm allowed for the gradient over all parameters. A longer gradient is scaled down to
-                it, and one whose norm is not finite becomes NaN.
+            max_norm: the largest norm allowed for the gradient over all parameters, above 0; infinity only measures it.
+                A longer gradient is scaled down to it, and one whose norm is not finite becomes NaN.
             scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
                 afterwards.
             features: as in :func:`gradkern.backward`.
@@ -173,21 +196,24 @@ class SurgeryOptimizer(OptimizerWrapper):
             The step's losses, Gramian and weights; with ``max_norm`` also the norm before clipping.
 
         Raises:
-            TypeError, ValueError: as for :func:`gradkern.backward`; around :class:`gradkern.optim.AdamW` also if a
-                gradient is sparse, or a parameter has gaps between its numbers.
+            TypeError, ValueError: as for :func:`gradkern.backward`; also if the wrapped optimizer's step needs a
+                closure, as that of L-BFGS does; with ``max_norm`` if a gradient is sparse; and around
+                :class:`gradkern.optim.AdamW` if one is, or if a parameter has gaps between its numbers.
         """
-        if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
-            raise ValueError(f"max_norm must be a positive number or None, got {max_norm!r}")
+        if max_norm is not None:
+            max_norm = number("max_norm", max_norm, above=0, infinite=True)
         if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
             raise TypeError(f"scaler must be a torch.amp.GradScaler or None, got {scaler!r}")
-        self._refuse_within_accumulate("update")
-        self._pending.step_scale = None
+        self._refuse_within_accumulate("update()")
         if not self._is_fused(measured=max_norm is not None or scaler is not None):
-            info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
-            return self._step_by_grad(info, max_norm, scaler)
+            refuse_closure(self.optimizer)
+            grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
+            with Undo(*self._options().snapshot(), grads, scale, stage_of(scaler, self)):
+                info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
+                return step_by_grad(self, self._tensors(), info, max_norm, scaler)
         sink = FusedAdamWSink(self.optimizer, self.step, self._scaler_proxy, max_norm, scaler)
-        info = self._run(from_losses(self._watched(losses), features, batched, retain_graph), sink)
-        self._warn_of_untracked()
+        info = self._run(from_losses(self._listed(losses), features, batched, retain_graph), sink)
+        self._pending.step_scale = None
         return replace(info, total_norm=sink.total_norm)
 
     def _is_fused(self, measured: bool) -> bool:
@@ -203,34 +229,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             ]
         )
 
-    def _step_by_grad(
-        self, info: SurgeryInfo, max_norm: float | None, scaler: torch.amp.GradScaler | None
-    ) -> SurgeryInfo:
-        if max_norm is not None:
-            if scaler is not None:
-                scaler.unscale_(self)
-            params = [p for p in self._tensors() if p.grad is not None]
-            info = replace(info, total_norm=torch.nn.utils.clip_grad_norm_(params, max_norm))
-        if scaler is None:
-            self.step()
-        else:
-            scaler.step(self)
-        self.zero_grad()
-        return info
-
-    def _watched(self, losses: Sequence[Loss]) -> Sequence[Loss]:
-        """Return ``losses`` as a list; the first step watches them for untracked parameters."""
-        if isinstance(losses, Tensor) or not isinstance(losses, Iterable):
+    def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
+        """Return ``losses`` as a list; those of the first step look for untracked parameters."""
+        if isinstance(losses, (Tensor, str, bytes, Set, Mapping)) or not isinstance(losses, Iterable):
             return losses  # a later check refuses them
-        if not self._first:
-            return list(losses)
-        self._untracked = Untracked(self._tensors())
-        return [self._untracked.watched(loss) for loss in losses]
-
-    def _warn_of_untracked(self) -> None:
-        untracked, self._untracked, self._first = self._untracked, None, False
-        if untracked is not None:
-            untracked.warn(stacklevel=3)
+        return self._untracked.watched(list(losses), self._tensors)
 
     def _run(self, source: Source, sink: Sink) -> SurgeryInfo:
         return run(source, sink, self._options(), self._params())
@@ -244,12 +247,17 @@ class SurgeryOptimizer(OptimizerWrapper):
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
             raise RuntimeError(
-                f"{what}() within accumulate(): gradients are added up, and combined at the end of its block"
+                f"{what} within accumulate(): gradients are added up, and combined at the end of its block"
             )
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """Take a step of the wrapped optimizer, scaled by ``conflict_lr``; pass ``closure`` on to it."""
-        self._refuse_within_accumulate("step")
+        """Take a step of the wrapped optimizer, scaled by ``conflict_lr``; pass ``closure`` on to it.
+
+        Raises:
+            TypeError: ``closure`` is neither a function nor None.
+        """
+        check_closure(closure)
+        self._refuse_within_accumulate("step()")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
         params = self._tensors()
@@ -265,12 +273,27 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""
-        self._refuse_within_accumulate("zero_grad")
+        self._refuse_within_accumulate("zero_grad()")
         self._pending.step_scale = None
         super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters to the wrapped optimizer; their surgery starts without state."""
+        """Add parameters to the wrapped optimizer; their surgery starts without state.
+
+        Args:
+            param_group: a dictionary that holds "params", tensors or (name, tensor) pairs, and options of the wrapped
+                optimizer.
+
+        Raises:
+            TypeError, ValueError: ``param_group`` is not as said above, or with it the parameters are not as
+                :func:`gradkern.backward` takes them. Nothing has changed then.
+        """
+        added = checked_group(param_group)
+        entries = added.tensors if added.names is None else zip(added.names, added.tensors, strict=True)
+        try:
+            Targets.of([*self._params(), *entries], self.groups, self.shared)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"param_group does not go with the parameters so far: {error}") from error
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -278,7 +301,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``.
         """
-        self._refuse_within_accumulate("state_dict")
+        self._refuse_within_accumulate("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         state: dict[str, Any] = dict(self.optimizer.state_dict())
@@ -292,23 +315,24 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Load a :meth:`state_dict`, or an ordinary optimizer's, which leaves the method's state unchanged.
 
         Raises:
-            ValueError: the checkpoint belongs to another method, or its state does not fit this one. Nothing has been
-                loaded then.
+            TypeError, ValueError: ``state_dict`` has another form, the checkpoint belongs to another method, or its
+                state does not fit this one. Nothing has been loaded then.
         """
+        check_mapping(state_dict)
         state = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state)
             state = state if replaced is None else replaced
         surgery = state.pop("surgery", None)
-        with self._remembered().restored_if_it_raises() as remembered:
+        with Undo(*self._options().snapshot()):
             if surgery is not None:
-                remembered.load_state_dict(surgery)
-            self.optimizer.load_state_dict(state)
+                self._remembered().load_state_dict(surgery)
+            load(self.optimizer, state)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     def _remembered(self) -> Remembered:
-        return Remembered(self.aggregator, self.suppression, self._memory, self._tensors())
+        return Remembered(self._options(), self._tensors())
 
     def __repr__(self) -> str:
         modifiers = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
@@ -316,18 +340,5 @@ class SurgeryOptimizer(OptimizerWrapper):
         return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{given})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # torch's keeps only groups and state
-        return _made, (type(self), self.optimizer, self._options())
-
-
-def _made(kind: type[SurgeryOptimizer], optimizer: Optimizer, options: Options) -> SurgeryOptimizer:
-    """Return the optimizer that ``pickle`` or ``copy`` restores."""
-    made = kind(
-        optimizer,
-        options.aggregator,
-        groups=options.groups,
-        shared=options.shared,
-        suppression=options.suppression,
-        conflict_lr=options.conflict_lr,
-    )
-    made._memory = options.memory
-    return made
+        self._refuse_within_accumulate("a copy")
+        return restored, (type(self), self.optimizer, self._options(), self._pending.step_scale, self._untracked)

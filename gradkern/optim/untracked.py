@@ -1,45 +1,78 @@
 """Untracked parameters: losses reach them but the optimizer lacks them, so training silently leaves them unchanged."""
 
+import os
+import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.losses import Loss
 
+_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+
 
 class Untracked:
-    """The tensors that the losses of a step reach and the optimizer does not track."""
+    """Warns once of parameters that the losses of the first step reach and an optimizer lacks.
 
-    def __init__(self, tracked: Collection[Tensor]) -> None:
-        self._tracked = set(tracked)
-        self._found: dict[Tensor, None] = {}
+    Other tensors that require grad, such as inputs, belong in no optimizer. The warning comes before a step writes
+    anything, so one that is turned into an error ends a step that has changed nothing.
+    """
 
-    def watched(self, loss: Loss) -> Loss:
-        """Return ``loss``, and record the tensors that it reaches; those of a callable when it runs."""
-        if loss is None or not callable(loss):
-            self._record(loss)
-            return loss
+    def __init__(self) -> None:
+        self._done = False
 
-        def watched() -> Tensor:
-            value = loss()
-            self._record(value)
-            return value
+    def watched(self, losses: Sequence[Loss], tracked: Callable[[], Sequence[Tensor]]) -> Sequence[Loss]:
+        """Return the losses of a step, the callables such that they look for untracked parameters when they run."""
+        if self._done:
+            return losses
+        known, found = set(tracked()), dict[Tensor, None]()
+        still_to_run = sum(map(callable, losses))
 
-        return watched
+        def look(value: object) -> None:
+            if isinstance(value, Tensor) and value.requires_grad:
+                reached = graph.leaves(value)
+                found.update((p, None) for p in reached if isinstance(p, nn.Parameter) and p not in known)
 
-    def warn(self, stacklevel: int) -> None:
-        """Warn if there are untracked tensors."""
-        if self._found:
-            shapes = ", ".join(str(tuple(p.shape)) for p in list(self._found)[:5])
+        def watching(loss: Loss) -> Loss:
+            if loss is None or not callable(loss):
+                return loss
+
+            def run() -> Tensor:
+                nonlocal still_to_run
+                value = loss()
+                look(value)
+                still_to_run -= 1
+                if not still_to_run:
+                    self._warn(list(found))
+                return value
+
+            return run
+
+        for loss in losses:
+            look(loss)
+        if not still_to_run:
+            self._warn(list(found))
+        return [watching(loss) for loss in losses]
+
+    def _warn(self, found: Sequence[Tensor]) -> None:
+        self._done = True
+        if found:
+            shapes = ", ".join(str(tuple(p.shape)) for p in found[:5])
             warnings.warn(
-                f"the losses reach {len(self._found)} tensor(s) that require grad and are not in the optimizer; they "
-                f"get no .grad. Shapes: {shapes}",
+                f"the losses reach {len(found)} parameter(s) that require grad and are not in the optimizer, so they "
+                f"get no .grad and do not train: give them to the optimizer, or freeze them by requires_grad_(False). "
+                f"Shapes: {shapes}",
                 UserWarning,
-                stacklevel=stacklevel + 1,
+                stacklevel=_users_line(),
             )
 
-    def _record(self, value: object) -> None:
-        if isinstance(value, Tensor) and value.requires_grad:
-            self._found.update((p, None) for p in graph.leaves(value) if p not in self._tracked)
+
+def _users_line() -> int:
+    """Return the stack level, for the caller's ``warnings.warn``, of the nearest line outside of this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+        level, frame = level + 1, frame.f_back
+    return level

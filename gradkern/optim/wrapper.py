@@ -11,11 +11,14 @@ from torch.optim import Optimizer
 class OptimizerWrapper(Optimizer):
     """Wraps a torch optimizer; schedulers, gradient scalers and hooks accept it as an optimizer.
 
+    Public attributes that it lacks are read from the wrapped optimizer: ``train`` and ``eval`` of a schedule-free one,
+    ``first_step`` of SAM. To set one, use ``optimizer``.
+
     Args:
         optimizer: the wrapped optimizer.
 
     Raises:
-        TypeError: ``optimizer`` is not a torch.optim.Optimizer.
+        TypeError: ``optimizer`` is not a torch.optim.Optimizer, or is such a wrapper itself.
     """
 
     # Otherwise a scaler would pass its scale to this optimizer, and the wrapped one would step scaled gradients.
@@ -24,10 +27,20 @@ class OptimizerWrapper(Optimizer):
     def __init__(self, optimizer: Optimizer) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        # torch's __init__ sets up the hooks; it also writes new groups and state, which a placeholder takes.
-        self.optimizer: Any = SimpleNamespace(add_param_group=lambda group: None)
+        refuse_wrapper(optimizer)
+        # torch's __init__ sets up the hooks. It also writes new groups and state, which placeholders take.
+        self.optimizer: Any = SimpleNamespace()
+        self.add_param_group = lambda param_group: None  # type: ignore[method-assign]
         super().__init__([{"params": []}], {})
+        del self.add_param_group
         self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a public attribute of the wrapped optimizer; Python asks for those that this one lacks."""
+        inner = self.__dict__.get("optimizer")  # missing in a copy that is being made
+        if name.startswith("_") or inner is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -79,3 +92,12 @@ class OptimizerWrapper(Optimizer):
             names = group.get("param_names")
             entries += group["params"] if names is None else zip(names, group["params"], strict=True)
         return entries
+
+
+def refuse_wrapper(optimizer: Optimizer) -> None:
+    """Raise TypeError if an optimizer to be wrapped does surgery itself, because its state would be lost."""
+    if isinstance(optimizer, OptimizerWrapper):
+        raise TypeError(
+            f"optimizer must not do surgery itself, got {type(optimizer).__name__}: give the optimizer within, its "
+            "attribute optimizer"
+        )

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.arguments import integer
+from gradkern.arguments import integer, shown
+from gradkern.ops.undo import Undo, state_of
 from gradkern.sampling.arguments import checked_lengths, checked_sizes, dataset_sizes
-from gradkern.sampling.stream import Stream, derived_seed, set_states, states
+from gradkern.sampling.stream import Stream, check_states, derived_seed, set_states, states
 
 SCHEMES = ("joint", "round_robin", "random", "proportional", "annealed")
 BY_SIZE = ("proportional", "annealed")
@@ -139,20 +140,16 @@ class TaskSampler:
             state_dict: the state of a sampler with the same arguments, over loaders of the same lengths.
 
         Raises:
-            ValueError: ``state_dict`` is of another sampler. The message names the difference. Nothing has changed.
+            TypeError, ValueError: ``state_dict`` has another form, or is of another sampler. The message names the
+                difference. Nothing has changed.
         """
         self._check(state_dict)
         streams = [Stream(stream.loader, self.seed, stream.task) for stream in self._streams]
-        before = [states(stream.generators) for stream in streams]
-        try:
+        with Undo(*[state_of(generator) for stream in streams for generator in stream.generators]):
             for i, stream in enumerate(streams):
                 stream.go_to(state_dict["passes"][i], state_dict["taken"][i], state_dict["generators_at_pass"][i])
-        except Exception:
-            for stream, state in zip(streams, before, strict=True):
-                set_states(stream.generators, state)
-            raise
-        for i, stream in enumerate(streams):  # a loop of its own, since loaders may share a generator
-            set_states(stream.generators, state_dict["generators_now"][i])
+            for i, stream in enumerate(streams):  # a loop of its own, since loaders may share a generator
+                set_states(stream.generators, state_dict["generators_now"][i])
         self._streams = streams
         self.epoch = state_dict["epoch"]
         self.step = state_dict["step"]
@@ -181,7 +178,7 @@ class TaskSampler:
             given = list(state_dict) if isinstance(state_dict, dict) else state_dict
             raise ValueError(f"state_dict must hold {names}, got {given!r}")
         for name, own in self._identity().items():
-            if state_dict[name] != own:
+            if not isinstance(state_dict[name], type(own)) or state_dict[name] != own:
                 raise ValueError(f"state_dict has {name} = {state_dict[name]!r}, this sampler has {own!r}")
         integer("epoch", state_dict["epoch"], 0)
         if integer("step", state_dict["step"], 0) > self._n_steps:
@@ -189,10 +186,15 @@ class TaskSampler:
         for name in ("passes", "taken", "generators_at_pass", "generators_now"):
             values = state_dict[name]
             if not isinstance(values, list) or len(values) != len(self._streams):
-                raise ValueError(f"{name} must be a list with one entry per task, got {values!r}")
+                raise ValueError(f"{name} must be a list with one entry per task, got {shown(values)}")
         for name in ("passes", "taken"):
             for value in state_dict[name]:
                 integer(name, value, 0)
+        for i, stream in enumerate(self._streams):
+            if state_dict["passes"][i] == 0 < state_dict["taken"][i]:
+                raise ValueError(f"taken[{i}] must be 0 before a pass has begun, got {state_dict['taken'][i]}")
+            for name in ("generators_at_pass", "generators_now"):
+                check_states(f"{name}[{i}]", stream.generators, state_dict[name][i])
 
     def _tasks(self) -> Sequence[int]:
         """Return the tasks of the next step."""

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradkern.arguments import shown, tensor
+
 _END = object()
 """Stands in place of a batch at the end of a pass."""
 
@@ -106,3 +108,14 @@ def set_states(generators: list[torch.Generator], states: list[Tensor]) -> None:
     """Set the generators to states that :func:`states` returned."""
     for generator, state in zip(generators, states, strict=True):
         generator.set_state(state.cpu())  # torch.load may have put it on another device
+
+
+def check_states(name: str, generators: list[torch.Generator], states: object) -> None:
+    """Raise unless ``states`` are states of the generators; these do not change."""
+    if not isinstance(states, list) or len(states) != len(generators):
+        raise ValueError(f"{name} must be a list of {len(generators)} states of generators, got {shown(states)}")
+    for generator, state in zip(generators, states, strict=True):
+        try:
+            torch.Generator(generator.device).set_state(tensor(name, state, (torch.uint8,)).cpu())
+        except RuntimeError as error:
+            raise ValueError(f"{name} must hold states of generators, got one that torch refuses: {error}") from error

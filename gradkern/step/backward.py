@@ -11,7 +11,7 @@ from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.options import Options
-from gradkern.step.pipeline import refuse_distributed, run
+from gradkern.step.pipeline import outside_inference_mode, refuse_distributed, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
 
 
@@ -61,10 +61,12 @@ def backward(
 
     Raises:
         TypeError, ValueError: an argument is not as described above, a loss reaches none of ``params``, a graph holds
-            reentrant checkpointing, or torch.distributed runs on more than one rank. In all these cases, and if a
-            callable or a tensor's hook raises, every ``.grad`` is unchanged. One exception: ``Sum``, ``Mean`` and
-            ``Constant`` run torch's own backward pass, and if that fails halfway, ``.grad`` may be partly written.
-            Post-accumulate hooks run after everything else.
+            reentrant checkpointing, nothing can be added to a ``.grad``, or torch.distributed runs on more than one
+            rank. In all these cases, and whatever else raises, every ``.grad`` and the state of ``aggregator`` and
+            ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default generators stay
+            drawn. ``Sum``, ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails halfway,
+            ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises, ``.grad``
+            is written and the step counts.
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)
@@ -78,6 +80,7 @@ def grad_sink(source: Source, options: Options) -> Sink:
     return GradSink()
 
 
+@outside_inference_mode
 def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:
     """Add the task gradients of ``losses`` to ``total``, the source of a later step."""
     refuse_distributed()

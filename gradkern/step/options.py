@@ -8,6 +8,7 @@ from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
 from gradkern.modifiers.suppression import Suppression
+from gradkern.ops.undo import PutBack
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Options:
             instance("suppression", self.suppression, Suppression, "a gradkern.Suppression or None")
         if self.conflict_lr is not None:
             instance("conflict_lr", self.conflict_lr, ConflictLR, "a gradkern.ConflictLR or None")
+
+    def snapshot(self) -> list[PutBack]:
+        """Return functions that put the state of the method, the masks and the memory back as it is now."""
+        stateful = (self.aggregator, self.suppression, self.memory)
+        return [one.snapshot() for one in stateful if one is not None]
 
     @property
     def is_weighted_backward(self) -> bool:

@@ -1,7 +1,12 @@
 """The pipeline of a step: source → rows → Gramian → weights → sink.
 
-The pipeline writes only after it has computed everything, so a step that raises leaves every ``.grad`` unchanged.
+The pipeline writes only after it has computed everything, so a step that raises leaves every ``.grad`` unchanged. It
+puts the state of the method, the masks and the memory back as they were.
 """
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -9,12 +14,29 @@ from torch import Tensor
 from gradkern.gradients.losses import Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
+from gradkern.ops.undo import Undo
 from gradkern.step.gather import gathered
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink
 from gradkern.step.surgery import Outcome, fixed_weights, surgery
 
+Step = TypeVar("Step", bound=Callable[..., Any])
 
+
+def outside_inference_mode(step: Step) -> Step:
+    """Make a step run outside of inference mode, which would record no graph and make state that nothing may change."""
+
+    @wraps(step)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return step(*args, **kwargs)
+        with torch.inference_mode(False):
+            return step(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]
+
+
+@outside_inference_mode
 def run(source: Source, sink: Sink, options: Options, params: Params) -> SurgeryInfo:
     """Take one step.
 
@@ -33,23 +55,22 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     if not sink.needs_rows:
         outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
         sink.prepare(None, outcome, targets)
-        sink.commit()
-        sink.finish(None)
+        sink.commit(None)
+        sink.finish()
         return _info(source, outcome, options, kept=None, step_scale=None)
     new, rows = gathered(source, targets, options, sink.needs_tensors)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
-        sink.check(rows)
-        outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
-        step_scale = _step_scale(outcome, options)
-        sink.prepare(rows, outcome, targets)
-        sink.commit()
-        if options.memory is not None:
-            options.memory.remember(source.present, new, targets.tensors)
-        try:
-            kept = sink.finish(step_scale)
-        finally:
+        with Undo(*options.snapshot()):
+            sink.check(rows)
+            outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
+            step_scale = _step_scale(outcome, options)
+            sink.prepare(rows, outcome, targets)
+            kept = sink.commit(step_scale)
+            if options.memory is not None:
+                options.memory.remember(source.present, new, targets.tensors)
             if rows.mask is not None:
                 rows.mask.advance()
+        sink.finish()
         return _info(source, outcome, options, kept, step_scale)
 
 

@@ -164,7 +164,7 @@ class Rows:
         if self.mask is not None and c.unit >= 0:
             units = c.unit + _places(indices, p) // self.mask.block
             values = values.masked_fill(dropped_at(units, self.mask.state), 0.0)
-        return torch.sparse_coo_tensor(indices, values, p.shape, check_invariants=False)
+        return torch.sparse_coo_tensor(indices, values, p.shape, device=values.device, check_invariants=False)
 
 
 class Results:

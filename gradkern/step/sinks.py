@@ -1,6 +1,6 @@
 """The sinks of a step, which take weights and write the update."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -18,8 +18,8 @@ from gradkern.step.surgery import Outcome
 class Sink(Protocol):
     """A sink. A step calls ``check``, ``prepare``, ``commit``, ``finish``, in this order.
 
-    If ``prepare`` or ``commit`` raises, the method's modifiers and memory stay as they were. After ``commit`` the step
-    counts, whatever ``finish`` does.
+    If one of the first three raises, the method, its modifiers and the memory are as before the step. After ``commit``
+    the step counts, whatever ``finish`` does.
 
     A sink that needs no rows is not checked, and has none in ``prepare``.
 
@@ -41,15 +41,15 @@ class Sink(Protocol):
     def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Compute as much of the update as possible without writing."""
 
-    def commit(self) -> None:
-        """Write the update to ``.grad``."""
-
-    def finish(self, step_scale: Tensor | None) -> Tensor | None:
-        """Run what belongs to the user and may raise: hooks, or an optimizer's step, scaled by κ.
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Write the update: to ``.grad``, or to the parameters by an optimizer's step, scaled by κ.
 
         Returns:
             The share of entries that the mask kept, None without one.
         """
+
+    def finish(self) -> None:
+        """Run what belongs to the user and comes after the step."""
 
 
 class GradSink:
@@ -67,14 +67,14 @@ class GradSink:
         """Combine the rows."""
         self._results, self._kept = outcome.combine()
 
-    def commit(self) -> None:
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Write every ``.grad``."""
-        self._written = write(self._results)
-
-    def finish(self, step_scale: Tensor | None) -> Tensor | None:
-        """Call the post-accumulate hooks."""
-        call_hooks(self._written)
+        write(self._results)
         return self._kept
+
+    def finish(self) -> None:
+        """Call the post-accumulate hooks."""
+        call_hooks(self._results)
 
 
 class WeightedBackwardSink:
@@ -102,7 +102,7 @@ class WeightedBackwardSink:
         """Note the parameters."""
         self._targets = targets.tensors
 
-    def commit(self) -> None:
+    def commit(self, step_scale: Tensor | None) -> None:
         """Run the backward pass. Callables run one by one, so that only one graph is alive at a time."""
         weights = self.method.task_weights(len(self.losses.entries))
         if self.losses.one_graph_each and any(map(callable, self.losses.entries)):
@@ -110,7 +110,7 @@ class WeightedBackwardSink:
         else:
             self._backward_of_sum(weights)
 
-    def finish(self, step_scale: Tensor | None) -> None:
+    def finish(self) -> None:
         """Do nothing: torch's own backward pass has called the hooks."""
 
     def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
@@ -121,8 +121,9 @@ class WeightedBackwardSink:
                     totals[k] = added(totals[k], g)
             del grads  # free them before the next task's pass
         with torch.no_grad():
-            reached = ((p, g) for p, g in zip(self._targets, totals, strict=True) if g is not None)
-            call_hooks(write((p, owned(g, p)) for p, g in reached))
+            results = [(p, owned(g, p)) for p, g in zip(self._targets, totals, strict=True) if g is not None]
+            write(results)
+            call_hooks(results)
 
     def _backward_of_sum(self, weights: Sequence[float]) -> None:
         present = dict(self.losses.graphs())
@@ -137,29 +138,34 @@ class WeightedBackwardSink:
         torch.autograd.backward(total, inputs=self._targets, retain_graph=self.losses.retain_graph)
 
 
-def write(results: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Accumulate each parameter's result into its ``.grad`` in place; return the parameters."""
-    written, totals, terms = [], [], []
+def write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Accumulate each parameter's result into its ``.grad``, a dense one in place.
+
+    All memory is there before the first ``.grad`` is written.
+    """
+    new, sparse, totals, terms = [], [], [], []
     for p, g in results:
         total = p.grad
         if total is None:
-            p.grad = g if g._base is None else g.detach()  # autograd may return a view, and .grad must be none
-        elif total.is_sparse and not g.is_sparse:
-            p.grad = added(total, g)
+            new.append((p, g if g._base is None else g.detach()))  # autograd may return a view, and .grad must be none
+        elif total.is_sparse:
+            new.append((p, added(total, g)))
         elif g.is_sparse:
-            total += g
+            sparse.append((total, g))
         else:
             totals.append(total)
             terms.append(g)
-        written.append(p)
+    for p, g in new:
+        p.grad = g
+    for total, g in sparse:
+        total += g
     if totals:
         torch._foreach_add_(totals, terms)
-    return written
 
 
-def call_hooks(params: Sequence[Tensor]) -> None:
-    """Call the post-accumulate hooks of parameters."""
-    for p in params:
+def call_hooks(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Call the post-accumulate hooks of parameters that have got a result."""
+    for p, _ in results:
         if hooks := getattr(p, "_post_accumulate_grad_hooks", None):
             for hook in list(hooks.values()):  # a hook may remove itself
                 hook(p)

@@ -375,3 +375,67 @@ def test_bad_arguments_are_named(make: Make) -> None:
         opt.backward(model.losses(x, y)[:2])
     with pytest.raises(RuntimeError, match="without a backward"):
         opt.step()
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_losses_in_one_tensor_are_taken_one_by_one(make: Make, cpu_offload: bool) -> None:
+    """Without heads they give what a list gives. The original, too, iterates over them."""
+    pulls = torch.tensor([[1.0, 0.1, 0.0], [-1.0, 0.1, 0.0], [0.0, -1.0, 1.0]], dtype=torch.float64)
+    results = []
+    for one_tensor in (False, True):
+        p = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+        opt = make(3, torch.optim.SGD([p], lr=1.0), cpu_offload=cpu_offload)
+        torch.manual_seed(0)
+        for _ in range(2):
+            opt.backward(pulls @ p if one_tensor else [pull @ p for pull in pulls])
+        opt.step()
+        results.append(p.detach())
+    assert_near(results[1], results[0], 1.0, TOLERANCES[torch.float64])
+    assert results[0].abs().sum() > 1
+    opt = make(3, torch.optim.SGD([p], lr=1.0))
+    for losses, error in ((p.sum(), TypeError), ((pulls @ p)[:2], ValueError), ({p.sum()}, TypeError), (3, TypeError)):
+        with pytest.raises(error, match="mt_losses must"):
+            opt.backward(losses)
+
+
+class Fails(torch.optim.SGD):
+    """It raises in some of its steps, before it has changed anything."""
+
+    fails = True
+
+    def step(self, closure: Any = None) -> Any:
+        if self.fails:
+            raise MemoryError
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_step_that_raises_loses_the_rows_alone(make: Make, scaled: bool) -> None:
+    results = []
+    for fails in (True, False):
+        model, x, y = problem()
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0) if scaled else None
+        opt = make(3, Fails(model.parameters(), lr=0.1), scaler)
+        opt.optimizer.fails = False
+        for step in range(3):
+            torch.manual_seed(step)
+            opt.backward(model.losses(x, y))
+            if fails and step == 1:
+                before = copy.deepcopy(opt.state_dict()), values(model)
+                grads = [p.grad for p in model.parameters()]
+                opt.optimizer.fails = True
+                with pytest.raises(MemoryError):
+                    opt.step()
+                opt.optimizer.fails = False
+                now = opt.state_dict()
+                assert now.get("scaler") == before[0].get("scaler")
+                assert "rho_T" not in now or torch.equal(now["rho_T"], before[0]["rho_T"])
+                assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+                with pytest.raises(RuntimeError, match=r"step\(\) without a backward"):
+                    opt.step()
+                torch.manual_seed(step)
+                opt.backward(model.losses(x, y))
+            opt.step()
+        results.append((values(model), opt.state_dict().get("rho_T", torch.zeros(()))))
+    assert all(torch.equal(a, b) for a, b in zip(results[0][0], results[1][0], strict=True))
+    assert torch.equal(results[0][1], results[1][1])

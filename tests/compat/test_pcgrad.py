@@ -351,3 +351,79 @@ def test_bad_arguments_are_named_before_anything_changes() -> None:
     assert all(g is None for g in gradients(model))
     PCGrad(inner).pc_backward([model.loss(0, x, y), None, lambda: model.loss(2, x, y)])  # ours knows absent tasks
     assert all((g is None) == (k in (6, 7)) for k, g in enumerate(gradients(model)))
+
+
+@pytest.mark.parametrize("compat", MODES[1:])
+def test_losses_in_one_tensor_are_taken_one_by_one_as_theirs_are(compat: str) -> None:
+    """Through ``torch.stack`` every loss has gradients of 0 for other heads. Both originals count them as shared."""
+    results = []
+    for make in (peer(compat, "mean"), partial(PCGrad, compat=compat)):
+        model, x, y = float64_problem()
+        random.seed(3)
+        make(torch.optim.SGD(model.parameters(), lr=0.01)).pc_backward(torch.stack(model.losses(x, y)))
+        results.append(gradients(model))
+    for a, e in zip(results[1], results[0], strict=True):
+        assert a is not None
+        assert e is not None
+        assert_near(a, e, e.abs().max(), TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("ambient", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("shape", [(2,), (2, 1)])
+def test_one_tensor_of_losses_without_heads_is_as_good_as_a_list(shape: tuple[int, ...], ambient: Any) -> None:
+    pulls = torch.tensor([[1.0, 0.1], [-1.0, 0.1]], dtype=torch.float64)
+    expected = torch.stack(reference.pcgrad(list(pulls), [[1], [0]])).mean(0)
+    p = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    losses = (pulls @ p).view(shape)
+    with ambient():
+        info = PCGrad(torch.optim.SGD([p], lr=0.1)).pc_backward(losses)
+    assert info.losses.shape == (2,)
+    assert_near(p.grad, expected, 1.0, TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("compat", MODES)
+def test_objectives_that_are_refused_leave_grad_as_it_was(compat: str | None) -> None:
+    def fails() -> Tensor:
+        raise ArithmeticError
+
+    model, x, y = problem()
+    opt = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), compat=compat)
+    opt.pc_backward(model.losses(x, y))
+    grads, before = [p.grad for p in model.parameters()], gradients(model)
+    losses = model.losses(x, y)
+    refused = [None, 3, [], [None, None], {losses[0]}, {0: losses[0]}, [*losses, 0.5], [*losses, torch.ones(())]]
+    for objectives in (
+        *refused,
+        losses[0],
+        torch.ones(3),
+        torch.ones(3, 2, requires_grad=True) * 2,
+        [losses[0], fails],
+    ):
+        with pytest.raises((TypeError, ValueError, ArithmeticError)):
+            opt.pc_backward(objectives)  # type: ignore[arg-type]
+    for p, g, b in zip(model.parameters(), grads, before, strict=True):
+        assert p.grad is g
+        assert torch.equal(g, b)  # type: ignore[arg-type]
+
+
+def test_init_group_clears_grad() -> None:
+    """As pytorch_optimizer's class has it; the wrapped optimizer's own method of this name is another."""
+
+    class Inner(torch.optim.SGD):
+        def init_group(self, group: dict[str, Any]) -> None:
+            raise AssertionError("this is the inner optimizer's")
+
+    model, x, y = problem()
+    opt = PCGrad(Inner(model.parameters(), lr=0.1))
+    opt.pc_backward(model.losses(x, y))
+    opt.init_group()
+    assert all(g is None for g in gradients(model))
+
+
+def test_every_public_name_of_pytorch_optimizers_class_that_is_no_part_of_its_algorithm_is_there() -> None:
+    module = pytest.importorskip("pytorch_optimizer.optimizer.pcgrad")
+    algorithm = {"set_grad", "retrieve_grad", "pack_grad", "project_conflicting"}
+    names = {name for name in vars(module.PCGrad) if not name.startswith("_")} - algorithm
+    assert {"init_group", "pc_backward"} <= names
+    opt = PCGrad(torch.optim.SGD(problem()[0].parameters(), lr=0.1))
+    assert [name for name in names if not hasattr(opt, name)] == []

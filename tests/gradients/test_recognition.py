@@ -88,6 +88,12 @@ def test_computed_tensors_are_not_recognized_as_leaves() -> None:
     assert recognized([2 * leaves[0]]) is None
 
 
+def test_nested_tensors_are_not_recognized() -> None:
+    layouts_of(parameters())
+    nested = torch.nested.nested_tensor([torch.randn(2), torch.randn(3)], requires_grad=True)
+    assert recognized([nested, *parameters()[1:]]) is None
+
+
 @pytest.mark.parametrize("absent", ["module", "class", "arguments"])
 def test_steps_are_right_where_pytorch_cannot_compare(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Guards:

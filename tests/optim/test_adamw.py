@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -317,19 +318,72 @@ def test_a_gradient_scaler_scales_and_skips(overflow: bool, device: torch.device
     assert_same(ours, theirs, 1e-6)  # float32 steps of 1e-3
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"foreach": True}, "foreach must be None or False, got True"),
-        ({"differentiable": True}, "differentiable must be False, got True"),
-        ({"fused": False}, "fused must be None or True, got False"),
-        ({"betas": (torch.tensor(0.9), torch.tensor(0.9))}, "betas must be floats"),
-        ({"lr": -1.0}, "-1.0"),
-    ],
-)
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdamW([nn.Parameter(torch.ones(2))], **arguments)
+TENSOR = torch.tensor(0.9)
+INF, NAN, HUGE = math.inf, math.nan, 10**400
+
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"foreach": True}, ValueError, "foreach must be None or False, got True"),
+    ({"foreach": "yes"}, TypeError, "foreach must be None or False, got 'yes'"),
+    ({"differentiable": True}, ValueError, "differentiable must be False, got True"),
+    ({"differentiable": torch.tensor(False)}, TypeError, r"differentiable must be False, got tensor\(False\)"),
+    ({"fused": False}, ValueError, "fused must be None or True, got False"),
+    ({"fused": 1}, TypeError, "fused must be None or True, got 1"),
+    ({"betas": (TENSOR, TENSOR)}, TypeError, r"betas\[0\] must be a number, got tensor"),
+    ({"betas": (0.9,)}, ValueError, r"betas must be two numbers, got \(0.9,\)"),
+    ({"betas": (0.9, 0.99, 0.999)}, ValueError, "betas must be two numbers"),
+    ({"betas": 0.9}, TypeError, "betas must be two numbers, got 0.9"),
+    ({"betas": "ab"}, TypeError, "betas must be two numbers, got 'ab'"),
+    ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be a number that is at least 0 and below 1, got 1.0"),
+    ({"betas": (NAN, 0.9)}, ValueError, r"betas\[0\] must be .* got nan"),
+    ({"lr": -1.0}, ValueError, "lr must be .*at least 0.* got -1.0"),
+    ({"lr": True}, TypeError, "lr must be a number, got True"),
+    ({"lr": INF}, ValueError, "lr must be .* got inf"),
+    ({"lr": torch.tensor(True)}, TypeError, "lr must be a number or a floating tensor, got torch.bool"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr must have one element, got shape \(2,\)"),
+    ({"eps": INF}, ValueError, "eps must be .* got inf"),
+    ({"eps": False}, TypeError, "eps must be a number, got False"),
+    ({"eps": TENSOR}, TypeError, "eps must be a number, got tensor"),
+    ({"weight_decay": NAN}, ValueError, "weight_decay must be .* got nan"),
+    ({"weight_decay": HUGE}, ValueError, "weight_decay must be .* got "),
+    ({"weight_decay": True}, TypeError, "weight_decay must be a number, got True"),
+    ({"amsgrad": "no"}, TypeError, "amsgrad must be True or False, got 'no'"),
+    ({"maximize": torch.tensor(True)}, TypeError, r"maximize must be True or False, got tensor\(True\)"),
+    ({"capturable": 0}, TypeError, "capturable must be True or False, got 0"),
+    ({"params": None}, TypeError, "params must be tensors, .* got None"),
+    ({"params": []}, ValueError, "params is empty"),
+    ({"params": [3]}, TypeError, r"param_group\['params'\]\[0\] must be a tensor"),
+    ({"params": [torch.ones(2, requires_grad=True) * 2]}, ValueError, r"param_group\['params'\] must be leaf tensors"),
+    ({"params": [{"lr": 0.1}]}, ValueError, r"param_group must hold 'params', got \['lr'\]"),
+    ({"params": [{"params": [nn.Parameter(torch.ones(2))], "lr": INF}]}, ValueError, "lr must be .* got inf"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD)
+def test_bad_arguments(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        AdamW(**{"params": [nn.Parameter(torch.ones(2))]} | arguments)
+
+
+def test_a_group_may_be_empty() -> None:
+    ours, theirs = parameters(), parameters()
+    mine = AdamW([{"params": []}, {"params": iter(ours)}], lr=0.5)
+    other = torch.optim.AdamW([{"params": []}, {"params": iter(theirs)}], lr=0.5, fused=True)
+    grads = draw(ours)
+    for params, optimizer in ((ours, mine), (theirs, other)):
+        give(params, grads)
+        optimizer.step()
+    assert_same(ours, theirs, 1e-6)  # float32 steps of 0.5
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    ours, theirs = parameters(), parameters()
+    mine = AdamW(ours, lr=np.float32(0.5), betas=[np.float64(0.5), 0], eps=np.float32(0.25), weight_decay=0)
+    other = torch.optim.AdamW(theirs, lr=0.5, betas=(0.5, 0.0), eps=0.25, weight_decay=0, fused=True)
+    grads = draw(ours)
+    for params, optimizer in ((ours, mine), (theirs, other)):
+        give(params, grads)
+        optimizer.step()
+    assert_same(ours, theirs, 1e-6)  # float32 steps of 0.5
 
 
 def test_a_sparse_gradient_raises_and_nothing_has_changed() -> None:
@@ -538,21 +592,6 @@ def test_a_norm_that_is_not_finite_is_seen() -> None:
     assert all(bool(p.isnan().all()) for p in tasks.shared)
 
 
-def test_a_hook_that_raises_after_the_step_finds_the_update_done() -> None:
-    tasks = Tasks()
-    suppression = gk.Suppression(0.3, seed=1)
-    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad(), suppression=suppression, memory=True)
-
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("too late")
-
-    opt.register_step_post_hook(refuse)
-    with pytest.raises(RuntimeError, match="too late"):
-        opt.update(tasks.losses())
-    assert suppression.state_dict()["step"] == 1
-    assert [row[0] is None for row in opt.state_dict()["surgery"]["memory"]] == [False] * 3
-
-
 def test_two_optimizers_share_a_scaler() -> None:
     both = [Tasks(), Tasks()]
     optimizers = [gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad()) for tasks in both]
@@ -608,18 +647,35 @@ def test_a_hook_on_grad_gets_it() -> None:
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"max_norm": 0.0}, ValueError, "max_norm must be a positive number or None, got 0.0"),
-        ({"max_norm": "1"}, ValueError, "max_norm must be"),
+        ({"max_norm": 0.0}, ValueError, "max_norm must be .* above 0.* got 0.0"),
+        ({"max_norm": math.nan}, ValueError, "max_norm must be .* got nan"),
+        ({"max_norm": 10**400}, ValueError, "max_norm must be .* got 1000"),
+        ({"max_norm": "1"}, TypeError, "max_norm must be a number, got '1'"),
+        ({"max_norm": True}, TypeError, "max_norm must be a number, got True"),
         ({"scaler": 2.0}, TypeError, "scaler must be a torch.amp.GradScaler or None, got 2.0"),
     ],
 )
-def test_bad_arguments_of_an_update(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("inner", [AdamW, torch.optim.SGD])
+def test_bad_arguments_of_an_update(
+    inner: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     tasks = Tasks()
-    opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad())
+    opt = gk.SurgeryOptimizer(inner(tasks.names, lr=0.1), gk.PCGrad())
     before = [p.detach().clone() for p in tasks.params]
     with pytest.raises(error, match=message):
         opt.update(tasks.losses(), **arguments)
-    assert all(torch.equal(p, q) for p, q in zip(tasks.params, before, strict=True))
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(tasks.params, before, strict=True))
+
+
+def test_an_infinite_max_norm_measures_and_cuts_nothing() -> None:
+    ours, theirs = Tasks(), Tasks()
+    infos = []
+    for tasks, max_norm in ((ours, math.inf), (theirs, 1e30)):
+        torch.manual_seed(0)
+        opt = gk.SurgeryOptimizer(AdamW(tasks.names), gk.PCGrad(order=[0, 1, 2]))
+        infos.append(opt.update(tasks.losses(), max_norm=max_norm).total_norm)
+    assert torch.equal(*infos)
+    assert_same(ours.params, theirs.params, 0.0)
 
 
 def test_a_step_without_any_gradient_does_nothing() -> None:

@@ -362,24 +362,6 @@ def test_groups_by_module_over_named_param_groups() -> None:
         gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), gk.PCGrad(), groups="module")
 
 
-@pytest.mark.parametrize("as_callables", [False, True])
-def test_a_parameter_outside_the_optimizer_gets_no_grad_and_one_warning(as_callables: bool) -> None:
-    model, x, y = problem()
-    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.trunk.parameters(), lr=0.1), gk.PCGrad())
-
-    def losses() -> list[Any]:
-        return [lambda t=t: model.loss(t, x, y) for t in range(3)] if as_callables else model.losses(x, y)
-
-    with pytest.warns(UserWarning, match=r"6 tensor\(s\) that require grad and are not in the optimizer") as caught:
-        opt.backward(losses())
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        opt.backward(losses())
-    assert all(p.grad is None for p in model.heads.parameters())
-
-
 @pytest.mark.parametrize("part", [None, "module", "tensors"])
 def test_pickle_and_deepcopy(part: str | None) -> None:
     model, x, y = problem()

@@ -15,7 +15,7 @@ from tests.models import flat, task_gradients
 from tests.recipes.test_recipes import ORDER, grads, recipe
 from tests.tolerances import TOLERANCES, assert_near
 
-pytestmark = pytest.mark.filterwarnings("ignore:the losses reach")  # the recipe ignores it, and pytest undoes that
+pytestmark = pytest.mark.filterwarnings("error:the losses reach")  # points that require grad are no parameters
 pinn = recipe("pinn")
 FLOAT64 = TOLERANCES[torch.float64]
 

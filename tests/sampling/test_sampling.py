@@ -566,6 +566,12 @@ def test_a_replay_that_fails_leaves_the_loaders_generators() -> None:
         ({"passes": [1]}, ValueError, "passes must be a list with one entry per task"),
         ({"taken": 3}, ValueError, "taken must be a list with one entry per task, got 3"),
         ({"taken": [0, 0, "x", 0]}, TypeError, "taken must be an integer, got 'x'"),
+        (
+            {"passes": [0, 0, 0, 0], "taken": [0, 2, 0, 0]},
+            ValueError,
+            r"taken\[1\] must be 0 before a pass has begun, got 2",
+        ),
+        ({"lengths": torch.ones(3)}, ValueError, "state_dict has lengths = tensor"),
     ],
 )
 def test_a_state_out_of_range_names_itself(change: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -575,3 +581,47 @@ def test_a_state_out_of_range_names_itself(change: dict[str, Any], error: type[E
     with pytest.raises(error, match=message):
         s.load_state_dict(state)
     assert s.epoch == 1
+
+
+@pytest.mark.parametrize("name", ["generators_at_pass", "generators_now"])
+@pytest.mark.parametrize(
+    ("damaged", "error", "message"),
+    [
+        (lambda state: state[:-1], ValueError, "must hold states of generators, got one that torch refuses"),
+        (lambda state: torch.zeros_like(state), ValueError, "must hold states of generators, got one that torch"),
+        (lambda state: state.float(), TypeError, "must be uint8, got torch.float32"),
+        (lambda state: None, TypeError, "must be a tensor, got None"),
+    ],
+)
+def test_a_damaged_state_of_one_generator_changes_no_generator(
+    name: str, damaged: Callable[[Any], Any], error: type[Exception], message: str
+) -> None:
+    """The last loader's state is damaged; the others' generators are as before, and so are the batches to come."""
+    saved = sampler(own_generators(), "joint")
+    epochs(saved, 1)
+    data = own_generators()
+    s, twin = sampler(data, "joint"), sampler(own_generators(), "joint")
+    assert epochs(s, 1) == epochs(twin, 1)
+    holders = data[0], data[1].sampler, data[2].sampler, data[3].batch_sampler.sampler
+    before = [holder.generator.get_state() for holder in holders]
+    state = saved.state_dict()
+    state[name][-1] = [damaged(state[name][-1][0])]
+    with pytest.raises(error, match=rf"{name}\[{len(data) - 1}\] {message}"):
+        s.load_state_dict(state)
+    assert all(torch.equal(holder.generator.get_state(), b) for holder, b in zip(holders, before, strict=True))
+    assert epochs(s, 2) == epochs(twin, 2)
+
+
+def test_an_interrupted_replay_leaves_the_loaders_generators() -> None:
+    class Interrupted(EndsEarly):
+        def __iter__(self) -> Iterator[Any]:
+            yield next(super().__iter__())
+            raise KeyboardInterrupt
+
+    full = TaskSampler([EndsEarly(3, torch.Generator().manual_seed(1))])
+    epochs(full, 1)
+    generator = torch.Generator().manual_seed(2)
+    before = generator.get_state()
+    with pytest.raises(KeyboardInterrupt):
+        TaskSampler([Interrupted(1, generator)]).load_state_dict(full.state_dict())
+    assert torch.equal(generator.get_state(), before)

@@ -20,7 +20,8 @@ class Encoder(nn.Module):
     def __init__(self, subset: int, width: int, layers: int) -> None:
         super().__init__()
         self.tokens = nn.Linear(subset, width, dtype=torch.float64, device="cpu")
-        self.embedding: nn.Parameter | None = None
+        self.embedding: nn.Parameter | None
+        self.register_parameter("embedding", None)
         # One head: with an even number torch would take its inference path in eval mode, which rounds differently.
         self.layers = nn.Sequential(
             *(

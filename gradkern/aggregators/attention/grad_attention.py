@@ -11,7 +11,7 @@ all weight to one task. The exact optimum is softmax(r / τ).
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,6 +26,7 @@ from gradkern.ops import combine, gramian
 from gradkern.ops.cosines import cosines
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.offsets import column_bounds
+from gradkern.ops.undo import PutBack
 
 
 class GradAttention(Aggregator):
@@ -185,6 +186,21 @@ class GradAttention(Aggregator):
         tasks, adam = state["tasks"], instance("the state of Adam", state["adam"], dict, "a dict")
         super().set_extra_state(state["generator"])
         self._begin(None if tasks is None else integer("tasks", tasks, 1), adam)
+
+    def snapshot(self) -> PutBack:
+        """Return a function that puts the network, its optimizer and the generator back as they are now."""
+        put_network_back, adam = super().snapshot(), self._adam
+
+        def put_back() -> None:
+            put_network_back()
+            self._adam = adam
+
+        return put_back
+
+    def _state_dicts(self) -> Iterator[dict[str, Any]]:
+        yield from super()._state_dicts()
+        if self._adam is not None:
+            yield from self._adam.state.values()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Aggregator does; ``assign`` must be False, because the optimizer refers to the parameters."""

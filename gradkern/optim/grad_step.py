@@ -1,0 +1,69 @@
+"""The second half of an update by ``.grad``: clipping and the step."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gradkern.info import SurgeryInfo
+
+
+def refuse_closure(optimizer: Optimizer) -> None:
+    """Raise TypeError if the optimizer's ``step`` needs an argument, as that of L-BFGS needs a closure."""
+    kind = type(optimizer)
+    if _needs_argument(kind.step):
+        raise TypeError(
+            f"update() calls step() without a closure, and {kind.__name__} needs one: call step(closure), with a "
+            "closure that calls zero_grad() and backward(losses) and returns the sum of the losses"
+        )
+
+
+@lru_cache
+def _needs_argument(step: Callable[..., Any]) -> bool:
+    try:
+        _, *others = inspect.signature(step).parameters.values()
+    except ValueError:  # a function without a signature, or without an argument
+        return False
+    return any(o.default is o.empty and o.kind not in (o.VAR_POSITIONAL, o.VAR_KEYWORD) for o in others)
+
+
+def step_by_grad(
+    optimizer: Optimizer,
+    params: Sequence[Tensor],
+    info: SurgeryInfo,
+    max_norm: float | None,
+    scaler: torch.amp.GradScaler | None,
+) -> SurgeryInfo:
+    """Clip every ``.grad``, step, and clear ``.grad``; return ``info``, with the norm before clipping."""
+    if max_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        info = replace(info, total_norm=_clip(params, max_norm))
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    return info
+
+
+def _clip(params: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale every ``.grad`` such that the norm over all is ``max_norm`` at most, and return the norm before.
+
+    Raises:
+        TypeError: a ``.grad`` is sparse, for which torch has no norm.
+    """
+    given = [p for p in params if p.grad is not None]
+    for p in given:
+        assert p.grad is not None
+        if p.grad.is_sparse:
+            raise TypeError(
+                f"max_norm cannot clip the sparse gradient of a parameter of shape {tuple(p.shape)}: give no max_norm, "
+                "or make the layer with sparse=False"
+            )
+    return torch.nn.utils.clip_grad_norm_(given, max_norm)
