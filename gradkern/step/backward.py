@@ -38,8 +38,9 @@ def backward(
             returns one, or None for a task absent in this step. Callables run once each, in order, with gradients
             enabled. Each one's graph is freed before the next runs, so that only one task's activations are alive at
             a time. Callables enter autocast themselves if they need it.
-        params: a Module, tensors, or (name, tensor) pairs: leaf tensors on one device; float32, float64, bfloat16 or
-            float16, also mixed. Those that do not require grad are skipped.
+        params: a Module, tensors, or (name, tensor) pairs: leaf tensors on one device; float32, float64, bfloat16,
+            float16, complex64 or complex128, also mixed. Complex gradients count as pairs of real numbers. Those that
+            do not require grad are skipped.
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: the groups of parameters, each with its own Gramian and weights: "model", one group of all parameters;
             "parameter", one group for each; "module", one group for each module that owns parameters; or a function

@@ -10,7 +10,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Arrangement, Row
+from gradkern.gradients.plan import Arrangement, Row, real_numel
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
@@ -119,7 +119,7 @@ def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) 
 
 
 def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
-    first_units = suppression.first_units([p.numel() for p in targets.given])
+    first_units = suppression.first_units([real_numel(p) for p in targets.given])
     return tuple([first_units[k] for k in targets.places])
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import laid_out, owned, owns_its_storage
+from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_storage
 from gradkern.gradients.plan import PLANS, Arrangement, Batch, Column, Row, new_grad_stride
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
@@ -188,7 +188,7 @@ class Results:
         out = []
         for c in columns:
             free = self._free(c)
-            g = torch.empty_like(self._rows.params[c.place], dtype=c.dtype) if free is None else free
+            g = new_grad(self._rows.params[c.place], c.dtype) if free is None else free
             self._results[c.place] = g
             out.append(g)
         return out
@@ -210,7 +210,11 @@ class Results:
         return self._results[c.place] is None
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each parameter with its result."""
+        """Return each parameter with its result, a complex one with a complex result."""
+        for c in self._rows.arrangement.complex:
+            g = self._results[c.place]
+            if g is not None:
+                self._results[c.place] = torch.view_as_complex(g)
         return [(p, g) for p, g in zip(self._rows.params, self._results, strict=True) if g is not None]
 
     def _free(self, c: Column) -> Tensor | None:
