@@ -30,7 +30,8 @@ class SurgeryInfo:
         gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters. Under
             ``Suppression(scope="all")`` they cover the kept entries only, under ``GradAttention(update="subset")`` the
             sampled ones. None for a method that needs no task gradients.
-        weights: (T,) or (S, T), the weights of the task gradients in the update.
+        weights: (T,) or (S, T), the weights of the task gradients in the update, in the Gramian's dtype, or in that of
+            ``losses`` where there is none.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for
             other methods.
         attention: (T,) or (S, T), the weights that GradAttention gives to the tasks, summing to 1; None for other

@@ -128,8 +128,8 @@ def gradvac(
         order: as for :func:`pcgrad`.
         targets: (T, T), φ̂_ij.
         beta: how far a target moves toward the cosine.
-        eps: a squared length of at most ``eps`` times the sum of its terms counts as zero, and a target stays at least
-            ``eps`` away from -1 and 1.
+        eps: a squared length of at most ``eps`` times the sum of its terms counts as zero, and the cosine aimed at
+            stays at least ``eps`` away from -1 and √eps away from 1.
     """
     originals = [g.double() for g in grads]
     J = torch.stack(originals)
@@ -148,7 +148,7 @@ def gradvac(
             if n * n <= eps * terms or n_j == 0 or not math.isfinite(n * n_j):
                 continue
             phi = max(-1.0, min(1.0, float(torch.dot(g / n, g_j / n_j))))
-            target = max(-1 + eps, min(1 - eps, float(moved[i, j])))
+            target = max(-1 + eps, min(1 - math.sqrt(eps), float(moved[i, j])))
             if phi < target:
                 a = n * (target * math.sqrt(1 - phi**2) - phi * math.sqrt(1 - target**2))
                 c[j] += a / (n_j * math.sqrt(1 - target**2))

@@ -64,7 +64,8 @@ def solve(i_segment, p_M, p_order_keys, projection, p_w, TASKS: tl.constexpr):
             c = projected(p_M, p_order_keys, projection.partner, i_task, n_tasks, TASKS)
         else:
             matrices = (p_M, p_order_keys, projection.p_targets + o_segment)
-            c, targets = vaccinated(matrices, i_task, n_tasks, projection.beta, projection.EPS, TASKS)
+            eps = tl.full((), projection.EPS, tl.float64)  # a literal would be rounded to float32
+            c, targets = vaccinated(matrices, i_task, n_tasks, projection.beta, eps, TASKS)
             p_new_row = projection.p_new_targets + o_segment + i_task * n_tasks
             tl.store(p_new_row + i_partner, targets, mask=i_partner < n_tasks)
         w += c

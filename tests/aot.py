@@ -129,8 +129,10 @@ def cases(target: GPUTarget) -> Iterator[Case]:
             targets, update_mask = torch.empty(1, T, T, dtype=torch.float64), torch.empty(T, dtype=torch.bool)
             if T in (3, 64):
                 yield Case("pcgrad", name, f"T={T}, no keys", pcgrad.pcgrad(M, None, "average", M), False)
-                launch = gradvac.gradvac(M, order_keys, targets, update_mask, 0.1, M)
-                yield Case("gradvac", name, f"T={T}", launch, False)
+                state, eps = gradvac.Targets(targets, update_mask), torch.empty(1, dtype=torch.float64)
+                for of_segments, setting in ((None, f"T={T}"), (eps, f"T={T}, several eps")):
+                    launch = gradvac.gradvac(M, order_keys, state, 0.1, of_segments, M)
+                    yield Case("gradvac", name, setting, launch, False)
     index = torch.empty(200, dtype=torch.int64)
     for name, dtype in DTYPES.items():
         values = torch.empty(3, 200, dtype=arithmetic(dtype))

@@ -50,6 +50,8 @@ class Aggregator(nn.Module, ABC):
 
     needs_losses = False
     """Whether ``solution`` takes the losses."""
+    needs_eps = False
+    """Whether ``solution`` takes the precision of each group's rows."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
 

@@ -3,27 +3,38 @@
 Every task has a target for every partner: a running mean of the cosine between the task's modified gradient and the
 partner's original one. If the cosine is below the target, the task gets a multiple of the partner's gradient added, so
 large that the cosine equals the target. PCGrad is the special case of targets that stay zero.
+
+The multiple is |g′|/|g_j| · sin(θ - θ̂) / sin θ̂, where φ = cos θ is the cosine and φ̂ = cos θ̂ its target. It grows
+without bound as φ̂ nears 1: after dozens of steps with equal gradients, the first step with different ones would get
+weights of 3·10⁷. The cosines behind φ̂ are known to ε, the spacing of numbers at 1 in the arithmetic of the group's
+rows. An error of ε in φ̂ is one of ε / sin θ̂ in θ̂, and it changes the multiple by the share ε / sin² θ̂ ≈
+ε / (2 - 2 φ̂). So a step aims at a cosine of 1 - √ε at most, where half of the multiple's digits are right. The
+multiple is then at most 38 |g′|/|g_j| in float32, and 5800 |g′|/|g_j| in float64. Near -1 nothing grows, because there
+sin(θ - θ̂) <= sin θ̂. The targets themselves go on to 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Program, Solution, has_numbers
+from gradkern.aggregators.base import Program, Solution, check_gramian, has_numbers
 from gradkern.aggregators.projection import Order, Projection
-from gradkern.arguments import number
+from gradkern.arguments import number, shown, tensor
 from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.capture import capturing, first_use, keep
+from gradkern.ops.dtypes import DTYPES
 
 
 class GradVac(Projection):
     """GradVac of Wang et al. 2021. Each group has its own targets; one launch serves all groups.
 
     The targets are state: each call is a step, and ``state_dict`` contains them. An instance before its first step
-    loads targets of any shape. A step in which a dot product is not finite changes no target, because a gradient scaler
-    will skip it. Groups added later start from targets of zero.
+    loads targets of any number of groups and tasks, and later of the same number of tasks. A step in which a dot
+    product is not finite changes no target, because a gradient scaler will skip it. Groups added later start from
+    targets of zero.
 
     Args:
         beta: the share by which a step moves a target toward the cosine, φ̂ ← (1 - β) φ̂ + β φ; from 0, which keeps
@@ -36,6 +47,7 @@ class GradVac(Projection):
         targets: (S, T, T) float64, φ̂ for each group, task and partner; None before the first step.
     """
 
+    needs_eps = True
     targets: Tensor | None
 
     def __init__(
@@ -49,9 +61,20 @@ class GradVac(Projection):
         self.beta = number("beta", beta, least=0, most=1)
         self.register_buffer("targets", None)
 
-    def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
-        """Return the present tasks' weights, and the targets after the step; only present tasks' targets move."""
-        return self._reported(M, super().solution(M, present).weights)
+    def solution(
+        self, M: Tensor, present: Tensor | None, losses: Tensor | None = None, eps: Sequence[float] | None = None
+    ) -> Solution:
+        """Return the present tasks' weights, and the targets after the step; only present tasks' targets move.
+
+        Args:
+            M: (S, T, T), as for :meth:`weights`.
+            present: as for :meth:`Aggregator.solution`.
+            losses: not needed.
+            eps: the spacing of numbers at 1 in the arithmetic of each group's rows, S numbers; None if it is that of
+                M's dtype.
+        """
+        check_gramian(M)
+        return self._reported(M, self._reduced_over(present, self._solve(M.detach(), present, eps)))
 
     def program(self, M: Tensor) -> Program | None:
         """Return GradVac's program; see :meth:`Aggregator.program`."""
@@ -75,12 +98,12 @@ class GradVac(Projection):
             return Solution(w)
         return Solution(w, targets=self.targets.clone().view(M.shape))
 
-    def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
+    def _solve(self, M: Tensor, present: Tensor | None, eps: Sequence[float] | None = None) -> Tensor:
         keys, targets = self._order_keys(len(M), M.shape[-1], M.device), self._targets_for(M)
         update_mask = M.isfinite().all().expand(M.shape[-1])
         if present is not None:
             update_mask = update_mask & present
-        C = operators.gradvac(M, keys, targets, update_mask, self.beta)
+        C = operators.gradvac(M, keys, targets, update_mask, self.beta, eps)
         if has_numbers(M):
             self.targets = targets
         return C
@@ -121,14 +144,27 @@ class GradVac(Projection):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         loaded = state_dict.get(f"{prefix}targets")
         if loaded is not None:
-            if not isinstance(loaded, Tensor) or loaded.ndim != 3 or loaded.shape[1] != loaded.shape[2]:
-                raise ValueError(f"targets in state_dict must be of shape (S, T, T), got {loaded!r}")
+            state_dict = {**state_dict, f"{prefix}targets": self._loadable(loaded)}
             if self.targets is None or self.targets.shape != loaded.shape:
                 device = loaded.device if self.targets is None else self.targets.device
                 self.targets = torch.zeros(loaded.shape, dtype=torch.float64, device=device)
         elif f"{prefix}_extra_state" in state_dict:
             self.targets = None  # saved before its first step
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _loadable(self, loaded: object) -> Tensor:
+        """Return targets from a ``state_dict`` in float64; raise unless they are cosines of this method's tasks."""
+        name = "targets in state_dict"
+        targets = tensor(name, loaded, DTYPES).double()
+        if targets.ndim != 3 or targets.shape[1] != targets.shape[2]:
+            raise ValueError(f"{name} must be of shape (S, T, T), got {tuple(targets.shape)}")
+        own = self.order if self.targets is None else self.targets
+        if own is not None and targets.shape[-1] != own.shape[-1]:
+            raise ValueError(f"{name} must be of {own.shape[-1]} tasks as this method is, got {targets.shape[-1]}")
+        # A mean of rounded cosines may be beyond 1 by a rounding.
+        if has_numbers(targets) and not bool((targets.abs() <= 1 + torch.finfo(torch.float32).eps).all()):
+            raise ValueError(f"{name} must be cosines, from -1 to 1; got {shown(targets.flatten().tolist())}")
+        return targets
 
     def __repr__(self) -> str:
         return f"GradVac(beta={self.beta}, {self._repr_shared()})"

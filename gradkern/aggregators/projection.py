@@ -47,8 +47,7 @@ class Projection(Aggregator):
 
     def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return the sum (or mean) of the present tasks' coefficients; see :meth:`Aggregator.solution`."""
-        C = self._modified(M, present)
-        return Solution(self._reduced(C if present is None else torch.where(present.unsqueeze(-1), C, 0.0)))
+        return Solution(self._reduced_over(present, self._modified(M, present)))
 
     def _modified(self, M: Tensor, present: Tensor | None) -> Tensor:
         check_gramian(M)
@@ -58,6 +57,9 @@ class Projection(Aggregator):
     @abstractmethod
     def _solve(self, M: Tensor, present: Tensor | None) -> Tensor:
         """Return :meth:`coefficients` of M (S, T, T). ``present`` is as for :meth:`Aggregator.solution`."""
+
+    def _reduced_over(self, present: Tensor | None, C: Tensor) -> Tensor:
+        return self._reduced(C if present is None else torch.where(present.unsqueeze(-1), C, 0.0))
 
     def _reduced(self, C: Tensor) -> Tensor:
         return C.sum(-2) if self.reduction == "sum" else C.mean(-2)

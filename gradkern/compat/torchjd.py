@@ -24,6 +24,9 @@ Results equal TorchJD's up to rounding, with these exceptions:
   gradient weights about 1e8 times as large as others, by which autogram then scales that loss.
 - ``GradVac``'s ``eps`` has no effect. TorchJD adds it to denominators, so cosines of gradients that are not long
   compared with it are too small: by half for lengths of 1e-4.
+- ``GradVac`` aims at a cosine of 1 - √ε at most, ε = 1.2e-7 in float32 and 2.2e-16 in float64; see
+  :mod:`gradkern.aggregators.gradvac`. Tasks whose gradients stay equal for dozens of steps reach a target of 1. In the
+  first step in which they differ, TorchJD gives them weights of up to 1e8, and this class up to 38 or 5800.
 - A step that is not finite does not change ``GradVac``'s targets. TorchJD's are NaN from then on, and correct nothing.
 - ``GradVac``'s targets are float64, on the device of the Gramian, and are kept if the dtype changes. Checkpoints load
   into fresh instances. They are exchangeable with TorchJD's, which load into instances that have made a step.

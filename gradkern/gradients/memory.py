@@ -80,7 +80,7 @@ class Memory:
             for k, (g, p) in enumerate(zip(row, params, strict=True)):
                 if g is not None and not _is_gradient(g, p):
                     got = f"{g.dtype} {tuple(g.shape)}, {g.layout}" if isinstance(g, Tensor) else type(g).__name__
-                    raise ValueError(f"the memory of task {t} for parameter {k} must be {tuple(p.shape)}, got {got}")
+                    raise ValueError(f"the memory of task {t} for parameter {k} must be {_shape(p)}, got {got}")
             loaded.append({p: g.detach().to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
         self._rows = loaded
 
@@ -89,10 +89,15 @@ def _is_gradient(g: object, p: Tensor) -> bool:
     """Return whether ``g`` could be a gradient of ``p``: floating, of its shape, dense or sparse COO."""
     return (
         isinstance(g, Tensor)
-        and g.shape == p.shape
-        and g.is_floating_point() == p.is_floating_point()
+        and g.shape == _shape(p)
+        and g.is_floating_point()
         and g.layout in (torch.strided, torch.sparse_coo)
     )
+
+
+def _shape(p: Tensor) -> tuple[int, ...]:
+    """Return the shape of a gradient of ``p``, whose complex numbers are pairs."""
+    return (*p.shape, 2) if p.is_complex() else tuple(p.shape)
 
 
 def _compact(g: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 Autograd promises no layout: a gradient may be expanded, permuted, sparse, or share its storage with another. A gradient
 with its parameter's strides is read in place. Any other gradient is copied to the parameter's strides.
+
+A complex gradient is read as pairs of real numbers. For a loss that is real, these are the derivatives with respect to
+the real and the imaginary part, so all methods apply to them as to any others.
 """
 
 from collections.abc import Sequence
@@ -15,9 +18,11 @@ from gradkern.gradients.plan import Layouts, Row, fits_in, grad_dtype
 def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tensor | None]:
     """Return one task's gradients, with copies of those whose layout differs from that of a new ``.grad``.
 
-    Sparse ones stay as they are. Call it after each backward pass, so that at most one task's gradients are alive
-    beside their copies.
+    Sparse ones stay as they are. Complex ones become pairs of real numbers. Call it after each backward pass, so that
+    at most one task's gradients are alive beside their copies.
     """
+    if layouts.complex is not None:
+        row = [g if g is None else as_real(g) for g in row]
     if layouts.fitting_reach_of(row) is not None:
         return list(row)
     return [
@@ -47,5 +52,19 @@ def owned(g: Tensor, p: Tensor) -> Tensor:
 
 
 def laid_out(g: Tensor, p: Tensor) -> Tensor:
-    """Return a dense copy of ``g``, laid out as a new ``.grad`` of ``p``."""
-    return torch.empty_like(p, dtype=grad_dtype(p)).copy_(g if g.layout == torch.strided else g.to_dense())
+    """Return a dense copy of ``g``, laid out as a new ``.grad`` of ``p``; complex if ``g`` is."""
+    memory = new_grad(p, grad_dtype(p))
+    memory = torch.view_as_complex(memory) if g.is_complex() else memory
+    return memory.copy_(g if g.layout == torch.strided else g.to_dense())
+
+
+def new_grad(p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory for a new ``.grad`` of ``p`` in a real dtype: that of its pairs of numbers if ``p`` is complex."""
+    if p.is_complex():
+        return torch.view_as_real(torch.empty_like(p, dtype=dtype.to_complex()))
+    return torch.empty_like(p, dtype=dtype)
+
+
+def as_real(g: Tensor) -> Tensor:
+    """Return ``g``, or the pairs of real numbers of a complex one, which is made dense."""
+    return torch.view_as_real(g.to_dense().resolve_conj()) if g.is_complex() else g

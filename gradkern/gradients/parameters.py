@@ -14,6 +14,8 @@ from gradkern.ops.dtypes import DTYPES
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 Groups = str | Callable[[str], Hashable]
 
+TRAINABLE = (*DTYPES, torch.complex64, torch.complex128)
+"""The dtypes of parameters. Complex gradients are pairs of real ones."""
 _TENSORS = frozenset((Tensor, nn.Parameter))
 
 
@@ -147,8 +149,10 @@ def _check(given: Parameters, places: Sequence[int]) -> None:
     device = given.tensors[places[0]].device
     for k in places:
         p, name = given.tensors[k], given.name(k)
-        if p.dtype not in DTYPES:
-            raise TypeError(f"params must be float32, float64, bfloat16 or float16; {name} is {p.dtype}")
+        if p.dtype not in TRAINABLE:
+            raise TypeError(
+                f"params must be float32, float64, bfloat16, float16, complex64 or complex128; {name} is {p.dtype}"
+            )
         if dtensor is not None and isinstance(p, dtensor.DTensor):
             raise TypeError(
                 f"params must not be DTensors; {name} is one: the dot products of its shards would be "

@@ -50,13 +50,16 @@ class Looks(NamedTuple):
 class Layouts:
     """The layouts of n parameters and of their gradients. Equal layouts are one object; :func:`layouts_of` returns it.
 
+    A complex gradient is pairs of real numbers, as :func:`torch.view_as_real` shows it.
+
     Attributes:
         device: the device of all parameters.
         lazy: whether a parameter is of unknown shape, until its lazy module runs.
-        numels: the number of elements of each.
-        numel: the number of elements of all.
+        complex: whether each is complex; None if none is.
+        numels: the number of real elements of each.
+        numel: the number of real elements of all.
         strides: the strides of a new ``.grad`` of each.
-        dtypes: the dtype of each ``.grad``; it may differ from the parameter's.
+        dtypes: the dtype of each ``.grad``, a real one; it may differ from the parameter's.
         flattens: whether all parameters are contiguous, and their gradients of one dtype of 32 or 64 bits.
         all_dense: the layouts of n dense gradients.
         none: the layouts of no gradients.
@@ -68,7 +71,9 @@ class Layouts:
     def __init__(self, params: Sequence[Tensor]) -> None:
         self.lazy = lazy = any(map(is_lazy, params))
         self.device = params[0].device
-        self.numels = [0 if lazy else p.numel() for p in params]
+        are_complex = [p.is_complex() for p in params]
+        self.complex = are_complex if True in are_complex else None
+        self.numels = [0 if lazy else real_numel(p) for p in params]
         self.strides = [() if lazy else new_grad_stride(p) for p in params]
         self.dtypes = [grad_dtype(p) for p in params]
         self.checked = False
@@ -80,7 +85,7 @@ class Layouts:
         self._is_like_usual: Comparison = unlike
         self.numel = sum(self.numels)
         one_dtype = len(set(self.dtypes)) == 1 and arithmetic_dtype(self.dtypes[0]) == self.dtypes[0]
-        self.flattens = one_dtype and not lazy and all(p.is_contiguous() for p in params)
+        self.flattens = one_dtype and not lazy and not self.complex and all(p.is_contiguous() for p in params)
 
     def reach_of(self, row: Row) -> RowReach:
         """Return the layout of each gradient of a task, None for a parameter that the task does not reach."""
@@ -156,13 +161,22 @@ def fits_in(g: Tensor, stride: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def new_grad_stride(p: Tensor) -> tuple[int, ...]:
-    """Return the strides of a new ``.grad``: the parameter's own if it is dense, else a contiguous tensor's."""
-    return p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+    """Return the strides of a new ``.grad``: the parameter's own if it is dense, else a contiguous tensor's.
+
+    For a complex parameter they are those of the gradient's pairs of real numbers.
+    """
+    stride = p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
+    return (*[2 * step for step in stride], 1) if p.is_complex() else stride
 
 
 def grad_dtype(p: Tensor) -> torch.dtype:
-    """Return the dtype of ``.grad``, which may differ from the parameter's own dtype."""
-    return p.grad_dtype or p.dtype
+    """Return the dtype of the real numbers in ``.grad``, which may differ from the parameter's own dtype."""
+    return (p.grad_dtype or p.dtype).to_real()
+
+
+def real_numel(p: Tensor) -> int:
+    """Return the number of a parameter's elements; a complex one counts as two."""
+    return 2 * p.numel() if p.is_complex() else p.numel()
 
 
 class Column(NamedTuple):
@@ -171,11 +185,12 @@ class Column(NamedTuple):
     Attributes:
         place: its number among the n parameters.
         numel: its number of elements.
-        dtype: the dtype of its gradients, and so of ``.grad``.
+        dtype: the dtype of the real numbers in its gradients, and so in ``.grad``.
         tasks: the tasks that reach it.
         segment: its group, or None for an unshared parameter, which gets the sum of its gradients.
         unit: the number of its first unit of gradient suppression; -1 if it is never masked.
         sparse: whether all its gradients are sparse COO. Otherwise all are dense, with the strides of a new ``.grad``.
+        complex: whether it is complex; its gradients are pairs of real numbers.
     """
 
     place: int
@@ -185,6 +200,7 @@ class Column(NamedTuple):
     segment: int | None
     unit: int
     sparse: bool
+    complex: bool = False
 
     @property
     def own(self) -> int | None:
@@ -272,6 +288,11 @@ class Arrangement:
         return [c for c in self.columns if c.sparse]
 
     @cached_property
+    def complex(self) -> list[Column]:
+        """The columns of complex parameters."""
+        return [c for c in self.columns if c.complex]
+
+    @cached_property
     def own(self) -> list[Column]:
         """The unshared columns that one task alone reaches."""
         return [c for c in self.columns if c.own is not None]
@@ -335,5 +356,6 @@ def arranged(
             mixed.append(k)
         unit = units[k] if units is not None and is_shared else -1
         segment = groups[k] if is_shared else None
-        columns.append(Column(k, layouts.numels[k], layouts.dtypes[k], tasks, segment, unit, sparse))
+        is_complex = layouts.complex is not None and layouts.complex[k]
+        columns.append(Column(k, layouts.numels[k], layouts.dtypes[k], tasks, segment, unit, sparse, is_complex))
     return Arrangement(columns, len(groups), n_segments, mixed)

@@ -31,7 +31,7 @@ class Tables:
         """Return whether the tables that every use needs are on ``device`` already."""
         return (device,) in self._on_device
 
-    def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[np.int64], ...]]) -> tuple[Tensor, ...]:
+    def _once(self, key: tuple[Any, ...], tables: Callable[[], tuple[NDArray[Any], ...]]) -> tuple[Tensor, ...]:
         if key[0].type == "cpu":  # nothing to copy, and FakeTensorMode would leave fake tensors in the cache
             return tuple(torch.from_numpy(table) for table in tables())
         if key not in self._on_device:

@@ -114,10 +114,18 @@ def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: 
 
 
 @operator("gradvac", writes=("targets",))
-def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
+def gradvac(
+    M: Tensor,
+    order_keys: Tensor,
+    targets: Tensor,
+    update_mask: Tensor,
+    beta: float,
+    eps: Sequence[float] | None = None,
+) -> Tensor:
     """Compute GradVac's coefficients, (S, T, T), and move its targets.
 
-    ``targets`` (S, T, T) are float64. Those of task i move where ``update_mask`` (T,) is true for i.
+    ``targets`` (S, T, T) are float64. Those of task i move where ``update_mask`` (T,) is true for i. ``eps`` is the
+    spacing of numbers at 1 in the arithmetic of each segment's rows, S numbers; None if it is that of M's dtype.
     """
     return torch.empty_like(M, memory_format=torch.contiguous_format)
 

@@ -304,6 +304,11 @@ def _check(c: Column, p: Tensor) -> None:
         raise TypeError(
             f"the gradient of {_named(p)} is sparse, which AdamW does not support: torch.optim.SparseAdam does"
         )
+    if p.is_complex():
+        raise TypeError(
+            f"{_named(p)} is {p.dtype}, which this AdamW does not step: torch.optim.AdamW does, and this one steps "
+            "torch.view_as_real of it as a parameter"
+        )
     if p.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
         raise TypeError(f"{_named(p)} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
     if p.stride() != new_grad_stride(p):

@@ -43,9 +43,9 @@ def backward(
             one task's activations are alive at a time. So each needs a forward pass of its own. A callable may switch
             ``requires_grad``: its task trains what requires grad when it returns. Callables enter autocast themselves
             if they need it.
-        params: a Module, tensors, or (name, tensor) pairs: dense leaf tensors on one device; float32, float64, bfloat16
-            or float16, also mixed. Names are distinct. Those that do not require grad are skipped, and so are lazy ones
-            that have no shape yet.
+        params: a Module, tensors, or (name, tensor) pairs: dense leaf tensors on one device; float32, float64,
+            bfloat16, float16, complex64 or complex128, also mixed. Complex gradients count as pairs of real numbers.
+            Names are distinct. Those that do not require grad are skipped, and so are lazy ones without a shape.
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: the groups of parameters, each with its own Gramian and weights: "model", one group of all parameters;
             "parameter", one group for each; "module", one group for each module that owns parameters; or a function

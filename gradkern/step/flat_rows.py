@@ -79,6 +79,7 @@ class FlatRows:
 
     mask = None
     present = None
+    eps = None
 
     def __init__(
         self,

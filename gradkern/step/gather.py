@@ -11,7 +11,7 @@ from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Arrangement, Row
+from gradkern.gradients.plan import Arrangement, Row, real_numel
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
@@ -144,7 +144,7 @@ def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
             f"suppression needs the shapes of all params, because they decide where its masks lie; {name} has none "
             "yet: run its lazy module once before the first step"
         )
-    first_units = suppression.first_units([p.numel() for p in given.tensors])
+    first_units = suppression.first_units([real_numel(p) for p in given.tensors])
     return tuple([first_units[k] for k in targets.places])
 
 

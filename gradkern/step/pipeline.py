@@ -102,6 +102,8 @@ def _info(
         cosines = None if cosines is None else cosines[0]
         attention = None if attention is None else attention[0]
     losses = stacked(source.values, solution.weights)
+    if M is None:  # fixed weights are numbers of the host, in no dtype
+        w = w.to(losses.dtype)
     named = None if groups is None or M is None else tuple(groups)
     return SurgeryInfo(losses, M, w, cosines, attention, kept=kept, step_scale=step_scale, groups=named)
 

@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gradkern.gradients.param_grads import laid_out, owned, owns_its_storage
-from gradkern.gradients.plan import Arrangement, Batch, Column, Row, new_grad_stride
+from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_storage
+from gradkern.gradients.plan import PLANS, Arrangement, Batch, Column, Row, new_grad_stride
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads
@@ -70,6 +71,11 @@ class Rows:
     def device(self) -> torch.device:
         """The device of all parameters."""
         return self.params[0].device
+
+    @property
+    def eps(self) -> tuple[float, ...] | None:
+        """The spacing of numbers at 1 in the arithmetic of each group's rows, S numbers; None if all rows have one."""
+        return _eps(self.arrangement)
 
     def only(self, columns: Iterable[Column]) -> "Rows":
         """Return the rows of ``columns``."""
@@ -188,7 +194,7 @@ class Results:
         out = []
         for c in columns:
             free = self._free(c)
-            g = torch.empty_like(self._rows.params[c.place], dtype=c.dtype) if free is None else free
+            g = new_grad(self._rows.params[c.place], c.dtype) if free is None else free
             self._results[c.place] = g
             out.append(g)
         return out
@@ -210,7 +216,11 @@ class Results:
         return self._results[c.place] is None
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return each parameter with its result."""
+        """Return each parameter with its result, a complex one with a complex result."""
+        for c in self._rows.arrangement.complex:
+            g = self._results[c.place]
+            if g is not None:
+                self._results[c.place] = torch.view_as_complex(g)
         return [(p, g) for p, g in zip(self._rows.params, self._results, strict=True) if g is not None]
 
     def _free(self, c: Column) -> Tensor | None:
@@ -224,6 +234,19 @@ class Results:
             if owns_its_storage(g) and not (repeated and id(g) in repeated):
                 return g
         return None
+
+
+@lru_cache(maxsize=PLANS)
+def _eps(arrangement: Arrangement) -> tuple[float, ...] | None:
+    """Return :attr:`Rows.eps`. Among the dtypes of one group the coarsest counts: it rounds the group's Gramian."""
+    if len({arithmetic_dtype(c.dtype) for c in arrangement.columns}) < 2:  # and then the Gramian's dtype has it too
+        return None
+    finest = torch.finfo(torch.float64).eps
+    of_groups = [finest] * arrangement.n_segments
+    for c in arrangement.shared:
+        assert c.segment is not None, "it is shared"
+        of_groups[c.segment] = max(of_groups[c.segment], torch.finfo(arithmetic_dtype(c.dtype)).eps)
+    return tuple(of_groups)
 
 
 def kept_share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:

@@ -5,6 +5,7 @@ It does not write to ``.grad``. It writes to the method's state, and the combina
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ class Outcome:
 def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) -> Outcome:
     """Return the outcome of a method with fixed weights, which needs no rows and no Gramian."""
     assert isinstance(aggregator, Scalarization)
-    w = aggregator.weights_like(n_tasks, torch.float32, device)
+    w = aggregator.weights_like(n_tasks, torch.float64, device)  # the very numbers that multiply the losses
     return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
@@ -77,7 +78,8 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
         solution = sampled.solution(M)
     unshared_weights = None
     if isinstance(aggregator, Scalarization):
-        unshared_weights = aggregator.weights_like(rows.n_tasks, solution.weights.dtype, rows.device)
+        # Not in M's dtype: unshared parameters may be float64 where no shared one is.
+        unshared_weights = aggregator.weights_like(rows.n_tasks, torch.float64, rows.device)
     return Outcome(
         M,
         products[rows.n_segments] if len(products) > rows.n_segments else None,
@@ -125,9 +127,12 @@ def _in_one_call(rows: FlatRows, aggregator: Aggregator) -> Outcome | None:
 
 
 def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:
+    given: dict[str, Any] = {}
     if aggregator.needs_losses:
-        return aggregator.solution(M, rows.present, rows.losses)
-    return aggregator.solution(M, rows.present)
+        given["losses"] = rows.losses
+    if aggregator.needs_eps:
+        given["eps"] = rows.eps
+    return aggregator.solution(M, rows.present, **given)
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:

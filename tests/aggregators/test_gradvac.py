@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.ops import operators
 from tests.interpreter import interpreted
 from tests.models import problem
 from tests.problems import conflicting
@@ -84,6 +85,47 @@ def test_targets_move_whether_corrected_or_not() -> None:
     assert method.targets is not None
     expected = 0.5 * math.sqrt(0.5) * torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
     assert_near(method.targets[0], expected, 1.0, 1e-6)  # a float32 Gramian
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_after_many_equal_steps_the_first_other_one_is_not_huge(dtype: torch.dtype, back_end: str) -> None:
+    """A cosine of 1 - √ε is the largest that a step aims at, and of perpendicular gradients it takes these weights."""
+    method = gk.GradVac(0.5)
+    same, perpendicular = torch.ones(2, 2, dtype=dtype), torch.eye(2, dtype=dtype)
+    for _ in range(60):
+        assert method(same).tolist() == [2.0, 2.0]  # they agree as the targets ask
+    assert method.targets[0, 0, 1] == pytest.approx(1.0, abs=1e-15)
+    u = 1 - math.sqrt(torch.finfo(dtype).eps)
+    expected = 1 + u / math.sqrt(1 - u**2)
+    assert expected < {torch.float32: 40, torch.float64: 5800}[dtype]
+    # 1 - u² of a u near 1 loses the digits by which u is near it.
+    assert method(perpendicular).tolist() == pytest.approx([expected] * 2, rel=1e-7)
+    assert method.targets[0, 0, 1] == pytest.approx(0.5, abs=1e-15)  # the target itself went all the way
+
+
+@pytest.mark.parametrize("beyond", [1e-3, 1e-12])
+def test_a_target_next_to_one_is_hit_until_half_of_the_digits_are_gone(beyond: float, back_end: str) -> None:
+    targets = (1 - beyond) * torch.ones(2, 2, dtype=torch.float64)
+    M = torch.tensor([[4.0, 1.0], [1.0, 9.0]], dtype=torch.float64)
+    c = with_targets(targets, order=[0, 1]).coefficients(M)[0]
+    cosine = (c @ M)[1] / (c @ M @ c).sqrt() / 3
+    # 1e-14: some tens of roundings.
+    assert float(cosine) == pytest.approx(1 - max(beyond, math.sqrt(EPS)), abs=1e-14)
+
+
+@pytest.mark.parametrize("T", [2, 14])  # a few tasks, and many
+def test_each_segment_has_its_own_precision(T: int, back_end: str) -> None:
+    eps = [torch.finfo(torch.float32).eps, EPS]
+    M = torch.eye(T, dtype=torch.float64).expand(2, T, T)
+    keys = torch.arange(T).float().expand(1, T, T).contiguous()
+    for precision in (eps, [EPS, eps[0]]):
+        targets = torch.ones(2, T, T, dtype=torch.float64)
+        C = operators.gradvac(M, keys, targets, torch.ones(T, dtype=torch.bool), 0.5, precision)
+        for s in range(2):
+            order = [list(range(T))] * T
+            expected, _ = reference.gradvac(list(M[s]), order, torch.ones(T, T), 0.5, precision[s])
+            # 1 - u² of a u near 1 loses the digits by which u is near it, for every visit again.
+            assert_near(C[s], torch.stack(expected), torch.stack(expected).abs().max(), 1e-6)
 
 
 def test_a_pair_with_a_zero_gradient_is_left_alone(back_end: str) -> None:
@@ -271,16 +313,31 @@ def test_calls_without_numbers_leave_the_targets_alone() -> None:
     assert torch.equal(method.targets, undisturbed.targets)
 
 
-@pytest.mark.parametrize(
-    ("state", "error"),
-    [({"targets": torch.ones(2, 3)}, ValueError), ({"targets": torch.ones(1, 3, 3), "more": 1}, RuntimeError)],
-)
-def test_a_state_that_does_not_fit_changes_nothing(state: dict[str, object], error: type[Exception]) -> None:
+NO_STATES = {
+    "a matrix": ({"targets": torch.ones(2, 2)}, ValueError, r"targets .* \(S, T, T\), got \(2, 2\)"),
+    "not square": ({"targets": torch.ones(1, 2, 3)}, ValueError, r"targets .* \(S, T, T\), got \(1, 2, 3\)"),
+    "other tasks": ({"targets": torch.ones(1, 3, 3)}, ValueError, r"targets .* of 2 tasks as this method is, got 3"),
+    "a number": ({"targets": 3.0}, TypeError, "targets in state_dict must be a tensor, got 3.0"),
+    "an array": ({"targets": np.ones((1, 2, 2))}, TypeError, "targets in state_dict must be a tensor, got array"),
+    "complex": ({"targets": torch.ones(1, 2, 2).cfloat()}, TypeError, "targets .* got torch.complex64"),
+    "integers": ({"targets": torch.ones(1, 2, 2).int()}, TypeError, "targets .* got torch.int32"),
+    "sparse": ({"targets": torch.ones(1, 2, 2).to_sparse()}, TypeError, "targets .* must be a dense tensor"),
+    "NaN": ({"targets": torch.full((1, 2, 2), torch.nan)}, ValueError, "targets .* must be cosines.*got .nan"),
+    "infinite": ({"targets": torch.full((1, 2, 2), torch.inf)}, ValueError, "targets .* must be cosines.*got .inf"),
+    "no cosines": ({"targets": torch.full((1, 2, 2), -3.0)}, ValueError, "targets .* must be cosines.*got .-3.0"),
+    "more": ({"targets": torch.ones(1, 2, 2), "more": 1}, RuntimeError, "more"),
+}
+
+
+@pytest.mark.parametrize(("state", "error", "message"), NO_STATES.values(), ids=NO_STATES)
+def test_a_state_that_does_not_fit_changes_nothing(
+    state: dict[str, object], error: type[Exception], message: str
+) -> None:
     method = gk.GradVac(0.5)
     method.weights(gk.gramian(conflicting(2, 20)))
     assert method.targets is not None
     before = method.targets.clone()
-    with pytest.raises(error, match=r"targets|more"):
+    with pytest.raises(error, match=message):
         method.load_state_dict({"_extra_state": None, **state})
     assert torch.equal(method.targets, before)
     method.load_state_dict({}, strict=False)

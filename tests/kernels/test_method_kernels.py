@@ -184,7 +184,8 @@ def gradvac_loop(
             phi = d[j] / n / math.sqrt(m[j][j])
             phi = 1.0 if phi > 1 else -1.0 if phi < -1 else phi
             target = targets[i, j].item()
-            u = 1 - eps if target > 1 - eps else eps - 1 if target < eps - 1 else target
+            highest = 1 - math.sqrt(eps)
+            u = highest if target > highest else eps - 1 if target < eps - 1 else target
             if phi < u:
                 sine = math.sqrt(1 - u * u)
                 a = n * (u * math.sqrt(1 - phi * phi) - phi * sine) / (math.sqrt(m[j][j]) * sine)

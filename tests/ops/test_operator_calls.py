@@ -56,6 +56,7 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "targets": targets,
         "update_mask": update_mask,
         "beta": 0.1,
+        "eps": [1e-7, 2.2e-16] if masked else None,
         "method": ProjectionArguments(order_keys, "all", targets, update_mask, 0.1, mean=False),
         "state": AdamWState(
             [torch.randn(n) for n in NUMELS], [torch.rand(n) for _ in range(2) for n in NUMELS], [torch.ones(())] * 5

@@ -122,9 +122,9 @@ BACKWARD: list[Case] = [
     ),
     (lambda m, ls: {"params": [_grown(m)]}, ValueError, r"params must be leaf tensors.*params\[0\]"),
     (
-        lambda m, ls: {"params": [*m.parameters(), torch.ones(3, dtype=torch.complex64, requires_grad=True)]},
+        lambda m, ls: {"params": [*m.parameters(), torch.zeros(3, dtype=torch.complex32, requires_grad=True)]},
         TypeError,
-        r"params must be float32.*params\[10\] is torch.complex64",
+        r"params must be float32.* or complex128; params\[10\] is torch.complex32",
     ),
     (
         lambda m, ls: {"params": [*m.parameters(), torch.ones(3, device="meta", requires_grad=True)]},

@@ -3,7 +3,7 @@
 On matrices this small the time goes into the calls, and a NumPy call takes a third of the time of a PyTorch call.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import sqrt
 from operator import mul
 from typing import Any
@@ -115,22 +115,38 @@ def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> li
 
 
 @implements(operators.gradvac)
-def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float) -> Tensor:
+def gradvac(
+    M: Tensor,
+    order_keys: Tensor,
+    targets: Tensor,
+    update_mask: Tensor,
+    beta: float,
+    eps: Sequence[float] | None = None,
+) -> Tensor:
     """Compute GradVac's coefficients (Wang et al. 2021), and move the ``targets`` in the rows of ``update_mask``."""
     S, T, _ = M.shape
-    eps = torch.finfo(M.dtype).eps
+    epsilons = [torch.finfo(M.dtype).eps] * S if eps is None else eps
     if S * T <= FEW_OF_GRADVAC:
-        target_lists = targets.tolist()
-        by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, strict=True)
-        coefficients = [_few_of_gradvac(m, k, t, update_mask.tolist(), beta, eps) for m, k, t in by_segment]
+        target_lists, moves = targets.tolist(), update_mask.tolist()
+        by_segment = zip(M.tolist(), order_keys.expand_as(M).tolist(), target_lists, epsilons, strict=True)
+        coefficients = [_few_of_gradvac(m, k, t, moves, beta, e) for m, k, t, e in by_segment]
         targets.copy_(torch.tensor(target_lists, dtype=torch.float64, device="cpu").view(targets.shape))
         return _like(np.array(coefficients), M)
+    return _many_of_gradvac(M, order_keys, targets, update_mask, beta, np.repeat(epsilons, T))
+
+
+def _many_of_gradvac(
+    M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor, beta: float, eps: Floats
+) -> Tensor:
+    """Compute the coefficients of all tasks of all segments together; ``eps`` is (S T,)."""
+    S, T, _ = M.shape
     rows = _host(M).reshape(S * T, T)
     C, D = _started(rows)
     E = np.abs(rows)  # |C| |M|, the scale of the rounding errors of C M Cᵀ
     task = np.arange(S * T)
     new_targets = _host(targets).reshape(S * T, T)
     moves = np.tile(update_mask.cpu().numpy(), S)
+    highest = 1 - np.sqrt(eps)
     with np.errstate(all="ignore"):  # invalid entries divide by zero, and are not used
         norms = np.sqrt(rows[task, task % T])
         for partner, row in _partners(order_keys, norms.reshape(S, T), T - 1):
@@ -141,7 +157,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
             # φ = cos(g′_i, g_j)
             phi = np.clip(D[task, partner] / n / n_j, -1, 1)
             target = new_targets[task, partner]
-            u = np.clip(target, -(1 - eps), 1 - eps)
+            u = np.clip(target, eps - 1, highest)
             # a = ‖g′_i‖ (φ̂ √(1−φ²) − φ √(1−φ̂²)) / (‖g_j‖ √(1−φ̂²))
             root = np.sqrt(1 - u * u)
             a = n * (u * np.sqrt(1 - phi * phi) - phi * root) / (n_j * root)
@@ -165,7 +181,7 @@ def _few_of_gradvac(
 ) -> list[list[float]]:
     """Return the coefficients of one segment, and move ``targets``; names are as in :func:`gradvac`."""
     T = len(M)
-    C = []
+    C, highest = [], 1 - sqrt(eps)
     for i in range(T):
         c, d, e = [0.0] * T, M[i], [abs(x) for x in M[i]]
         c[i] = 1.0
@@ -175,7 +191,7 @@ def _few_of_gradvac(
                 continue
             n, n_j = sqrt(square), sqrt(M[j][j])
             phi = min(max(d[j] / n / n_j, -1.0), 1.0)
-            u = min(max(targets[i][j], eps - 1), 1 - eps)
+            u = min(max(targets[i][j], eps - 1), highest)
             if phi < u:
                 root = sqrt(1 - u * u)
                 a = c[j] = n * (u * sqrt(1 - phi * phi) - phi * root) / (n_j * root)
