@@ -9,6 +9,7 @@ from itertools import permutations
 import torch
 from torch import Tensor
 
+from gradkern.arguments import entries, shown
 from gradkern.ops.cosines import cosines
 
 
@@ -80,7 +81,8 @@ class SurgeryInfo:
             task, the cosines of a gradient that is zero, and numbers that a step that overflowed made infinite or NaN.
 
         Raises:
-            ValueError: ``tasks`` are not T names, or two pairs of them make the same tag.
+            TypeError: ``tasks`` is not a sequence.
+            ValueError: it does not hold T names, or two pairs of them make the same tag.
         """
         names = _names(tasks, self.losses.shape[-1])
         of_tasks = [f"/{a}" for a in names]
@@ -130,9 +132,9 @@ def _pair_cosines(M: Tensor) -> Tensor:
 def _names(tasks: Sequence[str] | None, n: int) -> list[str]:
     if tasks is None:
         return [str(t) for t in range(n)]
-    names = list(tasks)
-    if isinstance(tasks, str) or len(names) != n or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"tasks must be {n} names, one per task; got {tasks!r}")
+    names = entries("tasks", tasks, f"{n} names, one per task")
+    if len(names) != n or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"tasks must be {n} names, one per task, got {shown(tasks)}")
     if len({f"{a}-{b}" for a, b in permutations(names, 2)}) < n * (n - 1):
-        raise ValueError(f"tasks must make a tag of its own for every pair, as in 'cosine/a-b'; got {tasks!r}")
+        raise ValueError(f"tasks must make a tag of its own for every pair, as in 'cosine/a-b'; got {shown(tasks)}")
     return names

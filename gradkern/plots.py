@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from gradkern.arguments import integer
+
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -157,9 +159,7 @@ def _running_mean(values: Numbers, window: int) -> Numbers:
 def _window(window: int | None, rows: Sequence[Row]) -> int:
     if window is None:
         return max(1, len(rows) // 20)
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise ValueError(f"window must be a positive integer or None, got {window!r}")
-    return window
+    return integer("window", window, 1)
 
 
 def _series(rows: Sequence[Row], tag: str) -> tuple[Numbers, Numbers]:

@@ -64,38 +64,47 @@ def pcgrad(grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tens
     return modified
 
 
-def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int]) -> list[Tensor]:
-    """Project each gradient onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3)."""
-    return pcgrad(grads, [[j] for j in partners])
+def pcgrad_onto(grads: Sequence[Tensor], partners: Sequence[int | None]) -> list[Tensor]:
+    """Project each gradient onto one partner if they conflict (Rhapsody on a Theme of Gradient Surgery, §3.3).
+
+    A task whose partner is None keeps its gradient.
+    """
+    return pcgrad(grads, [[] if j is None else [j] for j in partners])
 
 
-def most_similar(grads: Sequence[Tensor]) -> list[int]:
-    """Return for each of T >= 2 tasks the other one of largest cosine (Rhapsody, eq. 7); the first of equals."""
-    return [max(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+def most_similar(grads: Sequence[Tensor]) -> list[int | None]:
+    """Return for each task its partner of largest cosine (Rhapsody, eq. 7); the first of equals, None of none."""
+    return [max(partners(grads, i), key=lambda j: cosine(grads[i], grads[j]), default=None) for i in range(len(grads))]
 
 
-def most_different(grads: Sequence[Tensor]) -> list[int]:
-    """Return for each of T >= 2 tasks the other one of smallest cosine (Rhapsody, eq. 8); the first of equals."""
-    return [min(_others(grads, i), key=lambda j: cosine(grads[i], grads[j])) for i in range(len(grads))]
+def most_different(grads: Sequence[Tensor]) -> list[int | None]:
+    """Return for each task its partner of smallest cosine (Rhapsody, eq. 8); the first of equals, None of none."""
+    return [min(partners(grads, i), key=lambda j: cosine(grads[i], grads[j]), default=None) for i in range(len(grads))]
+
+
+def partners(grads: Sequence[Tensor], i: int) -> list[int]:
+    """Return the tasks that may be partners of task i: all others, except those whose gradient is zero."""
+    return [j for j, g in enumerate(grads) if j != i and _length(g) != 0]
 
 
 def pcgrad_average(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return the mean over T - 1 partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
+    """Return the mean over all partners of the projections, each from the original gradient (Rhapsody, eq. 6)."""
     modified = []
     for i, g in enumerate(grads):
-        projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in _others(grads, i)]
+        projected = [pcgrad([g, grads[j]], [[1], []])[0] for j in partners(grads, i)]
         modified.append(torch.stack(projected).mean(0) if projected else g.double())
     return modified
 
 
 def pcgrad_of(partner: str, grads: Sequence[Tensor], order: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Run PCGrad with any partner. ``order`` is as for :func:`pcgrad`; "random" takes the first other task in it."""
+    """Run PCGrad with any partner. ``order`` is as for :func:`pcgrad`; "random" takes the first partner in it."""
     if partner == "average":
         return pcgrad_average(grads)
-    if partner == "all" or len(grads) == 1:
+    if partner == "all":
         return pcgrad(grads, order)
     if partner == "random":
-        return pcgrad_onto(grads, [next(j for j in row if j != i) for i, row in enumerate(order)])
+        first = [next((j for j in row if j in partners(grads, i)), None) for i, row in enumerate(order)]
+        return pcgrad_onto(grads, first)
     return pcgrad_onto(grads, {"most_similar": most_similar, "most_different": most_different}[partner](grads))
 
 
@@ -326,10 +335,6 @@ class Memory:
             self.rows[i] = g.double()
         modified = method(self.rows)
         return torch.stack([modified[i] for i in present]).sum(0)
-
-
-def _others(grads: Sequence[Tensor], i: int) -> list[int]:
-    return [j for j in range(len(grads)) if j != i]
 
 
 def _length(g: Tensor) -> float:

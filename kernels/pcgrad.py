@@ -7,7 +7,8 @@ recomputed, in float64. Comparisons with NaN are false: a row with NaN is left a
 
 With order keys a task visits all partners in their order or, at random, the first. Without keys it follows cosines. It
 visits the first or, for the average, all: the result is the mean of the projections, each from the original gradient
-(Rhapsody on a Theme of Gradient Surgery, section 3.3). The partner is a number at run time, so that builds are two.
+(Rhapsody on a Theme of Gradient Surgery, section 3.3). A task whose gradient is zero is nobody's partner. The kind of
+partner is a number at run time, so that builds are two.
 """
 
 from typing import Any
@@ -38,18 +39,21 @@ def projected(p_M, p_order_keys, partner, i_task, T, TASKS: tl.constexpr):
     i_partner = tl.arange(0, TASKS)
     o_row = tl.cast(i_task, tl.int64) * T
 
-    m_left = (i_partner < T) & (i_partner != i_task)
+    m_partner = i_partner < T
+    squares = tl.load(p_M + i_partner.to(tl.int64) * (T + 1), mask=m_partner, other=0.0).to(tl.float64)
+    m_left = m_partner & (i_partner != i_task) & (squares != 0)
     c = tl.where(i_partner == i_task, 1.0, 0.0).to(tl.float64)
-    d = tl.load(p_M + o_row + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
+    d = tl.load(p_M + o_row + i_partner, mask=m_partner, other=0.0).to(tl.float64)
     if p_order_keys is not None:
         order_keys = tl.load(p_order_keys + o_row + i_partner, mask=m_left, other=0.0)
     else:
-        order_keys = cosine_keys(p_M, d, i_partner, i_task, T, tl.where(partner == MOST_SIMILAR, -1.0, 1.0))
-    n_visits = tl.where((partner == ALL) | (partner == AVERAGE), T - 1, tl.minimum(T - 1, 1))
+        order_keys = cosine_keys(squares, d, i_partner, i_task, tl.where(partner == MOST_SIMILAR, -1.0, 1.0))
+    n_partners = tl.sum(m_left.to(tl.int32), 0)
+    n_visits = tl.where((partner == ALL) | (partner == AVERAGE), n_partners, tl.minimum(n_partners, 1))
     for _ in range(n_visits):
         j = next_partner(order_keys, m_left, i_partner, TASKS)
         m_left = m_left & (i_partner != j)
-        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=i_partner < T, other=0.0).to(tl.float64)
+        M_j = tl.load(p_M + j.to(tl.int64) * T + i_partner, mask=m_partner, other=0.0).to(tl.float64)
         M_jj = pick(M_j, i_partner, j)
         s = pick(d, i_partner, j)
         if (s < 0) & (M_jj > 0):

@@ -24,13 +24,12 @@ def next_partner(order_keys, m_left, i_partner, TASKS: tl.constexpr):
 
 
 @triton.jit
-def cosine_keys(p_M, M_i, i_partner, i_task, T, sign):
+def cosine_keys(squares, M_i, i_partner, i_task, sign):
     """Keys by which the partner of least ``sign`` times its cosine comes first, as ``gradkern/ops/cosines.py`` has it.
 
-    ``M_i`` is the task's row of M (T, T), in float64. NaN comes last.
+    ``squares`` is the diagonal of M (T, T) and ``M_i`` the task's row of it, in float64. NaN comes last.
     """
-    o_square = i_partner.to(tl.int64) * (T + 1)
-    roots = tl.sqrt(tl.load(p_M + o_square, mask=i_partner < T, other=1.0).to(tl.float64))
+    roots = tl.sqrt(squares)
     root = pick(roots, i_partner, i_task)
     # phi_ij = M_ij / sqrt(M_ii) / sqrt(M_jj), 0 where either is zero
     phi = tl.where(root != 0, tl.where(roots != 0, clamp(M_i / root / roots, 1.0), 0.0), 0.0)

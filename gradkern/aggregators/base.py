@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gradkern.arguments import instance, tensor
 from gradkern.ops import combine, gramian
 from gradkern.ops.arguments import ProjectionArguments
+from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
 
 
@@ -52,8 +54,8 @@ class Aggregator(nn.Module, ABC):
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {generator!r}")
+        if generator is not None:
+            instance("generator", generator, torch.Generator, "a torch.Generator or None")
         self.generator = generator
 
     @abstractmethod
@@ -105,9 +107,13 @@ class Aggregator(nn.Module, ABC):
             TypeError, ValueError: an argument is not as described above, or does not fit the method's arguments.
                 Nothing has been written then, and the method's state is as before.
         """
-        M = gramian(J.detach(), offsets)
+        X = readable(J, offsets)
         check_out(out, J)
-        return combine(J, self.weights(M), offsets, out=out)
+        return self._aggregate(X, offsets, out)
+
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return the result of :meth:`forward`; its arguments are checked, and J's columns are of unit stride."""
+        return combine(J, self.weights(gramian(J.detach(), offsets)), offsets, out=out)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""
@@ -124,7 +130,7 @@ class Aggregator(nn.Module, ABC):
             return
         if self.generator is None:
             raise ValueError(f"generator is None in {self!r}, but the state to load holds a generator's state")
-        self.generator.set_state(state.cpu())
+        self.generator.set_state(tensor("the generator's state", state, (torch.uint8,)).cpu())
 
 
 class PerDevice:
@@ -150,10 +156,7 @@ def has_numbers(M: Tensor) -> bool:
 
 
 def check_gramian(M: Tensor) -> None:
-    """Raise unless ``M`` is (..., T, T) with T >= 1, float32 or float64."""
-    if not isinstance(M, Tensor):
-        raise TypeError(f"M must be a tensor, got {type(M).__name__}")
-    if M.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"M must be float32 or float64, as gradkern.gramian returns it; got {M.dtype}")
+    """Raise unless ``M`` is dense, (..., T, T) with T >= 1, float32 or float64, as Gramians are."""
+    tensor("M", M, (torch.float32, torch.float64))
     if M.ndim < 2 or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
         raise ValueError(f"M must have shape (..., T, T) with T >= 1, got {tuple(M.shape)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution, has_numbers
 from gradkern.aggregators.projection import Order, Projection
+from gradkern.arguments import number
 from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.capture import capturing, first_use, keep
@@ -45,9 +46,7 @@ class GradVac(Projection):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(order, reduction, generator)
-        if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 <= beta <= 1:  # NaN fails this too
-            raise ValueError(f"beta must be a number from 0 to 1, got {beta!r}")
-        self.beta = float(beta)
+        self.beta = number("beta", beta, least=0, most=1)
         self.register_buffer("targets", None)
 
     def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:

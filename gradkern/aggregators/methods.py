@@ -113,9 +113,9 @@ MGDA_PAPER = Paper("Sener & Koltun", 2018, "Multi-Task Learning as Multi-Objecti
 GRADATTENTION = Paper(None, None, "GradAttention: Attention-Based Gradient Surgery")
 
 
-def _pcgrad(name: str, partner: str, paper: Paper, zero_row: Literal["ignored"] | None, **more: Any) -> Method:
+def _pcgrad(name: str, partner: str, paper: Paper, **more: Any) -> Method:
     """Return the row of PCGrad with one kind of partner."""
-    laws = Laws(no_conflict="sum", zero_row=zero_row)
+    laws = Laws(no_conflict="sum", zero_row="ignored")
     return Method(name, PCGrad, "pcgrad_update", paper, laws, {"partner": partner}, **more)
 
 
@@ -139,11 +139,11 @@ METHODS: dict[str, Method] = {
             arguments={"weights": (1.0, 2.32, 1.61)},
             tasks=3,
         ),
-        _pcgrad("pcgrad", "all", PCGRAD, "ignored", draws="order"),
-        _pcgrad("pcgrad-random", "random", PARTNERS, None, draws="order"),
-        _pcgrad("pcgrad-average", "average", PARTNERS, None),
-        _pcgrad("pcgrad-similar", "most_similar", PARTNERS, None),
-        _pcgrad("pcgrad-different", "most_different", PARTNERS, "ignored"),
+        _pcgrad("pcgrad", "all", PCGRAD, draws="order"),
+        _pcgrad("pcgrad-random", "random", PARTNERS, draws="order"),
+        _pcgrad("pcgrad-average", "average", PARTNERS),
+        _pcgrad("pcgrad-similar", "most_similar", PARTNERS),
+        _pcgrad("pcgrad-different", "most_different", PARTNERS),
         Method(
             "gradvac",
             GradVac,

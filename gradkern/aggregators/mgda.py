@@ -12,7 +12,9 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, Solution, check_gramian
 from gradkern.aggregators.solvers.min_norm import min_norm
+from gradkern.arguments import choice, tensor
 from gradkern.ops.cosines import cosines
+from gradkern.ops.dtypes import DTYPES
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
@@ -31,9 +33,7 @@ class MGDA(Aggregator):
 
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
-        if normalize is not None and (not isinstance(normalize, str) or normalize not in NORMALIZATIONS):
-            raise ValueError(f"normalize must be None, 'l2', 'loss' or 'loss+', got {normalize!r}")
-        self.normalize = normalize
+        self.normalize = choice("normalize", normalize, NORMALIZATIONS)
 
     @property
     def needs_losses(self) -> bool:  # type: ignore[override]  # it depends on the instance
@@ -45,11 +45,12 @@ class MGDA(Aggregator):
 
         Args:
             M: (..., T, T), Gramians.
-            losses: (..., T), for "loss" and "loss+", on M's device. They must be greater than 0: any other one gives
-                weights that are not a number.
+            losses: (..., T), for "loss" and "loss+", floating, on M's device. They must be greater than 0: any other
+                one gives weights that are not a number.
 
         Raises:
-            ValueError: ``losses`` is missing, or its last dimension is not T.
+            TypeError: ``losses`` is not a floating tensor.
+            ValueError: it is missing, is on another device, or its last dimension is not T.
         """
         return self._hull_weights(M, None, losses)
 
@@ -69,12 +70,13 @@ class MGDA(Aggregator):
     def _checked(self, losses: Tensor | None, M: Tensor) -> Tensor:
         if losses is None:
             raise ValueError(f"losses must be given with normalize={self.normalize!r}, got None")
-        if not isinstance(losses, Tensor):
-            raise TypeError(f"losses must be a tensor, got {type(losses).__name__}")
+        tensor("losses", losses, DTYPES)
         if losses.shape[-1:] != M.shape[-1:]:
             raise ValueError(
                 f"losses must have shape (..., {M.shape[-1]}) for M {tuple(M.shape)}, got {tuple(losses.shape)}"
             )
+        if losses.device != M.device:
+            raise ValueError(f"losses must be on M's device, {M.device}; got {losses.device}")
         return losses
 
     def __repr__(self) -> str:

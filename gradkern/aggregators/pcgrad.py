@@ -3,7 +3,9 @@
 Task i starts from c = e_i and visits the other tasks j in a random order of its own. s = (c M)_j is the dot product
 of its already modified gradient with the original g_j; if s < 0, c_j -= s / M_jj removes the conflict.
 
-The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner only, or take the mean over partners.
+The variants (Rhapsody on a Theme of Gradient Surgery, §3.3) visit one partner only, or take the mean over partners. A
+task whose gradient is zero, because it is absent for one, is nobody's partner: its cosine, 0 by convention, would be
+larger than that of every conflict, and hide it.
 """
 
 import torch
@@ -11,11 +13,10 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Program, Solution
 from gradkern.aggregators.projection import Order, Projection
+from gradkern.arguments import choice, shown
 from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.autograd import recording
-from gradkern.ops.matrix import check_matrix
-from gradkern.ops.out import check_out
 from gradkern.ops.partners import ORDERED, PARTNERS
 
 _pcgrad_matrix = operators.pcgrad_matrix.overload
@@ -29,11 +30,13 @@ class PCGrad(Projection):
         partner: the tasks whose gradients a task's own gradient is projected onto where they conflict. "all": all other
             tasks, one after another, as in the paper. "random": one other task. "most_similar" or "most_different":
             the task with the largest or the smallest cosine, the first of equals. "average": all other tasks, and the
-            result is the mean of the projections, each of the original gradient.
+            result is the mean of the projections, each of the original gradient. A task that is absent or whose
+            gradient is zero is nobody's partner.
         order: None for a fresh random order for each segment and task, as in the paper. Otherwise integers: (T,), the
             order in which every task visits its partners, or (T, T), where row i is the order of task i. Each row is
             a permutation of 0 … T-1, in which a task skips its own index. With ``partner="random"`` the first task
-            of the order is the partner; the other three kinds of partner use no order and take none.
+            of the order whose gradient is not zero is the partner; the other three kinds of partner use no order and
+            take none.
         reduction: "sum" of the T modified gradients, as in the paper, or their "mean".
         generator: a generator on the Gramian's device that draws the random orders; None for the device's default one.
     """
@@ -45,20 +48,16 @@ class PCGrad(Projection):
         reduction: str = "sum",
         generator: torch.Generator | None = None,
     ) -> None:
-        if not isinstance(partner, str) or partner not in PARTNERS:
-            raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
+        choice("partner", partner, PARTNERS)
         if order is not None and partner not in ORDERED:
-            raise ValueError(f"order must be None with partner={partner!r}, which depends on no order; got {order!r}")
+            raise ValueError(f"order must be None with partner={partner!r}, which uses none; got {shown(order)}")
         super().__init__(order, reduction, generator)
         self.partner = partner
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J of a matrix of task gradients; see :meth:`Aggregator.forward`."""
-        check_matrix(J, offsets)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
         # One operator does all, unless the steps in between matter: to a subclass's weights, a derivative or segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
-            return super().forward(J, offsets, out=out)
-        check_out(out, J)
+            return super()._aggregate(J, offsets, out)
         keys, partner = self._arguments(1, J.shape[0], J.device)
         if out is None:
             return _pcgrad_matrix(J, keys, partner, self.reduction == "mean")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, PerDevice, Solution, check_gramian
+from gradkern.arguments import choice, entries, integer, sequence, shown
 
 Order = Sequence[int] | Sequence[Sequence[int]] | Tensor
 
@@ -24,9 +25,7 @@ class Projection(Aggregator):
 
     def __init__(self, order: Order | None, reduction: str, generator: torch.Generator | None) -> None:
         super().__init__(generator)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction must be 'sum' or 'mean', got {reduction!r}")
-        self.reduction = reduction
+        self.reduction = choice("reduction", reduction, ("sum", "mean"))
         self.order = None if order is None else _checked(order)
         # The key of task i for partner j is the position of j in the order of i.
         self._keys = None if self.order is None else PerDevice(self.order.argsort(-1).tolist())
@@ -81,17 +80,17 @@ class Projection(Aggregator):
 
 
 def _checked(order: Order) -> Tensor:
-    try:
-        given = torch.as_tensor(order, device="cpu").clone()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"order must be integers, (T,) or (T, T); got {order!r}") from error
-    if given.numel() == 0:
-        raise ValueError(f"order must have shape (T,) or (T, T) with T >= 1, got {order!r}")
-    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
-        raise TypeError(f"order must hold integers, got {given.dtype}")
-    T = given.shape[-1] if given.ndim else 0
-    if given.shape not in (torch.Size((T,)), torch.Size((T, T))):
-        raise ValueError(f"order must have shape (T,) or (T, T), got {tuple(given.shape)}")
-    if not torch.equal(given.long().sort(-1).values, torch.arange(T, device="cpu").expand(given.shape)):
-        raise ValueError(f"order must be a permutation of 0 … {T - 1} in every row, got {given.tolist()}")
-    return given.long()
+    """Return ``order`` as a tensor, (T,) or (T, T), if it holds permutations of 0 … T-1."""
+    given = entries("order", order, "integers, (T,) or (T, T)")
+    per_task = any(isinstance(row, Sequence) for row in given)
+    rows = [
+        [integer(f"order[{i}]", entry) for entry in sequence(f"order[{i}]", row, "a row of integers")]
+        for i, row in enumerate(given if per_task else [given])
+    ]
+    lengths = {len(row) for row in rows}
+    if lengths == {0} or (per_task and lengths != {len(rows)}):
+        raise ValueError(f"order must have shape (T,) or (T, T) with T >= 1, got {shown(order)}")
+    in_order = list(range(len(rows[0])))
+    if any(sorted(row) != in_order for row in rows):
+        raise ValueError(f"order must be a permutation of 0 … {in_order[-1]} in every row, got {shown(order)}")
+    return torch.tensor(rows if per_task else rows[0], device="cpu")

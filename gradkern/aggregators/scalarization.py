@@ -1,14 +1,13 @@
 """Unitary scalarization: fixed weights, so one backward pass of Σ w_i L_i and no surgery (Kurin et al. 2022)."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, PerDevice, check_gramian
+from gradkern.arguments import numbers
 from gradkern.ops import combine
-from gradkern.ops.matrix import check_matrix
 
 
 class Scalarization(Aggregator):
@@ -37,10 +36,9 @@ class Scalarization(Aggregator):
         check_gramian(M)
         return self.weights_like(M.shape[-1], M.dtype, M.device).expand(M.shape[:-1]).clone()
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J; see :meth:`Aggregator.forward`. It needs no Gramian."""
-        check_matrix(J, offsets)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
         w = self.weights_like(J.shape[0], torch.float64, J.device)
+        # It needs no Gramian.
         return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets, out=out)
 
 
@@ -53,7 +51,7 @@ class Constant(Scalarization):
 
     def __init__(self, weights: Sequence[float] | Tensor) -> None:
         super().__init__()
-        self._weights = _checked(weights)
+        self._weights = numbers("weights", weights)
 
     def task_weights(self, n_tasks: int) -> list[float]:
         """Return the given weights."""
@@ -93,13 +91,3 @@ class Mean(Scalarization):
 
     def __repr__(self) -> str:
         return "Mean()"
-
-
-def _checked(weights: Sequence[float] | Tensor) -> list[float]:
-    try:
-        values = [float(v) for v in weights]
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"weights must be finite numbers, one per task; got {weights!r}") from error
-    if not values or not all(math.isfinite(v) for v in values):
-        raise ValueError(f"weights must be finite numbers, one per task; got {weights!r}")
-    return values

@@ -27,6 +27,8 @@ Results equal TorchJD's up to rounding, with these exceptions:
 - A step that is not finite does not change ``GradVac``'s targets. TorchJD's are NaN from then on, and correct nothing.
 - ``GradVac``'s targets are float64, on the device of the Gramian, and are kept if the dtype changes. Checkpoints load
   into fresh instances. They are exchangeable with TorchJD's, which load into instances that have made a step.
+- A matrix of integers, of complex numbers or that is sparse is an error, whose message names the conversion:
+  ``J.float()``, ``torch.view_as_real(J).flatten(1)`` or ``J.to_dense()``.
 - A matrix of no rows is an error, and so is capture in a CUDA graph, which would repeat orders drawn on the host.
 
 Gramian and combination take some 20 to 50 µs more, in one call, than two products of small matrices. The methods with
@@ -69,7 +71,7 @@ class GramianWeightedAggregator(theirs.GramianWeightedAggregator):
 
     @staticmethod
     def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
-        return combine(_readable(matrix), weights)
+        return combine(matrix, weights)
 
 
 class PCGradWeighting(theirs.PCGradWeighting):
@@ -171,13 +173,8 @@ class UPGrad(theirs.UPGrad, GramianWeightedAggregator):
     """TorchJD's UPGrad, with Gramian and combination on gradkern."""
 
 
-def _readable(matrix: Tensor) -> Tensor:
-    """Return ``matrix`` with columns of unit stride."""
-    return matrix if matrix.shape[1] < 2 or matrix.stride(1) == 1 else matrix.contiguous()
-
-
 def _gramian(matrix: Tensor) -> PSDMatrix:
-    return cast(PSDMatrix, gramian(_readable(matrix)))
+    return cast(PSDMatrix, gramian(matrix))
 
 
 def _computable(gramian: Tensor) -> Tensor:

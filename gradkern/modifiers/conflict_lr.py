@@ -10,6 +10,7 @@ This equals the optimizer's step with learning rate lr κ, including decoupled w
 import torch
 from torch import Tensor
 
+from gradkern.arguments import choice
 from gradkern.ops.cosines import cosines
 
 MODES = ("attenuate", "amplify")
@@ -29,12 +30,8 @@ class ConflictLR:
     """
 
     def __init__(self, mode: str = "attenuate", reduce: str = "mean") -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be 'attenuate' or 'amplify', got {mode!r}")
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"reduce must be 'mean' or 'min', got {reduce!r}")
-        self.mode = mode
-        self.reduce = reduce
+        self.mode = choice("mode", mode, MODES)
+        self.reduce = choice("reduce", reduce, REDUCTIONS)
 
     def scale(self, M: Tensor) -> Tensor:
         """Return κ of the whole model's Gramian.

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.arguments import choice, integer, mapping, number
+
 SCOPES = ("update", "all")
+LARGEST_SEED = 2**64 - 1
 
 
 class MaskState(NamedTuple):
@@ -52,19 +55,11 @@ class Suppression:
     """
 
     def __init__(self, p: float, block: int = 1, scope: str = "update", seed: int | None = None) -> None:
-        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:  # NaN fails this too
-            raise ValueError(f"p must be a number from 0 to below 1, got {p!r}")
-        if isinstance(block, bool) or not isinstance(block, int) or not 1 <= block <= 2**30:
-            raise ValueError(f"block must be an integer from 1 to 2**30, got {block!r}")
-        if scope not in SCOPES:
-            raise ValueError(f"scope must be 'update' or 'all', got {scope!r}")
-        if seed is None:
-            seed = int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
-        self.p = float(p)
-        self.block = block
-        self.scope = scope
-        self.seed = _checked("seed", seed, 2**64)
-        self._state = self._fresh(seed, 0)
+        self.p = number("p", p, least=0, below=1)
+        self.block = integer("block", block, 1, 2**30)
+        self.scope = choice("scope", scope, SCOPES)
+        self.seed = _drawn() if seed is None else integer("seed", seed, 0, LARGEST_SEED)
+        self._state = self._fresh(self.seed, 0)
 
     def mask(self, device: torch.device) -> MaskState:
         """Return the mask of the current step, on ``device``."""
@@ -87,11 +82,10 @@ class Suppression:
         """Continue from the position of a :meth:`state_dict`.
 
         Raises:
-            ValueError: ``state_dict`` has another form. Nothing has changed then.
+            TypeError, ValueError: ``state_dict`` has another form. Nothing has changed then.
         """
-        if not isinstance(state_dict, dict) or set(state_dict) != {"seed", "step"}:
-            raise ValueError(f"state_dict must hold 'seed' and 'step', got {state_dict!r}")
-        seed, step = _checked("seed", state_dict["seed"], 2**64), _checked("step", state_dict["step"], 2**63)
+        mapping("state_dict", state_dict, ("seed", "step"))
+        seed, step = integer("seed", state_dict["seed"], 0, LARGEST_SEED), integer("step", state_dict["step"], 0)
         self.seed = seed
         self._state.copy_(self._fresh(seed, step))  # in place: a captured CUDA graph reads it there
 
@@ -103,7 +97,6 @@ class Suppression:
         return f"Suppression(p={self.p}, block={self.block}, scope={self.scope!r}, seed={self.seed})"
 
 
-def _checked(name: str, value: object, end: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < end:
-        raise ValueError(f"{name} must be an integer from 0 to 2**{end.bit_length() - 1} - 1, got {value!r}")
-    return value
+def _drawn() -> int:
+    """Return a seed from torch's default generator."""
+    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gradkern.arguments import tensor
 from gradkern.ops import autograd, operators
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.ops.offsets import check_offsets
@@ -15,7 +16,8 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Compute the Gramian M = J Jᵀ: every dot product of two task gradients.
 
     Args:
-        J: (T, P), one row per task; float32, float64, bfloat16 or float16; unit column stride, any row stride.
+        J: (T, P), one row per task; float32, float64, bfloat16 or float16. It is read in place if its columns are
+            neighbours in memory, whatever lies between its rows, and otherwise copied first.
         offsets: None, or (S + 1,) int64 on the CPU, ascending from 0 to P: segment s is the columns
             ``offsets[s]:offsets[s + 1]``, and has a Gramian of its own.
 
@@ -32,8 +34,7 @@ def gramian(J: Tensor, offsets: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is not as described above.
     """
-    check_matrix(J, offsets)
-    return autograd.gramian(J, offsets)
+    return autograd.gramian(readable(J, offsets), offsets)
 
 
 def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
@@ -57,13 +58,13 @@ def combine(J: Tensor, w: Tensor, offsets: Tensor | None = None, *, out: Tensor 
         TypeError, ValueError: an argument is not as described above; or ``out`` is given, but requires grad, or
             autograd records the combination, or ``torch.func`` transforms it. Nothing has been written then.
     """
-    check_matrix(J, offsets)
+    X = readable(J, offsets)
     _check_weights("w", w, J, offsets, (J.shape[0],))
     w = w.to(arithmetic_dtype(J.dtype))
     if out is None:
-        return autograd.combine(J, w, offsets)
+        return autograd.combine(X, w, offsets)
     check_out(out, J, w)
-    _combine_out(J, w, offsets, out)
+    _combine_out(X, w, offsets, out)
     return out
 
 
@@ -82,30 +83,32 @@ def project(J: Tensor, W: Tensor, offsets: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: an argument is not as described above.
     """
-    check_matrix(J, offsets)
+    X = readable(J, offsets)
     _check_weights("W", W, J, offsets, (W.shape[-2] or 1 if isinstance(W, Tensor) and W.ndim > 1 else 1, J.shape[0]))
-    return autograd.project(J, W.to(arithmetic_dtype(J.dtype)), offsets)
+    return autograd.project(X, W.to(arithmetic_dtype(J.dtype)), offsets)
 
 
-def check_matrix(J: Tensor, offsets: Tensor | None) -> None:
-    """Raise unless ``J`` and ``offsets`` are as :func:`gramian` requires."""
-    if not isinstance(J, Tensor):
-        raise TypeError(f"J must be a tensor, got {type(J).__name__}")
+def readable(J: Tensor, offsets: Tensor | None) -> Tensor:
+    """Return ``J`` with columns of unit stride: itself, or a copy that autograd records.
+
+    Raises:
+        TypeError, ValueError: ``J`` or ``offsets`` is not as :func:`gramian` requires.
+    """
+    tensor("J", J)
     if J.dtype not in DTYPES:
-        raise TypeError(f"J must be float32, float64, bfloat16 or float16, got {J.dtype}")
+        remedy = "torch.view_as_real(J).flatten(1)" if J.is_complex() else "J.float()"
+        raise TypeError(f"J must be float32, float64, bfloat16 or float16, got {J.dtype}: pass {remedy}")
     if J.ndim != 2 or J.shape[0] == 0:
         raise ValueError(f"J must have shape (T, P) with T >= 1, got {tuple(J.shape)}")
-    if J.shape[1] > 1 and J.stride(1) != 1:
-        raise ValueError(f"J must have unit column stride, got strides {J.stride()}: pass J.contiguous()")
     if offsets is not None:
         check_offsets(offsets)
+    return J if J.shape[1] <= 1 or J.stride(1) == 1 else J.contiguous()
 
 
 def _check_weights(name: str, w: Tensor, J: Tensor, offsets: Tensor | None, shape: tuple[int, ...]) -> None:
-    if not isinstance(w, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(w).__name__}")
+    tensor(name, w)
     if not w.dtype.is_floating_point:
-        raise TypeError(f"{name} must be floating, got {w.dtype}")
+        raise TypeError(f"{name} must be floating, got {w.dtype}: pass {name}.float()")
     if w.device != J.device:
         raise ValueError(f"{name} must be on J's device, {J.device}; got {w.device}")
     if offsets is not None:

@@ -5,18 +5,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from gradkern.arguments import tensor
+
 
 def check_offsets(offsets: Tensor) -> None:
     """Check everything but the values.
 
     Raises:
-        TypeError: ``offsets`` is not an int64 tensor.
+        TypeError: ``offsets`` is not a dense int64 tensor.
         ValueError: it is not on the CPU, or not of shape (S + 1,) with S >= 1.
     """
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"offsets must be an int64 tensor, got {type(offsets).__name__}")
-    if offsets.dtype != torch.int64:
-        raise TypeError(f"offsets must be int64, got {offsets.dtype}")
+    tensor("offsets", offsets, (torch.int64,))
     if offsets.device.type != "cpu":
         raise ValueError(f"offsets must be on the CPU, got a tensor on {offsets.device}")
     if offsets.ndim != 1 or offsets.shape[0] < 2:

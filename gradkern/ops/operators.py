@@ -97,7 +97,7 @@ def pcgrad(M: Tensor, order_keys: Tensor | None, partner: str) -> Tensor:
     ``partner``, one of ``partners.PARTNERS``, selects the tasks that a task visits: "all", or only the first, "random".
     The others take no keys, because they follow from M: the task with the largest or the smallest cosine,
     "most_similar" or "most_different", the first of equals; or the "average" of all, each projecting the original
-    gradient.
+    gradient. A task whose gradient is zero is nobody's partner: it is not chosen, and is not in the average.
     """
     return torch.empty_like(M, memory_format=torch.contiguous_format)
 

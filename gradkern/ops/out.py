@@ -5,6 +5,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from gradkern.arguments import tensor
 from gradkern.ops.autograd import recording
 
 
@@ -17,15 +18,14 @@ def check_out(out: Tensor | None, J: Tensor, *weights: Tensor) -> None:
         weights: the weights, already checked, if they are the caller's.
 
     Raises:
-        TypeError: ``out`` is not a tensor of J's dtype.
+        TypeError: ``out`` is not a dense tensor of J's dtype.
         ValueError: it is on another device, of another shape than (P,) or of another stride than 1, requires grad, is
             an inference tensor outside of inference mode, or shares memory with J or the weights; or autograd records
             the combination, or ``torch.func`` transforms it.
     """
     if out is None:
         return
-    if not isinstance(out, Tensor):
-        raise TypeError(f"out must be a tensor, got {type(out).__name__}")
+    tensor("out", out)
     if out.dtype != J.dtype:
         raise TypeError(f"out must be {J.dtype} as J is, got {out.dtype}")
     if out.device != J.device:

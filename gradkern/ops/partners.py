@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from gradkern.arguments import choice
+
 PARTNERS = ("all", "random", "average", "most_similar", "most_different")
 ORDERED = ("all", "random")
 """The kinds of partner that depend on an order. The Gramian determines the others."""
@@ -10,7 +12,7 @@ ORDERED = ("all", "random")
 def check_partner(order_keys: Tensor | None, partner: str) -> None:
     """Raise unless ``partner`` is known, and ``order_keys`` are given exactly if it depends on an order."""
     if partner not in PARTNERS:
-        raise ValueError(f"partner must be one of {', '.join(map(repr, PARTNERS))}; got {partner!r}")
+        choice("partner", partner, PARTNERS)  # raises
     if (order_keys is not None) != (partner in ORDERED):
         wanted = "given" if partner in ORDERED else "None"
         raise ValueError(

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
+from gradkern.arguments import integer, sequence
 
 
 def checked_lengths(loaders: object) -> list[int]:
     """Check ``loaders`` and return the number of batches of each."""
-    if not isinstance(loaders, Sequence) or isinstance(loaders, str | bytes):
-        raise TypeError(f"loaders must be a sequence of data loaders, one per task; got {type(loaders).__name__}")
+    loaders = sequence("loaders", loaders, "a sequence of data loaders, one per task")
     if not loaders:
         raise ValueError(f"loaders is empty: {loaders!r}")
     first: dict[int, int] = {}
@@ -43,20 +42,10 @@ def dataset_sizes(loaders: Sequence[Iterable[Any]]) -> list[int]:
 
 def checked_sizes(sizes: object, n_tasks: int) -> list[int]:
     """Check ``sizes`` and return them as a list of integers, one per task, each at least 1."""
-    if not isinstance(sizes, Sequence) or isinstance(sizes, str | bytes):
-        raise TypeError(f"sizes must be a sequence of integers, one per task; got {sizes!r}")
+    sizes = sequence("sizes", sizes, "a sequence of integers, one per task")
     if len(sizes) != n_tasks:
         raise ValueError(f"sizes has {len(sizes)} entries for {n_tasks} loaders: {sizes!r}")
     return [integer(f"sizes[{i}]", size, 1) for i, size in enumerate(sizes)]
-
-
-def integer(name: str, value: object, least: int) -> int:
-    """Return ``value`` if it is an integer of at least ``least``; raise otherwise."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not least <= value < 2**63:
-        raise ValueError(f"{name} must be at least {least} and below 2**63, got {value}")
-    return int(value)
 
 
 def _length(thing: object) -> int | None:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.sampling.arguments import checked_lengths, checked_sizes, dataset_sizes, integer
+from gradkern.arguments import integer
+from gradkern.sampling.arguments import checked_lengths, checked_sizes, dataset_sizes
 from gradkern.sampling.stream import Stream, derived_seed, set_states, states
 
 SCHEMES = ("joint", "round_robin", "random", "proportional", "annealed")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.arguments import instance
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
@@ -26,12 +27,11 @@ class Options:
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""
-        if not isinstance(self.aggregator, Aggregator):
-            raise TypeError(f"aggregator must be a gradkern.Aggregator, got {self.aggregator!r}")
-        if self.suppression is not None and not isinstance(self.suppression, Suppression):
-            raise TypeError(f"suppression must be a gradkern.Suppression or None, got {self.suppression!r}")
-        if self.conflict_lr is not None and not isinstance(self.conflict_lr, ConflictLR):
-            raise TypeError(f"conflict_lr must be a gradkern.ConflictLR or None, got {self.conflict_lr!r}")
+        instance("aggregator", self.aggregator, Aggregator, "a gradkern.Aggregator")  # type: ignore[type-abstract]
+        if self.suppression is not None:
+            instance("suppression", self.suppression, Suppression, "a gradkern.Suppression or None")
+        if self.conflict_lr is not None:
+            instance("conflict_lr", self.conflict_lr, ConflictLR, "a gradkern.ConflictLR or None")
 
     @property
     def is_weighted_backward(self) -> bool:

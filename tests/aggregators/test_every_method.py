@@ -1,7 +1,8 @@
 """Every row of METHODS: it computes what its twin does, obeys its laws, keeps its state, and trains."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.projection import Projection
 from tests.models import problem
+from tests.ops.test_out import assert_equal_states
 from tests.problems import conflicting
 from tests.tolerances import assert_near
 
@@ -55,6 +58,48 @@ def test_as_its_twin(method: Method, T: int) -> None:
     made = method.make(order)
     for J, expected in zip(steps, method.expected([list(J) for J in steps], order), strict=False):
         assert_near(made(J), expected, len(J) * J.abs().sum(0), NEAR)
+
+
+@each_method
+def test_a_matrix_may_lie_in_memory_as_it_likes(method: Method) -> None:
+    J = rows(method)
+    for X in (J.T.contiguous().T, J.repeat_interleave(2, 1)[:, ::2]):
+        assert X.stride(1) != 1
+        torch.manual_seed(0)
+        expected = method.make()(J)
+        torch.manual_seed(0)
+        assert torch.equal(method.make()(X), expected)
+
+
+NO_MATRICES: list[Callable[[Tensor], Any]] = [
+    lambda J: None,
+    lambda J: 3,
+    lambda J: "J",
+    lambda J: J.tolist(),
+    lambda J: J.numpy(),
+    lambda J: J.int(),
+    lambda J: J.bool(),
+    lambda J: J.cfloat(),
+    lambda J: J.to_sparse(),
+    lambda J: J.to_sparse_csr(),
+    lambda J: torch.nested.nested_tensor(list(J)),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR|The PyTorch API of nested:UserWarning")
+@pytest.mark.parametrize("kind", range(len(NO_MATRICES)))
+@each_method
+def test_what_is_no_matrix_is_named(method: Method, kind: int) -> None:
+    J, made = rows(method), method.make()
+    before = copy.deepcopy(made.state_dict())
+    with pytest.raises(TypeError, match=r"J must be .*, got "):
+        made(NO_MATRICES[kind](J))
+    with pytest.raises(TypeError, match=r"M must be .*, got "):
+        made.weights(NO_MATRICES[kind](J @ J.mT), *[J] * (method.draws == "entries"))
+    if isinstance(made, Projection):
+        with pytest.raises(TypeError, match=r"M must be .*, got "):
+            made.coefficients(NO_MATRICES[kind](J @ J.mT))
+    assert_equal_states(made.state_dict(), before)
 
 
 @each_method

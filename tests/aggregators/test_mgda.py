@@ -248,5 +248,7 @@ def test_losses_that_cannot_divide_give_no_number_and_missing_ones_are_named() -
 
 @pytest.mark.parametrize("normalize", ["L2", 2, True])
 def test_an_unknown_normalization_is_named(normalize: object) -> None:
-    with pytest.raises(ValueError, match=f"normalize must be None, 'l2', 'loss' or 'loss\\+', got {normalize!r}"):
+    with pytest.raises(
+        (TypeError, ValueError), match=f"normalize must be None, 'l2', 'loss' or 'loss\\+', got {normalize!r}"
+    ):
         gk.MGDA(normalize)  # type: ignore[arg-type]

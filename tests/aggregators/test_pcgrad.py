@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.ops.partners import PARTNERS
+from gradkern.ops.partners import ORDERED, PARTNERS
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
 SOME_T = [1, 2, 3, 5, 8, 16, 40]
@@ -166,6 +166,11 @@ def test_generator_state_is_saved_and_restored() -> None:
     assert torch.equal(fresh.weights(M), expected)
     with pytest.raises(ValueError, match="generator is None"):
         gk.PCGrad().load_state_dict(saved)
+    before = fresh.state_dict()["_extra_state"]
+    for bad in (3, "state", torch.ones(3)):
+        with pytest.raises(TypeError, match="the generator's state must be "):
+            fresh.load_state_dict({"_extra_state": bad})
+    assert torch.equal(fresh.state_dict()["_extra_state"], before)
 
 
 def test_non_finite_gramians_give_no_error_and_finite_ones_beside_them_are_untouched(device: torch.device) -> None:
@@ -241,6 +246,27 @@ def test_a_zero_gradient_is_harmless(rows: np.ndarray, position: int) -> None:
     assert_near(result, gk.PCGrad(order=list(range(T)))(J), 1 + J.norm() * T, 1e-9)
 
 
+@pytest.mark.parametrize("partner", PARTNERS)
+@pytest.mark.parametrize("zeros", [1, 40])
+def test_zero_gradients_are_nobodys_partners(zeros: int, partner: str, device: torch.device) -> None:
+    """Two tasks in conflict give [.5, 1.5], with any number of gradients of zero before, between and after them."""
+    J = torch.zeros(2 + 3 * zeros, 2, device=device)
+    J[zeros], J[1 + 2 * zeros] = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])
+    assert gk.PCGrad(partner)(J).tolist() == [0.5, 1.5]
+    w = gk.PCGrad(partner).weights((J @ J.mT).expand(2, -1, -1))
+    assert w[:, [zeros, 1 + 2 * zeros]].tolist() == [[2.0, 1.5]] * 2
+    assert w.sum(-1).tolist() == [3.5 + 3 * zeros] * 2  # a gradient of zero keeps its weight of 1
+
+
+@pytest.mark.parametrize("partner", ORDERED)
+def test_gradients_of_zero_change_no_order(partner: str) -> None:
+    J = conflicting(5)
+    J[3] = 0
+    order = [3, 1, 4, 0, 2]
+    without = gk.PCGrad(partner, order=[1, 3, 0, 2])(J[[0, 1, 2, 4]])
+    assert_near(gk.PCGrad(partner, order=order)(J), without, J.norm(), 1e-13)
+
+
 def test_the_order_is_the_methods_own() -> None:
     order = torch.tensor([1, 0])
     method = gk.PCGrad(order=order)
@@ -288,18 +314,29 @@ def test_repr_is_exact() -> None:
     [
         ({"reduction": "max"}, ValueError, "reduction must be 'sum' or 'mean', got 'max'"),
         ({"order": [0, 2]}, ValueError, "order must be a permutation of 0 … 1 in every row, got \\[0, 2\\]"),
-        ({"order": [0.0, 1.0]}, TypeError, "order must hold integers, got torch.float32"),
-        ({"order": [[0, 1, 2], [0, 1, 2]]}, ValueError, "order must have shape .*got \\(2, 3\\)"),
-        ({"order": 3}, ValueError, "order must have shape"),
-        ({"order": []}, ValueError, "order must have shape"),
-        ({"order": [0, None]}, TypeError, r"order must be integers.*got \[0, None\]"),
-        ({"order": [[0, 1], [1]]}, TypeError, "order must be integers"),
-        ({"partner": "none"}, ValueError, "partner must be one of 'all', 'random'.*got 'none'"),
-        ({"partner": [0, 1]}, ValueError, r"partner must be one of .*got \[0, 1\]"),
+        ({"order": [0.0, 1.0]}, TypeError, r"order\[0\] must be an integer, got 0.0"),
+        ({"order": [True, 0]}, TypeError, r"order\[0\] must be an integer, got True"),
+        ({"order": [[0, 1, 2], [0, 1, 2]]}, ValueError, r"order must have shape .*got \[\[0, 1, 2\], \[0, 1, 2\]\]"),
+        ({"order": [[[0, 1]]]}, TypeError, r"order\[0\] must be an integer, got \[0, 1\]"),
+        ({"order": [[0, 1], 1]}, TypeError, r"order\[1\] must be a row of integers, got 1"),
+        ({"order": 3}, TypeError, r"order must be integers, \(T,\) or \(T, T\), got 3"),
+        ({"order": b"01"}, TypeError, r"order must be integers, \(T,\) or \(T, T\), got b'01'"),
+        ({"order": "01"}, TypeError, r"order must be integers, \(T,\) or \(T, T\), got '01'"),
+        ({"order": {0, 1}}, TypeError, r"order must be integers, \(T,\) or \(T, T\), got \{0, 1\}"),
+        ({"order": torch.arange(2).to_sparse()}, TypeError, r"order must be integers, .*, got tensor\(indices"),
+        ({"order": []}, ValueError, r"order must have shape .*, got \[\]"),
+        ({"order": [[]]}, ValueError, r"order must have shape .*, got \[\[\]\]"),
+        ({"order": [0, None]}, TypeError, r"order\[0\] must be an integer, got None"),
+        ({"order": [[0, 1], [1]]}, ValueError, "order must have shape"),
+        ({"order": [0, 10**400]}, ValueError, r"order\[0\] must be an integer from .*, got 1000"),
+        ({"partner": "none"}, ValueError, "partner must be 'all', 'random'.* or 'most_different', got 'none'"),
+        ({"partner": [0, 1]}, TypeError, r"partner must be 'all', 'random'.*, got \[0, 1\]"),
+        ({"partner": np.array(["all", "random"])}, TypeError, r"partner must be 'all'.*, got array\(\['all'"),
+        ({"reduction": np.array(["sum", "mean"])}, TypeError, r"reduction must be 'sum' or 'mean', got array"),
         (
             {"partner": "average", "order": [0, 1]},
             ValueError,
-            r"order must be None with partner='average'.*got \[0, 1\]",
+            r"order must be None with partner='average', which uses none; got \[0, 1\]",
         ),
         ({"generator": 3}, TypeError, "generator must be a torch.Generator or None, got 3"),
     ],
@@ -318,14 +355,14 @@ def test_what_is_out_of_range_names_itself(partner: object, reduction: object) -
         gk.PCGrad(partner, reduction=reduction)
     else:
         name = "partner" if partner not in PARTNERS else "reduction"
-        with pytest.raises(ValueError, match=f"{name} must be .*got "):
+        with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got "):
             gk.PCGrad(partner, reduction=reduction)
 
 
 @pytest.mark.parametrize(
     ("M", "error", "message"),
     [
-        ([[1.0]], TypeError, "M must be a tensor, got list"),
+        ([[1.0]], TypeError, r"M must be a tensor, got \[\[1.0\]\]"),
         (torch.ones(2, 2, dtype=torch.int64), TypeError, "M must be float32 or float64.*int64"),
         (torch.ones(2, 3), ValueError, "M must have shape .*got \\(2, 3\\)"),
         (torch.ones(3), ValueError, "M must have shape .*got \\(3,\\)"),

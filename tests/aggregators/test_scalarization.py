@@ -1,5 +1,9 @@
 """Sum, Mean and Constant: torch's own backward of the weighted sum, bit for bit."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -95,7 +99,34 @@ def test_weights_of_the_wrong_length() -> None:
         gk.Sum([1, 2])(torch.ones(3, 5))
 
 
-@pytest.mark.parametrize("weights", [[], [float("nan")], ["a"], [float("inf"), 1.0]])
-def test_weights_that_are_no_weights(weights: list[object]) -> None:
-    with pytest.raises(ValueError, match="weights must be finite numbers"):
-        gk.Constant(weights)
+NO_WEIGHTS = {
+    "none": ([], ValueError, r"weights must hold a number at least, got \[\]"),
+    "NaN": ([float("nan")], ValueError, r"weights\[0\] must be a number that is finite, got nan"),
+    "infinity": ([1.0, float("inf")], ValueError, r"weights\[1\] must be a number that is finite, got inf"),
+    "too large": ([10**400], ValueError, r"weights\[0\] must be a number that is finite, got 1000"),
+    "letters": (["a"], TypeError, r"weights\[0\] must be a number, got 'a'"),
+    "a string": ("12", TypeError, "weights must be a sequence of numbers, got '12'"),
+    "bytes": (b"12", TypeError, "weights must be a sequence of numbers, got b'12'"),
+    "bools": ([True, False], TypeError, r"weights\[0\] must be a number, got True"),
+    "a bool tensor": (torch.tensor([True]), TypeError, r"weights\[0\] must be a number, got True"),
+    "a set": ({1.0, 2.0}, TypeError, "weights must be a sequence of numbers, got {1.0, 2.0}"),
+    "a number": (3, TypeError, "weights must be a sequence of numbers, got 3"),
+    "a matrix": (torch.eye(2), TypeError, r"weights\[0\] must be a number, got \[1.0, 0.0\]"),
+    "complex": ([1j], TypeError, r"weights\[0\] must be a number, got 1j"),
+}
+
+
+@pytest.mark.parametrize(("weights", "error", "message"), NO_WEIGHTS.values(), ids=NO_WEIGHTS)
+@pytest.mark.parametrize("method", [gk.Constant, gk.Sum])
+def test_weights_that_are_no_weights(
+    method: Callable[[object], gk.Aggregator], weights: object, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        method(weights)
+
+
+@pytest.mark.parametrize(
+    "weights", [(1, 2.5), np.array([1, 2.5]), torch.tensor([1, 2.5]), [torch.tensor(1.0), np.float64(2.5)]]
+)
+def test_weights_of_any_kind_are_the_numbers_given(weights: Any) -> None:
+    assert gk.Constant(weights)(torch.eye(2)).tolist() == [1.0, 2.5]

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -312,6 +313,14 @@ def test_mistakes_raise_what_theirs_raise(attempt: Callable[[Any], object]) -> N
     assert its.type is not AttributeError  # a name that neither has is not the user's mistake
     with pytest.raises(its.type):
         attempt(ours)
+
+
+@pytest.mark.parametrize("name", ["PCGrad", "GradVac", "IMTLG"])
+def test_a_matrix_of_another_kind_is_an_error_that_names_the_conversion(name: str) -> None:
+    J = conflicting(3, 12)
+    for given, convert in ((J.int(), "J.float()"), (J.cfloat(), "view_as_real"), (J.to_sparse(), "J.to_dense()")):
+        with pytest.raises(TypeError, match=rf"J must be .*: pass .*{re.escape(convert)}"):
+            getattr(ours, name)()(given)
 
 
 def test_no_task_is_an_error() -> None:

@@ -92,14 +92,39 @@ def test_of_partners_of_equal_cosine_the_first(pcgrad: Callable[..., Tensor]) ->
 @back_ends
 @pytest.mark.parametrize("partner", FOLLOWING)
 def test_partners_that_are_no_numbers_or_zero(partner: str, pcgrad: Callable[..., Tensor]) -> None:
-    """A cosine that is NaN comes last, and one with a zero row is 0; no task is projected onto either row."""
+    """A cosine that is NaN comes last, and a zero row is no partner; no task is projected onto either row."""
     nan = torch.nan
     M = torch.tensor([[4.0, nan, -2.0, 0.0], [nan, nan, nan, nan], [-2.0, nan, 1.0, 0.0], [0.0, nan, 0.0, 0.0]])
     C = pcgrad(M[None].to(DEVICE), None, partner)[0].cpu()
-    # Task 3, a zero row, is more similar to 0 than 2 is, and nothing comes of it.
-    a, b = {"average": (2 / 3, 0.5 / 3), "most_similar": (0.0, 0.0), "most_different": (2.0, 0.5)}[partner]
+    # Task 3, a zero row, has a larger cosine with 0 than 2 has.
+    a, b = {"average": (2 / 2, 0.5 / 2), "most_similar": (2.0, 0.5), "most_different": (2.0, 0.5)}[partner]
     expected = torch.tensor([[1.0, 0.0, a, 0.0], [0.0, 1.0, 0.0, 0.0], [b, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
     assert_near(C, expected, 1.0, TOLERANCES[F32])  # to one rounding of M's dtype
+
+
+@back_ends
+@pytest.mark.parametrize("partner", PARTNERS)
+@pytest.mark.parametrize("T", [2, 3, 9, 40])
+def test_a_zero_row_is_nobodys_partner(T: int, partner: str, pcgrad: Callable[..., Tensor]) -> None:
+    """The others get the coefficients, bit for bit, that they get without it."""
+    J, M = gramians(2, T)
+    order_keys = torch.rand(2, T, T)
+    without = list(range(1, T))
+    alone = pcgrad(
+        M[:, without][..., without].contiguous().to(DEVICE),
+        order_keys[:, without][..., without].contiguous().to(DEVICE) if partner in ORDERED else None,
+        partner,
+    ).cpu()
+    M[:, 0], M[..., 0] = 0, 0
+    order_keys[..., 0] = 0  # first of all in every order
+    C = pcgrad(M.to(DEVICE), order_keys.to(DEVICE) if partner in ORDERED else None, partner).cpu()
+    assert torch.equal(C[:, 1:, 1:], alone)
+    assert torch.equal(C[:, 0], torch.eye(T, dtype=M.dtype)[0].expand(2, T))
+    assert not C[:, 1:, 0].any()
+    J[:, 0] = 0
+    for s in range(2):
+        expected = torch.stack(reference.pcgrad_of(partner, list(J[s]), order_keys[s].argsort(-1).tolist()))
+        assert_near(C[s] @ J[s], expected, T * J[s].norm(dim=-1).max(), 100 * TOLERANCES[F64])
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
@@ -121,7 +146,7 @@ def test_both_back_ends_choose_the_same_partners(partner: str, dtype: torch.dtyp
 @pytest.mark.parametrize(
     ("order_keys", "partner", "message"),
     [
-        (None, "nobody", "partner must be one of 'all', 'random', .*got 'nobody'"),
+        (None, "nobody", "partner must be 'all', 'random', .*got 'nobody'"),
         (None, "random", "order_keys must be given with partner='random', got None"),
         (torch.zeros(1, 2, 2), "average", "order_keys must be None with partner='average', got some"),
     ],

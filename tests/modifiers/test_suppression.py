@@ -371,7 +371,7 @@ def test_what_is_out_of_range_names_itself(p: object, block: object, scope: obje
         if fine:
             assert getattr(gk.Suppression(**arguments), name) == given[name] or given[name] is None
         else:
-            with pytest.raises(ValueError, match=f"{name} must be .*got "):
+            with pytest.raises((TypeError, ValueError), match=f"{name} must be .*got "):
                 gk.Suppression(**arguments)
 
 
@@ -381,13 +381,13 @@ def test_what_is_out_of_range_names_itself(p: object, block: object, scope: obje
         (None, "state_dict must hold 'seed' and 'step', got None"),
         ({"seed": 1}, "state_dict must hold 'seed' and 'step'"),
         ({"seed": 2**64, "step": 0}, "seed must be an integer from 0 to .*got 18446744073709551616"),
-        ({"seed": 5, "step": "x"}, "step must be an integer from 0 to .*got 'x'"),
+        ({"seed": 5, "step": "x"}, "step must be an integer, got 'x'"),
         ({"seed": 5, "step": -1}, "step must be an integer from 0 to .*got -1"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(state: object, message: str) -> None:
     suppression = gk.Suppression(0.5, seed=1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         suppression.load_state_dict(state)
     assert suppression.state_dict() == {"seed": 1, "step": 0}
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -84,7 +85,7 @@ def test_project_is_the_matrix_product(dtype: torch.dtype, offsets: list[int] | 
 
 
 def test_the_operators_themselves_take_any_column_stride(device: torch.device) -> None:
-    """The functions refuse it; a derivative or a caller of torch.ops may still hand such a matrix over."""
+    """The functions copy it first; a derivative or a caller of torch.ops may still hand such a matrix over."""
     J = torch.randn(9000, 8, device=device).T
     expected = reference.gramian(J.cpu())
     norms = expected.diagonal().sqrt()
@@ -93,6 +94,45 @@ def test_the_operators_themselves_take_any_column_stride(device: torch.device) -
     size = reference.combine(J.cpu().abs(), w.abs().tolist())
     combined = torch.ops.gradkern.combine(J, w)
     assert_near(combined.cpu(), reference.combine(J.cpu(), w.tolist()), size, TOLERANCES[torch.float32])
+
+
+STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns after columns": lambda J: J.T.contiguous().T,
+    "every other column": lambda J: J.repeat_interleave(2, 1)[:, ::2],
+    "one column, repeated": lambda J: J[:, :1].expand(-1, J.shape[1]),
+}
+
+
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("offsets", [None, [0, 40, 90]])
+def test_a_matrix_of_any_strides_is_as_its_copy(strides: str, offsets: list[int] | None, device: torch.device) -> None:
+    X = STRIDES[strides](torch.randn(3, 90, device=device))
+    assert X.stride(1) != 1
+    copy, of = X.contiguous(), as_tensor(offsets)
+    w = torch.randn(3, device=device) if of is None else torch.randn(2, 3, device=device)
+    W = torch.randn(2, 3, device=device) if of is None else torch.randn(2, 2, 3, device=device)
+    assert torch.equal(gk.gramian(X, of), gk.gramian(copy, of))
+    assert torch.equal(gk.combine(X, w, of), gk.combine(copy, w, of))
+    assert torch.equal(gk.project(X, W, of), gk.project(copy, W, of))
+    out = torch.empty(90, device=device)
+    assert gk.combine(X, w, of, out=out) is out
+    assert torch.equal(out, gk.combine(copy, w, of))
+
+
+def test_a_matrix_of_any_strides_has_a_derivative() -> None:
+    given = torch.randn(9, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda X: gk.gramian(X.T), given)
+    assert torch.autograd.gradcheck(lambda X: gk.combine(X.T, w), given)
+
+
+def test_out_may_not_lie_in_a_matrix_that_is_copied() -> None:
+    memory = torch.ones(5, 3)
+    with pytest.raises(ValueError, match="out must share no memory with J"):
+        gk.combine(memory.T, torch.ones(3), out=memory.view(15)[4:9])
+    with pytest.raises(ValueError, match="out must share no memory with J"):
+        gk.PCGrad()(memory.T, out=memory.view(15)[4:9])
+    assert torch.equal(memory, torch.ones(5, 3))
 
 
 def test_a_row_of_weight_zero_is_not_read(device: torch.device) -> None:

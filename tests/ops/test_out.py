@@ -180,7 +180,7 @@ def test_memory_beside_the_rows_is_no_part_of_them(place: str) -> None:
 
 Out = Callable[[Tensor], Any]
 REFUSED: dict[str, tuple[Out, type[Exception], str]] = {
-    "no tensor": (lambda J: np.zeros(60, np.float32), TypeError, "out must be a tensor, got ndarray"),
+    "no tensor": (lambda J: np.zeros(60, np.float32), TypeError, "out must be a tensor, got array"),
     "dtype": (lambda J: torch.zeros(60).double(), TypeError, "out must be torch.float32 as J is, got torch.float64"),
     "device": (lambda J: torch.zeros(60, device="meta"), ValueError, "out must be on J's device, cpu; got meta"),
     "length": (

@@ -432,8 +432,8 @@ def test_loaders_that_give_less_than_their_length() -> None:
 ONE = loaders()[0]
 
 BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: TaskSampler(ONE), TypeError, "loaders must be a sequence of data loaders.*got DataLoader"),
-    (lambda: TaskSampler("ab"), TypeError, "loaders must be a sequence.*got str"),
+    (lambda: TaskSampler(ONE), TypeError, "loaders must be a sequence of data loaders.*got <.*DataLoader"),
+    (lambda: TaskSampler("ab"), TypeError, "loaders must be a sequence.*got '"),
     (lambda: TaskSampler([]), ValueError, "loaders is empty"),
     (lambda: TaskSampler([ONE, 3]), TypeError, r"loaders\[1\] must be a data loader.*got int"),
     (lambda: TaskSampler([ONE, iter([3])]), TypeError, r"loaders\[1\] .*again and again, got list_iterator"),
@@ -448,17 +448,17 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: TaskSampler([ONE], "anneal"), ValueError, "scheme must be one of 'joint'.*got 'anneal'"),
     (lambda: TaskSampler([ONE], ["joint"]), ValueError, r"scheme must be .*got \['joint'\]"),
     (lambda: TaskSampler([ONE], "annealed"), ValueError, "epochs must be given for scheme='annealed', got None"),
-    (lambda: TaskSampler([ONE], "annealed", epochs=0), ValueError, "epochs must be at least 1 and .*got 0"),
+    (lambda: TaskSampler([ONE], "annealed", epochs=0), ValueError, "epochs must be an integer from 1 to .*got 0"),
     (lambda: TaskSampler([ONE], epochs=2.0), TypeError, "epochs must be an integer, got 2.0"),
-    (lambda: TaskSampler([ONE], steps=0), ValueError, "steps must be at least 1 and .*got 0"),
+    (lambda: TaskSampler([ONE], steps=0), ValueError, "steps must be an integer from 1 to .*got 0"),
     (lambda: TaskSampler([ONE], steps=True), TypeError, "steps must be an integer, got True"),
-    (lambda: TaskSampler([ONE], seed=-1), ValueError, "seed must be at least 0 and .*got -1"),
+    (lambda: TaskSampler([ONE], seed=-1), ValueError, "seed must be an integer from 0 to .*got -1"),
     (lambda: TaskSampler([ONE], seed=None), TypeError, "seed must be an integer, got None"),
     (lambda: TaskSampler([ONE], sizes=3), TypeError, "sizes must be a sequence of integers.*got 3"),
     (lambda: TaskSampler([ONE], sizes=[]), ValueError, r"sizes has 0 entries for 1 loaders: \[\]"),
     (lambda: TaskSampler([ONE], sizes=[1, 2]), ValueError, r"sizes has 2 entries for 1 loaders: \[1, 2\]"),
-    (lambda: TaskSampler([ONE], sizes=[0]), ValueError, r"sizes\[0\] must be at least 1 and .*got 0"),
-    (lambda: TaskSampler([ONE], sizes=[2**63]), ValueError, r"sizes\[0\] must be .*below 2\*\*63, got 92233"),
+    (lambda: TaskSampler([ONE], sizes=[0]), ValueError, r"sizes\[0\] must be an integer from 1 to .*got 0"),
+    (lambda: TaskSampler([ONE], sizes=[2**63]), ValueError, r"sizes\[0\] must be .* to 2\*\*63 - 1, got 92233"),
     (lambda: TaskSampler([ONE], sizes=[0.5]), TypeError, r"sizes\[0\] must be an integer, got 0.5"),
     (lambda: TaskSampler([ONE, [0]], "proportional"), ValueError, r"sizes is None, and loaders\[1\] .*give sizes"),
 ]
@@ -560,7 +560,7 @@ def test_a_replay_that_fails_leaves_the_loaders_generators() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"epoch": -5}, ValueError, "epoch must be at least 0"),
+        ({"epoch": -5}, ValueError, "epoch must be an integer from 0"),
         ({"step": 10**9}, ValueError, "step must be at most"),
         ({"step": 1.5}, TypeError, "step must be an integer, got 1.5"),
         ({"passes": [1]}, ValueError, "passes must be a list with one entry per task"),

@@ -1,11 +1,14 @@
 """gk.backward: which parameter gets what, against PCGrad on the explicit vectors of torch's own gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern import reference
+from gradkern.ops.partners import PARTNERS
 from tests.models import flat, problem, task_gradients
 from tests.tolerances import TOLERANCES, assert_near
 
@@ -118,6 +121,17 @@ def test_an_absent_task_is_a_zero_row(device: torch.device) -> None:
     assert info.gramian[1].abs().max() == 0
     assert not info.conflicts[1].any()
     assert all(p.grad is None for p in model.heads[1].parameters())
+
+
+@pytest.mark.parametrize("absent", [lambda p: None, lambda p: (0 * p).sum()], ids=["absent", "zero"])
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_an_absent_or_zero_task_is_nobodys_partner(
+    partner: str, absent: Callable[[Tensor], Tensor | None], device: torch.device
+) -> None:
+    p = nn.Parameter(torch.zeros(2, device=device))
+    a, b = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], device=device)
+    gk.backward([absent(p), a @ p, b @ p], [p], aggregator=gk.PCGrad(partner))
+    assert p.grad.tolist() == [0.5, 1.5]  # that of the two tasks alone
 
 
 def test_shared_names_the_parameters_under_surgery() -> None:

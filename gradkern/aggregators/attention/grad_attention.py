@@ -11,7 +11,6 @@ all weight to one task. The exact optimum is softmax(r / τ).
 """
 
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,12 +21,11 @@ from torch import Tensor
 from gradkern.aggregators.attention.encoder import Encoder
 from gradkern.aggregators.attention.strata import strata
 from gradkern.aggregators.base import Aggregator, check_gramian
+from gradkern.arguments import choice, instance, integer, mapping, number, tensor
 from gradkern.ops import combine, gramian
 from gradkern.ops.cosines import cosines
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.ops.matrix import check_matrix
 from gradkern.ops.offsets import column_bounds
-from gradkern.ops.out import check_out
 
 
 class GradAttention(Aggregator):
@@ -61,15 +59,13 @@ class GradAttention(Aggregator):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(generator)
-        if update not in ("all", "subset"):
-            raise ValueError(f"update must be 'all' or 'subset', got {update!r}")
-        self.subset = _count("subset", subset)
-        self.width = _count("width", width)
-        self.n_layers = _count("layers", layers)
-        self.update = update
-        self.entropy = _positive("entropy", entropy)
-        self.lr = _positive("lr", lr)
-        self.encoder = Encoder(subset, width, layers)
+        self.subset = integer("subset", subset, 1)
+        self.width = integer("width", width, 1)
+        self.n_layers = integer("layers", layers, 1)
+        self.update = choice("update", update, ("all", "subset"))
+        self.entropy = number("entropy", entropy, above=0)
+        self.lr = number("lr", lr, above=0)
+        self.encoder = Encoder(self.subset, self.width, self.n_layers)
         self._adam: torch.optim.Adam | None = None  # created once the number of tasks is known
 
     def positions(self, sizes: tuple[int, ...], device: torch.device) -> Tensor:
@@ -115,10 +111,8 @@ class GradAttention(Aggregator):
         alpha = self._learn(M.reshape(problems, *M.shape[-2:]), X.reshape(problems, *X.shape[-2:]))
         return alpha.to(M.dtype).view(M.shape[:-1])
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update wᵀ J; see :meth:`Aggregator.forward`. Each segment has its own entries."""
-        check_matrix(J, offsets)
-        check_out(out, J)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+        # Each segment has its own entries.
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)
         groups = strata(sizes, self.subset)
@@ -171,10 +165,7 @@ class GradAttention(Aggregator):
             self._adam.load_state_dict({"state": copy.deepcopy(adam), "param_groups": groups})
 
     def _check_entries(self, M: Tensor, X: Tensor) -> None:
-        if not isinstance(X, Tensor):
-            raise TypeError(f"X must be a tensor, got {type(X).__name__}")
-        if X.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"X must be float32 or float64, got {X.dtype}")
+        tensor("X", X, (torch.float32, torch.float64))
         if X.device != M.device:
             raise ValueError(f"X must be on M's device, {M.device}; got {X.device}")
         if X.shape[:-1] != M.shape[:-1] or X.shape[-1] > self.subset:
@@ -190,10 +181,10 @@ class GradAttention(Aggregator):
 
     def set_extra_state(self, state: Any) -> None:
         """Load a :meth:`get_extra_state`. It creates an embedding of the right size, into which torch loads later."""
-        if not isinstance(state, dict) or set(state) != {"generator", "tasks", "adam"}:
-            raise ValueError(f"the state to load must hold 'generator', 'tasks' and 'adam', got {state!r}")
+        mapping("the state to load", state, ("generator", "tasks", "adam"))
+        tasks, adam = state["tasks"], instance("the state of Adam", state["adam"], dict, "a dict")
         super().set_extra_state(state["generator"])
-        self._begin(state["tasks"], state["adam"])
+        self._begin(None if tasks is None else integer("tasks", tasks, 1), adam)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Aggregator does; ``assign`` must be False, because the optimizer refers to the parameters."""
@@ -204,8 +195,8 @@ class GradAttention(Aggregator):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "GradAttention":
         """Move the network and the optimizer's state between devices; unlike other Modules, ignore dtypes."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor).device)
+        def moved(t: Tensor) -> Tensor:
+            return t.to(fn(t).device)
 
         super()._apply(moved, recurse)
         if self._adam is not None:
@@ -219,19 +210,3 @@ class GradAttention(Aggregator):
             f"GradAttention(subset={self.subset}, width={self.width}, layers={self.n_layers}, update={self.update!r}, "
             f"entropy={self.entropy}, lr={self.lr}{generator})"
         )
-
-
-def _count(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
-
-
-def _positive(name: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0.0 < value <= sys.float_info.max:
-        raise ValueError(f"{name} must be finite and greater than 0, got {value}")
-    return float(value)

@@ -62,12 +62,14 @@ def pcgrad_weights(M: Tensor, order_keys: Tensor | None, partner: str, mean: boo
 
 
 def _average(M: Tensor) -> Floats:
-    """Return the coefficients c_i = 1, and c_j = -M_ij / M_jj / (T - 1) for every j in conflict with i."""
+    """Return the coefficients c_i = 1, and c_j = -M_ij / M_jj / n for every j in conflict with i, one of n partners."""
     rows = _host(M)
     i = np.arange(M.shape[-1])
     squares = rows[:, None, i, i]
+    nonzero = squares != 0
+    partners = nonzero.sum(-1, keepdims=True) - nonzero.swapaxes(-1, -2)
     with np.errstate(all="ignore"):  # as in _many
-        C = np.where((rows < 0) & (squares > 0), -rows / squares, 0) / max(1, len(i) - 1)
+        C = np.where((rows < 0) & (squares > 0), -rows / squares, 0) / np.maximum(1, partners)
     C[:, i, i] = 1
     return C
 
@@ -80,7 +82,7 @@ def _many(M: Tensor, order_keys: Tensor, visits: int) -> Floats:
     task = np.arange(S * T)
     squares = rows[task, task % T]
     with np.errstate(all="ignore"):  # a gradient scaler deals with overflow
-        for partner, row in _partners(order_keys, M.shape, visits):
+        for partner, row in _partners(order_keys, squares.reshape(S, T), visits):
             s = D[task, partner]
             conflict = np.flatnonzero((s < 0) & (squares[row] > 0))
             j = row[conflict]
@@ -98,7 +100,10 @@ def _few(M: list[list[float]], order_keys: list[list[float]], visits: int) -> li
         c = [0.0] * T
         c[i] = 1.0
         terms: list[tuple[float, list[float]]] = []
-        for j in _others(order_keys[i], i)[:visits]:
+        partners = _others(order_keys[i], i)
+        if visits < len(partners):
+            partners = [j for j in partners if M[j][j] != 0][:visits]
+        for j in partners:
             s = M[i][j]
             for a, row in terms:
                 s += a * row[j]
@@ -128,7 +133,7 @@ def gradvac(M: Tensor, order_keys: Tensor, targets: Tensor, update_mask: Tensor,
     moves = np.tile(update_mask.cpu().numpy(), S)
     with np.errstate(all="ignore"):  # invalid entries divide by zero, and are not used
         norms = np.sqrt(rows[task, task % T])
-        for partner, row in _partners(order_keys, M.shape, T - 1):
+        for partner, row in _partners(order_keys, norms.reshape(S, T), T - 1):
             # A sum of squares counts as 0 if it is within the rounding error of its terms.
             square = np.einsum("ij,ij->i", C, D)
             n, n_j = np.sqrt(square), norms[row]
@@ -204,13 +209,22 @@ def _started(rows: Floats) -> tuple[Floats, Floats]:
     return np.tile(np.eye(T), (len(rows) // T, 1)), rows.copy()
 
 
-def _partners(order_keys: Tensor, shape: torch.Size, visits: int) -> Iterator[tuple[Indices, Indices]]:
+def _partners(order_keys: Tensor, lengths: Floats, visits: int) -> Iterator[tuple[Indices, Indices]]:
     """Yield for each visit the partners of all S x T tasks: their numbers in the segment, and those of their rows.
 
     Equal order keys are in order of task number, because the sort is stable.
+
+    Args:
+        order_keys: (S, T, T) or (1, T, T).
+        lengths: (S, T), the lengths of the gradients, or their squares.
+        visits: the number of visits. If some partners are not visited, those of length 0 are the first to be left out.
     """
-    S, T, _ = shape
+    S, T = lengths.shape
     order: NDArray[Any] = np.argsort(order_keys.detach().cpu().numpy(), axis=-1, kind="stable")
     others = order[order != np.arange(T)[:, None]].reshape(len(order), T, T - 1)
-    for visit in np.moveaxis(np.broadcast_to(others, (S, T, T - 1)), -1, 0)[:visits]:
+    others = np.broadcast_to(others, (S, T, T - 1))
+    if visits < T - 1:
+        zeros = lengths[np.arange(S)[:, None, None], others] == 0
+        others = np.take_along_axis(others, np.argsort(zeros, axis=-1, kind="stable"), -1)
+    for visit in np.moveaxis(others, -1, 0)[:visits]:
         yield visit.reshape(-1), (visit + T * np.arange(S)[:, None]).reshape(-1)

@@ -245,6 +245,16 @@ def test_pcgrad_of_one_partner_or_their_average(partner: str, T: int, dtype: tor
     check_pcgrad(Problem(T, dtype), partner)
 
 
+@pytest.mark.parametrize("partner", PARTNERS)
+def test_a_task_without_a_gradient_is_nobodys_partner(partner: str) -> None:
+    given = Problem(4, F32, missing=False)
+    for k in range(len(NUMELS)):
+        given.grads[2 * len(NUMELS) + k] = None
+    given.J[2] = 0
+    given.order_keys[..., 2] = 0  # first of all in every order
+    check_pcgrad(given, partner)
+
+
 @pytest.mark.parametrize("partner", ["most_similar", "most_different"])
 def test_of_partners_of_equal_cosine_the_first(partner: str) -> None:
     """Tasks 1, 2 and 3 are of one direction, at lengths of powers of two, so that nothing is rounded."""
