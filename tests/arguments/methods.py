@@ -15,13 +15,15 @@ J = torch.arange(30.0).view(3, 10).sin()
 
 
 def operators() -> Iterator[Call]:
-    offsets = {"J": values.matrices, "offsets": values.offsets}
-    w, out = torch.ones(3), partial(values.outs, torch.empty(10))
-    yield Call("gramian", lambda: Prepared(gk.gramian, {"J": J}), offsets)
-    weights = {"w": values.weights_of_matrix, "out": out}
-    yield Call("combine", lambda: Prepared(gk.combine, {"J": J, "w": w}), offsets | weights)
-    several = {"W": values.weights_of_matrix}
-    yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": torch.ones(2, 3)}), offsets | several)
+    J_only, offsets = {"J": values.matrices}, {"offsets": values.offsets}
+    weights: Wrong = {"w": values.weights_of_matrix, "out": partial(values.outs, torch.empty(10))}
+    several: Wrong = {"W": values.weights_of_matrix}
+    w, W, right = torch.ones(3), torch.ones(2, 3), {"offsets": torch.tensor([0, 4, 10])}
+    yield Call("gramian", lambda: Prepared(gk.gramian, {"J": J}), J_only | offsets)
+    yield Call("combine", lambda: Prepared(gk.combine, {"J": J, "w": w}), J_only | weights)
+    yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": W}), J_only | several)
+    yield Call("combine", lambda: Prepared(gk.combine, {"J": J, "w": w.expand(2, 3)} | right), offsets, "segments")
+    yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": W.expand(2, 2, 3)} | right), offsets, "segments")
 
 
 def constructors() -> Iterator[Call]:

@@ -129,19 +129,11 @@ def weights_of_matrix() -> Values:
 
 
 def offsets() -> Values:
-    """Return what are no offsets of segments of ten columns."""
+    """Return what are no offsets of two segments of ten columns."""
     right = torch.tensor([0, 4, 10])
-    wrong = [[0, 4], [1, 10], [0, 11], [0, 7, 5, 10], [], [0]]
-    return [
-        3,
-        "x",
-        [0, 10],
-        np.array([0, 10]),
-        right.int(),
-        right.double(),
-        right.view(1, 3),
-        *map(torch.tensor, wrong),
-    ]
+    wrong = [[0, 4, 9], [1, 4, 10], [0, 4, 11], [0, 11, 10], [-1, 4, 10]]
+    others = [3, "x", [0, 4, 10], np.array([0, 4, 10]), torch.tensor([0]), torch.tensor([])]
+    return [*others, right.int(), right.double(), right.view(1, 3), right.to("meta"), *map(torch.tensor, wrong)]
 
 
 def gramians() -> Values:
@@ -261,19 +253,7 @@ def modules_or_tensors() -> Values:
 
 def groupings() -> Values:
     """Return what divides no parameters into groups."""
-    return [
-        None,
-        3,
-        True,
-        "models",
-        "",
-        b"model",
-        ["model"],
-        {},
-        nn.Linear(2, 2).weight,
-        lambda name: [name],
-        lambda: 0,
-    ]
+    return [None, 3, True, "models", "", b"model", ["model"], {}, nn.Linear(2, 2).weight, lambda name: [name]]
 
 
 def shortened(value: Any) -> str:
