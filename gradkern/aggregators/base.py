@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from gradkern.arguments import instance, tensor
+from gradkern.arguments import instance, shown, tensor
 from gradkern.ops import combine, gramian
 from gradkern.ops.arguments import ProjectionArguments
 from gradkern.ops.matrix import readable
@@ -120,6 +120,8 @@ class Aggregator(nn.Module, ABC):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""
+        if not isinstance(state_dict, Mapping) or not all(isinstance(key, str) for key in state_dict):
+            raise TypeError(f"state_dict must be a dictionary of named entries, got {shown(state_dict)}")
         nn.Module.load_state_dict(copy.deepcopy(self), state_dict, strict, assign)
         return super().load_state_dict(state_dict, strict, assign)
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.arguments import boolean, instance, number, shown, tensor
-from gradkern.compat.losses import listed
+from gradkern.arguments import boolean, instance, integer, number, shown, tensor
+from gradkern.compat.losses import listed, losses_named
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.losses import Loss, Losses, Pass
 from gradkern.gradients.parameters import parameters
@@ -40,15 +40,13 @@ class _Accumulating:
         scaler: torch.amp.GradScaler | None,
         cpu_offload: bool,
     ) -> None:
-        if isinstance(num_tasks, bool) or not isinstance(num_tasks, int) or num_tasks < 1:
-            raise ValueError(f"num_tasks must be a positive integer, got {num_tasks!r}")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         refuse_wrapper(optimizer)
         if scaler is not None:
             instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
         boolean("cpu_offload", cpu_offload)
-        self.num_tasks = num_tasks
+        self.num_tasks = integer("num_tasks", num_tasks, 1)
         self.cpu_offload = cpu_offload
         self._optimizer = optimizer
         self._method = method
@@ -82,6 +80,10 @@ class _Accumulating:
         losses = listed("mt_losses", mt_losses)
         if len(losses) != self.num_tasks:
             raise ValueError(f"mt_losses must have num_tasks={self.num_tasks} entries, got {len(losses)}")
+        with losses_named("mt_losses"):
+            self._add_up(losses)
+
+    def _add_up(self, losses: Sequence[Loss]) -> None:
         scaled = [self._scaled(loss) for loss in losses]
         if self.cpu_offload:
             self._add_hosts(switching=any(map(callable, losses)))
@@ -241,6 +243,7 @@ class GradVacAMP(_Accumulating):
         reduction: str = "sum",
         cpu_offload: bool = False,
     ) -> None:
+        _check_device(DEVICE)
         self._vaccine = aggregators.GradVac(beta=beta, reduction=reduction)
         super().__init__(num_tasks, optimizer, self._vaccine, scaler, cpu_offload)
 
@@ -274,6 +277,17 @@ class GradVacAMP(_Accumulating):
         with Undo(self._vaccine.snapshot()):
             self._vaccine.load_state_dict({"targets": targets, "_extra_state": None})
             super().load_state_dict(state_dict)
+
+
+def _check_device(device: object) -> None:
+    """Raise TypeError or ValueError unless ``device``, the argument ``DEVICE``, names a device or is None."""
+    wanted = f"DEVICE must be a torch.device, the name of one, or None, got {shown(device)}"
+    if not (device is None or isinstance(device, (str, int, torch.device))):
+        raise TypeError(wanted)
+    try:
+        torch.device(device or "cpu")
+    except RuntimeError as error:
+        raise ValueError(wanted) from error
 
 
 def _check_scaler_state(state: object, scaler: torch.amp.GradScaler) -> None:

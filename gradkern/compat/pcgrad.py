@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.compat.losses import listed
+from gradkern.compat.losses import listed, losses_named
 from gradkern.gradients.losses import Loss, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
@@ -86,7 +86,8 @@ class PCGrad(SurgeryOptimizer):
         with Undo(grads_of(params, changed=False), scale_of(self._pending)):
             for p in params:
                 p.grad = None
-            info = self.backward(losses, retain_graph=retain_graph)
+            with losses_named("objectives"):
+                info = self.backward(losses, retain_graph=retain_graph)
             if self.compat == "original":
                 for p in params:
                     if p.grad is None:

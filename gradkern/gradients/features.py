@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradkern.arguments import boolean
 from gradkern.gradients import aliasing, graph
 from gradkern.gradients.engine import differentiated, differentiated_together
 from gradkern.gradients.losses import Loss, Losses, Pass, unreached
@@ -58,10 +57,9 @@ class LossesOnFeatures(Losses):
         """Check the losses and the features.
 
         Raises:
-            TypeError, ValueError: as :meth:`Losses.open`, or ``features`` or ``batched`` is not as described above.
+            TypeError, ValueError: as :meth:`Losses.open`, or ``features`` is not as described above.
         """
         super().open(device)
-        boolean("batched", self.batched)
         self.features = [h for h in _checked(self.given_features) if h.requires_grad]
 
     def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:

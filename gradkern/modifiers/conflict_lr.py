@@ -10,6 +10,7 @@ This equals the optimizer's step with learning rate lr κ, including decoupled w
 import torch
 from torch import Tensor
 
+from gradkern.aggregators.base import check_gramian
 from gradkern.arguments import choice
 from gradkern.ops.cosines import cosines
 
@@ -42,7 +43,11 @@ class ConflictLR:
         Returns:
             (), of M's dtype and on its device; 1 if no two gradients are nonzero, or if a dot product is not
             finite.
+
+        Raises:
+            TypeError, ValueError: ``M`` is not a Gramian.
         """
+        check_gramian(M)
         nonzero = M.diagonal() != 0
         pairs = (nonzero.unsqueeze(-1) & nonzero).triu(1)
         phi = cosines(M.double())

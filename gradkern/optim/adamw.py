@@ -16,8 +16,8 @@ from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
-from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
-from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, refuse_unfused, state_entry
+from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, check_dtype, refuse_unfused, state_entry
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import Rows, mask_over
@@ -108,7 +108,10 @@ class AdamW(torch.optim.AdamW):
         Raises:
             TypeError, ValueError: ``param_group`` is not as said above. Nothing has changed then.
         """
-        checked_group(param_group)
+        added = checked_group(param_group)
+        for k, p in enumerate(added.tensors):
+            if p.requires_grad:
+                check_dtype(added.name(k), p)
         refuse_unfused(param_group)
         adamw_options(param_group)
         super().add_param_group(param_group)
@@ -304,12 +307,8 @@ def _check(c: Column, p: Tensor) -> None:
         raise TypeError(
             f"the gradient of {_named(p)} is sparse, which AdamW does not support: torch.optim.SparseAdam does"
         )
-    if p.is_complex():
-        raise TypeError(
-            f"{_named(p)} is {p.dtype}, which this AdamW does not step: torch.optim.AdamW does, and this one steps "
-            "torch.view_as_real of it as a parameter"
-        )
-    if p.dtype not in DTYPES or arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
+    check_dtype(_named(p), p)
+    if arithmetic_dtype(c.dtype) != arithmetic_dtype(p.dtype):
         raise TypeError(f"{_named(p)} is {p.dtype} and its gradient {c.dtype}, which AdamW cannot step together")
     if p.stride() != new_grad_stride(p):
         raise ValueError(

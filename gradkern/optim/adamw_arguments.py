@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import boolean, number, shown
-from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.optim.arguments import check_state
 
 Check = Callable[[object], Any]
@@ -59,6 +59,17 @@ def refuse_unfused(given: Mapping[str, Any]) -> None:
             raise TypeError(wanted)
         if value not in allowed:
             raise ValueError(f"{wanted}: use torch.optim.AdamW for steps that are not fused")
+
+
+def check_dtype(name: str, p: Tensor) -> None:
+    """Raise TypeError unless AdamW steps parameters of this dtype."""
+    if p.is_complex():
+        raise TypeError(
+            f"{name} is {p.dtype}, which this AdamW does not step: torch.optim.AdamW does, and this one steps "
+            "torch.view_as_real of it as a parameter"
+        )
+    if p.dtype not in DTYPES:
+        raise TypeError(f"{name} is {p.dtype}, which AdamW does not step")
 
 
 def check_adamw_state(state_dict: Mapping[str, Any]) -> None:

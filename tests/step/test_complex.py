@@ -249,12 +249,16 @@ def test_an_optimizer_of_torchs_steps_along_it() -> None:
 
 
 def test_our_adamw_names_the_remedy_and_changes_nothing() -> None:
+    """A frozen parameter is accepted, as torch's AdamW accepts it, and refused if it is trained later."""
+    message = r"complex128, which this AdamW does not step: torch\.optim\.AdamW does.*view_as"
     model = Spectral()
+    with pytest.raises(TypeError, match=message):
+        gk.optim.AdamW(model.parameters())
     before = copy.deepcopy(model.state_dict())
-    opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.parameters()), gk.PCGrad())
-    with pytest.raises(
-        TypeError, match=r"complex128, which this AdamW does not step: torch\.optim\.AdamW does.*view_as"
-    ):
+    trained = nn.Parameter(torch.ones(2))
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW([trained, *model.requires_grad_(False).parameters()]), gk.PCGrad())
+    model.requires_grad_(True)
+    with pytest.raises(TypeError, match=message):
         opt.update(model.losses())
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 

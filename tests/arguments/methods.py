@@ -1,0 +1,118 @@
+"""Calls of operators, methods and modifiers."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+import gradkern as gk
+from gradkern.aggregators.methods import METHODS
+from tests.arguments import values
+from tests.arguments.call import Call, Prepared, Wrong, copied
+
+J = torch.arange(30.0).view(3, 10).sin()
+
+
+def operators() -> Iterator[Call]:
+    J_only, offsets = {"J": values.matrices}, {"offsets": values.offsets}
+    weights: Wrong = {"w": values.weights_of_matrix, "out": partial(values.outs, torch.empty(10))}
+    several: Wrong = {"W": values.weights_of_matrix}
+    w, W, right = torch.ones(3), torch.ones(2, 3), {"offsets": torch.tensor([0, 4, 10])}
+    yield Call("gramian", lambda: Prepared(gk.gramian, {"J": J}), J_only | offsets)
+    yield Call("combine", lambda: Prepared(gk.combine, {"J": J, "w": w}), J_only | weights)
+    yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": W}), J_only | several)
+    yield Call("combine", lambda: Prepared(gk.combine, {"J": J, "w": w.expand(2, 3)} | right), offsets, "segments")
+    yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": W.expand(2, 2, 3)} | right), offsets, "segments")
+
+
+def constructors() -> Iterator[Call]:
+    order: Wrong = {"order": values.orders, "reduction": values.strings, "generator": values.generators}
+    attention: Wrong = {
+        "subset": values.integers,
+        "width": values.integers,
+        "layers": values.integers,
+        "update": values.strings,
+        "entropy": values.positive_numbers,
+        "lr": values.positive_numbers,
+        "generator": values.generators,
+    }
+    optional_weights = {"weights": lambda: values.task_weights()[1:]}
+    made: list[tuple[type, dict[str, Any], Wrong]] = [
+        (gk.PCGrad, {}, {"partner": values.strings} | order),
+        (gk.GradVac, {}, {"beta": values.shares} | order),
+        (gk.MGDA, {}, {"normalize": values.strings_or_none}),
+        (gk.Sum, {}, optional_weights),
+        (gk.Mean, {}, {}),
+        (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
+        (gk.GradAttention, {}, attention),
+        (gk.ConflictLR, {}, {"mode": values.strings, "reduce": values.strings}),
+        (
+            gk.Suppression,
+            {"p": 0.5},
+            {
+                "p": lambda: [*values.shares(), 1],
+                "block": values.integers,
+                "scope": values.strings,
+                "seed": partial(values.integers_or_none, 0),
+            },
+        ),
+    ]
+    for cls, right, wrong in made:
+        yield Call(cls.__name__, partial(Prepared, cls, right), wrong)
+
+
+def methods() -> Iterator[Call]:
+    M = J @ J.T
+    gramians: Wrong = {"M": values.gramians}
+    of_matrix = {"J": values.matrices, "offsets": values.offsets, "out": partial(values.outs, torch.empty(10))}
+    states = {"state_dict": values.loaded_states}
+    for name, method in METHODS.items():
+        yield Call("Aggregator.forward", partial(_called, method.make), of_matrix, name)
+        if type(method.make()).forward is not gk.Aggregator.forward:
+            yield Call(type(method.make()).forward.__qualname__, partial(_called, method.make), of_matrix, name)
+        yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method.make), states, name)
+    made: list[gk.Aggregator] = [gk.PCGrad(), gk.GradVac(), gk.Sum(), gk.Mean(), gk.Constant([1.0, 2.0, 3.0])]
+    for aggregator in made:
+        kind = type(aggregator).__name__
+        yield Call(
+            type(aggregator).weights.__qualname__, partial(Prepared, aggregator.weights, {"M": M}), gramians, kind
+        )
+    for projection in made[:2]:
+        call = partial(Prepared, projection.coefficients, {"M": M})
+        yield Call("Projection.coefficients", call, gramians, type(projection).__name__)
+    yield Call(
+        "MGDA.weights",
+        partial(Prepared, gk.MGDA("loss").weights, {"M": M, "losses": torch.ones(3)}),
+        gramians
+        | {
+            "losses": lambda: [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()],
+        },
+    )
+    attention = partial(Prepared, gk.GradAttention(4).weights, {"M": M, "X": torch.ones(3, 4)})
+    yield Call(
+        "GradAttention.weights",
+        attention,
+        gramians
+        | {
+            "X": lambda: [None, 3, "X", [[1.0]], torch.ones(3), torch.ones(2, 4), torch.ones(3, 4).long()],
+        },
+    )
+    yield Call("ConflictLR.scale", partial(Prepared, gk.ConflictLR().scale, {"M": M}), gramians)
+    suppression = gk.Suppression(0.5, seed=1)
+    loading = Prepared(suppression.load_state_dict, {"state_dict": suppression.state_dict()}, suppression.state_dict)
+    yield Call("Suppression.load_state_dict", lambda: loading, states)
+    info = gk.SurgeryInfo(torch.ones(3), M, torch.ones(3))
+    tasks = [3, True, "abc", b"abc", [], ["a"], ["a", "b", 3], [None] * 3, {}, torch.ones(3)]
+    yield Call("SurgeryInfo.scalars", lambda: Prepared(info.scalars, {"tasks": list("abc")}), {"tasks": lambda: tasks})
+
+
+def _called(make: Callable[[], gk.Aggregator]) -> Prepared:
+    method = make()
+    return Prepared(method, {"J": J.clone()}, lambda: copied(method.state_dict()))
+
+
+def _loading(make: Callable[[], gk.Aggregator]) -> Prepared:
+    method = make()
+    method(J)
+    return Prepared(method.load_state_dict, {"state_dict": method.state_dict()}, lambda: copied(method.state_dict()))
