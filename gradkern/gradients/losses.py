@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradkern.arguments import shown
 from gradkern.gradients import aliasing, graph
 from gradkern.gradients.engine import differentiated
 from gradkern.gradients.plan import PLANS, Row, make_room
@@ -196,7 +197,7 @@ def unreached(i: int) -> ValueError:
 def entries_of(argument: str, losses: Any) -> list[Any]:
     """Return the losses as a list; raise TypeError if they are nothing whose order tells the tasks apart."""
     if not isinstance(losses, list) and (isinstance(losses, _UNORDERED) or not isinstance(losses, Iterable)):
-        raise TypeError(f"{argument} must be a sequence with one entry per task, got {type(losses).__name__}")
+        raise TypeError(f"{argument} must be a sequence with one entry per task, such as a list; got {shown(losses)}")
     return list(losses)
 
 

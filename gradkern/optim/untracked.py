@@ -1,17 +1,12 @@
 """Untracked parameters: losses reach them but the optimizer lacks them, so training silently leaves them unchanged."""
 
-import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.losses import Loss
-
-_PACKAGE = f"{Path(__file__).parent.parent}{os.sep}"
+from gradkern.warn import warn_user
 
 
 class Untracked:
@@ -61,18 +56,8 @@ class Untracked:
         self._done = True
         if found:
             shapes = ", ".join(str(tuple(p.shape)) for p in found[:5])
-            warnings.warn(
+            warn_user(
                 f"the losses reach {len(found)} parameter(s) that require grad and are not in the optimizer, so they "
-                f"get no .grad and do not train: give them to the optimizer, or freeze them by requires_grad_(False). "
-                f"Shapes: {shapes}",
-                UserWarning,
-                stacklevel=_users_line(),
+                f"get no .grad and do not train: give them to the optimizer, or, if they are not to train in this "
+                f"step, freeze them by requires_grad_(False). Shapes: {shapes}"
             )
-
-
-def _users_line() -> int:
-    """Return the stack level, for the caller's ``warnings.warn``, of the nearest line outside of this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
-        level, frame = level + 1, frame.f_back
-    return level

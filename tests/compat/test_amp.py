@@ -385,7 +385,7 @@ def test_bad_arguments_are_named(make: Make) -> None:
     inner = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="reduction must be 'sum' or 'mean', got 'max'"):
         make(3, inner, reduction="max")
-    with pytest.raises(ValueError, match="num_tasks must be an integer from 1 to .*, got 0"):
+    with pytest.raises(ValueError, match="num_tasks must be an integer from 1 to"):
         make(0, inner)
     with pytest.raises(TypeError, match="optimizer must be"):
         make(3, model)
