@@ -395,5 +395,5 @@ def test_bad_arguments() -> None:
         gk.SurgeryOptimizer(inner, gk.PCGrad(), shared=model.trunk[0].weight)
     with pytest.raises(ValueError, match=r"shared must be some of params; shared\[0\]"):
         gk.SurgeryOptimizer(inner, gk.PCGrad(), shared=[nn.Parameter(torch.ones(2))])
-    with pytest.raises(TypeError, match=r"losses must be a sequence.*got Tensor"):
+    with pytest.raises(TypeError, match=r"losses must be a sequence.*got tensor"):
         gk.SurgeryOptimizer(inner, gk.PCGrad()).backward(torch.ones(()))
