@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, Solution, check_gramian
+from gradkern.aggregators.solvers.arrays import carried
 from gradkern.aggregators.solvers.min_norm import min_norm
 from gradkern.arguments import choice, tensor
 from gradkern.ops.cosines import cosines
 from gradkern.ops.dtypes import DTYPES
+
+_min_norm = carried(min_norm)
 
 NORMALIZATIONS = (None, "l2", "loss", "loss+")
 
@@ -60,12 +63,12 @@ class MGDA(Aggregator):
 
     def _hull_weights(self, M: Tensor, present: Tensor | None, losses: Tensor | None) -> Tensor:
         check_gramian(M)
-        hull = M.detach().double()
+        hull = M if self.normalize is None else M.detach().double()
         if self.normalize in ("l2", "loss+"):
             hull = cosines(hull)
         if self.needs_losses:
             hull = _divided(hull, self._checked(losses, M), present)
-        return min_norm(hull, present).to(M.dtype)
+        return _min_norm(hull, present).to(M.dtype)
 
     def _checked(self, losses: Tensor | None, M: Tensor) -> Tensor:
         if losses is None:
