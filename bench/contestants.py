@@ -16,7 +16,8 @@ from bench.cases import NETWORK, VARIANTS
 from bench.floors import COPY, ENTRIES
 from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import arranged, layouts_of
 from gradkern.kernels import settings

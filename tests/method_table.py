@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 START = "<!-- python -m tests.method_table -->\n"

@@ -5,7 +5,8 @@ from functools import partial
 
 import torch
 
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 from gradkern.ops.registry import Cases, Comparison
 
 SHAPES = [(1, 5), (2, 1001), (3, 1001), (6, 1001)]

@@ -8,7 +8,7 @@ import torch
 
 import gradkern as gk
 from gradkern.aggregators import methods
-from gradkern.aggregators.methods import Method
+from gradkern.aggregators.method import Method
 
 
 @dataclass(frozen=True)

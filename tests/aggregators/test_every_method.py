@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import gradkern as gk
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 from gradkern.aggregators.projection import Projection
 from tests.models import problem
 from tests.ops.test_out import assert_equal_states

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import gradkern as gk
 from bench.memory import peak
 from gradkern import reference
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 from gradkern.ops import operators
 from gradkern.ops.pytorch import combination
 from gradkern.ops.pytorch.combination import BAG, FEW

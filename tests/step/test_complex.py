@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import gradkern as gk
 from gradkern import reference
 from gradkern.aggregators import Scalarization
-from gradkern.aggregators.methods import METHODS, Method
+from gradkern.aggregators.method import Method
+from gradkern.aggregators.methods import METHODS
 from tests.tolerances import assert_near
 
 F64, C128 = torch.float64, torch.complex128

@@ -1,0 +1,1 @@
+"""Methods whose weights solve a small problem posed by the Gramian."""

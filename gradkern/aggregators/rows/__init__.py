@@ -1,0 +1,1 @@
+"""The rows of METHODS, a file for each family of methods."""

@@ -1,0 +1,1 @@
+"""Methods that weigh losses without a look at gradients: one ordinary backward pass."""
