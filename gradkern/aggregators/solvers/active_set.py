@@ -20,12 +20,13 @@ from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, n
 
 PLAIN_ROUNDS = 8
 """The rounds without a guard. They solve more than 99 of 100 problems of random rows."""
-FIRST_RIDGE, NEXT_RIDGE, LAST_RIDGE = 1e-2, 1e-2, 2e-14
+FIRST_RIDGE, NEXT_RIDGE, LAST_RIDGE = 1e-2, 1e-1, 2e-14
 """Relative to a diagonal of 1. Each is ``NEXT_RIDGE`` times the one before."""
 NOISE = 1e-13
 """The size of a number that counts as 0, relative to the sum of all: some 900 roundings of float64."""
-PATIENCE = 2
-"""The exchanges that need not lower the number of negative tasks."""
+
+PATIENCE = 0
+"""The exchanges that need not lower the number of negative tasks. With more, more rounds are needed in all."""
 
 Scale = Callable[[Array, Array, Array], Array]
 
@@ -107,7 +108,7 @@ def _by_ridges(problem: _Problem, free: Array) -> Array:
     size = abs(R[..., -1]).sum(-1)[..., None]
     v = 0.0 * (free * R[..., 0])
     ridge, fewest, patience = v[..., :1] + FIRST_RIDGE, v[..., :1] + (T + 1), v[..., :1] + PATIENCE
-    for _ in rounds(K, 2 * T + 16):
+    for _ in rounds(K, 3 * T + 24):
         x = _point(problem, K + ridge[..., None] * eye, free)
         terms = (abs(x) * free).sum(-1)[..., None]
         terms = size + terms if scale is None else size * ~free + terms

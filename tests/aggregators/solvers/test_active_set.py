@@ -101,7 +101,7 @@ def test_an_exchange_that_runs_in_circles_is_left(monkeypatch: pytest.MonkeyPatc
     assert solve(K, p).isnan().all()
 
 
-@pytest.mark.parametrize("patience", [0, -1000])
+@pytest.mark.parametrize("patience", [-1, -1000])
 def test_single_exchanges_alone_come_to_the_same(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The worst task each time, or the first by number."""
     K, p = bounded(mixed(2, 5))

@@ -62,3 +62,27 @@ def test_shifted_rows() -> None:
     J, q = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, dtype=torch.float64)
     K = J + q @ J
     assert_near(shifted(J @ J.T, q), K @ K.T, (K @ K.T).max(), 1e-13)
+
+
+def test_few_dimensions_and_many_rows_within_the_rounds_of_a_device() -> None:
+    """The rows span five dimensions, so that sets of free tasks are singular, and exchanges of many tasks circle."""
+    J = torch.tensor(
+        [
+            [0, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0],
+            [-1, -3, 1, -1, 1],
+            [2, 3, -1, 0, 0],
+            [0, 2, 3, 4, -1],
+            [0, 0, 0, 0, 0],
+            [-1, 0, 0, 0, 0],
+            [0, 0, -1, 0, 0],
+            [-1, -2, 0, -2, 1],
+            [4, 0, 0, 0, 3],
+            [-4, -4, 0, 3, -1],
+            [0, 1, 2, -1, 1],
+        ],
+        dtype=torch.float64,
+    )
+    J[[4, 10]] /= 100
+    M = J @ J.mT
+    assert shortfall(M, min_norm(M)).max() <= 1e-9
