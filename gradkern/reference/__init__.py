@@ -21,6 +21,7 @@ from gradkern.reference.projections import (
 from gradkern.reference.steps import Memory, adamw, step_scale
 from gradkern.reference.suppression import first_units, kept, philox, suppressed
 from gradkern.reference.vectors import combine, cosine, gramian, project
+from gradkern.reference.wrappers import normalized_mgda, smoothed_mgda
 
 __all__ = [
     "Memory",
@@ -38,6 +39,7 @@ __all__ = [
     "mgda",
     "most_different",
     "most_similar",
+    "normalized_mgda",
     "partners",
     "pcgrad",
     "pcgrad_average",
@@ -46,6 +48,7 @@ __all__ = [
     "pcgrad_update",
     "philox",
     "project",
+    "smoothed_mgda",
     "step_scale",
     "suppressed",
     "weighted_sum",

@@ -163,7 +163,11 @@ def test_a_gradient_that_is_zero(method: Method) -> None:
 def test_a_single_task_keeps_its_gradient(method: Method) -> None:
     if method.tasks is None:
         J = rows(method, 1)
-        assert_same(update(method, J), J[0])
+        result = update(method, J)
+        if method.laws.single == "direction":
+            assert moved(J[0], result)
+            result = result * (J[0].norm() / result.norm())
+        assert_same(result, J[0])
 
 
 @each_method
@@ -183,7 +187,7 @@ def test_a_seed_gives_the_same_updates_again(method: Method) -> None:
 def test_its_state_goes_on_where_it_was_saved(method: Method) -> None:
     J = rows(method)
     first, second = method.seeded(5), method.seeded(6)
-    assert bool(first.state_dict().keys() - {"_extra_state"}) <= method.state
+    assert any(not key.endswith("_extra_state") for key in first.state_dict()) <= method.state
     for k in range(3):
         first(J + k)
     second.load_state_dict(copy.deepcopy(first.state_dict()))

@@ -37,11 +37,14 @@ def constructors() -> Iterator[Call]:
         "lr": values.positive_numbers,
         "generator": values.generators,
     }
+    within = partial(_within, values.of_class(gk.Aggregator, none=False))
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
     made: list[tuple[type, dict[str, Any], Wrong]] = [
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
         (gk.MGDA, {}, {"normalize": values.strings_or_none}),
+        (gk.Normalized, {"aggregator": gk.MGDA()}, {"aggregator": within, "by": values.strings}),
+        (gk.Smoothed, {"aggregator": gk.MGDA()}, {"aggregator": within, "decay": values.shares}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
@@ -89,6 +92,11 @@ def methods() -> Iterator[Call]:
             "losses": lambda: [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()],
         },
     )
+    yield Call(
+        "Wrapper.weights",
+        partial(Prepared, gk.Normalized(gk.MGDA(), "loss").weights, {"M": M, "losses": torch.ones(3)}),
+        gramians | {"losses": lambda: [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()]},
+    )
     attention = partial(Prepared, gk.GradAttention(4).weights, {"M": M, "X": torch.ones(3, 4)})
     yield Call(
         "GradAttention.weights",
@@ -105,6 +113,11 @@ def methods() -> Iterator[Call]:
     info = gk.SurgeryInfo(torch.ones(3), M, torch.ones(3))
     tasks = [3, True, "abc", b"abc", [], ["a"], ["a", "b", 3], [None] * 3, {}, torch.ones(3)]
     yield Call("SurgeryInfo.scalars", lambda: Prepared(info.scalars, {"tasks": list("abc")}), {"tasks": lambda: tasks})
+
+
+def _within(no_methods: values.Values) -> values.Values:
+    """Return what no method can be around: no methods, and one that looks at entries of the gradients."""
+    return [*no_methods, gk.GradAttention(4)]
 
 
 def _called(make: Callable[[], gk.Aggregator]) -> Prepared:

@@ -7,15 +7,14 @@ finds the exact minimum. Frank-Wolfe, the usual choice, ends at vectors up to 28
 antiparallel or of very different lengths.
 """
 
-import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, Solution, check_gramian
+from gradkern.aggregators.scales import checked_losses, divided, loss_divisors
 from gradkern.aggregators.solvers.arrays import carried
 from gradkern.aggregators.solvers.min_norm import min_norm
-from gradkern.arguments import choice, tensor
+from gradkern.arguments import choice
 from gradkern.ops.cosines import cosines
-from gradkern.ops.dtypes import DTYPES
 
 _min_norm = carried(min_norm)
 
@@ -67,29 +66,9 @@ class MGDA(Aggregator):
         if self.normalize in ("l2", "loss+"):
             hull = cosines(hull)
         if self.needs_losses:
-            hull = _divided(hull, self._checked(losses, M), present)
+            of_losses = checked_losses(losses, M, f"normalize={self.normalize!r}")
+            hull = divided(hull, loss_divisors(of_losses, hull, present))
         return _min_norm(hull, present).to(M.dtype)
-
-    def _checked(self, losses: Tensor | None, M: Tensor) -> Tensor:
-        if losses is None:
-            raise ValueError(f"losses must be given with normalize={self.normalize!r}, got None")
-        tensor("losses", losses, DTYPES)
-        if losses.shape[-1:] != M.shape[-1:]:
-            raise ValueError(
-                f"losses must have shape (..., {M.shape[-1]}) for M {tuple(M.shape)}, got {tuple(losses.shape)}"
-            )
-        if losses.device != M.device:
-            raise ValueError(f"losses must be on M's device, {M.device}; got {losses.device}")
-        return losses
 
     def __repr__(self) -> str:
         return f"MGDA(normalize={self.normalize!r})"
-
-
-def _divided(M: Tensor, losses: Tensor, present: Tensor | None) -> Tensor:
-    """Return the Gramian of the rows divided by their losses; zero rows and absent tasks stay as they are."""
-    scale = torch.where((losses > 0) & losses.isfinite(), losses.detach().double(), torch.nan)
-    scale = torch.where(M.diagonal(dim1=-2, dim2=-1) != 0, scale, 1.0)
-    if present is not None:
-        scale = torch.where(present, scale, 1.0)
-    return M / scale.unsqueeze(-1) / scale.unsqueeze(-2)
