@@ -14,6 +14,7 @@ if not Path(__file__).with_name("kernels").is_dir():
 
 from gradkern.aggregators import Aggregator
 from gradkern.aggregators import methods as _methods
+from gradkern.aggregators.by_name import aggregator
 from gradkern.aggregators.methods import *  # noqa: F403  # the methods' classes: a new one needs no edit here
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR
@@ -30,6 +31,7 @@ __all__ = [
     "Suppression",
     "SurgeryInfo",
     "SurgeryOptimizer",
+    "aggregator",
     "backward",
     "combine",
     "gramian",

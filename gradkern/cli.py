@@ -1,7 +1,11 @@
-"""The command line: ``gradkern demo`` and ``gradkern info``. Arguments are read here, the work is done elsewhere."""
+"""The command line: ``gradkern demo``, ``gradkern methods`` and ``gradkern info``.
+
+Arguments are read here, the work is done elsewhere.
+"""
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +13,8 @@ from pathlib import Path
 import torch
 
 import gradkern
+from gradkern.aggregators import listing
+from gradkern.aggregators.by_name import one_of
 from gradkern.demo.methods import METHODS
 from gradkern.ops.devices import GPU
 
@@ -20,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` (default: this process's arguments) and return the exit status."""
     args = _parser().parse_args(argv)
     try:
-        return _demo(args) if args.command == "demo" else _info()
+        return {"demo": _demo, "methods": _methods, "info": _info}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # the status that a shell reports for a process that SIGINT ended
@@ -40,7 +46,12 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-def _info() -> int:
+def _methods(args: argparse.Namespace) -> int:
+    print(json.dumps(listing.data(), indent=1, ensure_ascii=False) if args.json else listing.text())
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
     from gradkern.check.selfcheck import info
 
     return info()
@@ -59,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--method",
         nargs="+",
-        choices=["all", *METHODS],
+        type=_method,
         default=["all"],
         metavar="METHOD",
         help=f"{', '.join(METHODS)}; or all (default: all)",
@@ -81,12 +92,26 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder for tables and plots (default: %(default)s)",
     )
 
+    methods = commands.add_parser(
+        "methods",
+        help="every method: its class, what it needs, what it costs, its paper",
+        description="List every method with its class, what it looks at, what it costs in words, its state and paper.",
+    )
+    methods.add_argument("--json", action="store_true", help="as JSON, with the papers' titles")
+
     commands.add_parser(
         "info",
         help="versions, devices, back ends, and a self-check",
         description="Show versions, devices and back ends, and check every operator; the exit status says if all work.",
     )
     return parser
+
+
+def _method(text: str) -> str:
+    try:
+        return one_of(["all", *METHODS], text, "METHOD")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> int:

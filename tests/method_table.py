@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gradkern.aggregators.listing import called
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.methods import METHODS
 
@@ -20,11 +21,10 @@ def table() -> str:
 
 def _cells(method: Method) -> list[str]:
     laws, name = method.laws, method.aggregator.__name__
-    arguments = ", ".join(f"{key}={value!r}" for key, value in method.arguments.items())
     author, year, title = method.paper
     return [
         f"`{method.name}`",
-        f"[`{name}({arguments})`](methods/{name.lower()}.md)",
+        f"[`{called(method)}`](methods/{name.lower()}.md)",
         f"{author} {year}, “{title}”" if author else f"“{title}”",
         f"their {laws.no_conflict}" if laws.no_conflict else "",
         f"the {laws.invariant}" if laws.invariant else "",

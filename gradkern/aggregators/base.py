@@ -48,6 +48,10 @@ class Aggregator(nn.Module, ABC):
             part of ``state_dict``.
     """
 
+    needs_gramian = True
+    """Whether the weights depend on the Gramian of the task gradients."""
+    needs_history = False
+    """Whether it keeps T numbers for each parameter from step to step."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
     needs_eps = False

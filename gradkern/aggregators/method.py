@@ -67,10 +67,10 @@ class Method:
     state: bool = False
 
     def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
-        """Return an aggregator. A method that draws no orders ignores ``order``."""
+        """Return an aggregator. A method that draws no orders ignores ``order``; ``more`` overrides the arguments."""
         if self.draws == "order" and order is not None:
             more["order"] = order
-        return self.aggregator(**self.arguments, **more)
+        return self.aggregator(**{**self.arguments, **more})
 
     def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
         """Return an aggregator whose random choices follow from ``seed``."""

@@ -63,6 +63,8 @@ def constructors() -> Iterator[Call]:
     ]
     for cls, right, wrong in made:
         yield Call(cls.__name__, partial(Prepared, cls, right), wrong)
+    names = [None, 3, True, b"mgda", ["mgda"], gk.MGDA, "", "adam"]
+    yield Call("aggregator", partial(Prepared, gk.aggregator, {"name": "mgda"}), {"name": lambda: names})
 
 
 def methods() -> Iterator[Call]:

@@ -250,7 +250,8 @@ def test_any_methods_can_be_chosen(methods: list[str], tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--method", "adam"], "--method: invalid choice: 'adam' (choose from"),
+        (["--method", "adam"], "--method: METHOD must be one of all, sum, mean, "),
+        (["--method", "pcgrat"], "; got 'pcgrat' (the closest is 'pcgrad')"),
         (["--epochs", "0"], "--epochs: '0' is not a positive integer"),
         (["--epochs", "2.5"], "--epochs: '2.5' is not a positive integer"),
         (["--seeds", "1", "-3"], "--seeds: '-3' is not an integer from 0"),

@@ -13,6 +13,8 @@ from gradkern.ops import combine
 class Scalarization(Aggregator):
     """A method whose weights do not depend on the gradients. On losses it is torch's backward pass of Σ w_i L_i."""
 
+    needs_gramian = False
+
     def __init__(self) -> None:
         super().__init__()
         self._tensors: dict[int, PerDevice] = {}

@@ -1,0 +1,53 @@
+"""Methods by their names, as a configuration file or a command line gives them."""
+
+import inspect
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+from gradkern.aggregators.base import Aggregator
+from gradkern.aggregators.methods import METHODS
+from gradkern.arguments import instance, shown
+
+
+def aggregator(name: str, **options: Any) -> Aggregator:
+    """Return a new method by the name that ``gradkern methods`` lists.
+
+    ``gk.aggregator("pcgrad-random", reduction="mean")`` is ``gk.PCGrad(partner="random", reduction="mean")``.
+
+    Args:
+        name: the name. Case does not matter, and "_" is the same as "-".
+        **options: arguments of the method's class. They take the place of those that the name stands for.
+
+    Raises:
+        TypeError: ``name`` is not a string, or the class has no such option.
+        ValueError: no method has this name. The message lists all names. Or an option has a wrong value.
+    """
+    method = METHODS[one_of(METHODS, name, "name")]
+    known = inspect.signature(method.aggregator).parameters
+    for option in options:
+        if option not in known:
+            has = f"has the options {', '.join(known)}" if known else "has no options"
+            raise TypeError(f"{option} is no option of {method.name!r}: {method.aggregator.__name__} {has}")
+    return method.make(**options)
+
+
+def one_of(names: Iterable[str], given: str, argument: str) -> str:
+    """Return the name that ``given`` stands for; case does not matter, and "_" is the same as "-".
+
+    Args:
+        names: the names, in lower case and with "-".
+        given: what a user wrote.
+        argument: what it is given for, for the messages.
+
+    Raises:
+        TypeError: ``given`` is not a string.
+        ValueError: it is none of the names. The message has the closest one, if one is close, and all names.
+    """
+    written = instance(argument, given, str, "a string").strip().lower().replace("_", "-")
+    known = list(names)
+    if written in known:
+        return written
+    close = get_close_matches(written, known, n=1)
+    hint = f" (the closest is {close[0]!r})" if close else ""
+    raise ValueError(f"{argument} must be one of {', '.join(known)}; got {shown(given)}{hint}")
