@@ -51,6 +51,19 @@ def gramians(kind: str, spread: int, n: int, T: int, P: int) -> Tensor:
     return J @ J.mT
 
 
+def integers(n: int, T: int) -> Tensor:
+    """Return n Gramians of integer rows of rank 1 to 6. Many are zero, repeated or opposite; some are 1e3 as long."""
+    J = (
+        torch.randint(-9, 10, (n, T, 6))
+        * (torch.rand(n, T, 6) < 0.5)
+        * (torch.arange(6) < torch.randint(1, 7, (n, 1, 1)))
+    )
+    like = J.gather(1, torch.randint(T, (n, T, 1)).expand_as(J))
+    J = torch.where(torch.rand(n, T, 1) < 0.4, like * torch.randint(-1, 2, (n, T, 1)), J)
+    J = J.double() * 10.0 ** (3 * torch.randint(-1, 2, (n, T, 1)) * (torch.rand(n, 1, 1) < 0.5))
+    return J @ J.mT
+
+
 def mixed(n: int, T: int, spreads: tuple[int, ...] = SPREADS, ranks: tuple[int, ...] = ()) -> Tensor:
     """Return n Gramians of each kind, spread and rank, one after another: low rank and full rank."""
     parts = [

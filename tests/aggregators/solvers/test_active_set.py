@@ -11,7 +11,7 @@ from gradkern.aggregators.solvers import active_set
 from gradkern.aggregators.solvers.active_set import complementary, kkt_residual, nonnegative
 from gradkern.aggregators.solvers.arrays import carried
 from gradkern.aggregators.solvers.scaling import scaled
-from tests.aggregators.solvers.hard import T_ALL, gramians, mixed
+from tests.aggregators.solvers.hard import T_ALL, gramians, integers, mixed
 from tests.tolerances import assert_near
 
 OPTIMAL = 1e-11
@@ -55,12 +55,10 @@ def test_thousands_of_small_problems_are_optimal(T: int) -> None:
 
 @pytest.mark.parametrize("T", [3, 8, 20])
 def test_optimal_where_nothing_may_be_read(T: int) -> None:
-    """The same code on tensors. Within its fixed number of rounds it may stop at a ridge above the last."""
+    """The same code on tensors, with its fixed number of rounds."""
     for problems in (bounded, singular):
         K, p = problems(mixed(1, T))
-        residual = kkt_residual(K, p, nonnegative(K, p))
-        assert (residual <= OPTIMAL).double().mean() >= 0.98
-        assert residual.max() <= 1e-2
+        assert kkt_residual(K, p, nonnegative(K, p)).max() <= OPTIMAL
 
 
 @pytest.mark.parametrize("T", range(1, 7))
@@ -101,14 +99,33 @@ def test_an_exchange_that_runs_in_circles_is_left(monkeypatch: pytest.MonkeyPatc
     assert solve(K, p).isnan().all()
 
 
-@pytest.mark.parametrize("patience", [-1, -1000])
-def test_single_exchanges_alone_come_to_the_same(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worst task each time, or the first by number."""
+@pytest.mark.parametrize("plain", [1, 3])
+def test_the_descent_alone_comes_to_the_same(plain: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever set the plain rounds leave. Tensors get as many rounds as it needs."""
     K, p = bounded(mixed(2, 5))
     expected = solve(K, p)
-    monkeypatch.setattr(active_set, "PLAIN_ROUNDS", 1)
-    monkeypatch.setattr(active_set, "PATIENCE", patience)
-    assert_near(solve(K, p), expected, expected.abs().amax(-1, keepdim=True) + 0.2, 1e-9)
+    monkeypatch.setattr(active_set, "PLAIN_ROUNDS", plain)
+    for v in (solve(K, p), nonnegative(K, p)):
+        assert_near(v, expected, expected.abs().amax(-1, keepdim=True) + 0.2, 1e-9)
+
+
+@pytest.mark.parametrize("T", [4, 9, 15, 20])
+def test_integer_rows_of_low_rank(T: int) -> None:
+    """Many rows are zero, repeated or opposite, so that many sets are singular. Both ways solve all."""
+    M = integers(300, T)
+    K, _, rows, _ = scaled(M)
+    c = torch.randint(-3, 4, (len(M), T, 1)).double()
+    p = torch.where(rows, (K @ c).squeeze(-1), 0.0)
+    for v in (solve(K, p), nonnegative(K, p)):
+        assert kkt_residual(K, p, v).max() <= OPTIMAL
+
+
+@pytest.mark.parametrize("T", [4, 12, 20, 40])
+def test_half_of_the_rounds_suffice(T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors get 2T + 16 of them."""
+    K, p = singular(torch.cat((integers(60, T), mixed(1, T))))
+    monkeypatch.setattr(active_set, "rounds", lambda K, n: range(n // 2 + 6))
+    assert kkt_residual(K, p, nonnegative(K, p)).max() <= OPTIMAL
 
 
 def test_what_is_solved_stays_while_others_are_not() -> None:

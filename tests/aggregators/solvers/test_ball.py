@@ -47,9 +47,7 @@ def test_optimal_for_rows_that_span_twelve_orders_of_magnitude(T: int) -> None:
 @pytest.mark.parametrize("T", [3, 8, 20])
 def test_optimal_where_nothing_may_be_read(T: int) -> None:
     M = known(mixed(1, T, spreads=(0, 3)))
-    residual = ball_residual(M, mean(M), best_in_ball(M, mean(M), 0.4), 0.4)
-    assert (residual <= 1e-9).double().mean() >= 0.98
-    assert residual.max() <= 1e-2  # some stop at the first ridge
+    assert ball_residual(M, mean(M), best_in_ball(M, mean(M), 0.4), 0.4).max() <= 1e-9
 
 
 @pytest.mark.parametrize("T", [2, 3, 8, 20])
