@@ -27,6 +27,7 @@ class Laws(NamedTuple):
         equivariant: whether a permutation of the tasks leaves the update unchanged.
         no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.
         zero_row: the effect of a task whose gradient is zero: it is "ignored", or None for another one.
+        single: the update of a single task: its "gradient", or a vector of its "direction".
     """
 
     degree: int = 1
@@ -34,6 +35,7 @@ class Laws(NamedTuple):
     equivariant: bool = True
     no_conflict: Literal["sum", "mean"] | None = None
     zero_row: Literal["ignored"] | None = None
+    single: Literal["gradient", "direction"] = "gradient"
 
 
 @dataclass(frozen=True)

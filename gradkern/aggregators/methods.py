@@ -6,14 +6,30 @@ A new method is its class, its naive twin in :mod:`gradkern.reference`, a row in
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.gramian.cagrad import CAGrad
+from gradkern.aggregators.gramian.dual_proj import DualProj
 from gradkern.aggregators.gramian.mgda import MGDA
+from gradkern.aggregators.gramian.pcd import PCD
+from gradkern.aggregators.gramian.upgrad import UPGrad
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.rows import attention, gramian, projections, weightings
 from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
-__all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
+__all__ = [
+    "MGDA",
+    "PCD",
+    "CAGrad",
+    "Constant",
+    "DualProj",
+    "GradAttention",
+    "GradVac",
+    "Mean",
+    "PCGrad",
+    "Sum",
+    "UPGrad",
+]
 
 METHODS: dict[str, Method] = {
     method.name: method for family in (weightings, projections, gramian, attention) for method in family.ROWS

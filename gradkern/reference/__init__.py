@@ -5,6 +5,7 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
 from gradkern.reference.fixed import mean, weighted_sum
+from gradkern.reference.gramian_quadratic import cagrad, dualproj, pcd_updates, upgrad
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -26,8 +27,10 @@ __all__ = [
     "Memory",
     "adamw",
     "attention_optimum",
+    "cagrad",
     "combine",
     "cosine",
+    "dualproj",
     "first_units",
     "gradattention_updates",
     "gradvac",
@@ -39,6 +42,7 @@ __all__ = [
     "most_different",
     "most_similar",
     "partners",
+    "pcd_updates",
     "pcgrad",
     "pcgrad_average",
     "pcgrad_of",
@@ -48,5 +52,6 @@ __all__ = [
     "project",
     "step_scale",
     "suppressed",
+    "upgrad",
     "weighted_sum",
 ]
