@@ -58,6 +58,8 @@ class Aggregator(nn.Module, ABC):
     """Whether ``solution`` takes the precision of each group's rows."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
+    required: tuple[int, ...] = ()
+    """The numbers of the tasks that must be present in every step."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

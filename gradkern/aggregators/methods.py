@@ -6,7 +6,11 @@ A new method is its class, its naive twin in :mod:`gradkern.reference`, a row in
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.gramian.cagrad import CAGrad
+from gradkern.aggregators.gramian.dual_proj import DualProj
 from gradkern.aggregators.gramian.mgda import MGDA
+from gradkern.aggregators.gramian.pcd import PCD
+from gradkern.aggregators.gramian.upgrad import UPGrad
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.rows import attention, gramian, projections, weightings, wrappers
@@ -15,7 +19,21 @@ from gradkern.aggregators.wrappers.normalized import Normalized
 from gradkern.aggregators.wrappers.smoothed import Smoothed
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
-__all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "Normalized", "PCGrad", "Smoothed", "Sum"]
+__all__ = [
+    "MGDA",
+    "PCD",
+    "CAGrad",
+    "Constant",
+    "DualProj",
+    "GradAttention",
+    "GradVac",
+    "Mean",
+    "Normalized",
+    "PCGrad",
+    "Smoothed",
+    "Sum",
+    "UPGrad",
+]
 
 METHODS: dict[str, Method] = {
     method.name: method for family in (weightings, projections, gramian, wrappers, attention) for method in family.ROWS

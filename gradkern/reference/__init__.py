@@ -5,6 +5,7 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
 from gradkern.reference.fixed import mean, weighted_sum
+from gradkern.reference.gramian_quadratic import cagrad, dualproj, pcd_updates, upgrad
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -27,8 +28,10 @@ __all__ = [
     "Memory",
     "adamw",
     "attention_optimum",
+    "cagrad",
     "combine",
     "cosine",
+    "dualproj",
     "first_units",
     "gradattention_updates",
     "gradvac",
@@ -41,6 +44,7 @@ __all__ = [
     "most_similar",
     "normalized_mgda",
     "partners",
+    "pcd_updates",
     "pcgrad",
     "pcgrad_average",
     "pcgrad_of",
@@ -51,5 +55,6 @@ __all__ = [
     "smoothed_mgda",
     "step_scale",
     "suppressed",
+    "upgrad",
     "weighted_sum",
 ]

@@ -4,13 +4,14 @@ The pipeline writes only after it has computed everything, so a step that raises
 puts the state of the method, the masks and the memory back as they were.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from gradkern.aggregators.base import Aggregator
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
@@ -51,6 +52,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     options.check()
     targets = Targets.of(params, options.groups, options.shared)
     open_source(source, targets)
+    _check_present(source.present, options.aggregator)
     if options.memory is not None:
         options.memory.check(len(source.present))
     if not sink.needs_rows:
@@ -81,6 +83,12 @@ def open_source(source: Source, targets: Targets) -> None:
     source.open(targets.device)
     if isinstance(source, Losses) and source.has_callables:
         source.frozen = targets.frozen
+
+
+def _check_present(present: Sequence[bool], aggregator: Aggregator) -> None:
+    for t in aggregator.required:
+        if t >= len(present) or not present[t]:
+            raise ValueError(f"losses[{t}] must be given in every step with {aggregator!r}, got None")
 
 
 def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:

@@ -39,12 +39,17 @@ def constructors() -> Iterator[Call]:
     }
     within = partial(_within, values.of_class(gk.Aggregator, none=False))
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
+    preference = {"preference": lambda: values.task_weights()[1:]}
     made: list[tuple[type, dict[str, Any], Wrong]] = [
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
         (gk.MGDA, {}, {"normalize": values.strings_or_none}),
         (gk.Normalized, {"aggregator": gk.MGDA()}, {"aggregator": within, "by": values.strings}),
         (gk.Smoothed, {"aggregator": gk.MGDA()}, {"aggregator": within, "decay": values.shares}),
+        (gk.CAGrad, {}, {"c": lambda: [*values.numbers(), -0.5], "rescale": values.flags}),
+        (gk.UPGrad, {}, preference),
+        (gk.DualProj, {}, preference),
+        (gk.PCD, {}, {"tau": values.shares, "beta": lambda: [*values.shares(), 1]}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
@@ -77,7 +82,15 @@ def methods() -> Iterator[Call]:
         if type(method.make()).forward is not gk.Aggregator.forward:
             yield Call(type(method.make()).forward.__qualname__, partial(_called, method.make), of_matrix, name)
         yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method.make), states, name)
-    made: list[gk.Aggregator] = [gk.PCGrad(), gk.GradVac(), gk.Sum(), gk.Mean(), gk.Constant([1.0, 2.0, 3.0])]
+    made: list[gk.Aggregator] = [
+        gk.PCGrad(),
+        gk.GradVac(),
+        gk.Sum(),
+        gk.Mean(),
+        gk.Constant([1.0, 2.0, 3.0]),
+        gk.PCD(),
+        gk.UPGrad(),
+    ]
     for aggregator in made:
         kind = type(aggregator).__name__
         yield Call(
