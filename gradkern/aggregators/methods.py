@@ -6,14 +6,38 @@ A new method is its class, its naive twin in :mod:`gradkern.reference`, a row in
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.gramian.aligned_mtl import AlignedMTL
+from gradkern.aggregators.gramian.config import ConFIG
+from gradkern.aggregators.gramian.fairgrad import FairGrad
+from gradkern.aggregators.gramian.imtl_g import IMTLG
+from gradkern.aggregators.gramian.krum import Krum
 from gradkern.aggregators.gramian.mgda import MGDA
+from gradkern.aggregators.gramian.nash_mtl import NashMTL
+from gradkern.aggregators.gramian.ntkmtl import NTKMTL
+from gradkern.aggregators.gramian.rgw import RGW
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.rows import attention, gramian, projections, weightings
 from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
-__all__ = ["MGDA", "Constant", "GradAttention", "GradVac", "Mean", "PCGrad", "Sum"]
+__all__ = [
+    "IMTLG",
+    "MGDA",
+    "NTKMTL",
+    "RGW",
+    "AlignedMTL",
+    "ConFIG",
+    "Constant",
+    "FairGrad",
+    "GradAttention",
+    "GradVac",
+    "Krum",
+    "Mean",
+    "NashMTL",
+    "PCGrad",
+    "Sum",
+]
 
 METHODS: dict[str, Method] = {
     method.name: method for family in (weightings, projections, gramian, attention) for method in family.ROWS

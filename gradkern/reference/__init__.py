@@ -5,6 +5,9 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
 from gradkern.reference.fixed import mean, weighted_sum
+from gradkern.reference.gramian_direct import krum, ntkmtl, rgw
+from gradkern.reference.gramian_fair import fairgrad, nash_mtl
+from gradkern.reference.gramian_spectral import aligned_mtl, config, imtl_g
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -25,19 +28,26 @@ from gradkern.reference.vectors import combine, cosine, gramian, project
 __all__ = [
     "Memory",
     "adamw",
+    "aligned_mtl",
     "attention_optimum",
     "combine",
+    "config",
     "cosine",
+    "fairgrad",
     "first_units",
     "gradattention_updates",
     "gradvac",
     "gradvac_updates",
     "gramian",
+    "imtl_g",
     "kept",
+    "krum",
     "mean",
     "mgda",
     "most_different",
     "most_similar",
+    "nash_mtl",
+    "ntkmtl",
     "partners",
     "pcgrad",
     "pcgrad_average",
@@ -46,6 +56,7 @@ __all__ = [
     "pcgrad_update",
     "philox",
     "project",
+    "rgw",
     "step_scale",
     "suppressed",
     "weighted_sum",

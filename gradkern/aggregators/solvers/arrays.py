@@ -56,6 +56,11 @@ def positions(x: Array) -> Array:
     return _range(T) if isinstance(x, np.ndarray) else torch.arange(T, dtype=torch.float64, device=x.device)
 
 
+def ascending(x: Array) -> Array:
+    """Return the entries along the last dimension in ascending order."""
+    return np.sort(x, -1) if isinstance(x, np.ndarray) else x.sort(-1).values
+
+
 def rounds(x: Array, n: int) -> range:
     """Return the rounds of a loop: n for tensors, and ten times as many where the loop ends as soon as it can."""
     return range(10 * n if isinstance(x, np.ndarray) else n)
