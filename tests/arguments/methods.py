@@ -38,10 +38,19 @@ def constructors() -> Iterator[Call]:
         "generator": values.generators,
     }
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
+    preference = {"preference": lambda: values.task_weights()[1:]}
     made: list[tuple[type, dict[str, Any], Wrong]] = [
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
         (gk.MGDA, {}, {"normalize": values.strings_or_none}),
+        (gk.IMTLG, {}, {}),
+        (gk.AlignedMTL, {}, {"scale": values.strings} | preference),
+        (gk.ConFIG, {}, preference),
+        (gk.NashMTL, {}, {"max_norm": lambda: values.positive_numbers()[1:], "update_every": values.integers}),
+        (gk.FairGrad, {}, {"alpha": values.positive_numbers}),
+        (gk.NTKMTL, {}, {"power": lambda: [*values.numbers(), -0.5]}),
+        (gk.Krum, {"n_byzantine": 0}, {"n_byzantine": partial(values.integers, 0), "n_selected": values.integers}),
+        (gk.RGW, {}, {"generator": values.generators}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
@@ -73,6 +82,7 @@ def methods() -> Iterator[Call]:
             yield Call(type(method.make()).forward.__qualname__, partial(_called, method.make), of_matrix, name)
         yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method.make), states, name)
     made: list[gk.Aggregator] = [gk.PCGrad(), gk.GradVac(), gk.Sum(), gk.Mean(), gk.Constant([1.0, 2.0, 3.0])]
+    made += [gk.IMTLG(), gk.NashMTL(), gk.RGW()]
     for aggregator in made:
         kind = type(aggregator).__name__
         yield Call(

@@ -7,7 +7,7 @@ update is the mean of the gradients with the lowest scores.
 from torch import Tensor
 
 from gradkern.aggregators.gramian.base import GramianMethod
-from gradkern.aggregators.solvers.arrays import Array, ascending, carried, identity, positions, space
+from gradkern.aggregators.solvers.arrays import Array, ascending, carried, lowest, positions, space
 from gradkern.arguments import integer
 
 
@@ -48,17 +48,17 @@ class Krum(GramianMethod):
 @carried
 def _central(M: Array, among: Array | None, n_byzantine: int, n_selected: int) -> Array:
     xp = space(M)
-    square, number = M.diagonal(0, -2, -1), positions(M[..., 0])
-    given = xp.ones_like(square, dtype=bool)
-    given = given if among is None else given & among
-    pairs = given[..., None] & given[..., None, :]
+    square = M.diagonal(0, -2, -1)
     distances = (square[..., None] + square[..., None, :] - 2 * M).clip(0)
-    near = ascending(xp.where(pairs & (identity(M) == 0), distances, xp.inf))
-    closest = (given.sum(-1) - n_byzantine - 2).clip(1)[..., None, None]
-    score = xp.where((number < closest) & (near < xp.inf), near, 0.0).sum(-1)
-    score = xp.where(given, score, xp.inf)
-    a, b = score[..., None], score[..., None, :]
-    before = ((b < a) | ((b == a) & (number < number[:, None]))).sum(-1)
-    selected = given & (before < n_selected)
-    failed = xp.where(pairs, 0.0 * M, 0.0).sum((-2, -1))[..., None]
-    return selected / selected.sum(-1)[..., None].clip(1) + failed
+    n_closest = M.shape[-1] - n_byzantine - 2
+    if among is None:
+        # The distance to itself, 0, is the first of all.
+        score = ascending(distances)[..., : n_closest + 1].sum(-1)
+        w = xp.ones_like(score) * lowest(score, n_selected)
+        return w / n_selected + (0.0 * M).sum((-2, -1))[..., None]
+    pairs = among[..., None] & among[..., None, :]
+    near = ascending(xp.where(pairs, distances, xp.inf))
+    n_closest = (n_closest - (~among).sum(-1)).clip(1)[..., None]
+    score = xp.where((positions(square) <= n_closest) & (near < xp.inf), near, 0.0).sum(-1)
+    w = xp.ones_like(score) * (among & lowest(xp.where(among, score, xp.inf), n_selected))
+    return w / w.sum(-1)[..., None].clip(1) + xp.where(pairs, 0.0 * M, 0.0).sum((-2, -1))[..., None]
