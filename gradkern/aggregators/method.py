@@ -22,7 +22,8 @@ class Laws(NamedTuple):
     """Laws that the first update of a method obeys. The tests check them for every method.
 
     Attributes:
-        degree: the power of s by which the update grows if all gradients grow by a factor s > 0.
+        degree: the power of s by which the update grows if all gradients grow by a factor s > 0; None if it follows no
+            power. A single task keeps its gradient if the power is 1, and its direction in any case.
         invariant: the quantity that does not change if one task's gradient grows: all "weights", the "update", or None.
         equivariant: whether a permutation of the tasks leaves the update unchanged.
         no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.
@@ -30,7 +31,7 @@ class Laws(NamedTuple):
         single: the update of a single task: its "gradient", or a vector of its "direction".
     """
 
-    degree: int = 1
+    degree: int | None = 1
     invariant: Literal["weights", "update"] | None = None
     equivariant: bool = True
     no_conflict: Literal["sum", "mean"] | None = None
@@ -52,7 +53,8 @@ class Method:
         laws: the laws that its updates obey.
         arguments: the arguments of the class, by name, that select this method.
         tasks: the number of tasks that the arguments are made for; None for any.
-        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; or None.
+        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; the
+            "weights" themselves, for which class and twin draw the same numbers from equal generators; or None.
         state: whether a step depends on earlier steps.
     """
 
@@ -63,14 +65,17 @@ class Method:
     laws: Laws
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tasks: int | None = None
-    draws: Literal["order", "entries"] | None = None
+    draws: Literal["order", "entries", "weights"] | None = None
     state: bool = False
 
-    def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
-        """Return an aggregator. A method that draws no orders ignores ``order``; ``more`` overrides the arguments."""
-        if self.draws == "order" and order is not None:
-            more["order"] = order
-        return self.aggregator(**{**self.arguments, **more})
+    def make(
+        self, order: Sequence[Sequence[int]] | None = None, device: torch.device | str = "cpu", **more: Any
+    ) -> Aggregator:
+        """Return an aggregator; ``more`` overrides the arguments.
+
+        With ``order`` its choices of partners and weights are those of :meth:`expected`.
+        """
+        return self.aggregator(**{**self.arguments, **self._fixed(order, device), **more})
 
     def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
         """Return an aggregator whose random choices follow from ``seed``."""
@@ -78,19 +83,31 @@ class Method:
             return self.make()
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
-    def expected(self, steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], **more: Any) -> list[Tensor]:
+    def expected(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        order: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        **more: Any,
+    ) -> list[Tensor]:
         """Return the twin's updates: float64 vectors, one for each step that it supports.
 
         Args:
             steps: the task gradients of each step.
             order: row i is the order in which task i visits the others.
+            device: the device of the aggregator that the updates are compared with.
             more: arguments besides those of the row.
         """
         from gradkern import reference  # not at start-up: programs that train do not compare
 
         twin: Callable[..., Any] = getattr(reference, self.twin)
-        if self.draws == "order":
-            more["order"] = order
+        more |= self._fixed(order, device)
         if self.state:
             return twin(steps, **self.arguments, **more)
         return [twin(grads, **self.arguments, **more) for grads in steps]
+
+    def _fixed(self, order: Sequence[Sequence[int]] | None, device: torch.device | str) -> dict[str, Any]:
+        """Return the arguments that fix the random choices, for the class and for its twin."""
+        if order is None or self.draws in (None, "entries"):
+            return {}
+        return {"order": order} if self.draws == "order" else {"generator": torch.Generator(device).manual_seed(0)}

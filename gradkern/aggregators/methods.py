@@ -6,10 +6,18 @@ A new method is its class, its naive twin in :mod:`gradkern.reference`, a row in
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
 from gradkern.aggregators.gradvac import GradVac
+from gradkern.aggregators.gramian.aligned_mtl import AlignedMTL
 from gradkern.aggregators.gramian.cagrad import CAGrad
+from gradkern.aggregators.gramian.config import ConFIG
 from gradkern.aggregators.gramian.dual_proj import DualProj
+from gradkern.aggregators.gramian.fairgrad import FairGrad
+from gradkern.aggregators.gramian.imtl_g import IMTLG
+from gradkern.aggregators.gramian.krum import Krum
 from gradkern.aggregators.gramian.mgda import MGDA
+from gradkern.aggregators.gramian.nash_mtl import NashMTL
+from gradkern.aggregators.gramian.ntkmtl import NTKMTL
 from gradkern.aggregators.gramian.pcd import PCD
+from gradkern.aggregators.gramian.rgw import RGW
 from gradkern.aggregators.gramian.upgrad import UPGrad
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
@@ -20,14 +28,22 @@ from gradkern.aggregators.wrappers.smoothed import Smoothed
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
 __all__ = [
+    "IMTLG",
     "MGDA",
+    "NTKMTL",
     "PCD",
+    "RGW",
+    "AlignedMTL",
     "CAGrad",
+    "ConFIG",
     "Constant",
     "DualProj",
+    "FairGrad",
     "GradAttention",
     "GradVac",
+    "Krum",
     "Mean",
+    "NashMTL",
     "Normalized",
     "PCGrad",
     "Smoothed",

@@ -20,8 +20,8 @@ def _method(method: Method, dtype: torch.dtype, device: torch.device) -> Iterato
         order = [torch.randperm(T).tolist() for _ in range(T)]
         # Rows share a direction that points both ways, so that about half of the pairs conflict clearly.
         steps = [(torch.randn(T, P) + torch.randn(T, 1)).to(dtype) for _ in range(STEPS)]
-        aggregator = method.make(order)
-        for J, expected in zip(steps, method.expected([list(J) for J in steps], order), strict=False):
+        aggregator = method.make(order, device)
+        for J, expected in zip(steps, method.expected([list(J) for J in steps], order, device), strict=False):
             # Each of the T projections passes on the roundings of the rows before it.
             yield aggregator(J.to(device)), expected, T * J.double().abs().sum(0)
 

@@ -5,7 +5,10 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
 from gradkern.reference.fixed import mean, weighted_sum
+from gradkern.reference.gramian_direct import krum, ntkmtl, rgw
+from gradkern.reference.gramian_fair import fairgrad, nash_mtl
 from gradkern.reference.gramian_quadratic import cagrad, dualproj, pcd_updates, upgrad
+from gradkern.reference.gramian_spectral import aligned_mtl, config, imtl_g
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -27,22 +30,29 @@ from gradkern.reference.wrappers import normalized_mgda, smoothed_mgda
 __all__ = [
     "Memory",
     "adamw",
+    "aligned_mtl",
     "attention_optimum",
     "cagrad",
     "combine",
+    "config",
     "cosine",
     "dualproj",
+    "fairgrad",
     "first_units",
     "gradattention_updates",
     "gradvac",
     "gradvac_updates",
     "gramian",
+    "imtl_g",
     "kept",
+    "krum",
     "mean",
     "mgda",
     "most_different",
     "most_similar",
+    "nash_mtl",
     "normalized_mgda",
+    "ntkmtl",
     "partners",
     "pcd_updates",
     "pcgrad",
@@ -52,6 +62,7 @@ __all__ = [
     "pcgrad_update",
     "philox",
     "project",
+    "rgw",
     "smoothed_mgda",
     "step_scale",
     "suppressed",

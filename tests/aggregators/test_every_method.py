@@ -23,6 +23,10 @@ on_gramians = pytest.mark.parametrize(
     "method", [m for m in METHODS.values() if m.draws != "entries"], ids=lambda m: m.name
 )
 """GradAttention's weights need entries of the gradients besides."""
+functions_of_gramians = pytest.mark.parametrize(
+    "method", [m for m in METHODS.values() if m.draws not in ("entries", "weights")], ids=lambda m: m.name
+)
+"""Random weights are others for each Gramian."""
 
 P = 40
 NEAR = 1e-9  # float64; well-conditioned rows
@@ -106,6 +110,9 @@ def test_what_is_no_matrix_is_named(method: Method, kind: int) -> None:
 @each_method
 def test_longer_gradients_make_a_longer_update(method: Method) -> None:
     J, degree = rows(method), method.laws.degree
+    if degree is None:
+        assert any(moved(update(method, s * J), s * update(method, J)) for s in (1e-3, 1e6))
+        return
     for s in (1e-3, 7.0, 1e6):
         assert_same(update(method, s * J), s**degree * update(method, J))
 
@@ -195,7 +202,7 @@ def test_its_state_goes_on_where_it_was_saved(method: Method) -> None:
         assert torch.equal(first(J - k), second(J - k))
 
 
-@each_method
+@pytest.mark.parametrize("method", [m for m in METHODS.values() if m.draws != "weights"], ids=lambda m: m.name)
 def test_later_updates_depend_on_earlier_ones_with_state_alone(method: Method) -> None:
     J = rows(method)
     made, order = method.make(orders(len(J))), orders(len(J))
@@ -204,7 +211,7 @@ def test_later_updates_depend_on_earlier_ones_with_state_alone(method: Method) -
     assert torch.equal(made(J), update(method, J, order)) == (not method.state)
 
 
-@on_gramians
+@functions_of_gramians
 def test_many_gramians_at_once(method: Method) -> None:
     T = method.tasks or 4
     M = torch.stack([gk.gramian(conflicting(T, P)) for _ in range(6)])
@@ -221,11 +228,11 @@ def test_the_dtype_and_the_device_are_those_of_the_gramian(method: Method) -> No
     single = method.make(orders(len(M))).weights(M.float())
     assert single.dtype == torch.float32
     assert_near(single, w, w.abs().max(), 1e-5)
-    nowhere = method.make(orders(len(M))).weights(M.to("meta"))
+    nowhere = method.make().weights(M.to("meta"))
     assert (nowhere.device.type, nowhere.shape, nowhere.dtype) == ("meta", w.shape, w.dtype)
 
 
-@on_gramians
+@functions_of_gramians
 def test_an_overflow_shows_and_stays_in_its_problem(method: Method) -> None:
     J = rows(method)
     broken = J.clone()

@@ -50,6 +50,14 @@ def constructors() -> Iterator[Call]:
         (gk.UPGrad, {}, preference),
         (gk.DualProj, {}, preference),
         (gk.PCD, {}, {"tau": values.shares, "beta": lambda: [*values.shares(), 1]}),
+        (gk.IMTLG, {}, {}),
+        (gk.AlignedMTL, {}, {"scale": values.strings} | preference),
+        (gk.ConFIG, {}, preference),
+        (gk.NashMTL, {}, {"max_norm": lambda: values.positive_numbers()[1:], "update_every": values.integers}),
+        (gk.FairGrad, {}, {"alpha": values.positive_numbers}),
+        (gk.NTKMTL, {}, {"power": lambda: [*values.numbers(), -0.5]}),
+        (gk.Krum, {"n_byzantine": 0}, {"n_byzantine": partial(values.integers, 0), "n_selected": values.integers}),
+        (gk.RGW, {}, {"generator": values.generators}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
@@ -90,6 +98,9 @@ def methods() -> Iterator[Call]:
         gk.Constant([1.0, 2.0, 3.0]),
         gk.PCD(),
         gk.UPGrad(),
+        gk.IMTLG(),
+        gk.NashMTL(),
+        gk.RGW(),
     ]
     for aggregator in made:
         kind = type(aggregator).__name__

@@ -56,6 +56,18 @@ def positions(x: Array) -> Array:
     return _range(T) if isinstance(x, np.ndarray) else torch.arange(T, dtype=torch.float64, device=x.device)
 
 
+def ascending(x: Array) -> Array:
+    """Return the entries along the last dimension in ascending order."""
+    return np.sort(x, -1) if isinstance(x, np.ndarray) else x.sort(-1).values
+
+
+def lowest(x: Array, n: int) -> Array:
+    """Return the mask of the n lowest entries along the last dimension, the first of equals."""
+    if isinstance(x, np.ndarray):
+        return x.argsort(-1, kind="stable").argsort(-1) < n
+    return x.argsort(dim=-1, stable=True).argsort(-1) < n
+
+
 def rounds(x: Array, n: int) -> range:
     """Return the rounds of a loop: n for tensors, and ten times as many where the loop ends as soon as it can."""
     return range(10 * n if isinstance(x, np.ndarray) else n)

@@ -31,7 +31,7 @@ def eigh(M: Array) -> tuple[Array, Array]:
     return xp.where(finite, values, xp.nan), vectors
 
 
-def numerical_rank(values: Array, eps: float) -> Array:
+def numerical_rank(values: Array, eps: Array | float) -> Array:
     """Return which eigenvalues (..., T) of a Gramian are not rounding: they exceed the largest, times T eps."""
     return values > space(values).amax(values, -1)[..., None] * values.shape[-1] * eps
 
@@ -41,30 +41,35 @@ def spread(values: Array, vectors: Array, b: Array) -> Array:
     return (vectors @ (values[..., None] * (vectors.swapaxes(-1, -2) @ b[..., None])))[..., 0]
 
 
-def pseudo_inverse(M: Array, b: Array, eps: float) -> Array:
+def pseudo_inverse(M: Array, b: Array, eps: Array | float) -> Array:
     """Return M⁺ b (..., T), with the inverse over the numerical rank of M (..., T, T).
 
-    On a CPU a matrix far from singular is inverted without eigenvalues.
+    If b is orthogonal to the range of M, up to a cosine of √eps, the result is 0: it would be mostly rounding. On a CPU
+    a matrix far from singular is inverted without eigenvalues.
 
     Args:
         M: symmetric and positive semidefinite.
         b: (..., T).
-        eps: the relative precision of M's entries, for :func:`numerical_rank`.
+        eps: the relative precision of M's entries, for :func:`numerical_rank`: a number, or (..., 1).
     """
     if not isinstance(M, np.ndarray):
         return _by_eigenvalues(M, b, eps)
     inverse = lu_solved(M, identity(M))
     # The largest eigenvalue is at most the trace, and the smallest at least the reciprocal of the inverse's norm.
     condition = M.diagonal(0, -2, -1).sum(-1) ** 2 * (inverse * inverse).sum((-2, -1))
-    regular = (condition < min(REGULAR, 1 / (eps * M.shape[-1])) ** 2)[..., None]
+    regular = condition[..., None] < np.minimum(REGULAR, 1 / (eps * M.shape[-1])) ** 2
     x = (inverse @ b[..., None])[..., 0]
     return x if every(regular) else np.where(regular, x, _by_eigenvalues(M, b, eps))
 
 
-def _by_eigenvalues(M: Array, b: Array, eps: float) -> Array:
+def _by_eigenvalues(M: Array, b: Array, eps: Array | float) -> Array:
+    xp = space(M)
     values, vectors = eigh(M)
-    inverse = space(M).where(numerical_rank(values, eps), 1 / values, 0.0 * values)  # which keeps NaN
-    return spread(inverse, vectors, b)
+    rank = numerical_rank(values, eps)
+    inside = xp.where(rank, (vectors.swapaxes(-1, -2) @ b[..., None])[..., 0], 0.0)
+    solvable = (inside * inside).sum(-1)[..., None] > eps * (b * b).sum(-1)[..., None]
+    inverse = xp.where(rank & solvable, 1 / values, 0.0 * values)  # which keeps NaN
+    return (vectors @ (inverse * inside)[..., None])[..., 0]
 
 
 def eigen_residual(M: Array, values: Array, vectors: Array) -> Array:

@@ -1,0 +1,179 @@
+"""Nash-MTL (Navon et al. 2022, "Multi-Task Learning as a Bargaining Game").
+
+The tasks bargain about the update d, and the gain of task i is g_iᵀd. The product of the gains is the largest for
+d = Σ w_i g_i with M w = 1/w, w > 0, up to d's length. The authors divide M by its Frobenius norm first, so that d grows
+as the gradients do, and then cut its length. :mod:`gradkern.aggregators.solvers.fair` solves the equations by Newton's
+method; the authors and TorchJD by a sequence of convex programs on the host, which ends before it is exact.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern.aggregators.base import has_numbers
+from gradkern.aggregators.gramian.base import GramianMethod
+from gradkern.aggregators.solvers.arrays import Array, carried, none, space
+from gradkern.aggregators.solvers.fair import fair
+from gradkern.arguments import integer, number, shown, tensor
+from gradkern.ops.capture import capturing, first_use, keep
+from gradkern.ops.dtypes import DTYPES
+
+
+class NashMTL(GramianMethod):
+    """Nash-MTL of Navon et al. 2022: the weights w > 0 with (M / ‖M‖) w = 1/w, to 1e-9; ‖M‖ is the Frobenius norm.
+
+    The update is longest along directions in which all tasks gain alike, relative to the lengths of their gradients. A
+    gradient of zero is left out and gets the weight 0. If 0 is in the hull of the gradients, the equations have no
+    solution. Then 1e-6 M_ii is added to each M_ii, which bounds the weights.
+
+    With ``update_every`` above 1 the last weights are state, in ``state_dict``. Each group has its own. A step whose
+    Gramian is not finite changes nothing of it, because a gradient scaler will skip it. A CPU saves the solution in the
+    steps between. A device may not be read: there every step solves the equations, and uses the result if it is due.
+
+    Args:
+        max_norm: the largest length of the update of a group, above 0; None for no limit.
+        update_every: the number of steps for which weights are used, at least 1. A task that is present and has no
+            weight yet, because it was absent, makes new ones due.
+
+    Attributes:
+        kept: (S, T) float64, the last weights of each group before the cut; None before the first step, and with
+            ``update_every=1``.
+        age: (S,) int64, the number of steps that they have served.
+    """
+
+    kept: Tensor | None
+    age: Tensor | None
+
+    def __init__(self, max_norm: float | None = 1.0, update_every: int = 1) -> None:
+        super().__init__()
+        self.max_norm = None if max_norm is None else number("max_norm", max_norm, above=0)
+        self.update_every = integer("update_every", update_every, 1)
+        self.register_buffer("kept", None)
+        self.register_buffer("age", None)
+
+    def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:
+        if self.update_every == 1:
+            return _bargained(M, present, self.max_norm)
+        T = M.shape[-1]
+        flat = M.detach().reshape(-1, T, T).double()
+        if present is not None:
+            flat = flat.masked_fill(~(present.unsqueeze(-1) & present), 0.0)
+        w = self._scheduled(flat, present)
+        return w.view(M.shape[:-1]) if self.max_norm is None else _cut(flat, w, self.max_norm).view(M.shape[:-1])
+
+    def _scheduled(self, M: Tensor, present: Tensor | None) -> Tensor:
+        """Return the weights of this step, (S, T), before the cut; keep them."""
+        kept, age = self._state_for(M)
+        rows = M.diagonal(dim1=-2, dim2=-1) != 0
+        due = (age % self.update_every == 0) | (rows & (kept == 0)).any(-1)
+        finite = M.isfinite().flatten(-2).all(-1)
+        w = _renewed(M, present, kept, due)
+        if present is not None:
+            w = torch.where(present, w, 0.0)
+        w = torch.where(finite.unsqueeze(-1), w, torch.nan)
+        if has_numbers(M):
+            lasting = torch.where(due.unsqueeze(-1), w, kept)
+            kept.copy_(torch.where(finite.unsqueeze(-1), lasting, kept))
+            age.copy_(torch.where(finite, torch.where(due, 1, age + 1), age))
+            self.kept, self.age = kept, age
+        return w
+
+    def _state_for(self, M: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the last weights and their age on M's device, followed by zeros for added groups."""
+        S, T, _ = M.shape
+        with torch.inference_mode(False):  # a later step outside of it must be able to change them
+            if capturing(M.device) and (self.kept is None or len(self.kept) != S):
+                raise first_use("to make the first weights")  # each replay would reset them
+            zeros = torch.zeros((S, T + 1), dtype=torch.float64, device=M.device)
+            if self.kept is None or self.age is None or not has_numbers(M):
+                return zeros[:, :T].clone(), zeros[:, T].long()
+            groups, tasks = self.kept.shape
+            if tasks != T or groups > S:
+                raise ValueError(
+                    f"NashMTL's weights are of {tasks} tasks in {groups} group(s), and this step has {T} tasks in "
+                    f"{S} group(s): pass None for a task that is absent. A new NashMTL starts anew"
+                )
+            if groups == S and self.kept.device == M.device:
+                if capturing(M.device):
+                    keep(self.kept)
+                    keep(self.age)
+                return self.kept, self.age
+            added = zeros[groups:]
+            kept = torch.cat((self.kept.to(M.device), added[:, :T]))
+            return kept, torch.cat((self.age.to(M.device), added[:, T].long()))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the weights between devices, but keep them float64."""
+        kept, self.kept = self.kept, None
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.kept = kept.to(fn(kept).device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        kept, age = (state_dict.get(f"{prefix}{name}") for name in ("kept", "age"))
+        if kept is not None and age is not None:
+            kept, age = self._loadable(kept, age)
+            state_dict = {**state_dict, f"{prefix}kept": kept, f"{prefix}age": age}
+            if self.kept is None or self.age is None or self.kept.shape != kept.shape:
+                device = kept.device if self.kept is None else self.kept.device
+                self.kept, self.age = torch.zeros_like(kept, device=device), torch.zeros_like(age, device=device)
+        elif kept is None and age is None and f"{prefix}_extra_state" in state_dict:
+            self.kept = self.age = None  # saved before its first step
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _loadable(self, kept: object, age: object) -> tuple[Tensor, Tensor]:
+        """Return weights and their age from a ``state_dict``; raise unless they are those of this method's tasks."""
+        weights = tensor("kept in state_dict", kept, DTYPES).double()
+        steps = tensor("age in state_dict", age, (torch.int64,))
+        if weights.ndim != 2 or steps.shape != weights.shape[:1]:
+            shapes = f"{tuple(weights.shape)} and {tuple(steps.shape)}"
+            raise ValueError(f"kept and age in state_dict must be of shapes (S, T) and (S,), got {shapes}")
+        if self.kept is not None and weights.shape[1] != self.kept.shape[1]:
+            raise ValueError(
+                f"kept in state_dict must be of {self.kept.shape[1]} tasks as this method is, got {weights.shape[1]}"
+            )
+        if has_numbers(weights) and not bool((weights.isfinite() & (weights >= 0)).all()):
+            raise ValueError(f"kept in state_dict must be finite and at least 0, got {shown(weights.tolist())}")
+        return weights, steps
+
+    def __repr__(self) -> str:
+        return f"NashMTL(max_norm={self.max_norm}, update_every={self.update_every})"
+
+
+def _of_unit_norm(M: Array, among: Array | None) -> Array:
+    """Return the weights w with (M / ‖M‖) w = 1/w."""
+    xp = space(M)
+    if among is not None:
+        M = xp.where(among[..., None] & among[..., None, :], M, 0.0)
+    largest = xp.amax(abs(M), (-2, -1))[..., None]
+    unit = M / xp.where(largest > 0, largest, 1.0)[..., None]
+    return fair(M, 1.0, 1.0, among) * (largest * (unit * unit).sum((-2, -1))[..., None] ** 0.5) ** 0.5
+
+
+def _limited(M: Array, w: Array, max_norm: float) -> Array:
+    """Return w, or a multiple of it whose update is ``max_norm`` long. M is 0 where a task is absent."""
+    length = (w * (M @ w[..., None])[..., 0]).sum(-1)[..., None].clip(0) ** 0.5
+    return w * (max_norm / length.clip(max_norm))
+
+
+@carried
+def _bargained(M: Array, among: Array | None, max_norm: float | None) -> Array:
+    w = _of_unit_norm(M, among)
+    if max_norm is None:
+        return w
+    if among is not None:
+        M = space(M).where(among[..., None] & among[..., None, :], M, 0.0)
+    return _limited(M, w, max_norm)
+
+
+@carried
+def _renewed(M: Array, among: Array | None, kept: Array, due: Array) -> Array:
+    """Return new weights where they are due, and else the kept ones."""
+    if none(due):
+        return kept.copy()
+    return space(M).where(due[..., None], _of_unit_norm(M, among), kept)
+
+
+_cut = carried(_limited)
