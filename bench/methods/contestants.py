@@ -35,8 +35,8 @@ def of_weights(method: Method, T: int) -> Calls:
     """
     J = rows(T, P_OF_GRAMIANS, torch.float64)
     M, made = gramian(J), method.make()
-    if made.needs_entries or not made.needs_gramian:
-        raise ValueError("its weights do not follow from a Gramian alone")
+    if made.needs_entries:
+        raise ValueError("they follow from entries of the gradients, which a Gramian does not have")
     given = _losses(made, T)
     calls: Calls = {OURS: lambda: made.weights(M, **given)}
     theirs = _theirs(method, T, "Weighting")
@@ -78,9 +78,9 @@ def _theirs(method: Method, T: int, suffix: str = "") -> Any:
     if cls is None:
         return None
     taken = inspect.signature(cls).parameters
-    if not all(name in taken or value == "all" for name, value in method.arguments.items()):
-        return None
     ours = {name: p.default for name, p in inspect.signature(method.aggregator).parameters.items()}
+    if any(name not in taken and value != ours[name] for name, value in method.arguments.items()):
+        return None
     known = {"n_tasks": T} | ours | dict(method.arguments)
     arguments = {name: known[name] for name, p in taken.items() if name in known and _matters(name, known, p, method)}
     if isinstance(arguments.get("weights"), tuple):

@@ -5,6 +5,7 @@ from typing import Any
 from bench.methods.contestants import COPY, OURS, THEIRS
 from bench.table import digits
 
+WHAT = {"rows": "weights", "whole": "aggregation"}
 WEIGHTS_LEGEND = f"""\
 The weights alone, from a float64 Gramian of T rows: microseconds of gradkern's (median), and in brackets how many times
 as long TorchJD's weighting of the same name takes, the median of ratios of one round. words: what a step moves for each
@@ -27,18 +28,23 @@ def table(results: dict[str, Any]) -> str:
         _whole(results["whole"], results["shape"]),
         WHOLE_LEGEND,
     ]
-    left_out = [f"- Left out: {s['method']}, T = {s['T']}, {_what(s['what'])}: {s['why']}" for s in results["skipped"]]
-    for key in ("rows", "whole"):
-        for row in results[key]:
-            left_out += [
-                f"- Left out: {name}'s {row['method']}, T = {row['T']}, {_what(key)}: {why}"
-                for name, why in row["absent"].items()
-            ]
+    left_out = _left_out(results)
     return "\n\n".join([*blocks, *(["\n".join(left_out)] if left_out else [])])
 
 
-def _what(key: str) -> str:
-    return "weights" if key == "rows" else "aggregation"
+def _left_out(results: dict[str, Any]) -> list[str]:
+    """Return a line for each reason, with the numbers of tasks that it holds for."""
+    reasons: dict[tuple[str, str, str], list[int]] = {}
+    for s in results["skipped"]:
+        reasons.setdefault((OURS, s["method"], f"{WHAT[s['what']]}: {s['why']}"), []).append(s["T"])
+    for key, what in WHAT.items():
+        for row in results[key]:
+            for name, why in row["absent"].items():
+                reasons.setdefault((name, row["method"], f"{what}: {why}"), []).append(row["T"])
+    return [
+        f"- Left out: {name}'s {method}, T = {', '.join(map(str, tasks))}, {reason}"
+        for (name, method, reason), tasks in reasons.items()
+    ]
 
 
 def _weights(rows: list[dict[str, Any]], tasks: list[int]) -> str:
