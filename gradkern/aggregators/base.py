@@ -50,14 +50,14 @@ class Aggregator(nn.Module, ABC):
 
     needs_gramian = True
     """Whether the weights depend on the Gramian of the task gradients."""
-    needs_history = False
-    """Whether it keeps T numbers for each parameter from step to step."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
     needs_eps = False
     """Whether ``solution`` takes the precision of each group's rows."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
+    averages_rows = False
+    """Whether running means of the task gradients take their place, which :class:`Averaged` keeps."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
