@@ -50,8 +50,6 @@ class Aggregator(nn.Module, ABC):
 
     needs_gramian = True
     """Whether the weights depend on the Gramian of the task gradients."""
-    needs_history = False
-    """Whether it keeps T numbers for each parameter from step to step."""
     needs_losses = False
     """Whether ``solution`` takes the losses."""
     needs_eps = False
@@ -60,6 +58,8 @@ class Aggregator(nn.Module, ABC):
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
     required: tuple[int, ...] = ()
     """The numbers of the tasks that must be present in every step."""
+    averages_rows = False
+    """Whether running means of the task gradients take their place, which :class:`Averaged` keeps."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

@@ -51,3 +51,21 @@ def one_of(names: Iterable[str], given: str, argument: str) -> str:
     close = get_close_matches(written, known, n=1)
     hint = f" (the closest is {close[0]!r})" if close else ""
     raise ValueError(f"{argument} must be one of {', '.join(known)}; got {shown(given)}{hint}")
+
+
+def is_aggregator(argument: str, value: object) -> None:
+    """Raise TypeError unless ``value`` is an aggregator.
+
+    If its class has the name of one here, as TorchJD's and LibMTL's classes have, the message says what to pass.
+    """
+    if isinstance(value, Aggregator):
+        return
+    wanted = f"{argument} must be a gradkern.Aggregator, got {shown(value)}"
+    kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
+    ours = {method.aggregator.__name__ for method in METHODS.values()}
+    for kind in kinds:
+        if kind.__name__ in ours:
+            raise TypeError(f"{wanted}: pass gradkern.{kind.__name__}(...)")
+    if isinstance(value, str):
+        raise TypeError(f"{wanted}: pass gradkern.aggregator({value!r})")
+    raise TypeError(f"{wanted}: the command 'gradkern methods' lists them")

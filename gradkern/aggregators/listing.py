@@ -4,7 +4,8 @@ Nothing here is written down for a single method. The class says what it looks a
 like), and the cost follows from that. A word is one number of a gradient, and costs are words moved for each parameter
 beyond the backward passes:
 
-- A weighting of losses is one backward pass of their weighted sum. It moves nothing more.
+- A weighting of losses is one backward pass of their weighted sum. It moves nothing more. If it looks at the Gramian, T
+  passes come before, and the rows are read once: T.
 - A method that looks at the Gramian reads the T rows for it, and once more for the combination, whose result it writes:
   2T + 1. So does one that also looks at entries, since they are a few thousand of all.
 - A method without a Gramian reads the T rows once and writes the result: T + 1.
@@ -30,7 +31,7 @@ class Listed(NamedTuple):
         name: the name on the command line, and for :func:`gradkern.aggregator`.
         call: the class with its arguments.
         needs: what it looks at: "Gramian", "losses", "history" and "entries".
-        passes: the backward passes of a step, "T" or "1".
+        passes: the backward passes of a step, "T" or "1", or "T + 1" for both.
         words: the numbers moved for each parameter beyond them; see the module.
         state: "" for none, "small", or "T for each parameter".
         paper: authors and year, or the title of a report without a known author.
@@ -54,17 +55,17 @@ def listed(method: Method) -> Listed:
     needs = {
         "Gramian": made.needs_gramian,
         "losses": made.needs_losses,
-        "history": made.needs_history,
+        "history": made.averages_rows,
         "entries": made.needs_entries,
     }
     weighting = isinstance(made, Scalarization)
-    state = "T for each parameter" if made.needs_history else "small" if method.state else ""
+    state = "T for each parameter" if made.averages_rows else "small" if method.state else ""
     return Listed(
         method.name,
         called(method),
         tuple(need for need, needed in needs.items() if needed),
-        "1" if weighting else "T",
-        "0" if weighting else _words(made.needs_gramian, made.needs_history),
+        ("T + 1" if made.needs_gramian else "1") if weighting else "T",
+        ("T" if made.needs_gramian else "0") if weighting else _words(made.needs_gramian, made.averages_rows),
         state,
         f"{author} {year}" if author else title,
         title,

@@ -6,12 +6,17 @@ divided as follows:
 
 - ``PCGrad`` and ``GradVac``, with their weightings, run on gradkern entirely. Orders are drawn as TorchJD draws them,
   so equal seeds give equal steps.
-- ``AlignedMTL``, ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``Krum``, ``MGDA``, ``PCD``, ``UPGrad`` compute
-  Gramian and combination on gradkern, and take TorchJD's weights. So does an aggregator of yours that derives from
-  ``GramianWeightedAggregator``.
+- ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``NashMTL`` and ``UPGrad``, with their weightings, run on gradkern
+  entirely too. Its solvers are exact, work on the device, and need none of the libraries that TorchJD's need: quadprog,
+  qpsolvers, cvxpy, Clarabel, ECOS, SciPy. ``UPGrad`` and ``DualProj`` take a ``projector`` of yours as it is. In place
+  of TorchJD's ``QuadprogProjector(norm_eps=, reg_eps=)`` there is one here, of the same name.
+- ``AlignedMTL``, ``Krum``, ``MGDA`` and ``PCD`` compute Gramian and combination on gradkern, and take TorchJD's
+  weights, which need no other library. So does an aggregator of yours that derives from ``GramianWeightedAggregator``.
 - Everything else is TorchJD's, unchanged: methods without a Gramian (``ConFIG``, ``GradDrop``, ``TrimmedMean``,
-  ``ExcessMTL``) or with one inside their weighting (``NashMTL``), and methods of fixed or random weights (``Sum``,
-  ``Mean``, ``Constant``, ``Random``), whose one product with the gradients could not be faster.
+  ``ExcessMTL``), and methods of fixed or random weights (``Sum``, ``Mean``, ``Constant``, ``Random``), whose one
+  product with the gradients could not be faster.
+
+:class:`gradkern.SurgeryOptimizer` takes gradkern's own methods. If it is given one of these, its error names the twin.
 
 Results equal TorchJD's up to rounding, with these exceptions:
 
@@ -30,6 +35,14 @@ Results equal TorchJD's up to rounding, with these exceptions:
 - A step that is not finite does not change ``GradVac``'s targets. TorchJD's are NaN from then on, and correct nothing.
 - ``GradVac``'s targets are float64, on the device of the Gramian, and are kept if the dtype changes. Checkpoints load
   into fresh instances. They are exchangeable with TorchJD's, which load into instances that have made a step.
+- TorchJD's ``CAGrad`` stops where Clarabel does, up to 1e-3 of the update away from the best one. Its ``NashMTL`` stops
+  when the equations hold to 1e-3, or after ``optim_niter`` rounds, and its ``FairGrad`` after ``max_iters``. Here the
+  equations hold to rounding, so ``optim_niter`` and ``max_iters`` have no effect.
+- If 0 is in the hull of the gradients, or one is zero, the equations of ``NashMTL`` and ``FairGrad`` have no solution.
+  TorchJD returns what its solver ends with. Here a zero row gets the weight 0, and for the other case see
+  :mod:`gradkern.aggregators.solvers.fair`. ``FairGrad`` with ``alpha`` below 0 is an error.
+- Gradients that are not finite give weights that are not a number, where TorchJD's solvers raise. ``NashMTL`` does not
+  remember such weights.
 - A matrix of integers, of complex numbers or that is sparse is an error, whose message names the conversion:
   ``J.float()``, ``torch.view_as_real(J).flatten(1)`` or ``J.to_dense()``.
 - A matrix of no rows is an error, and so is capture in a CUDA graph, which would repeat orders drawn on the host.
@@ -43,17 +56,28 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import check_gramian
 from gradkern.ops import combine, gramian, operators
 from gradkern.ops.capture import capturing
 from gradkern.ops.devices import GPU
-from gradkern.ops.dtypes import arithmetic_dtype
 
 try:
     import torchjd.aggregation as theirs
 except ImportError as error:
     raise ImportError("gradkern.compat.torchjd needs TorchJD: pip install 'torchjd>=0.18'") from error
-from torchjd.linalg import PSDMatrix
+from torchjd.linalg import DualConeProjector, PSDMatrix
+
+from gradkern.compat.torchjd_solved import (
+    CAGradWeighting,
+    DualProjWeighting,
+    FairGradWeighting,
+    IMTLGWeighting,
+    NashMTLWeighting,
+    UPGradWeighting,
+    computable,
+)
+from gradkern.compat.torchjd_solved import (
+    QuadprogProjector as QuadprogProjector,
+)
 
 __all__ = theirs.__all__
 
@@ -82,7 +106,7 @@ class PCGradWeighting(theirs.PCGradWeighting):
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Return the weights (T,) of a Gramian (T, T), in its dtype."""
-        M = _computable(gramian)
+        M = computable(gramian)
         T = len(M)
         keys = _keys(torch.stack([_permutation(T) for _ in range(T)]), M.device)
         return operators.pcgrad(M.unsqueeze(0), keys, "all")[0].sum(0).to(gramian.dtype)
@@ -107,7 +131,7 @@ class GradVacWeighting(theirs.GradVacWeighting):
 
     def forward(self, gramian: Tensor, /) -> Tensor:
         """Return the weights (T,) of a Gramian (T, T), in its dtype. A new number of tasks starts from targets of 0."""
-        M = _computable(gramian)
+        M = computable(gramian)
         T = len(M)
         others = torch.stack([_permutation(T - 1) for _ in range(T)])
         own = torch.arange(T, device=others.device).unsqueeze(1)
@@ -145,19 +169,57 @@ class AlignedMTL(theirs.AlignedMTL, GramianWeightedAggregator):
 
 
 class CAGrad(theirs.CAGrad, GramianWeightedAggregator):
-    """TorchJD's CAGrad, with Gramian and combination on gradkern."""
+    """TorchJD's CAGrad, on gradkern."""
+
+    def __init__(self, c: float, norm_eps: float = 0.0001) -> None:
+        GramianWeightedAggregator.__init__(self, CAGradWeighting(c, norm_eps))
 
 
 class DualProj(theirs.DualProj, GramianWeightedAggregator):
-    """TorchJD's DualProj, with Gramian and combination on gradkern."""
+    """TorchJD's DualProj, on gradkern."""
+
+    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
+        GramianWeightedAggregator.__init__(self, DualProjWeighting(pref_vector, projector))
 
 
 class FairGrad(theirs.FairGrad, GramianWeightedAggregator):
-    """TorchJD's FairGrad, with Gramian and combination on gradkern."""
+    """TorchJD's FairGrad, on gradkern.
+
+    Args:
+        alpha: the kind of fairness, at least 0.
+        max_iters: kept, but without effect.
+    """
+
+    def __init__(self, alpha: float, max_iters: int | None = None) -> None:
+        GramianWeightedAggregator.__init__(self, FairGradWeighting(alpha, max_iters))
 
 
 class IMTLG(theirs.IMTLG, GramianWeightedAggregator):
-    """TorchJD's IMTLG, with Gramian and combination on gradkern."""
+    """TorchJD's IMTLG, on gradkern."""
+
+    def __init__(self) -> None:
+        GramianWeightedAggregator.__init__(self, IMTLGWeighting())
+
+
+class NashMTL(theirs.NashMTL):
+    """TorchJD's NashMTL on gradkern, without cvxpy and ECOS.
+
+    Args:
+        n_tasks: the number of rows of the matrices.
+        max_norm: the length that updates are cut to; 0 for none.
+        update_weights_every: the number of calls that share one solution.
+        optim_niter: checked and kept, but without effect.
+    """
+
+    def __init__(
+        self, n_tasks: int, max_norm: float = 1.0, update_weights_every: int = 1, optim_niter: int = 20
+    ) -> None:
+        weighting = NashMTLWeighting(n_tasks, max_norm, update_weights_every, optim_niter)
+        theirs.WeightedAggregator.__init__(self, weighting)
+
+    @staticmethod
+    def _combine(matrix: Tensor, weights: Tensor) -> Tensor:
+        return combine(matrix, weights)
 
 
 class Krum(theirs.Krum, GramianWeightedAggregator):
@@ -173,18 +235,14 @@ class PCD(theirs.PCD, GramianWeightedAggregator):
 
 
 class UPGrad(theirs.UPGrad, GramianWeightedAggregator):
-    """TorchJD's UPGrad, with Gramian and combination on gradkern."""
+    """TorchJD's UPGrad, on gradkern."""
+
+    def __init__(self, pref_vector: Tensor | None = None, projector: DualConeProjector | None = None) -> None:
+        GramianWeightedAggregator.__init__(self, UPGradWeighting(pref_vector, projector))
 
 
 def _gramian(matrix: Tensor) -> PSDMatrix:
     return cast(PSDMatrix, gramian(matrix))
-
-
-def _computable(gramian: Tensor) -> Tensor:
-    """Return the Gramian in the dtype that the methods take. autogram gives it in the model's dtype."""
-    M = gramian.to(arithmetic_dtype(gramian.dtype))
-    check_gramian(M)
-    return M
 
 
 def _permutation(n: int) -> Tensor:

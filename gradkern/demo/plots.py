@@ -1,5 +1,6 @@
 """PNG plots of the comparison: the accuracies of each method, and the losses and cosines during training."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,17 +8,19 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from gradkern.demo.methods import BASELINE, family
-from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method, rows
+from gradkern.demo.results import PAIR_NAMES, TASK_NAMES, Result, by_method, ranked, rows
 from gradkern.plots import count_along, legend_beside
 
 REFERENCES = {BASELINE: "--", "pcgrad": ":"}
 """The methods that the others are compared with: black in every row of panels, each in its line style."""
+TOGETHER = 4
+"""The number of methods without a family that share a row of panels."""
 
 
 def plot_outcome(results: Sequence[Result], path: Path) -> None:
-    """Plot accuracies and the time of a step: a row for each method in the table's order, a colour for each family."""
-    methods = by_method(results)
-    families = list(dict.fromkeys(family(method) for method in methods))
+    """Plot accuracies and the time of a step: a row for each method, the best first, and a colour for each family."""
+    methods = ranked(results)
+    families = list(dict.fromkeys(family(method) for method in by_method(results)))
     time, unit = (f"step relative to {BASELINE}", "") if BASELINE in methods else ("step ms", " (ms)")
     panels = [(f"accuracy {name}", f"{name} (%)", 100) for name in TASK_NAMES]
     panels += [("mean accuracy", "mean accuracy (%)", 100), (time, time.removesuffix(" ms") + unit, 1)]
@@ -60,7 +63,7 @@ def plot_cosines(results: Sequence[Result], path: Path) -> None:
 def _by_epoch(
     results: Sequence[Result], names: Sequence[str], series: Callable[[Result], list[list[float]]], unit: str
 ) -> Figure:
-    """Plot series by epoch: a row of panels for each family, to tell its lines apart, and a column for each name."""
+    """Plot series by epoch: a row of panels for a few methods, to tell lines apart, and a column for each name."""
     families = _families(results)
     figure = Figure(figsize=(11, 0.8 + 2 * len(families)), layout="constrained")
     grid = figure.subplots(len(families), len(names), sharex=True, sharey="col", squeeze=False)
@@ -84,12 +87,19 @@ def _by_epoch(
 
 
 def _families(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Return the results of each family, with the references' results first."""
+    """Return the results for each row of panels, with the references' results first.
+
+    A family of several methods has a row of its own. The other methods share rows, ``TOGETHER`` in each.
+    """
     references = [r for r in results if r.method in REFERENCES]
+    others = list(dict.fromkeys(r.method for r in results if r.method not in REFERENCES))
+    size = Counter(map(family, others))
+    alone = [method for method in others if size[family(method)] == 1]
+    row_of = {method: family(method) for method in others} | {m: str(k // TOGETHER) for k, m in enumerate(alone)}
     families: dict[str, list[Result]] = {}
     for r in results:
         if r.method not in REFERENCES:
-            families.setdefault(family(r.method), list(references)).append(r)
+            families.setdefault(row_of[r.method], list(references)).append(r)
     return families or {"": references}
 
 

@@ -93,5 +93,11 @@ def by_method(results: Iterable[Result]) -> dict[str, list[Result]]:
     return grouped
 
 
+def ranked(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """Return the results of each method, the one with the highest mean accuracy first."""
+    of_methods = by_method(results).items()
+    return dict(sorted(of_methods, key=lambda item: -float(np.mean([r.accuracy for r in item[1]]))))
+
+
 def _text(value: str | int | float | None) -> str:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -7,7 +7,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from gradkern.demo.methods import BASELINE, METHODS
-from gradkern.demo.results import TASK_NAMES, Result, Row, by_method, rows
+from gradkern.demo.results import TASK_NAMES, Result, Row, ranked, rows
 
 # Each entry: column of the CSV file, heading here, factor of the unit, digits. No word of a heading is longer than six
 # letters, so that the table fits into 80 columns without a broken word.
@@ -22,9 +22,10 @@ COLUMNS = [
 
 
 def table(results: Sequence[Result]) -> Table:
-    """Return the table, with a row for each method. A "-" marks a quantity that a method does not have."""
-    methods = by_method(results)
-    notes = ["± standard deviation over seeds"] if len(results) > len(methods) else []
+    """Return the table: a row for each method, the best first. A "-" marks a quantity that a method does not have."""
+    methods = ranked(results)
+    notes = ["highest mean accuracy first"]
+    notes += ["± standard deviation over seeds"] if len(results) > len(methods) else []
     notes += [
         "confl.: pairs of tasks in conflict",
         "surg.: the surgery of a step",

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.aggregators.by_name import is_aggregator
 from gradkern.arguments import instance
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
@@ -28,7 +29,7 @@ class Options:
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""
-        instance("aggregator", self.aggregator, Aggregator, "a gradkern.Aggregator")  # type: ignore[type-abstract]
+        is_aggregator("aggregator", self.aggregator)
         if self.suppression is not None:
             instance("suppression", self.suppression, Suppression, "a gradkern.Suppression or None")
         if self.conflict_lr is not None:

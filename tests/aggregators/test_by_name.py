@@ -92,7 +92,11 @@ def test_methods_as_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 class _Moving(gk.MGDA):
-    needs_history = True
+    averages_rows = True
+
+
+class _Looking(gk.Mean):
+    needs_gramian = True
 
 
 class _OneByOne(gk.MGDA):
@@ -108,6 +112,8 @@ def test_the_cost_follows_from_what_the_class_looks_at() -> None:
     assert words(_Moving) == "4T + 1"  # and the history read and written
     assert words(_OneByOne) == "T + 1"  # the rows once, and the result
     assert words(gk.Mean) == "0"
+    assert words(_Looking) == "T"  # the rows once, and the result is that of a backward pass
+    assert listing.listed(_row(_Looking)).passes == "T + 1"
     assert listing.listed(_row(_Moving)).state == "T for each parameter"
     losses = dataclasses.replace(METHODS["mgda"], arguments={"normalize": "loss"})
     assert listing.listed(losses).needs == ("Gramian", "losses")

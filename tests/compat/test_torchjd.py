@@ -62,15 +62,21 @@ METHODS: dict[str, Callable[[ModuleType], Any]] = {
     "CAGrad": lambda jd: jd.CAGrad(0.5),
     "CR-MOGM": lambda jd: jd.GramianWeightedAggregator(jd.CRMOGMWeighting(jd.PCGradWeighting())),
     "DualProj": lambda jd: jd.DualProj(),
+    "DualProj-preference": lambda jd: jd.DualProj(torch.tensor([0.1, 0.7, 2.0])),
     "DualProj-projector": lambda jd: jd.DualProj(projector=SHARED_PROJECTOR),
     "FairGrad": lambda jd: jd.FairGrad(1.0),
+    "FairGrad-sum": lambda jd: jd.FairGrad(0),
     "IMTLG": lambda jd: jd.IMTLG(),
     "Krum": lambda jd: jd.Krum(0, 2),
     "MGDA": lambda jd: jd.MGDA(),
     "PCD": lambda jd: jd.PCD(0.1),
     "UPGrad": lambda jd: jd.UPGrad(),
+    "UPGrad-preference": lambda jd: jd.UPGrad(torch.tensor([0.1, 0.7, 2.0])),
     "UPGrad-projector": lambda jd: jd.UPGrad(projector=SHARED_PROJECTOR),
 }
+SOLVED = ("CAGrad", "DualProj", "FairGrad", "IMTLG", "NashMTL", "UPGrad")
+THEIR_ERROR = {"CAGrad": 1e-3, "FairGrad": 1e-7, "FairGrad-sum": 1e-10}
+"""The error that TorchJD's solvers leave, if it is not rounding: Clarabel, and SciPy's least squares."""
 DIFFERENTIABLE = ("AlignedMTL", "AlignedMTL-rmse", "CR-MOGM", "Krum", "MGDA")
 each_method = pytest.mark.parametrize("name", METHODS)
 
@@ -102,7 +108,7 @@ def test_the_same_seeds_give_the_same_updates(name: str, float64: None) -> None:
         J = conflicting(3, 5 + 200 * seed)
         x, y = seeded(a, J, seed), seeded(b, J, seed)
         # 1e-10: roundings of 1e-16, enlarged by the condition of a Gramian of few columns and by GradVac's memory.
-        assert_near(y, x, J.norm(), 1e-10)
+        assert_near(y, x, J.norm(), THEIR_ERROR.get(name, 1e-10))
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 9, 40])
@@ -204,7 +210,7 @@ def test_training_goes_the_same_way(name: str, step: Callable[..., Tensor | None
     a, b = pair(name)
     for x, y in zip(train(step, a, 5), train(step, b, 5), strict=True):
         # 1e-9: as above, enlarged by five steps.
-        assert_near(y, x, x.abs().max(), 1e-9)
+        assert_near(y, x, x.abs().max(), max(1e-9, 10 * THEIR_ERROR.get(name, 0)))
 
 
 @pytest.mark.parametrize("name", ["PCGrad", "GradVac", "GradVac-slow", "UPGrad-projector"])
@@ -238,7 +244,8 @@ def test_every_name_of_torchjd_is_here() -> None:
         assert mine.__doc__
         on_gradkern = issubclass(its, theirs.GramianWeightedAggregator)
         assert on_gradkern == issubclass(mine, ours.GramianWeightedAggregator)
-        assert (mine is not its) == (on_gradkern or name in ("PCGradWeighting", "GradVacWeighting"))
+        weighting = name.removesuffix("Weighting") in (*SOLVED, "PCGrad", "GradVac") and name != "NashMTLWeighting"
+        assert (mine is not its) == (on_gradkern or weighting)
     with pytest.raises(ImportError, match="PCGard"):
         exec("from gradkern.compat.torchjd import PCGard")
 

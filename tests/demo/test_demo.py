@@ -3,18 +3,19 @@
 import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import gradkern as gk
 from gradkern import cli
 from gradkern.aggregators import Scalarization, methods
-from gradkern.demo import training
+from gradkern.demo import plots, training
 from gradkern.demo.data import OFFSET, SIDE, Digits, overlaid_pairs, split_digits
 from gradkern.demo.methods import METHODS
 from gradkern.demo.model import TASKS
@@ -191,9 +192,34 @@ def test_the_table_has_every_method_whole(results: list[Result], width: int) -> 
         assert ("-" in line.split()) == (method in PLAIN)
         if width == 120:
             assert line.count("±") == (7 if method in PLAIN else 8)
+    ranking = [line.split()[0] for line in lines if line.split()[:1] and line.split()[0] in METHODS]
+    best = sorted(METHODS, key=lambda method: -np.mean([r.accuracy for r in results if r.method == method]))
+    assert ranking == best
     assert "…" not in printed
     # The caption has one, and methods without surgery have none for its time.
     assert printed.count("±") == 8 * len(METHODS) + 1 - len(PLAIN)
+
+
+def test_the_plot_has_the_tables_order(results: list[Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    plots.plot_outcome(results, tmp_path / "methods.png")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    best = sorted(METHODS, key=lambda method: -np.mean([r.accuracy for r in results if r.method == method]))
+    assert labels == best
+
+
+def test_each_row_of_panels_has_a_few_lines(
+    results: list[Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, dpi: drawn.append(figure))
+    many = [replace(r, method=f"{r.method}{k}") for k in range(9) for r in results if r.method in ("mean", "mgda")]
+    plots.plot_losses(results + many, tmp_path / "loss.png")
+    lines = [[line.get_label() for line in axes.get_lines()] for axes in drawn[0].axes[::3]]
+    assert {name for of_row in lines for name in of_row} == {*METHODS, *(r.method for r in many)}
+    assert all(len(of_row) <= 2 + 5 for of_row in lines)  # two references, and a family or a few methods
+    assert all(of_row[:2] == ["sum", "pcgrad"] for of_row in lines)
 
 
 def test_demo_writes_table_and_plots(
