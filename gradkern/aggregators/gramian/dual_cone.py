@@ -51,7 +51,6 @@ def begun(M: Array, among: Array | None, preference: Array | None) -> tuple[Arra
     if among is not None:
         u = xp.where(among, u, 0.0)
         M = xp.where(among[..., None] & among[..., None, :], M, 0.0)
-    finite = xp.isfinite(M).all(-1).all(-1)[..., None, None]
     trace = M.diagonal(0, -2, -1).sum(-1)[..., None, None]
-    G = M / xp.where(trace > 0, trace, 1.0) + RIDGE * identity(M)
-    return xp.where(finite, G, xp.nan), u
+    failed = 0.0 * M.sum((-2, -1))[..., None, None]  # not a number if an entry is not finite, else 0
+    return M / xp.where(trace > 0, trace, 1.0) + (RIDGE * identity(M) + failed), u

@@ -67,18 +67,10 @@ class PCD(TaskState):
     def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return the weights of the present tasks, whose running means move; see :meth:`Aggregator.solution`."""
         check_gramian(M)
-        G = M.detach()
-        finite, moves = G.isfinite(), None
-        if present is not None:
-            finite, moves = finite | ~(present.unsqueeze(-1) & present), present
-        moves = finite.all() if moves is None else finite.all() & moves
-        squares = G.diagonal(dim1=-2, dim2=-1).double()
         means, counts = (self._kept_for(name, M, 0.0) for name in self.kept)
-        new_means = self.beta * means + (1 - self.beta) * squares
-        new_counts = self.beta * counts + (1 - self.beta)
-        self._keep("means", M, torch.where(moves, new_means, means))
-        self._keep("counts", M, torch.where(moves, new_counts, counts))
-        w = _pcd(G, present, (new_means / new_counts).sqrt(), self.tau, 10 * torch.finfo(M.dtype).eps)
+        w, means, counts = _step(M, means, counts, present, self.beta, self.tau, 10 * torch.finfo(M.dtype).eps).unbind()
+        self._keep("means", M, means)
+        self._keep("counts", M, counts)
         return Solution(w.to(M.dtype))
 
     def __repr__(self) -> str:
@@ -86,7 +78,22 @@ class PCD(TaskState):
 
 
 @carried
-def _pcd(M: Array, among: Array | None, lengths: Array, tau: float, precision: float) -> Array:
+def _step(
+    M: Array, means: Array, counts: Array, among: Array | None, beta: float, tau: float, precision: float
+) -> Array:
+    """Return the weights, and ``means`` and ``counts`` after the step: (3, S, T)."""
+    xp = space(M)
+    new_means = beta * means + (1 - beta) * M.diagonal(0, -2, -1)
+    new_counts = beta * counts + (1 - beta)
+    if among is None:
+        moves = xp.isfinite(M.sum())
+    else:
+        moves = among & xp.isfinite(xp.where(among[..., None] & among, M, 0.0).sum())
+    w = _weights(M, among, xp.sqrt(new_means / new_counts), tau, precision)
+    return xp.stack((w, xp.where(moves, new_means, means), xp.where(moves, new_counts, counts)), 0)
+
+
+def _weights(M: Array, among: Array | None, lengths: Array, tau: float, precision: float) -> Array:
     """Return the weights (..., T), for running means of the lengths (..., T) and a relative precision of M's entries.
 
     In the scale of unit rows, with r_i = n_i / √v_i and v_0 = r_0, the vector is Σ_i v_i g_i / n_i, and the constraints
@@ -105,5 +112,5 @@ def _pcd(M: Array, among: Array | None, lengths: Array, tau: float, precision: f
     possible = v.sum(-1)[..., None] <= min(MOST, 1 / precision) * size
     v = xp.where(possible, v, 0.0) + xp.where(first, relative, 0.0)
     square, total = (v * (K @ v[..., None])[..., 0]).sum(-1)[..., None], v.sum(-1)[..., None]
-    length = xp.where(rows[..., :1], n[..., :1], 0.0)
+    length = xp.where(M[..., 0, :1] > 0, n[..., :1], 0.0)
     return problem.weights(v * xp.where(square > precision * total * total, length / square**0.5, 0.0))

@@ -48,5 +48,4 @@ def mean_weights(M: Array, among: Array | None = None) -> Array:
     """Return the weights (..., T) of the mean of the rows that ``among`` (..., T) gives: 0 for others; None for all."""
     xp = space(M)
     ones = xp.ones_like(M[..., 0])
-    members = ones if among is None else ones * among
-    return members / members.sum(-1)[..., None]
+    return ones / M.shape[-1] if among is None else ones * among / among.sum(-1)[..., None]
