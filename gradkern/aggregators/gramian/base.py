@@ -14,6 +14,9 @@ from gradkern.arguments import numbers, shown
 class GramianMethod(Aggregator):
     """A method whose weights are a function of the Gramian. Absent tasks are left out of its problem."""
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def weights(self, M: Tensor) -> Tensor:
         """Return the weights of the task gradients in the update; see :meth:`Aggregator.weights`."""
         return self._weights(M, None, None)

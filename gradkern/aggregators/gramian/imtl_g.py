@@ -11,7 +11,7 @@ Then the weights are 1/T each.
 from torch import Tensor
 
 from gradkern.aggregators.gramian.base import GramianMethod
-from gradkern.aggregators.solvers.arrays import Array, carried, space
+from gradkern.aggregators.solvers.arrays import Array, carried, every, space
 from gradkern.aggregators.solvers.eigen import pseudo_inverse
 from gradkern.aggregators.solvers.scaling import scaled
 
@@ -44,5 +44,7 @@ def _impartial(M: Array, among: Array | None, eps: Array | float) -> Array:
     w = problem.weights(pseudo_inverse(problem.K, members, eps))
     total, size = w.sum(-1)[..., None], abs(w).sum(-1)[..., None]
     exists = abs(total) > eps**0.5 * size
+    if every(exists):
+        return w / total
     mean = members / members.sum(-1)[..., None].clip(1)
     return xp.where(exists, w / xp.where(exists, total, 1.0), mean) + problem.failed

@@ -1,9 +1,12 @@
 """Nash-MTL (Navon et al. 2022, "Multi-Task Learning as a Bargaining Game").
 
 The tasks bargain about the update d, and the gain of task i is g_iᵀd. The product of the gains is the largest for
-d = Σ w_i g_i with M w = 1/w, w > 0, up to d's length. The authors divide M by its Frobenius norm first, so that d grows
-as the gradients do, and then cut its length. :mod:`gradkern.aggregators.solvers.fair` solves the equations by Newton's
+d = Σ w_i g_i with M w = 1/w, w > 0, up to d's length. M is divided by its Frobenius norm first, so that d grows as the
+gradients do, and then d's length is cut. :mod:`gradkern.aggregators.solvers.fair` solves the equations by Newton's
 method; the authors and TorchJD by a sequence of convex programs on the host, which ends before it is exact.
+
+The authors' programs contain the norm, too, and undo the division: they solve M w = 1/w, whose update is √T long. So
+theirs is always cut to 1 by default, and the update here only if it is longer. The directions are the same.
 """
 
 from typing import Any
