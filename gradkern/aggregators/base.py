@@ -54,6 +54,8 @@ class Aggregator(nn.Module, ABC):
     """Whether ``solution`` takes the precision of each group's rows."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
+    averages_rows = False
+    """Whether running means of the task gradients take their place, which :class:`Averaged` keeps."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()

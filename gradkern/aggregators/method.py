@@ -22,7 +22,7 @@ class Laws(NamedTuple):
     """Laws that the first update of a method obeys. The tests check them for every method.
 
     Attributes:
-        degree: the power of s by which the update grows if all gradients grow by a factor s > 0.
+        degree: the power of s by which the update grows if all gradients grow by a factor s > 0; None for no power.
         invariant: the quantity that does not change if one task's gradient grows: all "weights", the "update", or None.
         equivariant: whether a permutation of the tasks leaves the update unchanged.
         no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.
@@ -30,7 +30,7 @@ class Laws(NamedTuple):
         single: the update of a single task: its "gradient", or a vector of its "direction".
     """
 
-    degree: int = 1
+    degree: int | None = 1
     invariant: Literal["weights", "update"] | None = None
     equivariant: bool = True
     no_conflict: Literal["sum", "mean"] | None = None

@@ -5,6 +5,7 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
 from gradkern.reference.fixed import mean, weighted_sum
+from gradkern.reference.history import config_direction, dbmtl, mconfig, moco
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -28,15 +29,19 @@ __all__ = [
     "adamw",
     "attention_optimum",
     "combine",
+    "config_direction",
     "cosine",
+    "dbmtl",
     "first_units",
     "gradattention_updates",
     "gradvac",
     "gradvac_updates",
     "gramian",
     "kept",
+    "mconfig",
     "mean",
     "mgda",
+    "moco",
     "most_different",
     "most_similar",
     "normalized_mgda",
