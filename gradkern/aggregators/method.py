@@ -22,8 +22,7 @@ class Laws(NamedTuple):
     """Laws that the first update of a method obeys. The tests check them for every method.
 
     Attributes:
-        degree: the power of s by which the update grows if all gradients grow by a factor s > 0; None if it follows no
-            power. A single task keeps its gradient if the power is 1, and its direction in any case.
+        degree: the power of s by which the update grows if all gradients grow by a factor s > 0; None for no power.
         invariant: the quantity that does not change if one task's gradient grows: all "weights", the "update", or None.
         equivariant: whether a permutation of the tasks leaves the update unchanged.
         no_conflict: the update of gradients without conflict: their "sum", their "mean", or None for neither.

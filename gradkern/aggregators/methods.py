@@ -19,15 +19,19 @@ from gradkern.aggregators.gramian.ntkmtl import NTKMTL
 from gradkern.aggregators.gramian.pcd import PCD
 from gradkern.aggregators.gramian.rgw import RGW
 from gradkern.aggregators.gramian.upgrad import UPGrad
+from gradkern.aggregators.history.dbmtl import DBMTL
+from gradkern.aggregators.history.mconfig import MConFIG
+from gradkern.aggregators.history.moco import MoCo
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
-from gradkern.aggregators.rows import attention, gramian, projections, weightings, wrappers
+from gradkern.aggregators.rows import attention, gramian, history, projections, weightings, wrappers
 from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
 from gradkern.aggregators.wrappers.normalized import Normalized
 from gradkern.aggregators.wrappers.smoothed import Smoothed
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
 __all__ = [
+    "DBMTL",
     "IMTLG",
     "MGDA",
     "NTKMTL",
@@ -42,7 +46,9 @@ __all__ = [
     "GradAttention",
     "GradVac",
     "Krum",
+    "MConFIG",
     "Mean",
+    "MoCo",
     "NashMTL",
     "Normalized",
     "PCGrad",
@@ -52,6 +58,8 @@ __all__ = [
 ]
 
 METHODS: dict[str, Method] = {
-    method.name: method for family in (weightings, projections, gramian, wrappers, attention) for method in family.ROWS
+    method.name: method
+    for family in (weightings, projections, gramian, wrappers, history, attention)
+    for method in family.ROWS
 }
 """The methods by name, in the order of the tables."""

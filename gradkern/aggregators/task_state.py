@@ -1,6 +1,5 @@
 """Numbers of each task in each group that a method keeps from step to step."""
 
-from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -63,15 +62,9 @@ class TaskState(Aggregator):
             else:
                 self._buffers[name] = numbers.clone()
 
-    def _own(self) -> Iterator[tuple[str, Tensor]]:
-        for name in self.kept:
-            numbers = self._buffers[name]
-            if numbers is not None:
-                yield name, numbers
-
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the numbers between devices, but keep them float64: a running mean needs the digits."""
-        own = dict(self._own())
+        """Move the numbers between devices, but keep their dtype: a running mean needs the digits."""
+        own = {name: numbers for name, numbers in self._buffers.items() if numbers is not None}
         self._buffers.update(dict.fromkeys(own))
         super()._apply(fn, recurse)
         self._buffers.update({name: numbers.to(fn(numbers).device) for name, numbers in own.items()})

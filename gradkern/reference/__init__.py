@@ -9,6 +9,7 @@ from gradkern.reference.gramian_direct import krum, ntkmtl, rgw
 from gradkern.reference.gramian_fair import fairgrad, nash_mtl
 from gradkern.reference.gramian_quadratic import cagrad, dualproj, pcd_updates, upgrad
 from gradkern.reference.gramian_spectral import aligned_mtl, config, imtl_g
+from gradkern.reference.history import config_direction, dbmtl, mconfig, moco
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -35,7 +36,9 @@ __all__ = [
     "cagrad",
     "combine",
     "config",
+    "config_direction",
     "cosine",
+    "dbmtl",
     "dualproj",
     "fairgrad",
     "first_units",
@@ -46,8 +49,10 @@ __all__ = [
     "imtl_g",
     "kept",
     "krum",
+    "mconfig",
     "mean",
     "mgda",
+    "moco",
     "most_different",
     "most_similar",
     "nash_mtl",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedParameter, is_lazy
 
+from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients import aliasing
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
@@ -66,7 +67,8 @@ def _row(one: Flat | Row, targets: Targets) -> Row:
 
 
 def _may_be_flat(options: Options) -> bool:
-    return options.memory is None and options.suppression is None and not options.aggregator.needs_entries
+    method = options.aggregator
+    return options.memory is None and options.suppression is None and not (method.needs_entries or method.averages_rows)
 
 
 def _absent(targets: Targets) -> Row:
@@ -108,7 +110,10 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
     memory, suppression = options.memory, options.suppression
     taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
     units = None if suppression is None else _units(suppression, targets)
-    arrangement = targets.arranged(tuple(map(targets.layouts.reach_of, taken)), shared, units)
+    reach = tuple(map(targets.layouts.reach_of, taken))
+    if isinstance(options.aggregator, Averaged):
+        shared = _with_means(options.aggregator, targets, shared or targets.are_shared(reach))
+    arrangement = targets.arranged(reach, shared, units)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
@@ -134,6 +139,13 @@ def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) 
         [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
     ]
     return taken, shared
+
+
+def _with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Return whether each parameter is shared: also if one task alone reaches it, but its means are kept."""
+    if targets.named is not None:
+        return shared
+    return tuple([is_shared or method.knows(k) for k, is_shared in zip(targets.places, shared, strict=True)])
 
 
 def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:

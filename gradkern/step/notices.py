@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Looks, make_room
@@ -49,7 +50,8 @@ def look(source: Source, targets: Targets, options: Options, rows: StepRows) -> 
     if rows.arrangement in looks.arrangements or len(looks.arrangements) >= LOOKS:
         return
     present = source.present.count(True)
-    if present == 1 and options.memory is None:
+    recalls = isinstance(method, Averaged) and method.recalls_absent
+    if present == 1 and options.memory is None and not recalls:
         if isinstance(source, Losses):
             _warn_once(method, "one task", _one_task(len(source.present)))
     elif present > 1 and not any(len(c.tasks) > 1 for c in rows.arrangement.shared):

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator
+from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
+from gradkern.step.averages import averaged
 from gradkern.step.gather import gathered
 from gradkern.step.notices import look
 from gradkern.step.options import Options
+from gradkern.step.rows import Rows
 from gradkern.step.sinks import Sink
 from gradkern.step.surgery import Outcome, fixed_weights, surgery
 
@@ -66,6 +69,9 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         with Undo(*options.snapshot()):
             sink.check(rows)
             look(source, targets, options, rows)
+            if isinstance(options.aggregator, Averaged):
+                assert isinstance(rows, Rows), "means are kept of tensors"
+                rows = averaged(rows, options.aggregator, source.present, targets.places)
             outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
             step_scale = _step_scale(outcome, options)
             sink.prepare(rows, outcome, targets)

@@ -114,7 +114,8 @@ def test_longer_gradients_make_a_longer_update(method: Method) -> None:
         assert any(moved(update(method, s * J), s * update(method, J)) for s in (1e-3, 1e6))
         return
     for s in (1e-3, 7.0, 1e6):
-        assert_same(update(method, s * J), s**degree * update(method, J))
+        if degree is not None:
+            assert_same(update(method, s * J), s**degree * update(method, J))
 
 
 @each_method

@@ -38,12 +38,24 @@ def constructors() -> Iterator[Call]:
         "generator": values.generators,
     }
     within = partial(_within, values.of_class(gk.Aggregator, none=False))
+
+    def not_negative() -> values.Values:
+        return [*values.numbers(), -0.1]
+
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
     preference = {"preference": lambda: values.task_weights()[1:]}
     made: list[tuple[type, dict[str, Any], Wrong]] = [
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
         (gk.MGDA, {}, {"normalize": values.strings_or_none}),
+        (gk.DBMTL, {}, {"beta": lambda: [*values.shares(), 1]}),
+        (gk.MConFIG, {}, {"beta": lambda: [*values.shares(), 1]}),
+        (
+            gk.MoCo,
+            {},
+            {"beta": lambda: [*values.shares(), 0]}
+            | dict.fromkeys(("beta_sigma", "gamma", "gamma_sigma", "rho"), not_negative),
+        ),
         (gk.Normalized, {"aggregator": gk.MGDA()}, {"aggregator": within, "by": values.strings}),
         (gk.Smoothed, {"aggregator": gk.MGDA()}, {"aggregator": within, "decay": values.shares}),
         (gk.CAGrad, {}, {"c": lambda: [*values.numbers(), -0.5], "rescale": values.flags}),
@@ -101,6 +113,9 @@ def methods() -> Iterator[Call]:
         gk.IMTLG(),
         gk.NashMTL(),
         gk.RGW(),
+        gk.DBMTL(),
+        gk.MConFIG(),
+        gk.MoCo(),
     ]
     for aggregator in made:
         kind = type(aggregator).__name__
@@ -142,8 +157,8 @@ def methods() -> Iterator[Call]:
 
 
 def _within(no_methods: values.Values) -> values.Values:
-    """Return what no method can be around: no methods, and one that looks at entries of the gradients."""
-    return [*no_methods, gk.GradAttention(4)]
+    """Return what no method can be around: no methods, and ones that look at more than the Gramian."""
+    return [*no_methods, gk.GradAttention(4), gk.MoCo()]
 
 
 def _called(make: Callable[[], gk.Aggregator]) -> Prepared:

@@ -30,10 +30,11 @@ class Wrapper(Aggregator):
         super().__init__()
         instance("aggregator", aggregator, Aggregator, "a gradkern.Aggregator")  # type: ignore[type-abstract]
         kind = type(self).__name__
-        if aggregator.needs_entries:
+        if aggregator.needs_entries or aggregator.averages_rows:
+            does = "looks at entries of the gradients" if aggregator.needs_entries else "keeps means of the gradients"
             raise ValueError(
-                f"aggregator must look at the Gramian alone within {kind}, and {type(aggregator).__name__} looks at "
-                f"entries of the gradients; got {shown(aggregator)}"
+                f"aggregator must look at the Gramian alone within {kind}, and {type(aggregator).__name__} {does}; "
+                f"got {shown(aggregator)}"
             )
         if isinstance(aggregator, Scalarization) and not isinstance(aggregator, self.fixed_weights):
             raise ValueError(
