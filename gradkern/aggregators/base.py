@@ -22,7 +22,7 @@ from gradkern.ops.undo import PutBack, numbers_of, state_of
 class Solution:
     """The weights of a step, and the method's other results; see :class:`gradkern.SurgeryInfo`."""
 
-    weights: Tensor
+    weights: Tensor | None
     targets: Tensor | None = None
     attention: Tensor | None = None
 

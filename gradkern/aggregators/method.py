@@ -50,7 +50,8 @@ class Method:
         laws: the laws that its updates obey.
         arguments: the arguments of the class, by name, that select this method.
         tasks: the number of tasks that the arguments are made for; None for any.
-        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; or None.
+        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; "signs",
+            which ``seed=`` fixes; or None.
         state: whether a step depends on earlier steps.
     """
 
@@ -61,19 +62,20 @@ class Method:
     laws: Laws
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tasks: int | None = None
-    draws: Literal["order", "entries"] | None = None
+    draws: Literal["order", "entries", "signs"] | None = None
     state: bool = False
 
     def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
-        """Return an aggregator. A method that draws no orders ignores ``order``."""
-        if self.draws == "order" and order is not None:
-            more["order"] = order
-        return self.aggregator(**self.arguments, **more)
+        """Return an aggregator; with ``order`` one that draws nothing else than its twin does."""
+        fixed = {} if order is None else self._fixed(order)
+        return self.aggregator(**self.arguments, **fixed, **more)
 
     def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
         """Return an aggregator whose random choices follow from ``seed``."""
         if self.draws is None:
             return self.make()
+        if self.draws == "signs":
+            return self.make(seed=seed)
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
     def expected(self, steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], **more: Any) -> list[Tensor]:
@@ -87,8 +89,13 @@ class Method:
         from gradkern import reference  # not at start-up: programs that train do not compare
 
         twin: Callable[..., Any] = getattr(reference, self.twin)
-        if self.draws == "order":
-            more["order"] = order
+        more |= self._fixed(order)
         if self.state:
             return twin(steps, **self.arguments, **more)
         return [twin(grads, **self.arguments, **more) for grads in steps]
+
+    def _fixed(self, order: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """Return the arguments that fix the random choices; entries are fixed by taking all of them."""
+        if self.draws == "order":
+            return {"order": order}
+        return {"seed": 0} if self.draws == "signs" else {}

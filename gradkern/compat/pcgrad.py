@@ -160,6 +160,7 @@ class _ReductionSink(GradSink):
         """Combine the rows. Parameters with a missing gradient count as unshared."""
         assert isinstance(rows, Rows), "it needs tensors"
         w = outcome.solution.weights
+        assert w is not None, "PCGrad has weights"
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
         by_reach = [
             c if len(c.tasks) == rows.n_tasks else c._replace(segment=None, unit=-1) for c in rows.arrangement.columns

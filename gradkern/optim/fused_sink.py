@@ -79,6 +79,7 @@ class FusedAdamWSink:
         if isinstance(self._rows, FlatRows) and not self.needs_unshared:  # nothing scales the combination
             return along(self._rows, self._outcome.combine()[0])
         w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
+        assert w is not None, "it steps along weights"
         of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
         return Combination(self._rows, torch.cat((w, of_unshared.unsqueeze(0))))
 

@@ -4,6 +4,7 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 """
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
+from gradkern.reference.entries import chosen_signs, graddrop, graddrop_coins, graddrop_updates, trimmed_mean
 from gradkern.reference.fixed import mean, weighted_sum
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
@@ -26,10 +27,14 @@ __all__ = [
     "Memory",
     "adamw",
     "attention_optimum",
+    "chosen_signs",
     "combine",
     "cosine",
     "first_units",
     "gradattention_updates",
+    "graddrop",
+    "graddrop_coins",
+    "graddrop_updates",
     "gradvac",
     "gradvac_updates",
     "gramian",
@@ -48,5 +53,6 @@ __all__ = [
     "project",
     "step_scale",
     "suppressed",
+    "trimmed_mean",
     "weighted_sum",
 ]

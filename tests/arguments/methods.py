@@ -42,6 +42,8 @@ def constructors() -> Iterator[Call]:
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
         (gk.MGDA, {}, {"normalize": values.strings_or_none}),
+        (gk.GradDrop, {}, {"leak": values.leaks, "seed": partial(values.integers_or_none, 0)}),
+        (gk.TrimmedMean, {"k": 1}, {"k": partial(values.integers, 0)}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
