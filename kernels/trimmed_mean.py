@@ -8,7 +8,7 @@ through the smallest alike. What then comes out has k elements above it and k be
 The first k elements fill the largest, and what the next k displace fills the smallest. So the elements that are left
 out are in no sum, and however large they are, they round nothing off.
 
-With weights each element carries its weighted value along, which is what is added up.
+With weights each element carries its weighted value along, which is what is added up, and equals are told apart.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -35,24 +35,41 @@ from .settings import trimmed_mean_setting
 
 
 @triton.jit
-def sift(x, v, xs, vs, m, DOWN: tl.constexpr, K: tl.constexpr):
-    """(what ``x`` and its ``v`` displace from ``xs`` and ``vs``, and the new ``xs`` and ``vs``); nothing without ``m``.
+def sift(x, xs, m, DOWN: tl.constexpr, K: tl.constexpr):
+    """(what ``x`` displaces from ``xs``, and the new ``xs``); nothing without ``m``.
 
-    ``xs`` are K elements in descending order (DOWN), or in ascending order. ``v`` is None, and ``vs`` empty, without
-    weights.
+    ``xs`` are K elements in descending order (DOWN), or in ascending order.
+    """
+    new_xs = ()
+    for j in tl.static_range(K):
+        old = xs[j]
+        before = ((x > old) if DOWN else (x < old)) & m
+        new_xs = new_xs + (tl.where(before, x, old),)
+        x = tl.where(before, old, x)
+    return x, new_xs
+
+
+@triton.jit
+def sift_weighted(x, v, xs, vs, m, new, DOWN: tl.constexpr, K: tl.constexpr):
+    """The same of elements that carry ``v`` and ``vs``, where it matters which of equals is displaced.
+
+    The earlier one of equals counts as the larger, and ``x`` is the latest of all where it is ``new``. Also returned is
+    whether it still is.
     """
     new_xs = ()
     new_vs = ()
+    first = new & (not DOWN)  # whether ``x`` comes before its equals
     for j in tl.static_range(K):
-        before = ((x > xs[j]) if DOWN else (x < xs[j])) & m
         old = xs[j]
+        old_v = vs[j]
+        before = (((x > old) if DOWN else (x < old)) | (first & (x == old))) & m
         new_xs = new_xs + (tl.where(before, x, old),)
+        new_vs = new_vs + (tl.where(before, v, old_v),)
         x = tl.where(before, old, x)
-        if v is not None:
-            old_v = vs[j]
-            new_vs = new_vs + (tl.where(before, v, old_v),)
-            v = tl.where(before, old_v, v)
-    return x, v, new_xs, new_vs
+        v = tl.where(before, old_v, v)
+        first = first | before  # what is displaced comes before all that follow
+        new = new & (before == 0)
+    return x, v, new_xs, new_vs, new
 
 
 @triton.jit
@@ -76,18 +93,21 @@ def trimmed_sum(rows, tile, p_weights, T, o, m_read, TILE: tl.constexpr, K: tl.c
             i_row = i_quad + t
             m_row = i_row < T
             x = quad[t]
-            v = None
-            if p_weights is not None:
+            # Before K elements are there, the next one displaces none.
+            m_below = m_row & (i_row >= K)
+            if p_weights is None:
+                broken += x - x
+                x, above = sift(x, above, m_row, True, K)
+                x, below = sift(x, below, m_below, False, K)
+            else:
                 w = tl.load(p_weights + i_row, mask=m_row, other=0.0)
                 x = tl.where(w != 0, x, tl.where(x - x == 0, x, 0.0))
-                v = w * x
-            broken += x - x
-            x, v, above, of_above = sift(x, v, above, of_above, m_row, True, K)
-            # Before K elements are there, it has displaced none.
-            x, v, below, of_below = sift(x, v, below, of_below, m_row & (i_row >= K), False, K)
-            if p_weights is None:
-                v = x
-            total += tl.where(m_row & (i_row >= 2 * K), v, 0.0)
+                broken += x - x
+                new = x == x
+                x, v, above, of_above, new = sift_weighted(x, w * x, above, of_above, m_row, new, True, K)
+                x, v, below, of_below, new = sift_weighted(x, v, below, of_below, m_below, new, False, K)
+                x = v
+            total += tl.where(m_row & (i_row >= 2 * K), x, 0.0)
     return total + broken
 
 

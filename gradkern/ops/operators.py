@@ -192,9 +192,9 @@ def trimmed_mean(
     """Write to each entry of ``out`` the mean of the T gradients there without the k largest and the k smallest.
 
     T is more than 2 k. ``weights`` (T,) multiply the others, None for ones; they do not change what is left out, nor
-    the number that the sum is divided by. Where a row's weight is 0, its gradients that are not finite count as zeros.
-    Any other one makes NaN of the entry. The result is 0 where the mask drops. ``out[k]`` may be one of the gradients
-    of parameter k.
+    the number that the sum is divided by. The earlier one of equal gradients counts as the larger. Where a row's weight
+    is 0, its gradients that are not finite count as zeros. Any other one makes NaN of the entry. The result is 0 where
+    the mask drops. ``out[k]`` may be one of the gradients of parameter k.
     """
 
 

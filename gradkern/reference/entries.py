@@ -62,7 +62,7 @@ def graddrop(
     for t, (g, share) in enumerate(zip(grads, leaks, strict=True)):
         kept = torch.where(keep_positive, g > 0, g < 0)
         if present is None or present[t]:
-            update += g.double() * torch.where(kept, 1.0, share)
+            update += torch.where(kept, g.double(), share * g.double())
     return update
 
 
@@ -83,7 +83,7 @@ def trimmed_mean(grads: Sequence[Tensor], k: int, present: Sequence[bool] | None
     """
     T = len(grads)
     entries = torch.stack([g.double() for g in grads])
-    order = entries.argsort(0)[k : T - k]
+    order = entries.argsort(dim=0, descending=True, stable=True)[k : T - k]  # the earlier of equals is larger
     left = entries.gather(0, order)
     if present is not None:
         left = left * torch.tensor(present, dtype=torch.float64, device="cpu")[order]

@@ -16,8 +16,8 @@ class TrimmedMean(Entrywise):
 
     A gradient that is not finite makes its entry NaN, so that gradient scalers see it. TorchJD's TrimmedMean leaves an
     infinite one out as the largest. With ``memory=True`` remembered gradients count among the T, but the update is the
-    sum of those of present tasks that are left, divided by T - 2 k. If a remembered one and another one are equal, it
-    is not said which is left out.
+    sum of those of present tasks that are left, divided by T - 2 k. The earlier task's of two equal ones counts as the
+    larger.
 
     Args:
         k: the number of gradients left out at each end, 0 or more and below T / 2.

@@ -60,8 +60,10 @@ def trimmed_mean(
     kept: Tensor | None = None,
 ) -> None:
     """Write the mean of the entries between the k largest and the k smallest."""
-    scales = [None] * rows.n_tasks if weights is None else weights.tolist()
-    _entry_by_entry(rows, out, partial(_trimmed, cut=k, scales=scales), mask, kept)
+    combine: Combine = partial(_trimmed, cut=k, T=rows.n_tasks)
+    if weights is not None:
+        combine = partial(_trimmed_and_weighted, cut=k, weights=weights)
+    _entry_by_entry(rows, out, combine, mask, kept)
 
 
 def _entry_by_entry(
@@ -107,61 +109,49 @@ def _of_one_sign(rows: Iterator[Row], coin: Tensor, scales: list[list[float]] | 
     return result.add_(size.sub_(size.clone()))  # NaN where it is not finite
 
 
-def _trimmed(
-    rows: Iterator[Row], k: int, start: int, zeros: Tensor, *, cut: int, scales: Sequence[float | None]
-) -> Tensor:
+def _trimmed(rows: Iterator[Row], k: int, start: int, zeros: Tensor, *, cut: int, T: int) -> Tensor:
     """Return the mean without the ``cut`` largest and smallest.
 
     Each row goes through the largest so far, what it displaces goes through the smallest so far, and what that
-    displaces is between them for good. A row whose weight is given carries its weighted entries along.
+    displaces is between them for good.
     """
-    largest: list[Carried] = []
-    smallest: list[Carried] = []
+    largest: list[Tensor] = []
+    smallest: list[Tensor] = []
     total, broken = zeros.clone(), zeros.clone()
-    for t, x in rows:
-        weight = scales[t]
-        carried: Carried = (x, None) if weight is None else _weighted(x, weight)
-        broken += carried[0] - carried[0]
-        rest: Carried | None = _sifted(carried, largest, cut, torch.maximum, torch.minimum)
+    for _, x in rows:
+        broken += x - x
+        rest: Tensor | None = _sifted(x, largest, cut, torch.maximum, torch.minimum)
         if rest is not None:
             rest = _sifted(rest, smallest, cut, torch.minimum, torch.maximum)
         if rest is not None:
-            total += rest[0] if rest[1] is None else rest[1]
-    return total.div_(len(scales) - 2 * cut).add_(broken)
-
-
-Carried = tuple[Tensor, Tensor | None]
-"""Entries, and the same times their weights, if they have weights."""
-
-
-def _weighted(x: Tensor, weight: float) -> Carried:
-    x = x if weight else _finite(x)
-    return x, x * weight
+            total += rest
+    return total.div_(T - 2 * cut).add_(broken)  # NaN where an entry is not finite
 
 
 def _sifted(
-    new: Carried, kept: list[Carried], most: int, first: Callable[..., Tensor], last: Callable[..., Tensor]
-) -> Carried | None:
+    new: Tensor, kept: list[Tensor], most: int, first: Callable[..., Tensor], last: Callable[..., Tensor]
+) -> Tensor | None:
     """Put entries in their place among those ``kept``, ``most`` of them, and return what they displace, if any.
 
     ``first`` and ``last`` return which of two entries comes first and last in ``kept``.
     """
     for j, old in enumerate(kept):
-        if new[1] is None or old[1] is None:
-            kept[j], new = (first(new[0], old[0]), None), (last(new[0], old[0]), None)
-        else:
-            goes = last(new[0], old[0]) == new[0]
-            kept[j], new = _picked(goes, old, new), _picked(goes, new, old)
+        kept[j], new = first(new, old), last(new, old)
     if len(kept) < most:
         kept.append(new)
         return None
     return new
 
 
-def _picked(condition: Tensor, a: Carried, b: Carried) -> Carried:
-    assert a[1] is not None, "it has weights"
-    assert b[1] is not None, "it has weights"
-    return torch.where(condition, a[0], b[0]), torch.where(condition, a[1], b[1])
+def _trimmed_and_weighted(
+    rows: Iterator[Row], k: int, start: int, zeros: Tensor, *, cut: int, weights: Tensor
+) -> Tensor:
+    """Return the same of entries that are multiplied by weights once it is known which are left."""
+    w = weights.to(zeros.dtype)
+    X = torch.stack([x if weight else _finite(x) for (_, x), weight in zip(rows, w.tolist(), strict=True)])
+    left = X.argsort(dim=0, descending=True, stable=True)[cut : len(X) - cut]
+    total = (X * w.unsqueeze(1)).gather(0, left).sum(0)
+    return total.div_(len(left)).add_((X - X).sum(0))
 
 
 def _finite(x: Tensor) -> Tensor:
