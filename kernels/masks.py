@@ -103,15 +103,21 @@ def drawn_once(first_unit, state, ONCE: tl.constexpr):
 
 
 @triton.jit
-def draw(counter, state):
-    """For each of the four words of Philox at ``counter``, whether it keeps its unit."""
-    seed, step, threshold = state
+def draw_words(counter, seed, step):
+    """The four words of Philox at ``counter``."""
     c0 = counter.to(tl.uint32)
     c1 = (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(c0)
     c2 = zero + step.to(tl.uint32)
     c3 = zero + (step >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    return tl.philox(seed, c0, c1, c2, c3)
+
+
+@triton.jit
+def draw(counter, state):
+    """For each of the four words of Philox at ``counter``, whether it keeps its unit."""
+    seed, step, threshold = state
+    w0, w1, w2, w3 = draw_words(counter, seed, step)
     # A threshold of 2**32, which drops everything, is one more than a word can hold.
     low = threshold.to(tl.uint32)
     m_some = (threshold >> 32) == 0

@@ -141,6 +141,30 @@ def load_part(a, o, n, m_read, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
 
 
 @triton.jit
+def load_quad(rows, tile, i_row, T, o, m_read, TILE: tl.constexpr):
+    """Elements ``o`` of the four rows from ``i_row`` on, of which T are there, in arithmetic dtype; zeros elsewhere.
+
+    All four are in flight together.
+    """
+    i_tensor, o_first, n, _i_segment = tile
+    a0 = row_address(rows, i_row, i_tensor, o_first, i_row < T)
+    a1 = row_address(rows, i_row + 1, i_tensor, o_first, i_row + 1 < T)
+    a2 = row_address(rows, i_row + 2, i_tensor, o_first, i_row + 2 < T)
+    a3 = row_address(rows, i_row + 3, i_tensor, o_first, i_row + 3 < T)
+    if ((n ^ TILE) | ((a0 | a1 | a2 | a3) & 15)) == 0:
+        x0 = load_full(a0, o, m_read, rows.D)
+        x1 = load_full(a1, o, m_read, rows.D)
+        x2 = load_full(a2, o, m_read, rows.D)
+        x3 = load_full(a3, o, m_read, rows.D)
+    else:
+        x0 = load_part(a0, o, n, m_read, rows.D)
+        x1 = load_part(a1, o, n, m_read, rows.D)
+        x2 = load_part(a2, o, n, m_read, rows.D)
+        x3 = load_part(a3, o, n, m_read, rows.D)
+    return x0.to(rows.ACC), x1.to(rows.ACC), x2.to(rows.ACC), x3.to(rows.ACC)
+
+
+@triton.jit
 def store_row(a, o, n, x, m_full, D: tl.constexpr, EVICT: tl.constexpr = NO_HINT):
     """Write ``x`` to the elements ``o`` below ``n`` from address ``a``, in ``D``; ``m_full`` picks the road."""
     if m_full:

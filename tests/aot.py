@@ -22,7 +22,19 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from gradkern.kernels import adamw, combine, entries, gradvac, gramian, pcgrad, project, reduce, surgery
+from gradkern.kernels import (
+    adamw,
+    combine,
+    entries,
+    graddrop,
+    gradvac,
+    gramian,
+    pcgrad,
+    project,
+    reduce,
+    surgery,
+    trimmed_mean,
+)
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, Tiles, arithmetic
@@ -51,6 +63,9 @@ WIDE_BLOCKS = (1, 64, 128)
 smaller than 128, and otherwise to the same as 128."""
 NARROW_BLOCKS = {"fp32": (2, 3), "bf16": (2, 4)}
 """Blocks that cut loads, one for each way of cutting. They are built on sm_90 and shown in the table."""
+
+TRIMMED = (1, 0, 2, 4, 8)
+"""The k of trimmed means: the usual one, and others on sm_90."""
 
 SURGERY_T = (1, 3, ONE_LAUNCH_T)
 """The smallest, the usual and the largest T of the one launch."""
@@ -115,6 +130,7 @@ def cases(target: GPUTarget) -> Iterator[Case]:
                 W = torch.empty(1, R, 3, dtype=arithmetic(dtype))
                 launch = project.project(_rows(3, dtype, table), tiles, W, _rows(R, dtype, table))
                 yield Case("project", name, f"R={R}", launch, True)
+    yield from entrywise_cases(target)
     yield from masked_cases(target)
     if target.backend == "cuda":
         yield from surgery_cases(target)
@@ -139,6 +155,43 @@ def cases(target: GPUTarget) -> Iterator[Case]:
         launch = entries.gather(_rows(3, dtype, True), index[:2], index, values)
         yield Case("gather", name, "any T", launch, False)
         yield Case("scatter", name, "", entries.scatter(values[0], index[:2], index, _rows(1, dtype, True)), False)
+
+
+def entrywise_cases(target: GPUTarget) -> Iterator[Case]:
+    """Yield GradDrop and the trimmed mean, without and with coefficients and a mask, on tables and on a matrix.
+
+    Tables are what the operators use; matrices are built in float32.
+    """
+    thorough = target.arch == 90
+    for table in (False, True):
+        for name, dtype in DTYPES.items() if table else (("fp32", torch.float32),):
+            for full in (False, True) if table and (thorough or name == "fp32") else (False,):
+                extra = ", in full" if full else ""
+                yield Case("graddrop", name, f"any T{extra}", _graddrop(dtype, table, full), True)
+                for k in TRIMMED if thorough and table and name in BRIEF else TRIMMED[:1]:
+                    yield Case("trimmed_mean", name, f"k={k}{extra}", _trimmed(dtype, table, k, full), k < 2)
+
+
+def _graddrop(dtype: torch.dtype, table: bool, full: bool) -> Launch:
+    rows, tiles, mask, out, kept = _entrywise(dtype, table, full)
+    coins = graddrop.Coins(torch.zeros(2, 2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+    coefficients = torch.empty(2, 3, dtype=arithmetic(dtype)) if full else None
+    return graddrop.graddrop(rows, tiles, mask, coins, coefficients, out, kept)
+
+
+def _trimmed(dtype: torch.dtype, table: bool, k: int, full: bool) -> Launch:
+    rows, tiles, mask, out, kept = _entrywise(dtype, table, full)
+    weights = torch.empty(3, dtype=arithmetic(dtype)) if full else None
+    return trimmed_mean.trimmed_mean(rows, tiles, mask, k, weights, out, kept)
+
+
+def _entrywise(
+    dtype: torch.dtype, table: bool, masked: bool
+) -> tuple[Rows, Tiles, Mask | None, Rows, torch.Tensor | None]:
+    tiles, units = _tiles(tensor_layout((2 * TILE,), (0,), 1, (0,), 128))
+    mask = Mask(units, 128, torch.empty(3, dtype=torch.int64)) if masked else None
+    kept = torch.empty((), dtype=torch.int64) if masked else None
+    return _rows(3, dtype, table), tiles, mask, _rows(1, dtype, table), kept
 
 
 def masked_cases(target: GPUTarget) -> Iterator[Case]:

@@ -53,7 +53,8 @@ class Method:
         arguments: the arguments of the class, by name, that select this method.
         tasks: the number of tasks that the arguments are made for; None for any.
         draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; the
-            "weights" themselves, for which class and twin draw the same numbers from equal generators; or None.
+            "weights" themselves, for which class and twin draw the same numbers from equal generators; "signs", which
+            ``seed=`` fixes; or None.
         state: whether a step depends on earlier steps.
     """
 
@@ -64,7 +65,7 @@ class Method:
     laws: Laws
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tasks: int | None = None
-    draws: Literal["order", "entries", "weights"] | None = None
+    draws: Literal["order", "entries", "weights", "signs"] | None = None
     state: bool = False
 
     def make(
@@ -80,6 +81,8 @@ class Method:
         """Return an aggregator whose random choices follow from ``seed``."""
         if self.draws is None:
             return self.make()
+        if self.draws == "signs":
+            return self.make(seed=seed)
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
     def expected(
@@ -109,4 +112,6 @@ class Method:
         """Return the arguments that fix the random choices, for the class and for its twin."""
         if order is None or self.draws in (None, "entries"):
             return {}
-        return {"order": order} if self.draws == "order" else {"generator": torch.Generator(device).manual_seed(0)}
+        if self.draws == "weights":
+            return {"generator": torch.Generator(device).manual_seed(0)}
+        return {"order": order} if self.draws == "order" else {"seed": 0}

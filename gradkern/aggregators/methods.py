@@ -5,6 +5,8 @@ A new method is its class, its naive twin in :mod:`gradkern.reference`, a row in
 """
 
 from gradkern.aggregators.attention.grad_attention import GradAttention
+from gradkern.aggregators.entries.graddrop import GradDrop
+from gradkern.aggregators.entries.trimmed_mean import TrimmedMean
 from gradkern.aggregators.gradvac import GradVac
 from gradkern.aggregators.gramian.aligned_mtl import AlignedMTL
 from gradkern.aggregators.gramian.cagrad import CAGrad
@@ -24,7 +26,7 @@ from gradkern.aggregators.history.mconfig import MConFIG
 from gradkern.aggregators.history.moco import MoCo
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
-from gradkern.aggregators.rows import attention, gramian, history, projections, weightings, wrappers
+from gradkern.aggregators.rows import attention, entries, gramian, history, projections, weightings, wrappers
 from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
 from gradkern.aggregators.wrappers.normalized import Normalized
 from gradkern.aggregators.wrappers.smoothed import Smoothed
@@ -44,6 +46,7 @@ __all__ = [
     "DualProj",
     "FairGrad",
     "GradAttention",
+    "GradDrop",
     "GradVac",
     "Krum",
     "MConFIG",
@@ -54,12 +57,13 @@ __all__ = [
     "PCGrad",
     "Smoothed",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
 ]
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for family in (weightings, projections, gramian, wrappers, history, attention)
+    for family in (weightings, projections, gramian, wrappers, history, attention, entries)
     for method in family.ROWS
 }
 """The methods by name, in the order of the tables."""

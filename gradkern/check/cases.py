@@ -10,7 +10,9 @@ from gradkern import reference
 from gradkern.check.problems import (
     BLOCKS,
     N_SEGMENTS,
+    SEED,
     SHAPES,
+    STEP,
     blocks_of,
     cut_apart,
     matrix,
@@ -21,7 +23,7 @@ from gradkern.check.problems import (
     weights,
 )
 from gradkern.ops import combine, gramian, operators, project
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments
+from gradkern.ops.arguments import AdamWState, AdamWStep, Coins, Mask, ProjectionArguments
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.registry import Comparison
@@ -227,6 +229,39 @@ def _surgery(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
                 # A modified gradient is not longer than the original, so the error is as large as for the sum of all.
                 of_segment = [o for o, segment in zip(out, seen.segments, strict=True) if segment == s]
                 yield torch.cat(of_segment), expected, rows.double().abs().sum(0)
+
+
+@operators.graddrop.check
+def _graddrop(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    """Compare the results, each of which shows the sign that is chosen, without and with a leak."""
+    for T, P in SHAPES:
+        for block, leaks in ((block, leaks) for block in MASKS for leaks in (None, torch.rand(T))):
+            cut = cut_apart(matrix(T, P, dtype, device)[0], device)
+            out, stream = cut.empty(device), torch.tensor([SEED - 2**64, STEP - 2**63]).to(device)
+            positions = reference.first_units([len(o) for o in out], 1)
+            coefficients = None if leaks is None else torch.stack((torch.ones(T), leaks)).to(device)
+            mask = None if block is None else cut.mask(block, device)
+            operators.graddrop(cut.rows, Coins(positions, stream), coefficients, out, mask, None)
+            seen = cut if block is None else cut.erased(block)
+            shares = [0.0] * T if leaks is None else leaks.tolist()
+            for k, piece in enumerate(seen.pieces):
+                places = positions[k] + torch.arange(piece.shape[1])
+                expected = reference.graddrop(list(piece), shares, SEED, STEP, places)
+                yield out[k], expected, piece.double().abs().sum(0)
+
+
+@operators.trimmed_mean.check
+def _trimmed_mean(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for T, P in SHAPES:
+        for block, k in ((block, k) for block in MASKS for k in (0, 1, 3) if 2 * k < T):
+            cut = cut_apart(matrix(T, P, dtype, device)[0], device)
+            out, mask = cut.empty(device), None if block is None else cut.mask(block, device)
+            weights = torch.randint(0, 2, (T,)) if k else None
+            operators.trimmed_mean(cut.rows, k, None if weights is None else weights.to(device), out, mask, None)
+            seen = cut if block is None else cut.erased(block)
+            present = None if weights is None else weights.bool().tolist()
+            for o, piece in zip(out, seen.pieces, strict=True):
+                yield o, reference.trimmed_mean(list(piece), k, present), piece.double().abs().sum(0)
 
 
 @operators.adamw.check

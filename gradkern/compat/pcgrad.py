@@ -159,6 +159,7 @@ class _ReductionSink(GradSink):
     def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
         """Combine the rows. Parameters with a missing gradient count as unshared."""
         assert isinstance(rows, Rows), "it needs tensors"
+        assert outcome.solution is not None, "PCGrad has weights"
         w = outcome.solution.weights
         summed = w[0] if self.reduction == "sum" else w.shape[-1] * w[0]
         by_reach = [

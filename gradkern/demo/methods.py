@@ -50,7 +50,7 @@ class Recipe:
 
 def recipe(method: Method) -> Recipe:
     """Return the recipe of a row of METHODS, with no other options."""
-    return Recipe(lambda generator: method.make(generator=generator) if method.draws else method.make())
+    return Recipe(lambda generator: method.seeded(generator.initial_seed(), generator.device))
 
 
 METHODS: dict[str, Recipe] = {

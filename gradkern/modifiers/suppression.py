@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import choice, integer, mapping, number
+from gradkern.ops.philox import LARGEST_SEED, drawn_seed, signed
 from gradkern.ops.undo import PutBack, numbers_of
 
 SCOPES = ("update", "all")
-LARGEST_SEED = 2**64 - 1
 
 
 class MaskState(NamedTuple):
@@ -59,7 +59,7 @@ class Suppression:
         self.p = number("p", p, least=0, below=1)
         self.block = integer("block", block, 1, 2**30)
         self.scope = choice("scope", scope, SCOPES)
-        self.seed = _drawn() if seed is None else integer("seed", seed, 0, LARGEST_SEED)
+        self.seed = drawn_seed() if seed is None else integer("seed", seed, 0, LARGEST_SEED)
         self._state = self._fresh(self.seed, 0)
 
     def mask(self, device: torch.device) -> MaskState:
@@ -101,13 +101,7 @@ class Suppression:
         return put_back
 
     def _fresh(self, seed: int, step: int) -> Tensor:
-        signed = seed - 2**64 if seed >= 2**63 else seed  # the same 64 bits
-        return torch.tensor([signed, step, round(self.p * 2**32)], dtype=torch.int64, device="cpu")
+        return torch.tensor([signed(seed), step, round(self.p * 2**32)], dtype=torch.int64, device="cpu")
 
     def __repr__(self) -> str:
         return f"Suppression(p={self.p}, block={self.block}, scope={self.scope!r}, seed={self.seed})"
-
-
-def _drawn() -> int:
-    """Return a seed from torch's default generator."""
-    return int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))

@@ -65,6 +65,18 @@ class Mask(NamedTuple):
     of a captured CUDA graph uses the current ones."""
 
 
+class Coins(NamedTuple):
+    """A random number of [0, 1) for each entry, the same for all tasks: the 24 leading bits of a word of Philox4x32-10.
+
+    The entry at position e takes word e mod 4, key ``stream[0]``, counter (e div 4, ``stream[1]``), each of 64 bits.
+    """
+
+    positions: Sequence[int]
+    """n numbers, the position of each parameter's first entry: multiples of 4."""
+    stream: Tensor
+    """(2,) int64 on the device, which the host never reads."""
+
+
 class ProjectionArguments(NamedTuple):
     """A method that projects gradients onto those of partners: GradVac if there are targets, else PCGrad."""
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from gradkern.ops.arguments import (
     AdamWState,
     AdamWStep,
+    Coins,
     Mask,
     OptionalTensors,
     ProjectionArguments,
@@ -156,6 +157,45 @@ def surgery_blocks(blocks: Sequence[Tensor], method: ProjectionArguments) -> tup
     T = blocks[0].shape[0]
     M = blocks[0].new_empty((len(blocks), T, T), dtype=arithmetic_dtype(blocks[0].dtype))
     return M, torch.empty_like(M[:, 0]), [block.new_empty(block.shape[1]) for block in blocks]
+
+
+@operator("graddrop", writes=("out", "kept"))
+def graddrop(
+    rows: TaskGrads,
+    coins: Coins,
+    coefficients: Tensor | None,
+    out: Sequence[Tensor],
+    mask: Mask | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Write to each entry of ``out`` the sum of the gradients of one sign there, and 0 where the mask drops.
+
+    Let P be the sum of the positive gradients of an entry and N that of the negative ones' absolute values, each added
+    up from the first row to the last in arithmetic dtype. The positive ones are chosen where coin (P + N) < P, else the
+    negative ones.
+
+    ``coefficients`` (2, T) multiply the gradients that are chosen, and those that are not; None for ones and zeros.
+    Where a row's first coefficient is 0, its gradients that are not finite count as zeros. Any other one, and a P + N
+    that overflows, makes NaN of the entry. ``out[k]`` may be one of the gradients of parameter k.
+    """
+
+
+@operator("trimmed_mean", writes=("out", "kept"))
+def trimmed_mean(
+    rows: TaskGrads,
+    k: int,
+    weights: Tensor | None,
+    out: Sequence[Tensor],
+    mask: Mask | None = None,
+    kept: Tensor | None = None,
+) -> None:
+    """Write to each entry of ``out`` the mean of the T gradients there without the k largest and the k smallest.
+
+    T is more than 2 k. ``weights`` (T,) multiply the others, None for ones; they do not change what is left out, nor
+    the number that the sum is divided by. The earlier one of equal gradients counts as the larger. Where a row's weight
+    is 0, its gradients that are not finite count as zeros. Any other one makes NaN of the entry. The result is 0 where
+    the mask drops. ``out[k]`` may be one of the gradients of parameter k.
+    """
 
 
 @operator("adamw", writes=("params", "moments", "kept"))

@@ -78,6 +78,7 @@ class FusedAdamWSink:
     def _direction(self) -> Combination:
         if isinstance(self._rows, FlatRows) and not self.needs_unshared:  # nothing scales the combination
             return along(self._rows, self._outcome.combine()[0])
+        assert self._outcome.solution is not None, "it steps along weights"
         w, unshared = self._outcome.solution.weights, self._outcome.unshared_weights
         of_unshared = torch.ones_like(w[0]) if unshared is None else unshared
         return Combination(self._rows, torch.cat((w, of_unshared.unsqueeze(0))))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gradkern.aggregators import Aggregator, GradAttention
+from gradkern.aggregators import Aggregator, Entrywise, GradAttention
 from gradkern.arguments import boolean, instance, number
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
@@ -222,6 +222,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return (
             type(self.optimizer) is AdamW
             and not self._options().is_weighted_backward
+            and not isinstance(method, Entrywise)
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and not [

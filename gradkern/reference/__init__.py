@@ -4,6 +4,7 @@ Nothing here is fast, and no code is shared with the code that it checks. Arithm
 """
 
 from gradkern.reference.attention import attention_optimum, gradattention_updates
+from gradkern.reference.entries import chosen_signs, graddrop, graddrop_coins, graddrop_updates, trimmed_mean
 from gradkern.reference.fixed import mean, weighted_sum
 from gradkern.reference.gramian_direct import krum, ntkmtl, rgw
 from gradkern.reference.gramian_fair import fairgrad, nash_mtl
@@ -34,6 +35,7 @@ __all__ = [
     "aligned_mtl",
     "attention_optimum",
     "cagrad",
+    "chosen_signs",
     "combine",
     "config",
     "config_direction",
@@ -43,6 +45,9 @@ __all__ = [
     "fairgrad",
     "first_units",
     "gradattention_updates",
+    "graddrop",
+    "graddrop_coins",
+    "graddrop_updates",
     "gradvac",
     "gradvac_updates",
     "gramian",
@@ -71,6 +76,7 @@ __all__ = [
     "smoothed_mgda",
     "step_scale",
     "suppressed",
+    "trimmed_mean",
     "upgrad",
     "weighted_sum",
 ]

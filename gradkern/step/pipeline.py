@@ -72,7 +72,9 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
             if isinstance(options.aggregator, Averaged):
                 assert isinstance(rows, Rows), "means are kept of tensors"
                 rows = averaged(rows, options.aggregator, source.present, targets.places)
-            outcome = surgery(rows, options.aggregator, sink.needs_unshared, sink.takes_combination)
+            outcome = surgery(
+                rows, options.aggregator, sink.needs_unshared, sink.takes_combination, options.conflict_lr is not None
+            )
             step_scale = _step_scale(outcome, options)
             sink.prepare(rows, outcome, targets)
             kept = sink.commit(step_scale)
@@ -108,15 +110,16 @@ def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
 def _info(
     source: Source, targets: Targets, outcome: Outcome, kept: Tensor | None, step_scale: Tensor | None
 ) -> SurgeryInfo:
-    solution = outcome.solution
-    M, w, cosines, attention = outcome.gramian, solution.weights, solution.targets, solution.attention
+    M, w, cosines, attention = outcome.gramian, None, None, None
+    if outcome.solution is not None:
+        w, cosines, attention = outcome.solution.weights, outcome.solution.targets, outcome.solution.attention
     groups = targets.grouping.names
     if groups is None and M is not None:  # a single group has no dimension
-        M, w = M[0], w[0]
+        M, w = M[0], None if w is None else w[0]
         cosines = None if cosines is None else cosines[0]
         attention = None if attention is None else attention[0]
-    losses = stacked(source.values, solution.weights)
-    if M is None:  # fixed weights are numbers of the host, in no dtype
+    losses = stacked(source.values, targets.tensors[0])
+    if M is None and w is not None:  # fixed weights are numbers of the host, in no dtype
         w = w.to(losses.dtype)
     named = None if groups is None or M is None else tuple(groups)
     return SurgeryInfo(losses, M, w, cosines, attention, kept=kept, step_scale=step_scale, groups=named)

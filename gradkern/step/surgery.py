@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
+from gradkern.aggregators import Aggregator, Entrywise, GradAttention, Scalarization, Solution
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
@@ -24,16 +25,16 @@ class Outcome:
     """Result of a step's surgery.
 
     Attributes:
-        gramian: (S, T, T); None if the weights are fixed.
+        gramian: (S, T, T); None if the weights are fixed, or if nothing needs it of a method without weights.
         unshared_gramian: (T, T), the dot products over unshared parameters; None unless requested.
-        solution: the weights (S, T), and the method's other results.
+        solution: the weights (S, T), and the method's other results; None for a method without weights.
         unshared_weights: (T,), the weights of unshared parameters; None for ones.
         combine: returns each parameter with its gradient, and the share of entries that suppression kept.
     """
 
     gramian: Tensor | None
     unshared_gramian: Tensor | None
-    solution: Solution
+    solution: Solution | None
     unshared_weights: Tensor | None
     combine: Callable[[], Combined]
 
@@ -45,7 +46,9 @@ def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) ->
     return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
-def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combination: bool) -> Outcome:
+def surgery(
+    rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combination: bool, measured: bool = True
+) -> Outcome:
     """Compute Gramian and weights, and also the combination if one launch can do all of it.
 
     Args:
@@ -53,10 +56,13 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
         aggregator: the method.
         unshared: whether to compute dot products over unshared parameters too.
         takes_combination: whether the combination will be needed.
+        measured: whether the Gramian is needed for something else than the weights.
 
     Raises:
         TypeError, ValueError: the method does not return weights (S, T).
     """
+    if isinstance(aggregator, Entrywise):
+        return _entry_by_entry(rows, aggregator, measured)
     fused = None
     if isinstance(rows, FlatRows):
         fused = None if unshared else _in_one_call(rows, aggregator)
@@ -71,11 +77,8 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
     used_rows: AnyRows = rows if sampled is None or not sampled.only else sampled
     products = used_rows.gramian(unshared)
     M = _usable(products[: rows.n_segments], rows.present)
-    if sampled is None:
-        solution = _solution(aggregator, M, rows)
-        _check_weights(aggregator, solution.weights, M)
-    else:
-        solution = sampled.solution(M)
+    solution = _solution(aggregator, M, rows) if sampled is None else sampled.solution(M)
+    w = _checked_weights(aggregator, solution.weights, M)
     unshared_weights = None
     if isinstance(aggregator, Scalarization):
         # Not in M's dtype: unshared parameters may be float64 where no shared one is.
@@ -85,8 +88,16 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
         products[rows.n_segments] if len(products) > rows.n_segments else None,
         solution,
         unshared_weights,
-        lambda: used_rows.combine(solution.weights, unshared_weights),
+        lambda: used_rows.combine(w, unshared_weights),
     )
+
+
+def _entry_by_entry(rows: StepRows, aggregator: Entrywise, measured: bool) -> Outcome:
+    """Return the outcome of a method without weights, and the Gramian if that is needed."""
+    assert isinstance(rows, Rows), "its entries are read from tensors"
+    entrywise = EntrywiseRows(rows, aggregator)
+    M = _usable(rows.gramian(False), rows.present) if measured else None
+    return Outcome(M, None, None, None, entrywise.combine)
 
 
 def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
@@ -143,8 +154,9 @@ def _usable(M: Tensor, present: Tensor | None) -> Tensor:
     return M.masked_fill(lost.unsqueeze(-1) | lost.unsqueeze(-2), 0.0)
 
 
-def _check_weights(aggregator: Aggregator, w: object, M: Tensor) -> None:
+def _checked_weights(aggregator: Aggregator, w: object, M: Tensor) -> Tensor:
     if not isinstance(w, Tensor) or not w.is_floating_point():
         raise TypeError(f"aggregator {aggregator!r} must give weights as a floating tensor, gave {w!r}")
     if w.shape != M.shape[:-1]:
         raise ValueError(f"aggregator {aggregator!r} gave weights of shape {tuple(w.shape)} for M {tuple(M.shape)}")
+    return w

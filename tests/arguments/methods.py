@@ -70,6 +70,8 @@ def constructors() -> Iterator[Call]:
         (gk.NTKMTL, {}, {"power": lambda: [*values.numbers(), -0.5]}),
         (gk.Krum, {"n_byzantine": 0}, {"n_byzantine": partial(values.integers, 0), "n_selected": values.integers}),
         (gk.RGW, {}, {"generator": values.generators}),
+        (gk.GradDrop, {}, {"leak": values.leaks, "seed": partial(values.integers_or_none, 0)}),
+        (gk.TrimmedMean, {"k": 1}, {"k": partial(values.integers, 0)}),
         (gk.Sum, {}, optional_weights),
         (gk.Mean, {}, {}),
         (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),

@@ -78,6 +78,13 @@ def shares() -> Values:
     return [*numbers(), -0.1, 1.1, 7]
 
 
+def leaks() -> Values:
+    """Return what is neither a number from 0 to 1 nor a sequence of such numbers."""
+    nan, inf = float("nan"), float("inf")
+    single = [None, "0.5", b"1", "", True, 1j, nan, inf, -inf, HUGE, {}, -0.1, 1.1, 7]
+    return [*single, [], [1.1], [0.5, -0.1], [nan], ["0.5"], [None], [True], [[0.5]], torch.full((2,), 2.0)]
+
+
 def integers(least: int = 1) -> Values:
     """Return what is no integer of at least ``least`` that fits into 64 bits."""
     nan, inf = float("nan"), float("inf")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments, TaskGrads
+from gradkern.ops.arguments import AdamWState, AdamWStep, Coins, Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.layout import TILE
 from tests import interpreter
 from tests.tolerances import TOLERANCES, assert_near
@@ -22,6 +22,7 @@ from gradkern.ops.one_launch.surgery import surgery
 from gradkern.ops.triton.adamw import adamw
 from gradkern.ops.triton.combine import combine_tensors
 from gradkern.ops.triton.entries import gather, scatter
+from gradkern.ops.triton.entrywise import graddrop, trimmed_mean
 from gradkern.ops.triton.gramian import gramian_tensors
 from tests.traffic import SECTOR, aligned, watching
 
@@ -79,6 +80,21 @@ def test_a_result_in_the_place_of_a_row_moves_as_much_and_no_more(given: Problem
     assert (moved.read, moved.written) == (4 * T * P, 4 * P)
     for g, e in zip(second, expected, strict=True):
         assert_near(g, e, e.abs().max(), TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("block", [None, 128])
+@pytest.mark.parametrize("combine", ["graddrop", "graddrop in full", "trimmed_mean", "trimmed_mean in full"])
+def test_entry_by_entry_each_row_moves_once(given: Problem, combine: str, block: int | None) -> None:
+    """No mask of signs and no order is stored. The tables are read once for each block of a tile."""
+    masked, kept = None if block is None else mask(block, 0.45), torch.tensor(0)
+    ones = torch.ones(2, T) if combine.endswith("in full") else None
+    with watching(given.tensors) as moved:
+        if combine.startswith("graddrop"):
+            graddrop(given.rows, Coins(UNITS, torch.tensor([1, 2])), ones, given.out, masked, kept)
+        else:
+            trimmed_mean(given.rows, 1, None if ones is None else ones[0], given.out, masked, kept)
+    assert (moved.read, moved.written) == (4 * T * (P if block is None else int(kept)), 4 * P)
+    assert moved.elsewhere < 128 * SECTOR * sum(-(-numel // TILE) for numel in NUMELS)
 
 
 @pytest.mark.parametrize("in_place", [False, True])

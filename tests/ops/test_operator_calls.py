@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gradkern.ops import operators
-from gradkern.ops.arguments import AdamWState, AdamWStep, Mask, ProjectionArguments, TaskGrads
+from gradkern.ops.arguments import AdamWState, AdamWStep, Coins, Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.registry import DEFAULT, Operator
 from gradkern.ops.registry import operators as registered
 
@@ -50,6 +50,10 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "products_masked": True,
         "kept": torch.tensor(0),
         "out": [torch.zeros(n) for n in NUMELS],
+        "coins": Coins([0, 500, 504, 804, 884], torch.tensor([1, 2])),
+        "coefficients": torch.rand(2, T) if masked else None,
+        "weights": torch.tensor([1.0, 0.0, 1.0]) if masked else None,
+        "k": 1,
         "order_keys": order_keys,
         "partner": "all",
         "mean": False,

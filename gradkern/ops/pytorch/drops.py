@@ -1,4 +1,6 @@
-"""The entries that gradient suppression drops, computed a window of units at a time."""
+"""What is drawn for each entry, a window at a time: the entries that suppression drops, and GradDrop's coins."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,6 +21,29 @@ def erase(values: Tensor, drop: Tensor) -> None:
     values.view(bits).bitwise_and_(drop.to(bits).sub_(1))
 
 
+class Drawn:
+    """What a random stream gives for consecutive units. It is computed in windows, which later parameters share.
+
+    Args:
+        draw: returns what belongs to some units, given the first of them, a multiple of 4, and their number.
+        end: the number of units.
+    """
+
+    def __init__(self, draw: Callable[[int, int], Tensor], end: int) -> None:
+        self._draw = draw
+        self._end = end
+        self._first = self._last = 0
+        self._window: Tensor | None = None
+
+    def units(self, first: int, last: int) -> Tensor:
+        """Return what belongs to the units ``first:last``; ``first`` ascends from call to call."""
+        if self._window is None or first < self._first or last > self._last:
+            self._first = first // 4 * 4
+            self._last = max(last, min(self._first + WINDOW, self._end))
+            self._window = self._draw(self._first, self._last - self._first)
+        return self._window[first - self._first : last - self._first]
+
+
 class Drops:
     """The dropped entries of some parameters. Units are computed in windows, which later parameters share.
 
@@ -28,10 +53,9 @@ class Drops:
     """
 
     def __init__(self, mask: Mask, numels: list[int]) -> None:
-        self.units, self.block, self.state = mask
-        self.end = max(u + -(-n // self.block) for u, n in zip(self.units, numels, strict=True))
-        self.first = 0
-        self.window = self.state.new_empty(0)
+        self.units, self.block, state = mask
+        end = max(u + -(-n // self.block) for u, n in zip(self.units, numels, strict=True))
+        self._drawn = Drawn(lambda first, n: dropped(first, n, state), end)
 
     def masks(self, k: int) -> bool:
         """Return whether parameter k is masked."""
@@ -41,10 +65,7 @@ class Drops:
         """Return (count,) bool: whether each entry of parameter k from ``start`` on is dropped."""
         first = self.units[k] + start // self.block
         last = self.units[k] + -(-(start + count) // self.block)
-        if first < self.first or last > self.first + len(self.window):
-            self.first = first // 4 * 4
-            self.window = dropped(self.first, max(last, min(self.first + WINDOW, self.end)) - self.first, self.state)
-        units = self.window[first - self.first : last - self.first]
+        units = self._drawn.units(first, last)
         if self.block == 1:
             return units
         begin = start % self.block

@@ -1,0 +1,1 @@
+"""The methods that combine the task gradients entry by entry."""
