@@ -68,13 +68,12 @@ def _theirs(method: Method, T: int, suffix: str = "") -> Any:
     """Return TorchJD's object of the class's name, with the row's arguments; None if there is none that takes them.
 
     Arguments that the row leaves open are those of our class, or TorchJD's own. Theirs are found by their names.
-
-    Raises:
-        ImportError: TorchJD is missing, or a library that its method needs.
     """
-    import torchjd.aggregation
-
-    cls = getattr(torchjd.aggregation, method.aggregator.__name__ + suffix, None)
+    try:
+        from torchjd import aggregation
+    except ImportError as error:
+        return _Missing(error)
+    cls = getattr(aggregation, method.aggregator.__name__ + suffix, None)
     if cls is None:
         return None
     taken = inspect.signature(cls).parameters
@@ -85,7 +84,22 @@ def _theirs(method: Method, T: int, suffix: str = "") -> Any:
     arguments = {name: known[name] for name, p in taken.items() if name in known and _matters(name, known, p, method)}
     if isinstance(arguments.get("weights"), tuple):
         arguments["weights"] = torch.tensor(arguments["weights"])
-    return cls(**arguments)
+    try:
+        return cls(**arguments)
+    except ImportError as error:  # a library that TorchJD's method needs; measuring tells it, and goes on with ours
+        return _Missing(error)
+
+
+class _Missing:
+    """A method of TorchJD's that lacks a library: every call raises the error."""
+
+    def __init__(self, error: ImportError) -> None:
+        self.error = error
+
+    def __call__(self, x: Tensor) -> Tensor:
+        raise self.error
+
+    weighting = __call__
 
 
 def _matters(name: str, known: dict[str, Any], taken: inspect.Parameter, method: Method) -> bool:

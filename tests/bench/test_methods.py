@@ -65,6 +65,19 @@ def test_the_contestants_do_the_same_work() -> None:
     assert set(of_aggregation(METHODS["pcgrad-random"], 3, 50)) == {OURS, COPY}
 
 
+def test_a_missing_library_leaves_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = pytest.importorskip("torchjd.aggregation")
+
+    def missing(*args: object) -> None:
+        raise ImportError("quadprog")
+
+    monkeypatch.setattr(theirs.MGDAWeighting, "__init__", missing)
+    calls = of_weights(METHODS["mgda"], 3)
+    assert isinstance(calls[OURS](), torch.Tensor)
+    with pytest.raises(ImportError, match="quadprog"):
+        calls[THEIRS]()
+
+
 def test_the_tables_say_what_they_show() -> None:
     row = {"method": "mgda", "words": "2T + 1", "T": 3, "seconds": {OURS: FIGURES, THEIRS: FIGURES}, "absent": {}}
     row |= {"ratios": {THEIRS: {"p20": 1.0, "p50": 5.0, "p80": 9.0}}}
