@@ -116,7 +116,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         losses = self._listed(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
-        if total is not None and not self._options().is_weighted_backward:
+        if total is not None and not self._options().adds_at_once:
             info = add_up(total, source, self._params())
         else:
             if total is not None and isinstance(losses, list):
@@ -222,6 +222,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         return (
             type(self.optimizer) is AdamW
             and not self._options().is_weighted_backward
+            and not method.is_trained
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and not [

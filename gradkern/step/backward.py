@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gradkern.aggregators import Aggregator
+from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source
@@ -88,8 +88,10 @@ def backward(
 
 def grad_sink(source: Source, options: Options) -> Sink:
     """Return the sink that writes ``.grad``: torch's own backward pass if the step needs no rows."""
+    method = options.aggregator
     if options.is_weighted_backward and isinstance(source, Losses):  # sums of micro-batches have rows already
-        return WeightedBackwardSink(source, options.aggregator)
+        assert isinstance(method, Scalarization)
+        return WeightedBackwardSink(source, method)
     return GradSink()
 
 

@@ -3,18 +3,20 @@
 It does not write to ``.grad``. It writes to the method's state, and the combination may overwrite free gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, GradAttention, Scalarization, Solution
+from gradkern.aggregators import Aggregator, GradAttention, Solution
+from gradkern.aggregators.base import OwnGrads
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.notices import warn_once
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 
@@ -24,7 +26,7 @@ class Outcome:
     """Result of a step's surgery.
 
     Attributes:
-        gramian: (S, T, T); None if the weights are fixed.
+        gramian: (S, T, T); None for a method that weighs losses without it.
         unshared_gramian: (T, T), the dot products over unshared parameters; None unless requested.
         solution: the weights (S, T), and the method's other results.
         unshared_weights: (T,), the weights of unshared parameters; None for ones.
@@ -36,13 +38,6 @@ class Outcome:
     solution: Solution
     unshared_weights: Tensor | None
     combine: Callable[[], Combined]
-
-
-def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) -> Outcome:
-    """Return the outcome of a method with fixed weights, which needs no rows and no Gramian."""
-    assert isinstance(aggregator, Scalarization)
-    w = aggregator.weights_like(n_tasks, torch.float64, device)  # the very numbers that multiply the losses
-    return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
 def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combination: bool) -> Outcome:
@@ -76,17 +71,30 @@ def surgery(rows: StepRows, aggregator: Aggregator, unshared: bool, takes_combin
         _check_weights(aggregator, solution.weights, M)
     else:
         solution = sampled.solution(M)
-    unshared_weights = None
-    if isinstance(aggregator, Scalarization):
-        # Not in M's dtype: unshared parameters may be float64 where no shared one is.
-        unshared_weights = aggregator.weights_like(rows.n_tasks, torch.float64, rows.device)
-    return Outcome(
-        M,
-        products[rows.n_segments] if len(products) > rows.n_segments else None,
-        solution,
-        unshared_weights,
-        lambda: used_rows.combine(solution.weights, unshared_weights),
-    )
+    own = of_optimizer(aggregator, solution.own, rows.params)
+
+    def combine() -> Combined:
+        results, kept = used_rows.combine(solution.weights, solution.unshared)
+        return [*results, *own], kept
+
+    unshared_products = products[rows.n_segments] if len(products) > rows.n_segments else None
+    return Outcome(M, unshared_products, solution, solution.unshared, combine)
+
+
+def of_optimizer(aggregator: Aggregator, own: OwnGrads, params: Sequence[Tensor]) -> OwnGrads:
+    """Return the gradients of the method's own parameters that are among ``params``; warn of others once."""
+    if not own:
+        return own
+    known = set(params)
+    trained = [(p, g) for p, g in own if p in known]
+    if any(p.requires_grad and p not in known for p, _ in own):
+        warn_once(
+            aggregator,
+            "untrained",
+            f"nothing trains the parameters of {aggregator!r}, since they are not among params: give the optimizer "
+            "[*model.parameters(), *method.parameters()], or a group of their own by add_param_group",
+        )
+    return trained
 
 
 def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:

@@ -1,7 +1,7 @@
 """The methods that weigh losses without a look at gradients."""
 
 from gradkern.aggregators.method import Laws, Method, Paper
-from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
+from gradkern.aggregators.weightings.fixed import Constant, Mean, Sum
 
 KURIN = Paper("Kurin et al.", 2022, "In Defense of the Unitary Scalarization for Deep Multi-Task Learning")
 
