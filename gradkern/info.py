@@ -29,7 +29,7 @@ class SurgeryInfo:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
         gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters. Under
             ``Suppression(scope="all")`` they cover the kept entries only, under ``GradAttention(update="subset")`` the
-            sampled ones. None for a method that needs no task gradients.
+            sampled ones. None for a method that needs no task gradients, unless it has ``report=True``.
         weights: (T,) or (S, T), the weights of the task gradients in the update, in the Gramian's dtype, or in that of
             ``losses`` where there is none.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for

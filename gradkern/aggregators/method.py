@@ -50,8 +50,10 @@ class Method:
         laws: the laws that its updates obey.
         arguments: the arguments of the class, by name, that select this method.
         tasks: the number of tasks that the arguments are made for; None for any.
-        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; or None.
+        draws: the random choices: the "order" of partners, which ``order=`` fixes; "entries" of the gradients; the
+            "weights"; or None.
         state: whether a step depends on earlier steps.
+        losses: whether it takes the losses of the tasks.
     """
 
     name: str
@@ -61,13 +63,16 @@ class Method:
     laws: Laws
     arguments: Mapping[str, Any] = field(default_factory=dict)
     tasks: int | None = None
-    draws: Literal["order", "entries"] | None = None
+    draws: Literal["order", "entries", "weights"] | None = None
     state: bool = False
+    losses: bool = False
 
     def make(self, order: Sequence[Sequence[int]] | None = None, **more: Any) -> Aggregator:
-        """Return an aggregator. A method that draws no orders ignores ``order``."""
+        """Return an aggregator. With ``order`` its choices are the twin's; a method that draws none ignores it."""
         if self.draws == "order" and order is not None:
             more["order"] = order
+        if self.draws == "weights" and order is not None:
+            more.setdefault("generator", torch.Generator().manual_seed(0))
         return self.aggregator(**self.arguments, **more)
 
     def seeded(self, seed: int, device: torch.device | str = "cpu") -> Aggregator:
@@ -76,12 +81,23 @@ class Method:
             return self.make()
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
-    def expected(self, steps: Sequence[Sequence[Tensor]], order: Sequence[Sequence[int]], **more: Any) -> list[Tensor]:
+    def beside(self, J: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """Return what a call of the aggregator takes beside a matrix (T, P), in comparisons: losses, or nothing."""
+        return {"losses": torch.tensor(_losses(len(J), step), device=J.device)} if self.losses else {}
+
+    def expected(
+        self,
+        steps: Sequence[Sequence[Tensor]],
+        order: Sequence[Sequence[int]],
+        losses: Sequence[Sequence[float]] | None = None,
+        **more: Any,
+    ) -> list[Tensor]:
         """Return the twin's updates: float64 vectors, one for each step that it supports.
 
         Args:
             steps: the task gradients of each step.
             order: row i is the order in which task i visits the others.
+            losses: the losses of each step; None for those of :meth:`beside`.
             more: arguments besides those of the row.
         """
         from gradkern import reference  # not at start-up: programs that train do not compare
@@ -89,6 +105,13 @@ class Method:
         twin: Callable[..., Any] = getattr(reference, self.twin)
         if self.draws == "order":
             more["order"] = order
-        if self.state:
-            return twin(steps, **self.arguments, **more)
-        return [twin(grads, **self.arguments, **more) for grads in steps]
+        losses = losses or [_losses(len(grads), step) for step, grads in enumerate(steps)]
+        if self.state or self.draws == "weights":
+            return twin(steps, **({"losses": losses} if self.losses else {}), **self.arguments, **more)
+        of_steps = [{"losses": of_step} if self.losses else {} for of_step in losses]
+        return [twin(grads, **given, **self.arguments, **more) for grads, given in zip(steps, of_steps, strict=True)]
+
+
+def _losses(T: int, step: int) -> list[float]:
+    """Return losses from 1 to 3, which differ from task to task and from step to step."""
+    return [1 + 0.5 * ((2 * i + 3 * step) % 5) for i in range(T)]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,10 +21,14 @@ def _method(method: Method, dtype: torch.dtype, device: torch.device) -> Iterato
         order = [torch.randperm(T).tolist() for _ in range(T)]
         # Rows share a direction that points both ways, so that about half of the pairs conflict clearly.
         steps = [(torch.randn(T, P) + torch.randn(T, 1)).to(dtype) for _ in range(STEPS)]
-        aggregator = method.make(order)
-        for J, expected in zip(steps, method.expected([list(J) for J in steps], order), strict=False):
+        drawn = {"generator": torch.Generator(device).manual_seed(0)} if method.draws == "weights" else {}
+        on: dict[str, Any] = {"device": device} if drawn else {}
+        aggregator = method.make(order, **drawn)
+        updates = method.expected([list(J) for J in steps], order, **on)
+        for step, (J, expected) in enumerate(zip(steps, updates, strict=False)):
+            X = J.to(device)
             # Each of the T projections passes on the roundings of the rows before it.
-            yield aggregator(J.to(device)), expected, T * J.double().abs().sum(0)
+            yield aggregator(X, **method.beside(X, step)), expected, T * J.double().abs().sum(0)
 
 
 CASES: dict[str, Cases] = {f"method:{name}": partial(_method, method) for name, method in METHODS.items()}

@@ -21,6 +21,17 @@ from gradkern.reference.projections import (
 from gradkern.reference.steps import Memory, adamw, step_scale
 from gradkern.reference.suppression import first_units, kept, philox, suppressed
 from gradkern.reference.vectors import combine, cosine, gramian, project
+from gradkern.reference.weightings import (
+    dwa,
+    famo,
+    famo_weights,
+    geometric_mean,
+    gradnorm,
+    imtl_loss,
+    rlw,
+    stch,
+    uncertainty,
+)
 
 __all__ = [
     "Memory",
@@ -28,11 +39,17 @@ __all__ = [
     "attention_optimum",
     "combine",
     "cosine",
+    "dwa",
+    "famo",
+    "famo_weights",
     "first_units",
+    "geometric_mean",
     "gradattention_updates",
+    "gradnorm",
     "gradvac",
     "gradvac_updates",
     "gramian",
+    "imtl_loss",
     "kept",
     "mean",
     "mgda",
@@ -46,7 +63,10 @@ __all__ = [
     "pcgrad_update",
     "philox",
     "project",
+    "rlw",
+    "stch",
     "step_scale",
     "suppressed",
+    "uncertainty",
     "weighted_sum",
 ]

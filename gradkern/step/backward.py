@@ -30,8 +30,10 @@ def backward(
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
     Surgery is for parameters that at least two losses reach. A parameter that one loss reaches gets that loss's
-    gradient unchanged, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` do no
-    surgery: they run torch's own backward pass of the weighted sum of the losses.
+    gradient unchanged, and one that no loss reaches keeps its ``.grad``. Methods that
+    weigh losses, such as ``Sum`` and ``Uncertainty``, do no surgery: they run torch's own backward pass of the weighted
+    sum of the losses. ``GeometricMean``, ``STCH`` and ``FAMO`` run all callables before it, and the graphs of all tasks
+    are alive then.
 
     A parameter counts as shared as a whole. A tensor that holds weights of all tasks, such as log-variances or one wide
     head, must be left out of ``shared``, or be split into a tensor for each task.
@@ -72,7 +74,7 @@ def backward(
             reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or torch.distributed runs
             on more than one rank. In all these cases, and whatever else raises, every ``.grad`` and the state of
             ``aggregator`` and ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default
-            generators stay drawn. ``Sum``, ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails
+            generators stay drawn. Methods that weigh losses run torch's own backward pass, and if that fails
             halfway, ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises,
             ``.grad`` is written and the step counts.
 

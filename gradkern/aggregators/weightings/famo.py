@@ -9,7 +9,7 @@ from torch import Tensor
 from gradkern.aggregators.base import OwnGrads
 from gradkern.aggregators.weightings.scalarization import Tasks, check_positive
 from gradkern.aggregators.weightings.state import StatefulWeighting
-from gradkern.arguments import entries, number, plain, shown
+from gradkern.arguments import entries, integer, number, plain, shown
 
 LEAST = 1e-8
 """What is added to each loss before its logarithm is taken, as the official code does."""
@@ -44,7 +44,7 @@ class FAMO(StatefulWeighting):
     FIRST: ClassVar = {"logits": 0.0, "mean": 0.0, "square": 0.0, "steps": 0.0, "losses": torch.nan}
 
     def __init__(self, T: int, lr: float = 0.025, decay: float = 1e-3, report: bool = False) -> None:
-        super().__init__(T, report)
+        super().__init__(integer("T", T, least=1), report)
         self.lr = number("lr", lr, above=0)
         self.decay = number("decay", decay, least=0)
 

@@ -18,6 +18,9 @@ class GeometricMean(Scalarization):
     needs_losses = True
     weighs_known_losses = True
 
+    def __init__(self, report: bool = False) -> None:
+        super().__init__(report)
+
     def weigh(self, tasks: Tasks) -> Tensor:
         """Return the derivatives of the geometric mean."""
         losses = tasks.known()

@@ -8,7 +8,7 @@ from torch import Tensor
 from gradkern.aggregators.base import OwnGrads
 from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.aggregators.weightings.state import StatefulWeighting
-from gradkern.arguments import number
+from gradkern.arguments import integer, number
 
 LEAST = 1e-3
 """The least weight before the weights are scaled to their sum. A weight below 0 would raise its task's loss."""
@@ -42,7 +42,7 @@ class GradNorm(StatefulWeighting):
     FIRST: ClassVar = {"weights": 1.0, "first": torch.nan}
 
     def __init__(self, T: int, alpha: float = 1.5, lr: float = 0.025, report: bool = False) -> None:
-        super().__init__(T, report)
+        super().__init__(integer("T", T, least=1), report)
         self.alpha = number("alpha", alpha, least=0)
         self.lr = number("lr", lr, above=0)
 

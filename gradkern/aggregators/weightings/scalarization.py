@@ -122,14 +122,11 @@ class Scalarization(Aggregator):
         squares = None
         if self.needs_gramian:
             squares = M.detach().diagonal(dim1=-2, dim2=-1).reshape(-1, M.shape[-1]).sum(0, dtype=torch.float64)
-        w, own = self._step(Tasks(M.shape[-1], M.device, present, self._known(losses, M), squares))
+        tasks = Tasks(M.shape[-1], M.device, present, self._known(losses, M), squares)
+        with torch.no_grad():
+            w, own = self.weigh(tasks), self.observe(tasks)
         w = w if present is None else torch.where(present, w, 0.0)
         return Solution(w.to(M.dtype).expand(M.shape[:-1]).clone(), unshared=w, own=own)
-
-    def _step(self, tasks: Tasks) -> tuple[Tensor, OwnGrads]:
-        """Return the weights, and the gradients of the method's own parameters."""
-        with torch.no_grad():
-            return self.weigh(tasks), self.observe(tasks)
 
     def _known(self, losses: Tensor | None, rows: Tensor) -> Tensor | None:
         """Return the losses for a matrix or a Gramian, None if the method does not need them."""
@@ -148,8 +145,13 @@ class Scalarization(Aggregator):
     def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         if self.needs_gramian:
             return super()._aggregate(J, offsets, losses, out)
-        w, _ = self._step(Tasks(J.shape[0], J.device, None, self._known(losses, J)))  # it needs no Gramian
-        return combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets, out=out)
+        tasks = Tasks(J.shape[0], J.device, None, self._known(losses, J))  # it needs no Gramian
+        with torch.no_grad():
+            w = self.weigh(tasks)
+        result = combine(J, w if offsets is None else w.expand(offsets.shape[0] - 1, -1), offsets, out=out)
+        with torch.no_grad():
+            self.observe(tasks)  # after combine, which may refuse offsets
+        return result
 
     def _repr_of(self, *arguments: str) -> str:
         """Return the call that makes the method; ``report`` is shown where it is set."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import has_numbers
 from gradkern.aggregators.weightings.scalarization import Scalarization
-from gradkern.arguments import integer, tensor
+from gradkern.arguments import tensor
 from gradkern.ops.capture import capturing, first_use
 from gradkern.ops.dtypes import DTYPES
 
@@ -30,7 +30,7 @@ class StatefulWeighting(Scalarization):
 
     def __init__(self, T: int | None, report: bool = False) -> None:
         super().__init__(report)
-        self.T = None if T is None else integer("T", T, least=1)
+        self.T = T
         self.register_buffer("table", None if self.T is None else self._first(self.T, torch.device("cpu")))
 
     def _first(self, T: int, device: torch.device) -> Tensor:
@@ -39,7 +39,7 @@ class StatefulWeighting(Scalarization):
             return torch.stack(columns)
 
     def _rows(self, T: int, device: torch.device) -> dict[str, Tensor]:
-        """Return the table's rows by name, on a step's device, to which the table moves.
+        """Return the table's rows by name, on a step's device; those of the first step before it.
 
         Raises:
             ValueError: the table is of another number of tasks.
@@ -56,17 +56,19 @@ class StatefulWeighting(Scalarization):
             if capturing(device):
                 raise first_use("to make the method's state")  # each replay would reset it
             table = self._first(T, device) if table is None else table.to(device)
-            if has_numbers(table):
-                self.table = table
         return dict(zip(self.FIRST, table.unbind(), strict=True))
 
     def _move(self, rows: dict[str, Tensor], finite: Tensor) -> None:
         """Write new values of rows into the table, all or none of them, if they and the step are ``finite``."""
-        if self.table is None or not has_numbers(self.table) or not has_numbers(finite):
+        given = next(iter(rows.values()))
+        old = self._rows(len(given), given.device)
+        new = torch.stack([torch.where(finite, rows.get(name, row), row) for name, row in old.items()])
+        if not has_numbers(new):
             return
-        old = dict(zip(self.FIRST, self.table.unbind(), strict=True))
-        new = torch.stack([rows.get(name, row) for name, row in old.items()])
-        self.table.copy_(torch.where(finite, new, self.table))
+        if self.table is None or self.table.device != new.device:
+            self.table = new
+        else:
+            self.table.copy_(new)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the table between devices, but keep it float64: running sums need the digits."""

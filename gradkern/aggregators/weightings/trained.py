@@ -64,7 +64,7 @@ class Uncertainty(Trained):
 
     def __init__(self, T: int, report: bool = False) -> None:
         super().__init__(T, report)
-        self.log_variances = nn.Parameter(torch.zeros(self.T))
+        self.log_variances = nn.Parameter(torch.zeros(self.T, device="cpu"))
 
     def weigh(self, tasks: Tasks) -> Tensor:
         """Return ½ e^(−s_i)."""
@@ -91,7 +91,7 @@ class IMTLL(Trained):
 
     def __init__(self, T: int, report: bool = False) -> None:
         super().__init__(T, report)
-        self.log_scales = nn.Parameter(torch.zeros(self.T))
+        self.log_scales = nn.Parameter(torch.zeros(self.T, device="cpu"))
 
     def weigh(self, tasks: Tasks) -> Tensor:
         """Return e^(s_i)."""
