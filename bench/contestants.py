@@ -102,7 +102,7 @@ class Alone:
 
     def __call__(self, x: Inputs, peers: Peers) -> Runs:
         """Return gradkern as the only contestant."""
-        aggregator = self.method.make()
+        aggregator = self.method.seeded(0, x.J.device)
         given = self.method.beside(x.J)
         return {OURS: lambda: aggregator(x.J, **given)}
 

@@ -106,7 +106,7 @@ class WeightedBackwardSink(GradSink):
         self._targets = targets
         self._present = None if one_by_one else self._graphs()
         tasks = self._tasks(known=not one_by_one)
-        with torch.no_grad():
+        with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
             w = tasks.among_present(method.weigh(tasks), 0.0)
         self._weights = method.multipliers(w)
         return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
@@ -131,7 +131,8 @@ class WeightedBackwardSink(GradSink):
             return None
         own = self._own if self.needs_rows else self._observed()
         self._backward_of_sum(self._present)
-        _accumulate(own)
+        if own:
+            _accumulate(own)
         return None
 
     def finish(self) -> None:
@@ -212,10 +213,9 @@ class WeightedBackwardSink(GradSink):
 
 def _accumulate(results: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write results to ``.grad`` and call the hooks."""
-    if results:
-        with torch.no_grad():
-            write(results)
-            call_hooks(results)
+    with torch.no_grad():
+        write(results)
+        call_hooks(results)
 
 
 def write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
