@@ -133,8 +133,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         So surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One
         gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
-        ``Mean`` and ``Constant`` without a report, torch's own backward pass, add to ``.grad`` at once.) Parameters that are frozen by
-        then get the sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
+        ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
+        sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
         ``step`` and ``state_dict`` after it.
 
         Yields:
