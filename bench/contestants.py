@@ -103,7 +103,8 @@ class Alone:
     def __call__(self, x: Inputs, peers: Peers) -> Runs:
         """Return gradkern as the only contestant."""
         aggregator = self.method.seeded(0, x.J.device)
-        return {OURS: lambda: aggregator(x.J)}
+        given = self.method.beside(x.J)
+        return {OURS: lambda: aggregator(x.J, **given)}
 
 
 def surgery(x: Inputs, peers: Peers) -> Runs:

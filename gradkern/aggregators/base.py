@@ -2,7 +2,7 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,24 @@ from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
 from gradkern.ops.undo import PutBack, numbers_of, state_of
 
+OwnGrads = Sequence[tuple[Tensor, Tensor]]
+"""Parameters of a method, each with its gradient."""
+
 
 @dataclass(frozen=True)
 class Solution:
-    """The weights of a step, and the method's other results; see :class:`gradkern.SurgeryInfo`."""
+    """The weights of a step, and the method's other results; see :class:`gradkern.SurgeryInfo`.
+
+    Attributes:
+        unshared: (T,) float64, the weights of parameters that are not under surgery; None for ones.
+        own: the gradients of the method's own parameters, if the user's optimizer trains them.
+    """
 
     weights: Tensor
     targets: Tensor | None = None
     attention: Tensor | None = None
+    unshared: Tensor | None = None
+    own: OwnGrads = ()
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,8 @@ class Aggregator(nn.Module, ABC):
     """The numbers of the tasks that must be present in every step."""
     averages_rows = False
     """Whether running means of the task gradients take their place, which :class:`Averaged` keeps."""
+    is_trained = False
+    """Whether the user's optimizer trains its parameters, by the gradients in ``Solution.own``."""
 
     def __init__(self, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -101,12 +113,20 @@ class Aggregator(nn.Module, ABC):
         """
         return None
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        J: Tensor,
+        offsets: Tensor | None = None,
+        *,
+        losses: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Return the update wᵀ J of a matrix of task gradients. Each segment has its own weights.
 
         Args:
             J: (T, P), as for :func:`gradkern.gramian`.
             offsets: None or (S + 1,), as for :func:`gradkern.gramian`.
+            losses: the tasks' losses, as for ``weights`` of a method that needs them; others ignore it.
             out: memory for the result, as for :func:`gradkern.combine`, or None.
 
         Returns:
@@ -118,11 +138,12 @@ class Aggregator(nn.Module, ABC):
         """
         X = readable(J, offsets)
         check_out(out, J)
-        return self._aggregate(X, offsets, out)
+        return self._aggregate(X, offsets, losses, out)
 
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
-        """Return the result of :meth:`forward`; its arguments are checked, and J's columns are of unit stride."""
-        return combine(J, self.weights(gramian(J.detach(), offsets)), offsets, out=out)
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
+        """Return the result of :meth:`forward`; J and ``out`` are checked, and J's columns are of unit stride."""
+        given: dict[str, Any] = {"losses": losses} if self.needs_losses else {}
+        return combine(J, self.weights(gramian(J.detach(), offsets), **given), offsets, out=out)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load as every Module does. A copy is loaded first, so that an error leaves this method unchanged."""

@@ -56,6 +56,7 @@ class Method:
             "weights" themselves, for which class and twin draw the same numbers from equal generators; "signs", which
             ``seed=`` fixes; or None.
         state: whether a step depends on earlier steps.
+        losses: whether it takes the losses of the tasks.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Method:
     tasks: int | None = None
     draws: Literal["order", "entries", "weights", "signs"] | None = None
     state: bool = False
+    losses: bool = False
 
     def make(
         self, order: Sequence[Sequence[int]] | None = None, device: torch.device | str = "cpu", **more: Any
@@ -85,11 +87,16 @@ class Method:
             return self.make(seed=seed)
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
+    def beside(self, J: Tensor, step: int = 0) -> dict[str, Tensor]:
+        """Return what a call of the aggregator takes beside a matrix (T, P), in comparisons: losses, or nothing."""
+        return {"losses": torch.tensor(_losses(len(J), step), device=J.device)} if self.losses else {}
+
     def expected(
         self,
         steps: Sequence[Sequence[Tensor]],
         order: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
+        losses: Sequence[Sequence[float]] | None = None,
         **more: Any,
     ) -> list[Tensor]:
         """Return the twin's updates: float64 vectors, one for each step that it supports.
@@ -98,15 +105,19 @@ class Method:
             steps: the task gradients of each step.
             order: row i is the order in which task i visits the others.
             device: the device of the aggregator that the updates are compared with.
+            losses: the losses of each step; None for those of :meth:`beside`, if the method takes losses.
             more: arguments besides those of the row.
         """
         from gradkern import reference  # not at start-up: programs that train do not compare
 
         twin: Callable[..., Any] = getattr(reference, self.twin)
         more |= self._fixed(order, device)
+        if losses is None and self.losses:
+            losses = [_losses(len(grads), step) for step, grads in enumerate(steps)]
         if self.state:
-            return twin(steps, **self.arguments, **more)
-        return [twin(grads, **self.arguments, **more) for grads in steps]
+            return twin(steps, **({} if losses is None else {"losses": losses}), **self.arguments, **more)
+        of_steps = [{}] * len(steps) if losses is None else [{"losses": of_step} for of_step in losses]
+        return [twin(grads, **given, **self.arguments, **more) for grads, given in zip(steps, of_steps, strict=True)]
 
     def _fixed(self, order: Sequence[Sequence[int]] | None, device: torch.device | str) -> dict[str, Any]:
         """Return the arguments that fix the random choices, for the class and for its twin."""
@@ -115,3 +126,8 @@ class Method:
         if self.draws == "weights":
             return {"generator": torch.Generator(device).manual_seed(0)}
         return {"order": order} if self.draws == "order" else {"seed": 0}
+
+
+def _losses(T: int, step: int) -> list[float]:
+    """Return losses from 1 to 3, which differ from task to task and from step to step."""
+    return [1 + 0.5 * ((2 * i + 3 * step) % 5) for i in range(T)]

@@ -27,26 +27,40 @@ from gradkern.aggregators.history.moco import MoCo
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.rows import attention, entries, gramian, history, projections, weightings, wrappers
-from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
+from gradkern.aggregators.weightings.dwa import DWA
+from gradkern.aggregators.weightings.famo import FAMO
+from gradkern.aggregators.weightings.fixed import Constant, Mean, Sum
+from gradkern.aggregators.weightings.geometric_mean import GeometricMean
+from gradkern.aggregators.weightings.gradnorm import GradNorm
+from gradkern.aggregators.weightings.rlw import RLW
+from gradkern.aggregators.weightings.stch import STCH
+from gradkern.aggregators.weightings.trained import IMTLL, Uncertainty
 from gradkern.aggregators.wrappers.normalized import Normalized
 from gradkern.aggregators.wrappers.smoothed import Smoothed
 
 # The public classes, which ``gradkern`` exports too. METHODS and its types are imported by name.
 __all__ = [
     "DBMTL",
+    "DWA",
+    "FAMO",
     "IMTLG",
+    "IMTLL",
     "MGDA",
     "NTKMTL",
     "PCD",
     "RGW",
+    "RLW",
+    "STCH",
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
     "Constant",
     "DualProj",
     "FairGrad",
+    "GeometricMean",
     "GradAttention",
     "GradDrop",
+    "GradNorm",
     "GradVac",
     "Krum",
     "MConFIG",
@@ -59,6 +73,7 @@ __all__ = [
     "Sum",
     "TrimmedMean",
     "UPGrad",
+    "Uncertainty",
 ]
 
 METHODS: dict[str, Method] = {

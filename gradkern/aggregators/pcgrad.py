@@ -54,10 +54,10 @@ class PCGrad(Projection):
         super().__init__(order, reduction, generator)
         self.partner = partner
 
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         # One operator does all, unless the steps in between matter: to a subclass's weights, a derivative or segments.
         if type(self) is not PCGrad or offsets is not None or recording(J):
-            return super()._aggregate(J, offsets, out)
+            return super()._aggregate(J, offsets, losses, out)
         keys, partner = self._arguments(1, J.shape[0], J.device)
         if out is None:
             return _pcgrad_matrix(J, keys, partner, self.reduction == "mean")

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import gradkern as gk
-from gradkern.aggregators import Scalarization
+from gradkern.aggregators import FAMO, Scalarization
 from gradkern.demo.data import Pairs, overlaid_pairs, split_digits
 from gradkern.demo.methods import METHODS
 from gradkern.demo.model import TASK_PAIRS, TASKS, MultiTaskNet
@@ -109,6 +109,9 @@ class Run:
         inner = torch.optim.AdamW(self.model.named_parameters(), lr=settings.learning_rate, fused=True)
         recipe = METHODS[method]
         self.opt = recipe.around(inner, seed, device)
+        if self.opt.aggregator.is_trained:
+            own = self.opt.aggregator.to(device).named_parameters()
+            self.opt.add_param_group({"params": list(own), "weight_decay": 0.0})
         self.turns = [[task] for task in range(len(TASKS))] if recipe.memory else [list(range(len(TASKS)))]
         self.batches = torch.Generator().manual_seed(seed)
         # Probes use a method of their own, so that the training's method keeps its random stream and its state.
@@ -149,6 +152,8 @@ class Run:
                 self.opt.zero_grad()
                 info = self.opt.backward(only(tasks, self.task_losses(images, labels)))
                 self.opt.step()
+                if isinstance(self.opt.aggregator, FAMO):
+                    self.opt.aggregator.after(self.task_losses(images, labels))
                 losses += [info.losses[task] for task in tasks]
             return losses
 

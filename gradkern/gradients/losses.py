@@ -106,13 +106,16 @@ class Losses:
         return self.weighted_passes(targets, None, keep)
 
     def weighted_passes(
-        self, targets: Sequence[Tensor], weights: Sequence[float] | None, keep: bool = True
+        self, targets: Sequence[Tensor], weights: Sequence[float | Tensor] | None, keep: bool = True
     ) -> Iterator[Pass]:
-        """Run :meth:`passes` with each task's loss times its weight; None for weights of 1."""
+        """Run :meth:`passes` with each task's loss times its weight; None for weights of 1.
+
+        A weight is a number of the host, or a tensor of no dimension.
+        """
         key = hash(tuple(map(id, targets)))
         free = self._freeable(key)
         for i, value in self.graphs():
-            seed = torch.ones_like(value) if weights is None else torch.full_like(value, weights[i])
+            seed = torch.ones_like(value) if weights is None else _filled(value, weights[i])
             thawed = [p for p in self.frozen if p.requires_grad] if self.frozen else []
             reached = [*targets, *thawed] if thawed else targets
             grads = differentiated(f"losses[{i}]", (value,), reached, self.retain_graph or not free[i], (seed,))
@@ -187,6 +190,13 @@ _searched: set[int] = set()
 """Hashes of what has been searched for reentrant checkpointing."""
 _numbered = threading.local()
 """The number of the last loss that the thread has differentiated."""
+
+
+def _filled(like: Tensor, number: float | Tensor) -> Tensor:
+    """Return a tensor full of a number, which the host does not read if it is a tensor."""
+    if isinstance(number, Tensor):
+        return torch.empty_like(like).copy_(number)
+    return torch.full_like(like, number)
 
 
 def unreached(i: int) -> ValueError:

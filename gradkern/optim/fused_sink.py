@@ -33,7 +33,6 @@ class FusedAdamWSink:
         total_norm: (), the norm of the gradient before clipping; None without ``max_norm``.
     """
 
-    needs_rows = True
     needs_tensors = False
     takes_combination = False
 

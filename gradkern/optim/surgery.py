@@ -116,7 +116,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         losses = self._listed(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
-        if total is not None and not self._options().is_weighted_backward:
+        if total is not None and not self._options().adds_at_once:
             info = add_up(total, source, self._params())
         else:
             if total is not None and isinstance(losses, list):
@@ -133,8 +133,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         So surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One
         gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
-        ``Mean`` and ``Constant``, torch's own backward pass, add to ``.grad`` at once.) Parameters that are frozen by
-        then get the sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
+        ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
+        sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
         ``step`` and ``state_dict`` after it.
 
         Yields:
@@ -223,6 +223,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             type(self.optimizer) is AdamW
             and not self._options().is_weighted_backward
             and not isinstance(method, Entrywise)
+            and not method.is_trained
             and not (isinstance(method, GradAttention) and method.update == "subset")
             and not (measured and suppression is not None and suppression.scope == "update")
             and not [

@@ -27,6 +27,16 @@ from gradkern.reference.projections import (
 from gradkern.reference.steps import Memory, adamw, step_scale
 from gradkern.reference.suppression import first_units, kept, philox, suppressed
 from gradkern.reference.vectors import combine, cosine, gramian, project
+from gradkern.reference.weightings import (
+    dwa,
+    famo,
+    famo_weights,
+    geometric_mean,
+    gradnorm,
+    imtl_loss,
+    stch,
+    uncertainty,
+)
 from gradkern.reference.wrappers import normalized_mgda, smoothed_mgda
 
 __all__ = [
@@ -42,16 +52,22 @@ __all__ = [
     "cosine",
     "dbmtl",
     "dualproj",
+    "dwa",
     "fairgrad",
+    "famo",
+    "famo_weights",
     "first_units",
+    "geometric_mean",
     "gradattention_updates",
     "graddrop",
     "graddrop_coins",
     "graddrop_updates",
+    "gradnorm",
     "gradvac",
     "gradvac_updates",
     "gramian",
     "imtl_g",
+    "imtl_loss",
     "kept",
     "krum",
     "mconfig",
@@ -74,9 +90,11 @@ __all__ = [
     "project",
     "rgw",
     "smoothed_mgda",
+    "stch",
     "step_scale",
     "suppressed",
     "trimmed_mean",
+    "uncertainty",
     "upgrad",
     "weighted_sum",
 ]

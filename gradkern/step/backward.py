@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gradkern.aggregators import Aggregator
+from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source
@@ -30,8 +30,10 @@ def backward(
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
     Surgery is for parameters that at least two losses reach. A parameter that one loss reaches gets that loss's
-    gradient unchanged, and one that no loss reaches keeps its ``.grad``. ``Sum``, ``Mean`` and ``Constant`` do no
-    surgery: they run torch's own backward pass of the weighted sum of the losses.
+    gradient unchanged, and one that no loss reaches keeps its ``.grad``. Methods that
+    weigh losses, such as ``Sum`` and ``Uncertainty``, do no surgery: they run torch's own backward pass of the weighted
+    sum of the losses. ``GeometricMean``, ``STCH`` and ``FAMO`` run all callables before it, and the graphs of all tasks
+    are alive then.
 
     A parameter counts as shared as a whole. A tensor that holds weights of all tasks, such as log-variances or one wide
     head, must be left out of ``shared``, or be split into a tensor for each task.
@@ -72,7 +74,7 @@ def backward(
             reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or torch.distributed runs
             on more than one rank. In all these cases, and whatever else raises, every ``.grad`` and the state of
             ``aggregator`` and ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default
-            generators stay drawn. ``Sum``, ``Mean`` and ``Constant`` run torch's own backward pass, and if that fails
+            generators stay drawn. Methods that weigh losses run torch's own backward pass, and if that fails
             halfway, ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises,
             ``.grad`` is written and the step counts.
 
@@ -88,8 +90,10 @@ def backward(
 
 def grad_sink(source: Source, options: Options) -> Sink:
     """Return the sink that writes ``.grad``: torch's own backward pass if the step needs no rows."""
+    method = options.aggregator
     if options.is_weighted_backward and isinstance(source, Losses):  # sums of micro-batches have rows already
-        return WeightedBackwardSink(source, options.aggregator)
+        assert isinstance(method, Scalarization)
+        return WeightedBackwardSink(source, method)
     return GradSink()
 
 

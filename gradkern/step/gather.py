@@ -34,7 +34,8 @@ def gathered(
         The n parameters of the rows, which are ``targets`` unless a callable has changed them; T rows of n gradients,
         each laid out as its parameter, or no rows if they are a matrix; and the rows, which include remembered ones.
     """
-    flat = not needs_tensors and _may_be_flat(options) and fits(targets.layouts, len(source.present))
+    may_be_flat = not needs_tensors and _may_be_flat(options) and not _tells_absent(source, options)
+    flat = may_be_flat and fits(targets.layouts, len(source.present))
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
     if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
         targets, taken = _as_now(source, targets, taken)
@@ -69,6 +70,11 @@ def _row(one: Flat | Row, targets: Targets) -> Row:
 def _may_be_flat(options: Options) -> bool:
     method = options.aggregator
     return options.memory is None and options.suppression is None and not (method.needs_entries or method.averages_rows)
+
+
+def _tells_absent(source: Source, options: Options) -> bool:
+    """Return whether the method must be told which tasks are absent; without that their gradients are zeros."""
+    return (options.memory is not None or options.aggregator.needs_losses) and not all(source.present)
 
 
 def _absent(targets: Targets) -> Row:
@@ -122,7 +128,7 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
         arrangement,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(source.present, targets.device) if memory is not None and not all(source.present) else None,
+        present=bools_on(source.present, targets.device) if _tells_absent(source, options) else None,
         losses=_losses(source, targets, options),
         overwrite=memory is None,
     )

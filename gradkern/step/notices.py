@@ -53,20 +53,21 @@ def look(source: Source, targets: Targets, options: Options, rows: StepRows) -> 
     recalls = isinstance(method, Averaged) and method.recalls_absent
     if present == 1 and options.memory is None and not recalls:
         if isinstance(source, Losses):
-            _warn_once(method, "one task", _one_task(len(source.present)))
+            warn_once(method, "one task", _one_task(len(source.present)))
     elif present > 1 and not any(len(c.tasks) > 1 for c in rows.arrangement.shared):
-        _warn_once(method, "nothing shared", _nothing_shared(targets, rows))
+        warn_once(method, "nothing shared", _nothing_shared(targets, rows))
     elif targets.named is None and targets.layouts.n_looks < MOST_LOOKS:
         if not _has_numbers(targets):
             return
         targets.layouts.n_looks += 1
         own = _own_entries(rows)
         if own:
-            _warn_once(method, "own entries", _mixed(targets, own))
+            warn_once(method, "own entries", _mixed(targets, own))
     looks.arrangements.add(rows.arrangement)
 
 
-def _warn_once(method: Aggregator, kind: str, text: str) -> None:
+def warn_once(method: Aggregator, kind: str, text: str) -> None:
+    """Warn of ``text``, once for a method and a kind of warning."""
     kinds = _warned.setdefault(method, set())
     if kind not in kinds:
         warn_user(text)

@@ -44,3 +44,10 @@ class Options:
     def is_weighted_backward(self) -> bool:
         """Whether the step is torch's own backward pass of a weighted sum of losses."""
         return isinstance(self.aggregator, Scalarization) and self.suppression is None and self.conflict_lr is None
+
+    @property
+    def adds_at_once(self) -> bool:
+        """Whether the update of several micro-batches is the sum of their updates, so that each may go to ``.grad``."""
+        method = self.aggregator
+        plain = isinstance(method, Scalarization) and method.has_fixed_weights and not method.needs_gramian
+        return plain and self.is_weighted_backward

@@ -22,8 +22,8 @@ from gradkern.step.gather import gathered
 from gradkern.step.notices import look
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
-from gradkern.step.sinks import Sink
-from gradkern.step.surgery import Outcome, fixed_weights, surgery
+from gradkern.step.sinks import Sink, WeightedBackwardSink
+from gradkern.step.surgery import Outcome, surgery
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -58,10 +58,10 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
     _check_present(source.present, options.aggregator)
     if options.memory is not None:
         options.memory.check(len(source.present))
-    if not sink.needs_rows:
-        outcome = fixed_weights(options.aggregator, len(source.present), targets.device)
-        sink.prepare(None, outcome, targets)
-        sink.commit(None)
+    if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:
+        with Undo(options.aggregator.snapshot()):
+            outcome = sink.weigh(targets)
+            sink.commit(None)
         sink.finish()
         return _info(source, targets, outcome, kept=None, step_scale=None)
     targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
@@ -119,7 +119,7 @@ def _info(
         cosines = None if cosines is None else cosines[0]
         attention = None if attention is None else attention[0]
     losses = stacked(source.values, targets.tensors[0])
-    if M is None and w is not None:  # fixed weights are numbers of the host, in no dtype
+    if M is None and w is not None:  # weights of losses are float64
         w = w.to(losses.dtype)
     named = None if groups is None or M is None else tuple(groups)
     return SurgeryInfo(losses, M, w, cosines, attention, kept=kept, step_scale=step_scale, groups=named)

@@ -7,14 +7,17 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.aggregators import Scalarization, Solution
+from gradkern.aggregators.base import OwnGrads
+from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.losses import Losses, unreached
+from gradkern.gradients.losses import Losses, stacked, unreached
+from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
 from gradkern.step.flat_rows import StepRows
-from gradkern.step.surgery import Outcome
+from gradkern.step.surgery import Outcome, of_optimizer
 
 
 class Sink(Protocol):
@@ -23,16 +26,14 @@ class Sink(Protocol):
     If one of the first three raises, the method, its modifiers and the memory are as before the step. After ``commit``
     the step counts, whatever ``finish`` does.
 
-    A sink that needs no rows is not checked, and has none in ``prepare``.
+    A step whose sink is a :class:`WeightedBackwardSink` without rows calls ``weigh`` in place of the first two.
 
     Attributes:
-        needs_rows: whether it combines task gradients.
         needs_unshared: whether it needs dot products over unshared parameters too.
         needs_tensors: whether it needs each gradient as a tensor.
         takes_combination: whether it takes the combination itself, and not only the weights.
     """
 
-    needs_rows: bool
     needs_unshared: bool
     needs_tensors: bool
     takes_combination: bool
@@ -57,7 +58,6 @@ class Sink(Protocol):
 class GradSink:
     """Accumulates the combination into ``.grad``."""
 
-    needs_rows = True
     needs_unshared = False
     needs_tensors = False
     takes_combination = True
@@ -79,75 +79,122 @@ class GradSink:
         call_hooks(self._results)
 
 
-class WeightedBackwardSink:
+class WeightedBackwardSink(GradSink):
     """Runs torch's own backward pass of Σ w_i L_i.
 
     Args:
         losses: the losses.
-        method: the method that fixes their weights.
+        method: the method that weighs them. If it needs the Gramian, the graphs are kept until this pass. Callables
+            have none by then, so the update is the combination of their gradients.
+
+    Attributes:
+        needs_rows: whether the step has rows.
     """
 
-    needs_rows = False
-    needs_unshared = False
-    needs_tensors = False
-    takes_combination = False
-
-    def __init__(self, losses: Losses, method: Aggregator) -> None:
-        assert isinstance(method, Scalarization)
+    def __init__(self, losses: Losses, method: Scalarization) -> None:
         self.losses = losses
         self.method = method
+        self.needs_rows = method.needs_gramian
+        self._retain_graph = losses.retain_graph
+        if method.needs_gramian:
+            losses.retain_graph = True
 
-    def check(self, rows: StepRows) -> None:
-        """Accept all rows: there are none."""
+    def weigh(self, targets: Targets) -> Outcome:
+        """Return the weights, after all losses have been computed, unless callables run one by one."""
+        losses, method = self.losses, self.method
+        one_by_one = losses.one_graph_each and losses.has_callables and not method.weighs_known_losses
+        self._targets = targets
+        self._present = None if one_by_one else self._graphs()
+        tasks = self._tasks(known=not one_by_one)
+        with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
+            w = tasks.among_present(method.weigh(tasks), 0.0)
+        self._weights = method.multipliers(w)
+        return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
     def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
-        """Note the parameters."""
-        self._targets = targets
+        """Take the weights that the Gramian's step has found."""
+        if self.losses.has_callables:
+            super().prepare(rows, outcome, targets)
+            return
+        solution = outcome.solution
+        assert solution is not None, "it is a scalarization's"
+        assert solution.unshared is not None, "it is a scalarization's"
+        self._targets, self._present = targets, self._graphs()
+        self._weights = self.method.multipliers(solution.unshared)
+        self._own = of_optimizer(self.method, solution.own, targets.tensors)
 
-    def commit(self, step_scale: Tensor | None) -> None:
-        """Run the backward pass. Callables run one by one, so that only one graph is alive at a time."""
-        weights = self.method.task_weights(len(self.losses.entries))
-        if self.losses.one_graph_each and self.losses.has_callables:
-            self._add_up_one_by_one(weights)
-        else:
-            self._backward_of_sum(weights)
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Run the backward pass. Callables run one by one if they can, so that only one graph is alive at a time."""
+        if self.needs_rows and self.losses.has_callables:
+            return super().commit(step_scale)
+        if self._present is None:
+            self._add_up_one_by_one()
+            return None
+        own = self._own if self.needs_rows else self._observed()
+        self._backward_of_sum(self._present)
+        if own:
+            _accumulate(own)
+        return None
 
     def finish(self) -> None:
-        """Do nothing: torch's own backward pass has called the hooks."""
+        """Call the hooks of a combination; those of torch's own backward pass have been called."""
+        if self.needs_rows and self.losses.has_callables:
+            super().finish()
 
-    def _add_up_one_by_one(self, weights: Sequence[float]) -> None:
-        tensors, thawed = self._targets.tensors, self.losses.frozen_grads
-        totals: dict[Tensor, Tensor] = {}
-        for i, grads in self.losses.weighted_passes(tensors, weights):
-            for p, g in (*zip(tensors, grads, strict=True), *thawed.pop(i, {}).items()):
-                if g is not None:
-                    totals[p] = added(totals.get(p), g)
-            del grads  # free them before the next task's pass
-        targets = self._targets.as_now(totals.keys() - set(tensors))
+    def _tasks(self, known: bool) -> Tasks:
+        """Return what the method knows of the tasks; with ``known`` their losses too, if it needs them."""
+        source, device, stack = self.losses, self._targets.device, None
+        if known and self.method.needs_losses:
+            stack = stacked(source.values, self._targets.tensors[0]).double()
+        told = not self.method.has_fixed_weights and not all(source.present)
+        present = bools_on(source.present, device) if told else None
+        return Tasks(len(source.present), device, present, stack)
+
+    def _observed(self) -> OwnGrads:
+        """Let the method see the losses; return the gradients of its own parameters."""
+        if self.method.has_fixed_weights:
+            return ()
         with torch.no_grad():
-            results = [(p, owned(totals[p], p)) for p in targets.tensors if p in totals]
-            write(results)
-            call_hooks(results)
+            own = self.method.observe(self._tasks(known=True))
+        return of_optimizer(self.method, own, self._targets.tensors)
 
-    def _backward_of_sum(self, weights: Sequence[float]) -> None:
+    def _graphs(self) -> dict[int, Tensor]:
+        """Run all callables; return the losses of present tasks, with their graphs."""
         present: dict[int, Tensor] = {}
         for i, loss in self.losses.graphs():
             present[i] = loss
             if self.losses.has_callables:
                 self._refuse_switches(i)
+        return present
+
+    def _add_up_one_by_one(self) -> None:
+        tensors, thawed = self._targets.tensors, self.losses.frozen_grads
+        totals: dict[Tensor, Tensor] = {}
+        for i, grads in self.losses.weighted_passes(tensors, self._weights):
+            for p, g in (*zip(tensors, grads, strict=True), *thawed.pop(i, {}).items()):
+                if g is not None:
+                    totals[p] = added(totals.get(p), g)
+            del grads  # free them before the next task's pass
+        totals |= dict(self._observed())
+        targets = self._targets.as_now(totals.keys() - set(tensors))
+        with torch.no_grad():
+            results = [(p, owned(totals[p], p)) for p in targets.tensors if p in totals]
+        _accumulate(results)
+
+    def _backward_of_sum(self, present: dict[int, Tensor]) -> None:
         reachable = set(self._targets.tensors)
         for i, loss in present.items():
             graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
             if not any(leaf in reachable for leaf in graph.leaves(loss)):
                 raise unreached(i)
         with torch.enable_grad():
-            terms = [weights[i] * loss for i, loss in present.items()]
+            terms = [self._weights[i] * loss for i, loss in present.items()]
             total = sum(terms[1:], terms[0])
         inputs = self._targets.tensors
         if self._targets.layouts.lazy:
             inputs = [p for p in inputs if not is_lazy(p)]
         try:
-            torch.autograd.backward(total, inputs=inputs, retain_graph=self.losses.retain_graph)
+            torch.autograd.backward(total, inputs=inputs, retain_graph=self._retain_graph)
         except RuntimeError as error:
             raise_explained("one of losses", present.values(), error)
             raise
@@ -155,12 +202,21 @@ class WeightedBackwardSink:
     def _refuse_switches(self, i: int) -> None:
         """Raise ValueError if a callable, task ``i``'s, has switched a ``requires_grad``: one pass cannot follow it."""
         given, trained = self._targets.given, set(self._targets.tensors)
+        where, remedy = " on features", f"leave features out, so that {self.method!r} takes the losses one by one"
+        if self.method.weighs_known_losses:
+            where, remedy = "", f"{self.method!r} needs all losses before its backward pass, so switch it before"
         for k, p in enumerate(given.tensors):
             if p.requires_grad != (p in trained):
                 raise ValueError(
-                    f"losses[{i}], a callable on features, has switched requires_grad of {given.name(k)}: leave "
-                    f"features out, so that {self.method!r} takes the losses one by one"
+                    f"losses[{i}], a callable{where}, has switched requires_grad of {given.name(k)}: {remedy}"
                 )
+
+
+def _accumulate(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write results to ``.grad`` and call the hooks."""
+    with torch.no_grad():
+        write(results)
+        call_hooks(results)
 
 
 def write(results: Sequence[tuple[Tensor, Tensor]]) -> None:

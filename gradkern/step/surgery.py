@@ -3,19 +3,21 @@
 It does not write to ``.grad``. It writes to the method's state, and the combination may overwrite free gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators import Aggregator, Entrywise, GradAttention, Scalarization, Solution
+from gradkern.aggregators import Aggregator, Entrywise, GradAttention, Solution
+from gradkern.aggregators.base import OwnGrads
 from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.notices import warn_once
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 
@@ -25,7 +27,8 @@ class Outcome:
     """Result of a step's surgery.
 
     Attributes:
-        gramian: (S, T, T); None if the weights are fixed, or if nothing needs it of a method without weights.
+        gramian: (S, T, T); None for a method that weighs losses without it, or if nothing needs it of a method without
+            weights.
         unshared_gramian: (T, T), the dot products over unshared parameters; None unless requested.
         solution: the weights (S, T), and the method's other results; None for a method without weights.
         unshared_weights: (T,), the weights of unshared parameters; None for ones.
@@ -37,13 +40,6 @@ class Outcome:
     solution: Solution | None
     unshared_weights: Tensor | None
     combine: Callable[[], Combined]
-
-
-def fixed_weights(aggregator: Aggregator, n_tasks: int, device: torch.device) -> Outcome:
-    """Return the outcome of a method with fixed weights, which needs no rows and no Gramian."""
-    assert isinstance(aggregator, Scalarization)
-    w = aggregator.weights_like(n_tasks, torch.float64, device)  # the very numbers that multiply the losses
-    return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
 
 def surgery(
@@ -79,17 +75,30 @@ def surgery(
     M = _usable(products[: rows.n_segments], rows.present)
     solution = _solution(aggregator, M, rows) if sampled is None else sampled.solution(M)
     w = _checked_weights(aggregator, solution.weights, M)
-    unshared_weights = None
-    if isinstance(aggregator, Scalarization):
-        # Not in M's dtype: unshared parameters may be float64 where no shared one is.
-        unshared_weights = aggregator.weights_like(rows.n_tasks, torch.float64, rows.device)
-    return Outcome(
-        M,
-        products[rows.n_segments] if len(products) > rows.n_segments else None,
-        solution,
-        unshared_weights,
-        lambda: used_rows.combine(w, unshared_weights),
-    )
+    own = of_optimizer(aggregator, solution.own, rows.params)
+
+    def combine() -> Combined:
+        results, kept = used_rows.combine(w, solution.unshared)
+        return [*results, *own], kept
+
+    unshared_products = products[rows.n_segments] if len(products) > rows.n_segments else None
+    return Outcome(M, unshared_products, solution, solution.unshared, combine)
+
+
+def of_optimizer(aggregator: Aggregator, own: OwnGrads, params: Sequence[Tensor]) -> OwnGrads:
+    """Return the gradients of the method's own parameters that are among ``params``; warn of others once."""
+    if not own:
+        return own
+    known = set(params)
+    trained = [(p, g) for p, g in own if p in known]
+    if any(p.requires_grad and p not in known for p, _ in own):
+        warn_once(
+            aggregator,
+            "untrained",
+            f"nothing trains the parameters of {aggregator!r}, since they are not among params: give the optimizer "
+            "[*model.parameters(), *method.parameters()], or a group of their own by add_param_group",
+        )
+    return trained
 
 
 def _entry_by_entry(rows: StepRows, aggregator: Entrywise, measured: bool) -> Outcome:

@@ -1,12 +1,13 @@
 """Calls of operators, methods and modifiers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 import gradkern as gk
+from gradkern.aggregators.method import Method
 from gradkern.aggregators.methods import METHODS
 from tests.arguments import values
 from tests.arguments.call import Call, Prepared, Wrong, copied
@@ -44,6 +45,12 @@ def constructors() -> Iterator[Call]:
 
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
     preference = {"preference": lambda: values.task_weights()[1:]}
+    report: Wrong = {"report": values.flags}
+    tasks: Wrong = {"T": values.integers}
+
+    def negative() -> list[Any]:
+        return [*values.numbers(), -0.1, -1]
+
     made: list[tuple[type, dict[str, Any], Wrong]] = [
         (gk.PCGrad, {}, {"partner": values.strings} | order),
         (gk.GradVac, {}, {"beta": values.shares} | order),
@@ -72,9 +79,17 @@ def constructors() -> Iterator[Call]:
         (gk.RGW, {}, {"generator": values.generators}),
         (gk.GradDrop, {}, {"leak": values.leaks, "seed": partial(values.integers_or_none, 0)}),
         (gk.TrimmedMean, {"k": 1}, {"k": partial(values.integers, 0)}),
-        (gk.Sum, {}, optional_weights),
-        (gk.Mean, {}, {}),
-        (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights}),
+        (gk.Sum, {}, optional_weights | report),
+        (gk.Mean, {}, report),
+        (gk.Constant, {"weights": [1.0, 2.0]}, {"weights": values.task_weights} | report),
+        (gk.Uncertainty, {"T": 3}, tasks | report),
+        (gk.IMTLL, {"T": 3}, tasks | report),
+        (gk.RLW, {}, {"generator": values.generators} | report),
+        (gk.GeometricMean, {}, report),
+        (gk.DWA, {}, {"temperature": values.positive_numbers, "every": values.integers} | report),
+        (gk.STCH, {}, {"mu": values.positive_numbers, "warmup": values.integers} | report),
+        (gk.FAMO, {"T": 3}, tasks | {"lr": values.positive_numbers, "decay": negative} | report),
+        (gk.GradNorm, {"T": 3}, tasks | {"alpha": negative, "lr": values.positive_numbers} | report),
         (gk.GradAttention, {}, attention),
         (gk.ConflictLR, {}, {"mode": values.strings, "reduce": values.strings}),
         (
@@ -100,10 +115,11 @@ def methods() -> Iterator[Call]:
     of_matrix = {"J": values.matrices, "offsets": values.offsets, "out": partial(values.outs, torch.empty(10))}
     states = {"state_dict": values.loaded_states}
     for name, method in METHODS.items():
-        yield Call("Aggregator.forward", partial(_called, method.make), of_matrix, name)
+        of_losses: Wrong = {"losses": values.losses_of_matrix} if method.losses else {}
+        yield Call("Aggregator.forward", partial(_called, method), of_matrix | of_losses, name)
         if type(method.make()).forward is not gk.Aggregator.forward:
-            yield Call(type(method.make()).forward.__qualname__, partial(_called, method.make), of_matrix, name)
-        yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method.make), states, name)
+            yield Call(type(method.make()).forward.__qualname__, partial(_called, method), of_matrix, name)
+        yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method), states, name)
     made: list[gk.Aggregator] = [
         gk.PCGrad(),
         gk.GradVac(),
@@ -132,7 +148,7 @@ def methods() -> Iterator[Call]:
         partial(Prepared, gk.MGDA("loss").weights, {"M": M, "losses": torch.ones(3)}),
         gramians
         | {
-            "losses": lambda: [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()],
+            "losses": values.losses_of_matrix,
         },
     )
     yield Call(
@@ -140,6 +156,12 @@ def methods() -> Iterator[Call]:
         partial(Prepared, gk.Normalized(gk.MGDA(), "loss").weights, {"M": M, "losses": torch.ones(3)}),
         gramians | {"losses": lambda: [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()]},
     )
+    weighting = partial(Prepared, gk.GeometricMean().weights, {"M": M, "losses": torch.ones(3)})
+    yield Call("Scalarization.weights", weighting, gramians | {"losses": values.losses_of_matrix}, "losses")
+    famo = gk.FAMO(3)
+    famo.weights(M, torch.ones(3))
+    after = Prepared(famo.after, {"losses": [1.0, 1.0, 1.0]}, lambda: copied(famo.state_dict()))
+    yield Call("FAMO.after", lambda: after, {"losses": values.losses_after})
     attention = partial(Prepared, gk.GradAttention(4).weights, {"M": M, "X": torch.ones(3, 4)})
     yield Call(
         "GradAttention.weights",
@@ -163,12 +185,12 @@ def _within(no_methods: values.Values) -> values.Values:
     return [*no_methods, gk.GradAttention(4), gk.MoCo()]
 
 
-def _called(make: Callable[[], gk.Aggregator]) -> Prepared:
-    method = make()
-    return Prepared(method, {"J": J.clone()}, lambda: copied(method.state_dict()))
+def _called(row: Method) -> Prepared:
+    method = row.make()
+    return Prepared(method, {"J": J.clone(), **row.beside(J)}, lambda: copied(method.state_dict()))
 
 
-def _loading(make: Callable[[], gk.Aggregator]) -> Prepared:
-    method = make()
-    method(J)
+def _loading(row: Method) -> Prepared:
+    method = row.make()
+    method(J, **row.beside(J))
     return Prepared(method.load_state_dict, {"state_dict": method.state_dict()}, lambda: copied(method.state_dict()))

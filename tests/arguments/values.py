@@ -107,6 +107,18 @@ def of_class(cls: type, none: bool) -> Values:
     return [*([] if none else [None]), 3, 0.5, True, "x", b"x", [], {}, torch.ones(2), cls, len]
 
 
+def losses_of_matrix() -> Values:
+    """Return what are no losses of a matrix of three rows."""
+    return [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()]
+
+
+def losses_after() -> Values:
+    """Return what are no losses of three tasks after a step."""
+    zero, integers = torch.tensor(0.0), torch.ones(3, dtype=torch.int64)
+    entries = [[1.0, 1.0, "x"], [1.0, 1.0, True], [1.0, 0.0, 1.0], [1.0, zero, 1.0], [1.0, 1.0, -1.0]]
+    return [None, 3, "abc", [1.0], {1.0, 2.0, 3.0}, torch.ones(2), torch.ones(3, 2), integers, *entries]
+
+
 def matrices() -> Values:
     """Return what is no matrix (T, P) of floats with T >= 1."""
     J = torch.ones(3, 10)

@@ -44,7 +44,10 @@ METHODS: dict[str, Callable[[], gk.Aggregator]] = {
     "attention": partial(gk.GradAttention, 16, 8, 1),
     "attention-subset": partial(gk.GradAttention, 16, 8, 1, "subset"),
 }
-SCALARIZATIONS = {"sum": gk.Sum, "mean": gk.Mean, "constant": lambda: gk.Constant([1.0, 2.0, 3.0])}
+SCALARIZATIONS: dict[str, Callable[[], gk.Aggregator]] = {
+    **{name: row.make for name, row in methods.METHODS.items() if issubclass(row.aggregator, SEVERAL_WAYS[-1])},
+    "report": partial(gk.Sum, report=True),
+}
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {
     "alone": dict,
     "suppressed": lambda: {"suppression": gk.Suppression(0.4, seed=1), "conflict_lr": gk.ConflictLR()},

@@ -112,7 +112,7 @@ class GradAttention(Aggregator):
         alpha = self._learn(M.reshape(problems, *M.shape[-2:]), X.reshape(problems, *X.shape[-2:]))
         return alpha.to(M.dtype).view(M.shape[:-1])
 
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         # Each segment has its own entries.
         sizes = tuple(b - a for a, b in pairwise(column_bounds(offsets, J.shape[1])))
         index = self.positions(sizes, J.device)

@@ -37,7 +37,8 @@ class Entrywise(Aggregator):
     """A method that combines the task gradients entry by entry: it has no weights, and needs no Gramian.
 
     Groups of parameters are combined alike, so ``groups`` changes nothing but the Gramians in
-    :class:`gradkern.SurgeryInfo`, which a step has only with :class:`gradkern.ConflictLR`.
+    :class:`gradkern.SurgeryInfo`, which a step has only with :class:`gradkern.ConflictLR`. The update of a matrix has
+    no derivative, so a matrix that requires grad is refused.
     """
 
     needs_gramian = False
@@ -63,24 +64,7 @@ class Entrywise(Aggregator):
         check_gramian(M)
         raise TypeError(f"{self!r} has no weights: it combines gradients entry by entry. Give it a matrix, or losses")
 
-    def forward(self, J: Tensor, offsets: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return the update of a matrix of task gradients. It has no derivative.
-
-        Args:
-            J: (T, P), as for :func:`gradkern.gramian`.
-            offsets: None or (S + 1,), as for :func:`gradkern.gramian`; the result is the same.
-            out: memory for the result, as for :func:`gradkern.combine`, or None.
-
-        Returns:
-            (P,) in J's dtype, ``out`` itself if that is given.
-
-        Raises:
-            TypeError, ValueError: an argument is not as described above, J requires grad, or its number of rows does
-                not fit the method's arguments. Nothing has been written then, and the method's state is as before.
-        """
-        return super().forward(J, offsets, out=out)
-
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         if recording(J):
             raise ValueError(f"J must not require grad, because {self!r} has no derivative: pass J.detach()")
         if offsets is not None:

@@ -33,7 +33,7 @@ class RGW(Aggregator):
         numbers = self._drawn(M.shape[:-1], M.device).where(present, -torch.inf)
         return Solution(numbers.softmax(-1).to(M.dtype))
 
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         groups = () if offsets is None else (len(offsets) - 1,)
         return combine(J, self._drawn((*groups, len(J)), J.device).softmax(-1), offsets, out=out)
 

@@ -177,7 +177,7 @@ class Averaged(TaskState):
             else:
                 self.register_buffer(name, value.clone() if value.is_inference() else value)
 
-    def _aggregate(self, J: Tensor, offsets: Tensor | None, out: Tensor | None) -> Tensor:
+    def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         with Undo(self.snapshot()):  # the offsets, say, may be wrong
             return self._aggregated(J, offsets, out)
 

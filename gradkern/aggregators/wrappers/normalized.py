@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator, Solution, check_gramian
 from gradkern.aggregators.scales import checked_losses, divided, loss_divisors
-from gradkern.aggregators.weightings.scalarization import Constant, Mean, Sum
+from gradkern.aggregators.weightings.fixed import Constant, Mean, Sum
 from gradkern.aggregators.wrappers.wrapper import Wrapper, nan_where
 from gradkern.arguments import choice
 
