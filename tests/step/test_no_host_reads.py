@@ -78,7 +78,7 @@ def test_the_step_runs_on_tensors_without_numbers(method: str, groups: str, as_c
     with FakeTensorMode():
         made = (METHODS | SCALARIZATIONS)[method]()
         info, grads, model = step(made, groups, as_callables, **BESIDE[beside]())
-        assert info.weights.shape[-1] == 3
+        assert info.weights is None or info.weights.shape[-1] == 3
         if info.gramian is not None:
             assert info.cosines.shape == info.conflicts.shape == info.gramian.shape
     for p, g in zip(model.parameters(), grads, strict=True):
@@ -122,7 +122,7 @@ def micro_batches(aggregator: gk.Aggregator, batched: bool) -> tuple[gk.SurgeryI
 def test_micro_batches_on_features_run_on_tensors_without_numbers(method: str, batched: bool) -> None:
     with FakeTensorMode():
         info, model = micro_batches((METHODS | SCALARIZATIONS)[method](), batched)
-        assert info.weights.shape == (3,)
+        assert info.weights is None or info.weights.shape == (3,)
         assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
