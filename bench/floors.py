@@ -1,7 +1,7 @@
 """The least memory traffic of a case, and an estimate of the memory it takes."""
 
 from bench.cases import NETWORK, Case
-from gradkern.aggregators import Scalarization
+from gradkern.aggregators import Entrywise, Scalarization
 from gradkern.aggregators.methods import METHODS
 
 ENTRIES = 4096
@@ -34,7 +34,7 @@ def _words(case: Case) -> float:
     gramian = share * T if case.scope == "all" else T
     combine = share * T + 1
     of_matrix = {"gramian": gramian, "combine": combine, "project": T + T}
-    if case.operation in METHODS and issubclass(METHODS[case.operation].aggregator, Scalarization):
+    if case.operation in METHODS and issubclass(METHODS[case.operation].aggregator, (Scalarization, Entrywise)):
         return combine
     return of_matrix.get(case.operation, gramian + combine)
 

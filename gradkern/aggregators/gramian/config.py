@@ -34,14 +34,22 @@ class ConFIG(GramianMethod):
         self._preference = None if preference is None else Preference(preference)
 
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:
-        return _conflict_free(M, present, eps, 1.0 if self._preference is None else self._preference.of(M))
+        return conflict_free(M, present, eps, 1.0 if self._preference is None else self._preference.of(M))
 
     def __repr__(self) -> str:
         return f"ConFIG(preference={None if self._preference is None else self._preference.values})"
 
 
 @carried
-def _conflict_free(M: Array, among: Array | None, eps: Array | float, p: Array | float) -> Array:
+def conflict_free(M: Array, among: Array | None, eps: Array | float, p: Array | float) -> Array:
+    """Return ConFIG's weights (..., T).
+
+    Args:
+        M: (..., T, T), Gramians.
+        among: (T,) bool, the tasks that take part; None for all. The others get the weight 0.
+        eps: the relative precision of M's entries.
+        p: the preferences, (T,) or one number for all tasks.
+    """
     xp = space(M)
     K, n, rows, _ = problem = scaled(M, among)
     c = pseudo_inverse(K, p * rows * xp.ones_like(n), eps)
@@ -49,4 +57,5 @@ def _conflict_free(M: Array, among: Array | None, eps: Array | float, p: Array |
     square = (c * projections).sum(-1)[..., None]
     length = xp.where(rows, n * projections, 0.0).sum(-1)[..., None]
     exists = square > 0
-    return problem.weights(xp.where(exists, length / xp.where(exists, square, 1.0), 0.0) * c)
+    w = problem.weights(xp.where(exists, length / xp.where(exists, square, 1.0), 0.0) * c)
+    return xp.where(M.diagonal(0, -2, -1) == 0, 0.0, w)  # also if all rows are zero

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import Solution, check_gramian
+from gradkern.aggregators.gramian.config import conflict_free
 from gradkern.aggregators.history.averaged import Averaged
-from gradkern.aggregators.solvers.arrays import Array, carried, space
-from gradkern.aggregators.solvers.eigen import pseudo_inverse
-from gradkern.aggregators.solvers.scaling import scaled
 from gradkern.arguments import number
 
 
@@ -52,22 +50,11 @@ class MConFIG(Averaged):
         """Return the weights of all tasks that have a momentum; see :meth:`Aggregator.solution`."""
         check_gramian(M)
         if self.steps is None or len(self.steps) != M.shape[-1]:
-            return Solution(_config(M, torch.finfo(M.dtype).eps).to(M.dtype))
+            return Solution(conflict_free(M, None, torch.finfo(M.dtype).eps, 1.0).to(M.dtype))
         steps = self.steps.to(M.device)
         debias = torch.where(steps > 0, 1 / (1 - self.beta**steps), 1.0)
         debiased = M.detach().double() * debias.unsqueeze(-1) * debias
-        return Solution((_config(debiased, torch.finfo(M.dtype).eps) * debias).to(M.dtype))
+        return Solution((conflict_free(debiased, None, torch.finfo(M.dtype).eps, 1.0) * debias).to(M.dtype))
 
     def __repr__(self) -> str:
         return f"MConFIG(beta={self.beta})"
-
-
-@carried
-def _config(M: Array, eps: float) -> Array:
-    """Return ConFIG's weights (..., T); 0 for zero rows."""
-    xp = space(M)
-    K, n, rows, _ = problem = scaled(M)
-    c = xp.where(rows, pseudo_inverse(K, xp.where(rows, xp.ones_like(n), 0.0), eps), 0.0)
-    Kc = (K @ c[..., None])[..., 0]
-    length = xp.where(rows, n * Kc, 0.0).sum(-1) / (c * Kc).sum(-1)
-    return xp.where(M.diagonal(0, -2, -1) == 0, 0.0, problem.weights(length[..., None] * c))
