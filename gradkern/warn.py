@@ -11,7 +11,7 @@ _BETWEEN = (
     *(str(Path(str(module.__file__)).parent) for module in (sys.modules[__package__], torch)),
     str(contextlib.__file__),
 )
-"""Where the frames between the user's line and a warning come from: this package, torch's hooks, context managers."""
+"""The files of the frames between the user's line and a warning: this package, torch's hooks, context managers."""
 
 
 def warn_user(text: str) -> None:

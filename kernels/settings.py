@@ -175,7 +175,7 @@ def graddrop_setting(itemsize: int) -> TileSetting:
 
 
 def trimmed_mean_setting(k: int, itemsize: int) -> TileSetting:
-    """As many elements a thread as let the 2 k entries that may be trimmed, and some sums, stay in registers.
+    """Return as many elements a thread as let the 2 k entries that may be trimmed, and some sums, stay in registers.
 
     That is eight for k = 1 in float32, half of it in float64, and less the larger k is, down to one. It takes 80
     registers on sm_90 for k = 1, 106 for k = 4; with weights and under a mask up to 193.

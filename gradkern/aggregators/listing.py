@@ -1,4 +1,4 @@
-"""What each row of METHODS needs and costs, as text and as data; ``gradkern methods`` prints it.
+"""The list of methods with their needs and costs, as text and as data; ``gradkern methods`` prints it.
 
 Nothing here is written down for a single method. The class says what it looks at (``Aggregator.needs_gramian`` and its
 like), and the cost follows from that. A word is one number of a gradient, and costs are words moved for each parameter

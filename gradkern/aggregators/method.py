@@ -1,4 +1,4 @@
-"""What is told of a method: its class, its twin in the reference, its source, and the laws that it obeys."""
+"""The description of a method: its class, its twin in the reference, its source, and the laws that it obeys."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

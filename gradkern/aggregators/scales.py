@@ -1,4 +1,4 @@
-"""What task gradients are divided by before a method sees them: their losses."""
+"""The divisors of task gradients before a method sees them: their losses."""
 
 import torch
 from torch import Tensor

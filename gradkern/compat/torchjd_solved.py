@@ -52,7 +52,7 @@ class _Projecting:
 
     @property
     def projector(self) -> DualConeProjector:
-        """What computes the projections."""
+        """The solver of the projections."""
         return self._projector
 
     @projector.setter

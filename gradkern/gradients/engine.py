@@ -90,4 +90,4 @@ _MEANINGS = {
     "Compute every loss anew in each step, a callable's by a forward pass of its own; or pass retain_graph=True to the "
     "pass that frees the graph",
 }
-"""What autograd's messages mean, by a part of them."""
+"""The meanings of autograd's messages, by a part of each."""

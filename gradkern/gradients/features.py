@@ -22,7 +22,7 @@ Features = Tensor | Sequence[Tensor]
 
 
 class _Trunk(NamedTuple):
-    """What lies below the features."""
+    """The part of the model below the features."""
 
     outputs: list[Tensor]
     """The features that trained parameters lie below."""

@@ -39,7 +39,7 @@ def make_room(remembered: dict[Any, Any] | set[Any], most: int = PLANS) -> None:
 
 
 class Looks(NamedTuple):
-    """Which steps of a set of parameters have been looked at for warnings."""
+    """The steps of a set of parameters that have been looked at for warnings."""
 
     first: "ref[Tensor]"
     """The first parameter, which tells the set from others of the same layouts."""

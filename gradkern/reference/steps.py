@@ -1,4 +1,4 @@
-"""What surrounds a method in a step: its scale, AdamW, and the memory of absent tasks."""
+"""The surroundings of a method in a step: its scale, AdamW, and the memory of absent tasks."""
 
 import math
 from collections.abc import Callable, Sequence

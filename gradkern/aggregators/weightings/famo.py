@@ -12,7 +12,7 @@ from gradkern.aggregators.weightings.state import StatefulWeighting
 from gradkern.arguments import entries, integer, number, plain, shown
 
 LEAST = 1e-8
-"""What is added to each loss before its logarithm is taken, as the official code does."""
+"""The number added to each loss before its logarithm is taken, as the official code does."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Adam's, for the task logits."""
 

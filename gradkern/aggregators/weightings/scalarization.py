@@ -14,7 +14,7 @@ from gradkern.ops.dtypes import DTYPES
 
 @dataclass(frozen=True)
 class Tasks:
-    """What a weighting knows of a step's tasks.
+    """The tasks of a step, as a weighting sees them.
 
     Attributes:
         count: T.

@@ -1,4 +1,4 @@
-"""What is drawn for each entry, a window at a time: the entries that suppression drops, and GradDrop's coins."""
+"""The random choices for each entry, drawn a window at a time: the entries that suppression drops, GradDrop's coins."""
 
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ def erase(values: Tensor, drop: Tensor) -> None:
 
 
 class Drawn:
-    """What a random stream gives for consecutive units. It is computed in windows, which later parameters share.
+    """The numbers of a random stream for consecutive units. It is computed in windows, which later parameters share.
 
     Args:
         draw: returns what belongs to some units, given the first of them, a multiple of 4, and their number.
