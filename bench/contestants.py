@@ -18,8 +18,9 @@ from bench.inputs import Inputs
 from bench.peers import COMPILE, PYTORCH_OPTIMIZER, TORCHJD, Peers, compiled
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.methods import METHODS
+from gradkern.gradients.layouts import layouts_of
 from gradkern.gradients.param_grads import readable
-from gradkern.gradients.plan import arranged, layouts_of
+from gradkern.gradients.plan import arranged
 from gradkern.kernels import settings
 from gradkern.optim.adamw import Combination
 from gradkern.step.rows import Rows

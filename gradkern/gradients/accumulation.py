@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gradkern.gradients.layouts import Row, layouts_of
 from gradkern.gradients.losses import Losses, Pass, stacked
 from gradkern.gradients.param_grads import added, owns_its_storage, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Row, layouts_of
 from gradkern.info import SurgeryInfo
 
 

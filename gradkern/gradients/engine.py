@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gradkern.gradients import graph
-from gradkern.gradients.plan import Row
+from gradkern.gradients.layouts import Row
 
 _run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
 

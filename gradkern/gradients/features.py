@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gradkern.gradients import aliasing, graph
 from gradkern.gradients.engine import differentiated, differentiated_together
+from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Loss, Losses, Pass, unreached
-from gradkern.gradients.plan import Row
 
 Features = Tensor | Sequence[Tensor]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradkern.arguments import shown
 from gradkern.gradients import aliasing, graph
 from gradkern.gradients.engine import differentiated
-from gradkern.gradients.plan import PLANS, Row, make_room
+from gradkern.gradients.layouts import PLANS, Row, make_room
 
 Loss = Tensor | Callable[[], Tensor] | None
 Pass = tuple[int, Row]

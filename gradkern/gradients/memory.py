@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradkern.gradients.layouts import Layouts, Row
 from gradkern.gradients.param_grads import readable
-from gradkern.gradients.plan import Layouts, Row
 from gradkern.ops.undo import PutBack
 
 Remembered = dict[Tensor, Tensor]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.gradients.plan import Layouts, Row, fits_in, grad_dtype
+from gradkern.gradients.layouts import Layouts, Row, fits_in, grad_dtype
 
 
 def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tensor | None]:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradkern.gradients.plan import PLANS, Arrangement, Layouts, Reach, arranged, layouts_of, recognized
+from gradkern.gradients.layouts import PLANS, Layouts, Reach, layouts_of, recognized
+from gradkern.gradients.plan import Arrangement, arranged
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import listed, shown
+from gradkern.gradients.layouts import layouts_of, new_grad_stride
 from gradkern.gradients.param_grads import readable
-from gradkern.gradients.plan import Batch, Column, arranged, layouts_of, new_grad_stride
+from gradkern.gradients.plan import Batch, Column, arranged
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype

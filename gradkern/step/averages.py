@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.history.averaged import Averaged, Part
+from gradkern.gradients.layouts import PLANS, new_grad_stride
 from gradkern.gradients.memory import bools_on
-from gradkern.gradients.plan import PLANS, Arrangement, new_grad_stride
+from gradkern.gradients.plan import Arrangement
 from gradkern.step.rows import Rows
 
 

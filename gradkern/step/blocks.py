@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from gradkern.gradients.plan import PLANS, Arrangement, Column
+from gradkern.gradients.layouts import PLANS
+from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops.pytorch.chunks import LINE, even_width
 
 ALIGNED = LINE // 2

@@ -7,7 +7,8 @@ from itertools import accumulate
 import torch
 
 from gradkern.aggregators import Entries, Entrywise
-from gradkern.gradients.plan import PLANS, Arrangement, Column, Row
+from gradkern.gradients.layouts import PLANS, Row
+from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops.arguments import TaskGrads
 from gradkern.step.rows import Combined, Results, Rows, kept_share, mask_over
 

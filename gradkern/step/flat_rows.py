@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors
 
-from gradkern.gradients.plan import Arrangement, Column, Layouts, Row
+from gradkern.gradients.layouts import Layouts, Row
+from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.registry import is_watched

@@ -8,11 +8,12 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients import aliasing
+from gradkern.gradients.layouts import Row, real_numel
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Arrangement, Row, real_numel
+from gradkern.gradients.plan import Arrangement
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.aggregators.history.averaged import Averaged
+from gradkern.gradients.layouts import Looks, make_room
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.plan import Looks, make_room
 from gradkern.ops.capture import capturing
 from gradkern.ops.registry import is_watched
 from gradkern.step.flat_rows import StepRows

@@ -9,8 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradkern.gradients.layouts import PLANS, Row, new_grad_stride
 from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_storage
-from gradkern.gradients.plan import PLANS, Arrangement, Batch, Column, Row, new_grad_stride
+from gradkern.gradients.plan import Arrangement, Batch, Column
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.gradients import plan, recognition
-from gradkern.gradients.plan import layouts_of, recognized
+from gradkern.gradients import layouts, recognition
+from gradkern.gradients.layouts import layouts_of, recognized
 from gradkern.gradients.recognition import comparison_with
 from tests.tolerances import TOLERANCES, assert_near
 
@@ -101,8 +101,8 @@ def test_steps_are_right_where_pytorch_cannot_compare(absent: str, monkeypatch: 
             def __init__(self) -> None:
                 """Take other arguments than PyTorch's class does now."""
 
-    monkeypatch.setattr(plan, "_latest", {})
-    monkeypatch.setattr(plan, "_layouts", {})
+    monkeypatch.setattr(layouts, "_latest", {})
+    monkeypatch.setattr(layouts, "_layouts", {})
     monkeypatch.setattr(recognition, "_guards", {"module": None, "class": object(), "arguments": Guards()}[absent])
     torch.manual_seed(0)
     a, b = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(2, 2))

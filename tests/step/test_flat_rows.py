@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern import reference
-from gradkern.gradients.plan import arranged, layouts_of
+from gradkern.gradients.layouts import layouts_of
+from gradkern.gradients.plan import arranged
 from gradkern.ops.pytorch.chunks import LINE, cut
 from gradkern.step import flat_rows
 from gradkern.step.flat_rows import FlatRows, flattened
