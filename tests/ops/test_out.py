@@ -341,11 +341,13 @@ def test_without_numbers() -> None:
     "method", [gk.PCGrad(order=[0, 1, 2]), gk.PCGrad("average"), gk.MGDA(), gk.Mean()], ids=lambda m: type(m).__name__
 )
 def test_compiled_without_graph_breaks(method: gk.Aggregator, device: torch.device) -> None:
+    """MGDA is solved in NumPy on a CPU and by tensors in compiled code, so there its weights differ by roundings."""
     J = conflicting(3, 50).to(device)
     compiled = torch.compile(lambda J, out: method(J, out=out) + 1, fullgraph=True, backend="aot_eager")
     out = unwritten(J)
-    assert torch.equal(compiled(J, out), method(J) + 1)
-    assert torch.equal(out, method(J))
+    result, expected = compiled(J, out), method(J)
+    assert torch.equal(result, out + 1)
+    assert_near(out, expected, J.abs().sum(0), 1e-12 if isinstance(method, gk.MGDA) else 0.0)
 
 
 def test_compiled_code_refuses() -> None:
