@@ -64,6 +64,8 @@ class Aggregator(nn.Module, ABC):
     """Whether ``solution`` takes the losses."""
     needs_eps = False
     """Whether ``solution`` takes the precision of each group's rows."""
+    needs_second = False
+    """Whether ``solution`` takes ``cross``, the dot products with a second batch's gradients."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
     required: tuple[int, ...] = ()

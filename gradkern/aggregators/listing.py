@@ -10,10 +10,12 @@ beyond the backward passes:
   2T + 1. So does one that also looks at entries, since they are a few thousand of all.
 - A method without a Gramian reads the T rows once and writes the result: T + 1.
 - A history of the rows is read and written: 2T more.
+- A second batch has T passes of its own. Its rows and the first one's are read for their dot products: 2T more.
 """
 
 from typing import Any, NamedTuple
 
+from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.methods import METHODS
 from gradkern.aggregators.weightings.scalarization import Scalarization
@@ -21,7 +23,8 @@ from gradkern.aggregators.weightings.scalarization import Scalarization
 LEGEND = """\
 passes: backward passes of a step. words: numbers that surgery moves for each parameter beyond the passes, with T tasks:
 2T + 1 reads the rows for the Gramian, reads them again for the combination, and writes the result; T + 1 needs no
-Gramian; a history of the rows adds 2T. state: what a step leaves for later ones; it is in state_dict."""
+Gramian; a history of the rows, or a second batch, adds 2T. state: what a step leaves for later ones; it is in
+state_dict."""
 
 
 class Listed(NamedTuple):
@@ -30,8 +33,8 @@ class Listed(NamedTuple):
     Attributes:
         name: the name on the command line, and for :func:`gradkern.aggregator`.
         call: the class with its arguments.
-        needs: what it looks at: "Gramian", "losses", "history" and "entries".
-        passes: the backward passes of a step, "T" or "1", or "T + 1" for both.
+        needs: what it looks at: "Gramian", "losses", "second batch", "history" and "entries".
+        passes: the backward passes of a step, "T" or "1", or "T + 1" for both; "2T" with a second batch.
         words: the numbers moved for each parameter beyond them; see the module.
         state: "" for none, "small", or "T for each parameter".
         paper: authors and year, or the title of a report without a known author.
@@ -55,6 +58,7 @@ def listed(method: Method) -> Listed:
     needs = {
         "Gramian": made.needs_gramian,
         "losses": made.needs_losses,
+        "second batch": made.needs_second,
         "history": made.averages_rows,
         "entries": made.needs_entries,
     }
@@ -64,8 +68,8 @@ def listed(method: Method) -> Listed:
         method.name,
         called(method),
         tuple(need for need, needed in needs.items() if needed),
-        ("T + 1" if made.needs_gramian else "1") if weighting else "T",
-        ("T" if made.needs_gramian else "0") if weighting else _words(made.needs_gramian, made.averages_rows),
+        ("T + 1" if made.needs_gramian else "1") if weighting else "2T" if made.needs_second else "T",
+        ("T" if made.needs_gramian else "0") if weighting else _words(made),
         state,
         f"{author} {year}" if author else title,
         title,
@@ -95,6 +99,6 @@ def text() -> str:
     return "\n".join([*lines, "", LEGEND])
 
 
-def _words(gramian: bool, history: bool) -> str:
-    tasks = 1 + gramian + 2 * history
+def _words(made: Aggregator) -> str:
+    tasks = 1 + made.needs_gramian + 2 * made.averages_rows + 2 * made.needs_second
     return f"{tasks}T + 1" if tasks > 1 else "T + 1"

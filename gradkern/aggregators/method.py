@@ -57,6 +57,8 @@ class Method:
             ``seed=`` fixes; or None.
         state: whether a step depends on earlier steps.
         losses: whether it takes the losses of the tasks.
+        second: whether it takes a second batch.
+        compared: arguments of comparisons with the twin, in which roundings do not grow.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Method:
     draws: Literal["order", "entries", "weights", "signs"] | None = None
     state: bool = False
     losses: bool = False
+    second: bool = False
+    compared: Mapping[str, Any] = field(default_factory=dict)
 
     def make(
         self, order: Sequence[Sequence[int]] | None = None, device: torch.device | str = "cpu", **more: Any
@@ -88,8 +92,12 @@ class Method:
         return self.make(generator=torch.Generator(device).manual_seed(seed))
 
     def beside(self, J: Tensor, step: int = 0) -> dict[str, Tensor]:
-        """Return what a call of the aggregator takes beside a matrix (T, P), in comparisons: losses, or nothing."""
-        return {"losses": torch.tensor(_losses(len(J), step), device=J.device)} if self.losses else {}
+        """Return what a call of the aggregator takes beside a matrix (T, P), in comparisons.
+
+        It is the losses, a second batch's gradients, or nothing.
+        """
+        given = {"losses": torch.tensor(_losses(len(J), step), device=J.device)} if self.losses else {}
+        return {**given, "second": _second(J, step)} if self.second else given
 
     def expected(
         self,
@@ -114,15 +122,17 @@ class Method:
         more |= self._fixed(order, device)
         if losses is None and self.losses:
             losses = [_losses(len(grads), step) for step, grads in enumerate(steps)]
+        if self.second:
+            more["seconds"] = [_second(torch.stack(list(grads)), step) for step, grads in enumerate(steps)]
         if self.state:
             return twin(steps, **({} if losses is None else {"losses": losses}), **self.arguments, **more)
         of_steps = [{}] * len(steps) if losses is None else [{"losses": of_step} for of_step in losses]
         return [twin(grads, **given, **self.arguments, **more) for grads, given in zip(steps, of_steps, strict=True)]
 
     def _fixed(self, order: Sequence[Sequence[int]] | None, device: torch.device | str) -> dict[str, Any]:
-        """Return the arguments that fix the random choices, for the class and for its twin."""
+        """Return the arguments that make class and twin comparable: they fix the random choices, for example."""
         if order is None or self.draws in (None, "entries"):
-            return {}
+            return {} if order is None else dict(self.compared)
         if self.draws == "weights":
             return {"generator": torch.Generator(device).manual_seed(0)}
         return {"order": order} if self.draws == "order" else {"seed": 0}
@@ -131,3 +141,9 @@ class Method:
 def _losses(T: int, step: int) -> list[float]:
     """Return losses from 1 to 3, which differ from task to task and from step to step."""
     return [1 + 0.5 * ((2 * i + 3 * step) % 5) for i in range(T)]
+
+
+def _second(J: Tensor, step: int) -> Tensor:
+    """Return the gradients of a second batch: those of J with noise, which differs from step to step."""
+    noise = torch.randn(J.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float32, device="cpu")
+    return J.detach() * (1 + 0.3 * noise).to(J.device, J.dtype)

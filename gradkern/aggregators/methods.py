@@ -24,6 +24,8 @@ from gradkern.aggregators.gramian.upgrad import UPGrad
 from gradkern.aggregators.history.dbmtl import DBMTL
 from gradkern.aggregators.history.mconfig import MConFIG
 from gradkern.aggregators.history.moco import MoCo
+from gradkern.aggregators.history.modo import MoDo
+from gradkern.aggregators.history.sdmgrad import SDMGrad
 from gradkern.aggregators.method import Method
 from gradkern.aggregators.pcgrad import PCGrad
 from gradkern.aggregators.rows import attention, entries, gramian, history, projections, weightings, wrappers
@@ -66,9 +68,11 @@ __all__ = [
     "MConFIG",
     "Mean",
     "MoCo",
+    "MoDo",
     "NashMTL",
     "Normalized",
     "PCGrad",
+    "SDMGrad",
     "Smoothed",
     "Sum",
     "TrimmedMean",
@@ -82,3 +86,6 @@ METHODS: dict[str, Method] = {
     for method in family.ROWS
 }
 """The methods by name, in the order of the tables."""
+
+ONE_BATCH = {name: method for name, method in METHODS.items() if not method.second}
+"""Those whose step takes the losses of one batch."""

@@ -23,7 +23,7 @@ from gradkern.check.problems import (
     weights,
 )
 from gradkern.ops import combine, gramian, operators, project
-from gradkern.ops.arguments import AdamWState, AdamWStep, Coins, Mask, ProjectionArguments
+from gradkern.ops.arguments import AdamWState, AdamWStep, Coins, Mask, ProjectionArguments, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.partners import ORDERED, PARTNERS
 from gradkern.ops.registry import Comparison
@@ -60,6 +60,20 @@ def _cross(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
             K = operators.cross(on_device[:T], on_device[T:], tensor(offsets))
             corners = ([M[:T, T:] for M in Ms] for Ms in products(blocks_of(J, offsets)))
             yield from zip(K.view(-1, T, 2), *corners, strict=True)
+
+
+@operators.cross_tensors.check
+def _cross_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    for T, P in SHAPES:
+        for block in MASKS:
+            cut = cut_apart(matrix(T + 2, P, dtype, device)[0], device)
+            mask = None if block is None else cut.mask(block, device)
+            n = T * len(cut.rows.segments)
+            first = TaskGrads(cut.rows.grads[:n], cut.rows.segments, cut.rows.n_segments)
+            K = operators.cross_tensors(first, cut.rows.grads[n:], mask)
+            seen = cut if block is None else cut.erased(block)
+            corners = ([M[:T, T:] for M in Ms] for Ms in products(seen.blocks()))
+            yield from zip(K, *corners, strict=True)
 
 
 @operators.combine.check

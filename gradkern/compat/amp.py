@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from gradkern import aggregators
 from gradkern.arguments import boolean, instance, integer, number, shown, tensor
-from gradkern.compat.losses import listed, losses_named
+from gradkern.compat.losses import listed
 from gradkern.gradients.accumulation import Accumulation
-from gradkern.gradients.losses import Loss, Losses, Pass
+from gradkern.gradients.losses import Loss, Losses, Pass, losses_named
 from gradkern.gradients.parameters import parameters
 from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.undo import Undo

@@ -1,7 +1,5 @@
 """The losses of a step as the originals take them: one after another, or all in one tensor."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,15 +20,3 @@ def listed(name: str, losses: object) -> list[Any]:
         with torch.inference_mode(False), torch.enable_grad():
             return list(losses.unbind())
     return arguments.listed(name, losses, "a sequence or a tensor (T,) with one entry per task")
-
-
-@contextmanager
-def losses_named(name: str) -> Iterator[None]:
-    """Let errors about ``losses``, as gradkern's own functions call the argument, speak of ``name``."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        message = str(error)
-        if message.startswith(("losses ", "losses[")):
-            error.args = (message.replace("losses", name, 1),)
-        raise

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern import aggregators
-from gradkern.compat.losses import listed, losses_named
-from gradkern.gradients.losses import Loss, Source
+from gradkern.compat.losses import listed
+from gradkern.gradients.losses import Loss, Source, losses_named
 from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo

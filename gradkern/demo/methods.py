@@ -1,4 +1,4 @@
-"""The methods that the demo compares: every row of METHODS, and options that go beside or around a method."""
+"""The methods that the demo compares: every row of METHODS with one batch, and options beside or around a method."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def recipe(method: Method) -> Recipe:
 
 
 METHODS: dict[str, Recipe] = {
-    **{name: recipe(method) for name, method in methods.METHODS.items()},
+    **{name: recipe(method) for name, method in methods.ONE_BATCH.items()},
     "pcgrad-memory": Recipe(gk.PCGrad, memory=True),
     "gradvac-module": Recipe(gk.GradVac, groups="module"),
     "lr-attenuate": Recipe(gk.PCGrad, conflict_lr=gk.ConflictLR("attenuate")),

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from itertools import repeat
 from operator import is_
 from typing import Any, Protocol
@@ -241,3 +242,15 @@ def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
         return torch.stack(present)  # the usual case
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)
     return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])
+
+
+@contextmanager
+def losses_named(name: str) -> Iterator[None]:
+    """Let errors about ``losses``, as gradkern's own functions call the argument, speak of ``name``."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        if message.startswith(("losses ", "losses[")):
+            error.args = (message.replace("losses", name, 1),)
+        raise

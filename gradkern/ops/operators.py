@@ -65,6 +65,16 @@ def gramian_tensors(rows: TaskGrads, mask: Mask | None = None) -> Tensor:
     return like.new_empty((rows.n_segments, rows.n_tasks, rows.n_tasks), dtype=arithmetic_dtype(like.dtype))
 
 
+@operator("cross.tensors")
+def cross_tensors(rows: TaskGrads, others: OptionalTensors, mask: Mask | None = None) -> Tensor:
+    """Compute the dot products of the rows with R others, (S, T, R), over the entries that the mask keeps.
+
+    ``others`` are R x n tensors of the same parameters, row-major, as the gradients of ``rows`` are.
+    """
+    like, R = sample(rows.grads), len(others) // len(rows.segments)
+    return like.new_empty((rows.n_segments, rows.n_tasks, R), dtype=arithmetic_dtype(like.dtype))
+
+
 @operator("combine.tensors", writes=("out", "kept"))
 def combine_tensors(
     rows: TaskGrads, w: Tensor, out: Sequence[Tensor], mask: Mask | None = None, kept: Tensor | None = None

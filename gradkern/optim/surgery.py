@@ -33,6 +33,7 @@ from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.backward import add_up, grad_sink
 from gradkern.step.options import Options
 from gradkern.step.pipeline import outside_inference_mode, run
+from gradkern.step.second import Second, check_wanted
 from gradkern.step.sinks import Sink
 
 
@@ -98,6 +99,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         features: Features | None = None,
         batched: bool = False,
         retain_graph: bool = False,
+        second: Sequence[Loss] | None = None,
     ) -> SurgeryInfo:
         """Run :func:`gradkern.backward` on the optimizer's parameters: accumulate the surgery's result into ``.grad``.
 
@@ -109,10 +111,12 @@ class SurgeryOptimizer(OptimizerWrapper):
             features: as in :func:`gradkern.backward`.
             batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
+            second: as in :func:`gradkern.backward`.
 
         Raises:
             TypeError, ValueError: as for :func:`gradkern.backward`.
         """
+        check_wanted(second, self.aggregator)
         losses = self._listed(losses)
         source = from_losses(losses, features, batched, retain_graph)
         total: Accumulation | None = self._pending.accumulation
@@ -121,7 +125,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         else:
             if total is not None and isinstance(losses, list):
                 total.expect(len(losses))
-            info = self._run(source, self._grad_sink(source))
+            info = self._run(source, self._grad_sink(source), second)
             self._pending.step_scale = info.step_scale
             if total is not None:
                 total.took([loss is not None for loss in losses], info)
@@ -142,9 +146,12 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Raises:
             RuntimeError: the block is within another such block, or continued after a backward pass in it raised.
+            ValueError: the method needs a second batch.
         """
         if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
+        if self.aggregator.needs_second:
+            raise ValueError(f"accumulate() has no second batch, which {self.aggregator!r} needs: use backward")
         total = self._pending.accumulation = Accumulation()
         try:
             yield total
@@ -165,6 +172,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         features: Features | None = None,
         batched: bool = False,
         retain_graph: bool = False,
+        second: Sequence[Loss] | None = None,
     ) -> SurgeryInfo:
         """Run backward pass, clipping and step in one, then clear ``.grad``.
 
@@ -191,6 +199,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             features: as in :func:`gradkern.backward`.
             batched: as in :func:`gradkern.backward`.
             retain_graph: keep the graphs for another backward pass.
+            second: as in :func:`gradkern.backward`.
 
         Returns:
             The step's losses, Gramian and weights; with ``max_norm`` also the norm before clipping.
@@ -209,10 +218,12 @@ class SurgeryOptimizer(OptimizerWrapper):
             refuse_closure(self.optimizer)
             grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
             with Undo(*self._options().snapshot(), grads, scale, stage_of(scaler, self)):
-                info = self.backward(losses, features=features, batched=batched, retain_graph=retain_graph)
+                info = self.backward(
+                    losses, features=features, batched=batched, retain_graph=retain_graph, second=second
+                )
                 return step_by_grad(self, self._tensors(), info, max_norm, scaler)
         sink = FusedAdamWSink(self.optimizer, self.step, self._scaler_proxy, max_norm, scaler)
-        info = self._run(from_losses(self._listed(losses), features, batched, retain_graph), sink)
+        info = self._run(from_losses(self._listed(losses), features, batched, retain_graph), sink, second)
         self._pending.step_scale = None
         return replace(info, total_norm=sink.total_norm)
 
@@ -237,8 +248,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             return losses  # a later check refuses them
         return self._untracked.watched(list(losses), self._tensors)
 
-    def _run(self, source: Source, sink: Sink) -> SurgeryInfo:
-        return run(source, sink, self._options(), self._params())
+    def _run(self, source: Source, sink: Sink, second: Second = None) -> SurgeryInfo:
+        return run(source, sink, self._options(), self._params(), second)
 
     def _grad_sink(self, source: Source) -> Sink:
         return grad_sink(source, self._options())

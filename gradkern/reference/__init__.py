@@ -10,7 +10,7 @@ from gradkern.reference.gramian_direct import krum, ntkmtl, rgw
 from gradkern.reference.gramian_fair import fairgrad, nash_mtl
 from gradkern.reference.gramian_quadratic import cagrad, dualproj, pcd_updates, upgrad
 from gradkern.reference.gramian_spectral import aligned_mtl, config, imtl_g
-from gradkern.reference.history import config_direction, dbmtl, mconfig, moco
+from gradkern.reference.history import config_direction, dbmtl, mconfig, moco, modo, sdmgrad
 from gradkern.reference.hull import mgda
 from gradkern.reference.projections import (
     gradvac,
@@ -74,6 +74,7 @@ __all__ = [
     "mean",
     "mgda",
     "moco",
+    "modo",
     "most_different",
     "most_similar",
     "nash_mtl",
@@ -89,6 +90,7 @@ __all__ = [
     "philox",
     "project",
     "rgw",
+    "sdmgrad",
     "smoothed_mgda",
     "stch",
     "step_scale",

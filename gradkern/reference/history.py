@@ -87,3 +87,39 @@ def config_direction(grads: Sequence[Tensor]) -> Tensor:
     direction = torch.linalg.lstsq(units, ones, driver="gelsd").solution.flatten()
     direction = direction / length(direction)
     return direction * sum(float(g @ direction) for g in rows)
+
+
+def modo(steps: Steps, seconds: Steps, gamma: float = 0.1, rho: float = 0.1) -> list[Tensor]:
+    """Return the updates of consecutive steps (Chen et al. 2023); ``seconds`` are the second batches' gradients."""
+    T = len(steps[0])
+    w = [1 / T] * T
+    updates = []
+    for grads, others in zip(steps, seconds, strict=True):
+        M = _products(grads, others)
+        slope = [sum(M[i][j] * w[j] for j in range(T)) + rho * w[i] for i in range(T)]
+        w = _on_simplex([w[i] - gamma * slope[i] for i in range(T)])
+        updates.append(combine(grads, w))
+    return updates
+
+
+def sdmgrad(
+    steps: Steps, seconds: Steps, lamb: float = 0.3, lr: float = 10.0, momentum: float = 0.5, n_iter: int = 20
+) -> list[Tensor]:
+    """Return the updates of consecutive steps (Xiao et al. 2023); ``seconds`` are the second batches' gradients."""
+    T = len(steps[0])
+    w = [1 / T] * T
+    updates = []
+    for grads, others in zip(steps, seconds, strict=True):
+        M = _products(grads, others)
+        s = sum(max(M[i][i], 0.0) ** 0.5 for i in range(T)) / T
+        velocity = [0.0] * T
+        for _ in range(n_iter if s > 0 else 0):
+            slope = [sum(M[i][j] / s**2 * (w[j] + lamb / T) for j in range(T)) for i in range(T)]
+            velocity = [momentum * v + x for v, x in zip(velocity, slope, strict=True)]
+            w = _on_simplex([w[i] - lr * velocity[i] for i in range(T)])
+        updates.append(combine(grads, [(x + lamb / T) / (1 + lamb) for x in w]))
+    return updates
+
+
+def _products(grads: Sequence[Tensor], others: Sequence[Tensor]) -> list[list[float]]:
+    return [[float(g.double() @ h.double()) for h in others] for g in grads]

@@ -26,6 +26,7 @@ def backward(
     features: Features | None = None,
     batched: bool = False,
     retain_graph: bool = False,
+    second: Sequence[Loss] | None = None,
 ) -> SurgeryInfo:
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
@@ -65,6 +66,9 @@ def backward(
             :func:`torch.func.vmap`, so it must not be compiled, and a tensor's hook there sees all tasks' gradients at
             once.
         retain_graph: keep the graphs for another backward pass.
+        second: the same tasks' losses on another batch, for the methods that need them, ``MoDo`` and ``SDMGrad``, and
+            only for those. An entry is None where that of ``losses`` is. Their gradients give dot products with those
+            of ``losses`` and no part of the update. Their graphs are freed.
 
     Returns:
         The step's losses, Gramian and weights, as tensors that stay on the device.
@@ -85,7 +89,7 @@ def backward(
     """
     options = Options(aggregator, groups, shared, suppression)
     source = from_losses(losses, features, batched, retain_graph)
-    return run(source, grad_sink(source, options), options, params)
+    return run(source, grad_sink(source, options), options, params, second)
 
 
 def grad_sink(source: Source, options: Options) -> Sink:

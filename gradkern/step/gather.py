@@ -70,12 +70,14 @@ def _row(one: Flat | Row, targets: Targets) -> Row:
 
 def _may_be_flat(options: Options) -> bool:
     method = options.aggregator
-    return options.memory is None and options.suppression is None and not (method.needs_entries or method.averages_rows)
+    needs_tensors = method.needs_entries or method.averages_rows or method.needs_second
+    return options.memory is None and options.suppression is None and not needs_tensors
 
 
 def _tells_absent(source: Source, options: Options) -> bool:
     """Return whether the method must be told which tasks are absent; without that their gradients are zeros."""
-    return (options.memory is not None or options.aggregator.needs_losses) and not all(source.present)
+    method = options.aggregator
+    return (options.memory is not None or method.needs_losses or method.needs_second) and not all(source.present)
 
 
 def _absent(targets: Targets) -> Row:

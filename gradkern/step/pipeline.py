@@ -22,6 +22,7 @@ from gradkern.step.gather import gathered
 from gradkern.step.notices import look
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
+from gradkern.step.second import Second, check_wanted, opened, with_second
 from gradkern.step.sinks import Sink, WeightedBackwardSink
 from gradkern.step.surgery import Outcome, surgery
 
@@ -42,7 +43,7 @@ def outside_inference_mode(step: Step) -> Step:
 
 
 @outside_inference_mode
-def run(source: Source, sink: Sink, options: Options, params: Params) -> SurgeryInfo:
+def run(source: Source, sink: Sink, options: Options, params: Params, second: Second = None) -> SurgeryInfo:
     """Take one step.
 
     Args:
@@ -50,12 +51,15 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         sink: the sink of their combination.
         options: the method and its modifiers.
         params: as for :func:`gradkern.backward`.
+        second: as for :func:`gradkern.backward`.
     """
     refuse_distributed()
     options.check()
+    check_wanted(second, options.aggregator)
     targets = Targets.of(params, options.groups, options.shared)
     open_source(source, targets)
     _check_present(source.present, options.aggregator)
+    second_losses = opened(second, source, targets)
     if options.memory is not None:
         options.memory.check(len(source.present))
     if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:
@@ -65,6 +69,8 @@ def run(source: Source, sink: Sink, options: Options, params: Params) -> Surgery
         sink.finish()
         return _info(source, targets, outcome, kept=None, step_scale=None)
     targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
+    if second_losses is not None:
+        rows = with_second(rows, second_losses, targets)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
         with Undo(*options.snapshot()):
             sink.check(rows)

@@ -46,6 +46,7 @@ class Rows:
         present: (T,) bool, the tasks whose gradients belong to this step, if the others' are remembered; None if not.
         losses: (T,), NaN for an absent task; None if the method does not need them.
         overwrite: whether gradients may be overwritten once they are combined.
+        second: T rows of n dense gradients of a second batch; None without one.
     """
 
     params: Sequence[Tensor]
@@ -56,6 +57,7 @@ class Rows:
     present: Tensor | None = None
     losses: Tensor | None = None
     overwrite: bool = False
+    second: Sequence[Row] | None = None
     _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -120,6 +122,23 @@ class Rows:
             # One parameter at a time is dense, while its dot products are computed.
             rows = TaskGrads(self.dense(c), [0], 1)
             M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
+        return M
+
+    def cross(self) -> Tensor:
+        """Return the dot products within each group of the rows with those of the second batch, (S, T, T)."""
+        assert self.second is not None, "the method needs it"
+        S, T, arrangement = self.n_segments, self.n_tasks, self.arrangement
+        mask = self.mask if self.products_masked else None
+        dtype = torch.float64 if any(c.dtype == torch.float64 for c in arrangement.shared) else torch.float32
+        M = torch.zeros((S, T, T), dtype=dtype, device=self.device)
+        for batch in arrangement.products:
+            rows = self.task_grads(batch, S)
+            M += operators.cross_tensors(rows, batch.of(self.second), _mask(batch.units, mask))
+        for c in arrangement.sparse:
+            others = [row[c.place] for row in self.second]
+            if c.segment is not None and any(g is not None for g in others):
+                rows = TaskGrads(self.dense(c), [0], 1)
+                M[c.segment] += operators.cross_tensors(rows, others, _mask([c.unit], mask))[0]
         return M
 
     def _products(self, batch: Batch, n_segments: int) -> Tensor:

@@ -152,6 +152,9 @@ def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:
         given["losses"] = rows.losses
     if aggregator.needs_eps:
         given["eps"] = rows.eps
+    if aggregator.needs_second:
+        assert isinstance(rows, Rows), "dot products are of tensors"
+        given["cross"] = rows.cross()
     return aggregator.solution(M, rows.present, **given)
 
 

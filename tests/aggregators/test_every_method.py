@@ -48,14 +48,23 @@ def orders(T: int) -> list[list[int]]:
 def update(
     method: Method, J: Tensor, order: Sequence[Sequence[int]] | None = None, turn: Sequence[int] | None = None
 ) -> Tensor:
-    """The first update of a new aggregator; ``turn``: the order of the losses."""
-    given = {name: x if turn is None else x[list(turn)] for name, x in method.beside(J).items()}
+    """The first update of a new aggregator; ``turn``: the order of the losses. A second batch is the first again."""
+    given = (
+        {"second": J}
+        if method.second
+        else {name: x if turn is None else x[list(turn)] for name, x in method.beside(J).items()}
+    )
     return method.make(orders(len(J)) if order is None else order)(J, **given)
 
 
 def weights(method: Method, M: Tensor) -> Tensor:
     """The first weights of a new aggregator."""
-    return method.make(orders(M.shape[-1])).weights(M, **method.beside(M[(0,) * (M.ndim - 2)]))
+    return method.make(orders(M.shape[-1])).weights(M, **losses_beside(method, M[(0,) * (M.ndim - 2)]))
+
+
+def losses_beside(method: Method, M: Tensor) -> dict[str, Tensor]:
+    """What the weights take beside a Gramian."""
+    return {name: x for name, x in method.beside(M).items() if name != "second"}
 
 
 def assert_same(a: Tensor, b: Tensor) -> None:
@@ -248,7 +257,7 @@ def test_the_dtype_and_the_device_are_those_of_the_gramian(method: Method) -> No
     single = weights(method, M.float())
     assert single.dtype == torch.float32
     assert_near(single, w, w.abs().max(), 1e-5)
-    nowhere = method.make().weights(M.to("meta"), **method.beside(M.to("meta")))
+    nowhere = method.make().weights(M.to("meta"), **losses_beside(method, M.to("meta")))
     assert (nowhere.device.type, nowhere.shape, nowhere.dtype) == ("meta", w.shape, w.dtype)
 
 
@@ -270,7 +279,7 @@ def test_a_step_reads_no_number(method: Method, groups: str) -> None:
     with FakeTensorMode():
         model, x, y = problem(method.tasks or 3)
         opt = gk.SurgeryOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.1), method.make(), groups=groups)
-        info = opt.backward(model.losses(x, y))
+        info = opt.backward(model.losses(x, y), second=model.losses(x, y) if method.second else None)
         opt.step()
         assert info.weights is None or info.weights.shape[-1] == len(y)
         assert (info.weights is None) == issubclass(method.aggregator, Entrywise)
@@ -283,7 +292,7 @@ def test_a_few_steps_reduce_the_losses(method: Method) -> None:
     before = torch.stack(model.losses(x, y)).detach()
     for _ in range(30):
         opt.zero_grad()
-        info = opt.backward(model.losses(x, y))
+        info = opt.backward(model.losses(x, y), second=model.losses(x, y) if method.second else None)
         opt.step()
         assert info.weights is None or info.weights.isfinite().all()
     after = torch.stack(model.losses(x, y)).detach()

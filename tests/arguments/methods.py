@@ -63,6 +63,17 @@ def constructors() -> Iterator[Call]:
             {"beta": lambda: [*values.shares(), 0]}
             | dict.fromkeys(("beta_sigma", "gamma", "gamma_sigma", "rho"), not_negative),
         ),
+        (gk.MoDo, {}, dict.fromkeys(("gamma", "rho"), not_negative)),
+        (
+            gk.SDMGrad,
+            {},
+            {
+                "lamb": not_negative,
+                "lr": values.positive_numbers,
+                "momentum": lambda: [*values.shares(), 1],
+                "n_iter": values.integers,
+            },
+        ),
         (gk.Normalized, {"aggregator": gk.MGDA()}, {"aggregator": within, "by": values.strings}),
         (gk.Smoothed, {"aggregator": gk.MGDA()}, {"aggregator": within, "decay": values.shares}),
         (gk.CAGrad, {}, {"c": lambda: [*values.numbers(), -0.5], "rescale": values.flags}),
@@ -118,7 +129,9 @@ def methods() -> Iterator[Call]:
         of_losses: Wrong = {"losses": values.losses_of_matrix} if method.losses else {}
         yield Call("Aggregator.forward", partial(_called, method), of_matrix | of_losses, name)
         if type(method.make()).forward is not gk.Aggregator.forward:
-            yield Call(type(method.make()).forward.__qualname__, partial(_called, method), of_matrix, name)
+            of_second: Wrong = {"second": values.second_batches} if method.second else {}
+            call = type(method.make()).forward.__qualname__
+            yield Call(call, partial(_called, method), of_matrix | of_second, name)
         yield Call(type(method.make()).load_state_dict.__qualname__, partial(_loading, method), states, name)
     made: list[gk.Aggregator] = [
         gk.PCGrad(),
@@ -134,6 +147,7 @@ def methods() -> Iterator[Call]:
         gk.DBMTL(),
         gk.MConFIG(),
         gk.MoCo(),
+        gk.MoDo(),
     ]
     for aggregator in made:
         kind = type(aggregator).__name__
@@ -182,7 +196,7 @@ def methods() -> Iterator[Call]:
 
 def _within(no_methods: values.Values) -> values.Values:
     """Return what no method can be around: no methods, and ones that look at more than the Gramian."""
-    return [*no_methods, gk.GradAttention(4), gk.MoCo()]
+    return [*no_methods, gk.GradAttention(4), gk.MoCo(), gk.MoDo()]
 
 
 def _called(row: Method) -> Prepared:

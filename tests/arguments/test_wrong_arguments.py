@@ -44,6 +44,8 @@ NOT_OF_USERS = {
     "rows_for": "called by steps",
     "starts": "called by steps",
     "move": "called by steps",
+    "moved": "called by steps",
+    "of_update": "called by steps",
     "check_tasks": "called by steps",
     "combine_entries": "called by steps",
     "advance": "called by steps",

@@ -82,6 +82,7 @@ def _step_arguments() -> Wrong:
         "features": lambda: [3, "h", True, [], [None], [3], {}],
         "batched": values.flags,
         "retain_graph": values.flags,
+        "second": lambda: [[], 3, torch.ones(3)],
     }
 
 

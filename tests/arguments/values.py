@@ -112,6 +112,11 @@ def losses_of_matrix() -> Values:
     return [None, 3, "x", [1.0] * 3, torch.ones(2), torch.ones(3).long()]
 
 
+def second_batches() -> Values:
+    """Return what are no second batch's gradients of three tasks."""
+    return [None, 3, "x", torch.ones(3), torch.ones(2, 10), torch.ones(3, 10).long(), torch.ones(3, 10).half()]
+
+
 def losses_after() -> Values:
     """Return what are no losses of three tasks after a step."""
     zero, integers = torch.tensor(0.0), torch.ones(3, dtype=torch.int64)

@@ -42,6 +42,7 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "offsets": torch.tensor([0, 100, P]),
         "blocks": [J[:, :100].clone(), J[:, 100:].clone()],
         "rows": TaskGrads(grads, [0, 1, 0, 1, 0], S),
+        "others": [torch.randn(n) for _ in range(2) for n in NUMELS],
         "grads": grads,
         "numels": NUMELS,
         "index": torch.tensor([3, 500, 807, 900]),

@@ -13,14 +13,14 @@ import gradkern as gk
 from gradkern import reference
 from gradkern.aggregators import Scalarization
 from gradkern.aggregators.method import Method
-from gradkern.aggregators.methods import METHODS
+from gradkern.aggregators.methods import ONE_BATCH
 from tests.tolerances import assert_near
 
 F64, C128 = torch.float64, torch.complex128
 NEAR = 1e-10  # float64 on both sides
 
 pytestmark = pytest.mark.usefixtures("back_end")
-each_method = pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+each_method = pytest.mark.parametrize("method", ONE_BATCH.values(), ids=list(ONE_BATCH))
 ORDER = [[0, 1, 2], [2, 0, 1], [1, 2, 0]]
 
 

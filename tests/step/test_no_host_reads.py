@@ -38,14 +38,14 @@ class ReadsTheHost(gk.Aggregator):
 
 SEVERAL_WAYS = (gk.PCGrad, gk.GradVac, gk.GradAttention, gk.aggregators.Scalarization)
 METHODS: dict[str, Callable[[], gk.Aggregator]] = {
-    **{name: row.make for name, row in methods.METHODS.items() if not issubclass(row.aggregator, SEVERAL_WAYS)},
+    **{name: row.make for name, row in methods.ONE_BATCH.items() if not issubclass(row.aggregator, SEVERAL_WAYS)},
     **{partner: partial(gk.PCGrad, partner) for partner in PARTNERS},
     "gradvac": gk.GradVac,
     "attention": partial(gk.GradAttention, 16, 8, 1),
     "attention-subset": partial(gk.GradAttention, 16, 8, 1, "subset"),
 }
 SCALARIZATIONS: dict[str, Callable[[], gk.Aggregator]] = {
-    **{name: row.make for name, row in methods.METHODS.items() if issubclass(row.aggregator, SEVERAL_WAYS[-1])},
+    **{name: row.make for name, row in methods.ONE_BATCH.items() if issubclass(row.aggregator, SEVERAL_WAYS[-1])},
     "report": partial(gk.Sum, report=True),
 }
 BESIDE: dict[str, Callable[[], dict[str, Any]]] = {

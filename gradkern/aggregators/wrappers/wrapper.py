@@ -30,8 +30,9 @@ class Wrapper(Aggregator):
         super().__init__()
         instance("aggregator", aggregator, Aggregator, "a gradkern.Aggregator")  # type: ignore[type-abstract]
         kind = type(self).__name__
-        if aggregator.needs_entries or aggregator.averages_rows:
+        if aggregator.needs_entries or aggregator.averages_rows or aggregator.needs_second:
             does = "looks at entries of the gradients" if aggregator.needs_entries else "keeps means of the gradients"
+            does = "looks at a second batch" if aggregator.needs_second else does
             raise ValueError(
                 f"aggregator must look at the Gramian alone within {kind}, and {type(aggregator).__name__} {does}; "
                 f"got {shown(aggregator)}"

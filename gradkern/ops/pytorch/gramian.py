@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, TaskGrads, numels, sample
+from gradkern.ops.arguments import Mask, OptionalTensors, TaskGrads, numels, sample
 from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.offsets import column_bounds
@@ -67,6 +67,16 @@ def cross(A: Tensor, B: Tensor, offsets: Tensor | None = None) -> Tensor:
     M = operators.gramian_tensors(TaskGrads(pieces, list(range(n_segments)), n_segments), None)
     K = M[:, : len(A), len(A) :].contiguous()
     return K[0] if offsets is None else K
+
+
+@implements(operators.cross_tensors)
+def cross_tensors(rows: TaskGrads, others: OptionalTensors, mask: Mask | None = None) -> Tensor:
+    """Compute the dot products of rows and others, per segment: a corner of the Gramian of both.
+
+    It serves the Triton back end too, which has a kernel for that Gramian and none for its corner.
+    """
+    both = TaskGrads([*rows.grads, *others], rows.segments, rows.n_segments)
+    return operators.gramian_tensors(both, mask)[:, : rows.n_tasks, rows.n_tasks :].contiguous()
 
 
 def matrix_gramian(J: Tensor) -> Tensor:
