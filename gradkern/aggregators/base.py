@@ -64,6 +64,8 @@ class Aggregator(nn.Module, ABC):
     """Whether ``solution`` takes the losses."""
     needs_eps = False
     """Whether ``solution`` takes the precision of each group's rows."""
+    needs_present = False
+    """Whether a gradient of zero differs from an absent task's, so that ``solution`` is told which tasks are absent."""
     needs_second = False
     """Whether ``solution`` takes ``cross``, the dot products with a second batch's gradients."""
     needs_entries = False

@@ -18,6 +18,8 @@ class TaskState(Aggregator):
         kept: the names of the buffers.
     """
 
+    needs_present = True
+
     kept: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, generator: torch.Generator | None = None) -> None:

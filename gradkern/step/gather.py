@@ -77,7 +77,8 @@ def _may_be_flat(options: Options) -> bool:
 def _tells_absent(source: Source, options: Options) -> bool:
     """Return whether the method must be told which tasks are absent; without that their gradients are zeros."""
     method = options.aggregator
-    return (options.memory is not None or method.needs_losses or method.needs_second) and not all(source.present)
+    told = options.memory is not None or method.needs_losses or method.needs_second or method.needs_present
+    return told and not all(source.present)
 
 
 def _absent(targets: Targets) -> Row:

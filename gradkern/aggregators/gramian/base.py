@@ -14,6 +14,8 @@ from gradkern.arguments import numbers, shown
 class GramianMethod(Aggregator):
     """A method whose weights are a function of the Gramian. Absent tasks are left out of its problem."""
 
+    needs_present = True
+
     def __init__(self) -> None:
         super().__init__()
 

@@ -77,8 +77,9 @@ class NashMTL(GramianMethod):
         w = torch.where(finite.unsqueeze(-1), w, torch.nan)
         if has_numbers(M):
             lasting = torch.where(due.unsqueeze(-1), w, kept)
-            kept.copy_(torch.where(finite.unsqueeze(-1), lasting, kept))
-            age.copy_(torch.where(finite, torch.where(due, 1, age + 1), age))
+            counts = finite.all()  # a scaler skips the step of all groups
+            kept.copy_(torch.where(counts, lasting, kept))
+            age.copy_(torch.where(counts, torch.where(due, 1, age + 1), age))
             self.kept, self.age = kept, age
         return w
 

@@ -20,6 +20,8 @@ class RGW(Aggregator):
         generator: a generator on the Gramian's device that draws the numbers; None for the device's default one.
     """
 
+    needs_present = True
+
     def weights(self, M: Tensor) -> Tensor:
         """Return new weights for every Gramian; see :meth:`Aggregator.weights`."""
         check_gramian(M)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Solution, check_gramian
 from gradkern.aggregators.history.averaged import Averaged
+from gradkern.aggregators.weightings.scalarization import check_positive
 from gradkern.arguments import number
 
 
@@ -18,9 +19,10 @@ class DBMTL(Averaged):
 
     The means start from 0, as in the official code, so first updates are shorter: the first is 1 - beta times as long
     as those of equal gradients in every step. A mean of zero has the weight 0. On a matrix, the rows are the gradients
-    of the logarithms of the losses. A loss that is not greater than 0 gives weights that are not a number, and moves no
-    mean. Unlike in the official code, unshared parameters get the gradients of the losses themselves. A gradient scaler
-    does not go with it: the update does not grow with the losses, and would be unscaled all the same.
+    of the logarithms of the losses. A loss that is not greater than 0 is an error on a CPU; on a device it gives
+    weights that are not a number, and moves no mean. Unlike in the official code, unshared parameters get the gradients
+    of the losses themselves. A gradient scaler does not go with it: the update does not grow with the losses, and would
+    be unscaled all the same.
 
     The T means take as much memory as the T task gradients, of the shared parameters' dtype; see :class:`Averaged`.
 
@@ -39,7 +41,12 @@ class DBMTL(Averaged):
         return torch.full_like(steps, 1 - self.beta)
 
     def scales(self, losses: Tensor) -> Tensor:
-        """Return 1 / L_i, NaN where a loss is no finite number greater than 0; see :meth:`Averaged.scales`."""
+        """Return 1 / L_i, NaN where a loss is no finite number greater than 0; see :meth:`Averaged.scales`.
+
+        Raises:
+            ValueError: a loss on a CPU is not greater than 0.
+        """
+        check_positive(losses, "DB-MTL takes their logarithms")
         return torch.where((losses > 0) & losses.isfinite(), 1 / losses.double(), torch.nan)
 
     def weights(self, M: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Wrapper(Aggregator):
         ValueError: it looks at entries of the gradients, or its weights depend on nothing in the Gramian.
     """
 
+    needs_present = True
+
     fixed_weights: tuple[type[Aggregator], ...] = ()
     """The classes of fixed weights that it accepts."""
 
@@ -53,6 +55,11 @@ class Wrapper(Aggregator):
     def needs_eps(self) -> bool:  # type: ignore[override]  # it depends on the method within
         """Whether the method within takes the precision of each group's rows."""
         return self.aggregator.needs_eps
+
+    @property
+    def required(self) -> tuple[int, ...]:  # type: ignore[override]  # it depends on the method within
+        """The numbers of the tasks that the method within needs in every step."""
+        return self.aggregator.required
 
     def weights(self, M: Tensor, losses: Tensor | None = None) -> Tensor:
         """Return the weights; see :meth:`Aggregator.weights`.

@@ -102,13 +102,14 @@ def test_mconfig_in_turns_as_the_official_operator() -> None:
             assert_near(p.grad, update, update.norm(), 1e-4)
 
 
-def test_dbmtls_losses_that_have_no_logarithm_show_and_move_nothing() -> None:
+def test_dbmtls_losses_that_have_no_logarithm_are_named_and_move_nothing() -> None:
     p = torch.nn.Parameter(torch.ones(3))
     method = gk.DBMTL()
     for shift in (3.0, 4.0):  # losses of 0, and below
-        info = gk.backward([p.sum() - shift, p.square().sum()], [p], aggregator=method)
-        assert info.weights.isnan().all()
-        assert (method.state_dict()["means_float32"] == 0).all()
+        with pytest.raises(ValueError, match=r"losses\[0\] must be above 0, because DB-MTL takes their logarithms"):
+            gk.backward([p.sum() - shift, p.square().sum()], [p], aggregator=method)
+        assert p.grad is None
+        assert "means_float32" not in method.state_dict()
 
 
 def test_absent_tasks_are_left_out() -> None:
