@@ -69,11 +69,11 @@ class Cut:
 
 
 def cut_apart(J: Tensor, device: torch.device) -> Cut:
-    """Cut a matrix into parameters, with one gradient missing if there are two tasks or more."""
+    """Cut a matrix into parameters, with one gradient missing if there are two tasks or more, and two parameters."""
     T, P = J.shape
     pieces = [piece.clone() for piece in J.split([n for n in (P // 2, P // 3, P - P // 2 - P // 3) if n], 1)]
     grads: list[Tensor | None] = [piece[t].to(device, copy=True) for t in range(T) for piece in pieces]
-    if T > 1:
+    if T > 1 and len(pieces) > 1:
         grads[1] = None
         pieces[1][0] = 0
     return Cut(pieces, grads, [k % N_SEGMENTS for k in range(len(pieces))])

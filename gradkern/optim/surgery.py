@@ -51,8 +51,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         optimizer: the optimizer that takes the step, over leaf tensors as in :func:`gradkern.backward`; not another
             SurgeryOptimizer. Give it ``model.named_parameters()`` where ``groups`` needs names.
         aggregator: the method, such as ``gradkern.PCGrad()``.
-        groups: as in :func:`gradkern.backward`.
-        shared: as in :func:`gradkern.backward`.
+        groups, shared: as in :func:`gradkern.backward`.
         suppression: as in :func:`gradkern.backward`; its step is part of ``state_dict``.
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
@@ -107,11 +106,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         writes anything.
 
         Args:
-            losses: one entry per task, as in :func:`gradkern.backward`.
-            features: as in :func:`gradkern.backward`.
-            batched: as in :func:`gradkern.backward`.
-            retain_graph: keep the graphs for another backward pass.
-            second: as in :func:`gradkern.backward`.
+            losses, features, batched, retain_graph, second: as in :func:`gradkern.backward`.
 
         Raises:
             TypeError, ValueError: as for :func:`gradkern.backward`.
@@ -196,10 +191,7 @@ class SurgeryOptimizer(OptimizerWrapper):
                 A longer gradient is scaled down to it, and one whose norm is not finite becomes NaN.
             scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
                 afterwards.
-            features: as in :func:`gradkern.backward`.
-            batched: as in :func:`gradkern.backward`.
-            retain_graph: keep the graphs for another backward pass.
-            second: as in :func:`gradkern.backward`.
+            features, batched, retain_graph, second: as in :func:`gradkern.backward`.
 
         Returns:
             The step's losses, Gramian and weights; with ``max_norm`` also the norm before clipping.

@@ -111,6 +111,8 @@ def test_the_cost_follows_from_what_the_class_looks_at() -> None:
 
     assert words(gk.PCGrad) == "2T + 1"  # the rows twice, and the result
     assert words(_Moving) == "4T + 1"  # and the history read and written
+    assert words(gk.MoDo) == "4T + 1"  # and the rows of both batches for their products
+    assert listing.listed(_row(gk.MoDo)).passes == "2T"
     assert words(_OneByOne) == "T + 1"  # the rows once, and the result
     assert words(gk.Mean) == "0"
     assert words(_Looking) == "T"  # the rows once, and the result is that of a backward pass
