@@ -10,6 +10,7 @@ from gradkern.aggregators.base import Aggregator, OwnGrads, Solution, check_gram
 from gradkern.arguments import boolean, tensor
 from gradkern.ops import combine
 from gradkern.ops.dtypes import DTYPES
+from gradkern.ops.registry import is_watched
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ class Scalarization(Aggregator):
 
 def check_positive(losses: Tensor, why: str) -> None:
     """Raise ValueError if a loss on the CPU is not above 0. On other devices the host would have to wait for it."""
-    if losses.device.type != "cpu" or not has_numbers(losses) or torch.compiler.is_compiling():
+    if losses.device.type != "cpu" or not has_numbers(losses) or torch.compiler.is_compiling() or is_watched():
         return
     for i, loss in enumerate(losses.tolist()):
         if loss <= 0:
