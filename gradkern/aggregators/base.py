@@ -219,6 +219,14 @@ def has_numbers(M: Tensor) -> bool:
     return not (M.is_meta or isinstance(M, FakeTensor))
 
 
+def all_finite(M: Tensor, present: Tensor | None = None) -> Tensor:
+    """Return (S,) bool: whether a Gramian (S, T, T) is finite among the present tasks, or all."""
+    finite = M.isfinite()
+    if present is not None:
+        finite = finite | ~(present.unsqueeze(-1) & present)
+    return finite.flatten(1).all(1)
+
+
 def check_gramian(M: Tensor) -> None:
     """Raise unless ``M`` is dense, (..., T, T) with T >= 1, float32 or float64, as Gramians are."""
     tensor("M", M, (torch.float32, torch.float64))

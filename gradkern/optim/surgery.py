@@ -1,20 +1,19 @@
 """Any torch optimizer with gradient surgery in its backward pass."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator, Entrywise, GradAttention
 from gradkern.arguments import boolean, instance, number
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
-from gradkern.gradients.losses import Loss, Source
+from gradkern.gradients.losses import Loss, Source, entries_of
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sources import from_losses
@@ -118,7 +117,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         if total is not None and not self._options().adds_at_once:
             info = add_up(total, source, self._params())
         else:
-            if total is not None and isinstance(losses, list):
+            if total is not None:
                 total.expect(len(losses))
             info = self._run(source, self._grad_sink(source), second)
             self._pending.step_scale = info.step_scale
@@ -236,9 +235,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
         """Return ``losses`` as a list; those of the first step look for untracked parameters."""
-        if isinstance(losses, (Tensor, str, bytes, Set, Mapping)) or not isinstance(losses, Iterable):
-            return losses  # a later check refuses them
-        return self._untracked.watched(list(losses), self._tensors)
+        return self._untracked.watched(entries_of("losses", losses), self._tensors)
 
     def _run(self, source: Source, sink: Sink, second: Second = None) -> SurgeryInfo:
         return run(source, sink, self._options(), self._params(), second)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import has_numbers
+from gradkern.aggregators.base import all_finite, has_numbers
 from gradkern.aggregators.gramian.base import GramianMethod
 from gradkern.aggregators.solvers.arrays import Array, carried, none, space
 from gradkern.aggregators.solvers.fair import fair
@@ -70,7 +70,7 @@ class NashMTL(GramianMethod):
         kept, age = self._state_for(M)
         rows = M.diagonal(dim1=-2, dim2=-1) != 0
         due = (age % self.update_every == 0) | (rows & (kept == 0)).any(-1)
-        finite = M.isfinite().flatten(-2).all(-1)
+        finite = all_finite(M)
         w = _renewed(M, present, kept, due)
         if present is not None:
             w = torch.where(present, w, 0.0)

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution, check_gramian
+from gradkern.aggregators.base import Solution, all_finite, check_gramian
 from gradkern.aggregators.history.moco import on_simplex
 from gradkern.aggregators.task_state import TaskState
 from gradkern.arguments import tensor
@@ -102,7 +102,7 @@ class DoubleSampling(TaskState):
         there = torch.ones_like(before, dtype=torch.bool) if present is None else present.expand_as(before)
         both = there.unsqueeze(-1) & there.unsqueeze(-2)
         K = torch.where(both, M.double(), 0.0)
-        finite = K.isfinite().flatten(1).all(1).unsqueeze(-1)
+        finite = all_finite(K).unsqueeze(-1)
         w = self.moved(K, on_simplex(torch.where(there, before, 0.0), there), there)
         self._keep("task_weights", M, torch.where(finite & there, w, before))
         return torch.where(finite, self.of_update(w, there), torch.nan).to(M.dtype)

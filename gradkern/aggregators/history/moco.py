@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution, check_gramian
+from gradkern.aggregators.base import Solution, all_finite, check_gramian
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.arguments import number
 
@@ -85,7 +85,7 @@ class MoCo(Averaged):
         moves = G.isfinite().all() & there
         self._keep("task_weights", M, torch.where(moves, w, before))
         self._keep("rounds", M, rounds + moves)
-        spoilt = ~G.isfinite().flatten(1).all(1)
+        spoilt = ~all_finite(G)
         return Solution(torch.where(spoilt.unsqueeze(-1), torch.nan, w).to(M.dtype))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

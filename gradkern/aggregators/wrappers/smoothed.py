@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, Solution, check_gramian
+from gradkern.aggregators.base import Aggregator, Solution, all_finite, check_gramian
 from gradkern.aggregators.task_state import TaskState
-from gradkern.aggregators.wrappers.wrapper import Wrapper, all_finite, nan_where
+from gradkern.aggregators.wrappers.wrapper import Wrapper, nan_where
 from gradkern.arguments import number
 
 

@@ -100,14 +100,6 @@ class Wrapper(Aggregator):
         yield self._buffers  # the method within keeps its own
 
 
-def all_finite(M: Tensor, present: Tensor | None) -> Tensor:
-    """Return (S,) bool: whether a Gramian (S, T, T) is finite among the present tasks."""
-    finite = M.isfinite()
-    if present is not None:
-        finite = finite | ~(present.unsqueeze(-1) & present)
-    return finite.flatten(1).all(1)
-
-
 def nan_where(spoilt: Tensor, w: Tensor) -> Tensor:
     """Return weights that are not a number where ``spoilt`` says so."""
     return torch.where(spoilt, torch.nan, w)
