@@ -33,6 +33,8 @@ has up to eight times as many columns if P has no better divisor, or if P is no 
 BAGS = 1 << 20
 """The number of columns that are combined in bags at a time and then copied to given memory. Their 4 MB are then still
 in the third-level cache, and lie in memory that was freed before; 40 MB would be new memory each time."""
+TIDY = 1 << 15
+"""The number of columns above which PyTorch's vectorized operations use several threads, as bags do from two on."""
 FEW = 3
 """The number of rows up to which many columns are added up row by row in given memory. For two and three rows bags and
 a copy take up to a third longer, for four as long, and for forty .8 of the time."""
@@ -109,7 +111,8 @@ def combine_matrix(J: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     fits_bags = width > 0 and J.is_contiguous() and J.is_cpu and J.dtype == w.dtype
     if fits_bags and any(weights) and bags_agree(J.dtype):
         if out is None:
-            return _in_bags(J, w, weights, width, 0, P)
+            result = _in_bags(J, w, weights, width, 0, P)
+            return _tidied(result) if P > TIDY else result
         if T > FEW or width == P:
             step = BAGS // width * width
             for a in range(0, P, step):
@@ -134,6 +137,16 @@ def _in_bags(J: Tensor, w: Tensor, weights: Sequence[float], width: int, start: 
     part_weights = row_weights if stop - first == 1 else row_weights.repeat(stop - first)
     table = J.view(-1, width)
     return torch.embedding_bag(table, parts, starts, False, 0, False, part_weights)[0].view(-1)
+
+
+def _tidied(result: Tensor) -> Tensor:
+    """Return the bags' result after a multiplication by 1.
+
+    After ``torch.embedding_bag``, MKL's matrix products take twice as long in the threads that shared the bags, until
+    these have run a vectorized operation of PyTorch's. Next come Gramians of other rows, or the user's model. (Seen on
+    AMD EPYC with torch 2.13. Upper halves of vector registers that stay in use would explain it.)
+    """
+    return result.mul_(1.0)
 
 
 @lru_cache(maxsize=1024)
