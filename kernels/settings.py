@@ -189,3 +189,17 @@ def trimmed_mean_setting(k: int, itemsize: int) -> TileSetting:
 def project_setting(itemsize: int) -> TileSetting:
     """Eight float32 accumulators a thread and output row, half in float64, where a number takes two registers."""
     return TileSetting(512 if itemsize == 8 else 1024, 128)
+
+
+SOLVER_T = 64
+"""Most tasks of a problem that one program solves. The matrix lies in registers, up to sixteen numbers a thread."""
+
+
+def solver_threads(T: int) -> int:
+    """Return the threads of a program that solves a T x T problem: one warp up to 16, four up to 32, then eight.
+
+    A warp exchanges numbers without shared memory and never waits for another one. On sm_90 the largest problems take
+    220 to 243 registers. Fair weights beyond T = 32 take all 255 and spill, outside of elimination's loops: a logarithm
+    and a power of every number.
+    """
+    return 32 if T <= 16 else 128 if T <= 32 else 256

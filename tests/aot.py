@@ -23,12 +23,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from gradkern.kernels import (
+    active_set,
     adamw,
     combine,
     entries,
+    fair,
     graddrop,
     gradvac,
     gramian,
+    jacobi,
     pcgrad,
     project,
     reduce,
@@ -38,7 +41,8 @@ from gradkern.kernels import (
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.masks import Mask
 from gradkern.kernels.rows import Rows, Tiles, arithmetic
-from gradkern.kernels.settings import DOT_T, ONE_LAUNCH_T, OUTPUT_ROWS
+from gradkern.kernels.settings import DOT_T, ONE_LAUNCH_T, OUTPUT_ROWS, SOLVER_T
+from gradkern.ops import limits
 from gradkern.ops.layout import TILE, Layout, column_layout, tensor_layout
 from gradkern.ops.one_launch.work_list import work_list
 
@@ -149,12 +153,27 @@ def cases(target: GPUTarget) -> Iterator[Case]:
                 for of_segments, setting in ((None, f"T={T}"), (eps, f"T={T}, several eps")):
                     launch = gradvac.gradvac(M, order_keys, state, 0.1, of_segments, M)
                     yield Case("gradvac", name, setting, launch, False)
+    yield from solver_cases()
     index = torch.empty(200, dtype=torch.int64)
     for name, dtype in DTYPES.items():
         values = torch.empty(3, 200, dtype=arithmetic(dtype))
         launch = entries.gather(_rows(3, dtype, True), index[:2], index, values)
         yield Case("gather", name, "any T", launch, False)
         yield Case("scatter", name, "", entries.scatter(values[0], index[:2], index, _rows(1, dtype, True)), False)
+
+
+def solver_cases() -> Iterator[Case]:
+    """Yield the solvers of T x T problems, for each number of threads and the largest T of each."""
+    f64 = torch.float64
+    of_sets = {**limits.ACTIVE_SET._asdict(), "rounds": 1}
+    for T in (1, 8, 16, 32, SOLVER_T):
+        K, v, free = torch.empty(1, T, T, dtype=f64), torch.empty(1, T, dtype=f64), torch.empty(1, T, dtype=torch.bool)
+        launch = active_set.active_set(K, v.unsqueeze(-1), free, None, v, of_sets)
+        yield Case("active_set", "fp64", f"T={T}", launch, False)
+        launch = active_set.active_set(K, torch.empty(1, T, 2, dtype=f64), free, v[:, 0], v, of_sets)
+        yield Case("active_set", "fp64", f"T={T}, scaled", launch, False)
+        yield Case("fair", "fp64", f"T={T}", fair.fair(K, v, 1.0, v, limits.FAIR._asdict()), False)
+        yield Case("jacobi", "fp64", f"T={T}", jacobi.jacobi(K, K.clone(), 6, 1e-16), False)
 
 
 def entrywise_cases(target: GPUTarget) -> Iterator[Case]:

@@ -84,7 +84,7 @@ interpreted = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 def triton_operators() -> list[registry.Operator[..., Any]]:
     """Return the operators that the Triton back end implements."""
     from gradkern.ops.one_launch import surgery  # noqa: F401  (registers)
-    from gradkern.ops.triton import adamw, combine, entries, entrywise, gramian, methods  # noqa: F401  (register)
+    from gradkern.ops.triton import adamw, combine, entries, entrywise, gramian, methods, solvers  # noqa: F401  (register)
 
     return [op for op in registry.operators.values() if TRITON in op.implementations]
 

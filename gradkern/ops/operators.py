@@ -208,6 +208,37 @@ def trimmed_mean(
     """
 
 
+@operator("active_set")
+def active_set(K: Tensor, R: Tensor, free: Tensor, square: Tensor | None = None) -> Tensor:
+    """Solve convex problems with bounds, exactly: ``gradkern/aggregators/solvers/active_set.py`` says which.
+
+    ``K`` (..., T, T), ``R`` (..., T, 1), or (..., T, 2) with ``square`` (...), are float64, and ``free`` (..., T) is
+    bool. Leading dimensions are independent problems; those of ``K`` and ``free`` broadcast to those of ``R``. The
+    result is (..., T).
+    """
+    return torch.empty_like(R[..., 0], memory_format=torch.contiguous_format)
+
+
+@operator("fair")
+def fair(K: Tensor, a: Tensor, gamma: float) -> Tensor:
+    """Compute v > 0 with K v = a v^(-gamma), as ``gradkern/aggregators/solvers/fair.py`` explains.
+
+    ``K`` (..., T, T) and ``a`` (..., T) are float64; ``a`` broadcasts. The result is (..., T).
+    """
+    return torch.empty_like(K[..., 0], memory_format=torch.contiguous_format)
+
+
+@operator("jacobi")
+def jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the eigenvalues (..., T), in no order, and the eigenvectors (..., T, T), as columns.
+
+    ``M`` (..., T, T) is float64, symmetric and finite.
+    """
+    return torch.empty_like(M[..., 0], memory_format=torch.contiguous_format), torch.empty_like(
+        M, memory_format=torch.contiguous_format
+    )
+
+
 @operator("adamw", writes=("params", "moments", "kept"))
 def adamw(
     rows: TaskGrads,

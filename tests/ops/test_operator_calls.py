@@ -39,6 +39,12 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
         "w": torch.randn(S, T),
         "W": torch.randn(S, 2, T),
         "M": X @ X.mT,
+        "K": (X @ X.mT).double(),
+        "R": torch.randn(S, T, 2, dtype=torch.float64),
+        "free": torch.tensor([True, False, True]),
+        "square": torch.ones(S, dtype=torch.float64),
+        "a": torch.rand(T, dtype=torch.float64) + 0.1,
+        "gamma": 0.5,
         "offsets": torch.tensor([0, 100, P]),
         "blocks": [J[:, :100].clone(), J[:, 100:].clone()],
         "rows": TaskGrads(grads, [0, 1, 0, 1, 0], S),
@@ -70,6 +76,8 @@ def arguments(op: Operator[..., Any], masked: bool = True) -> list[Any]:
     }
     if op.name.startswith("pcgrad.matrix"):
         named["order_keys"] = order_keys[:1]
+    if op.name == "jacobi":
+        named["M"] = named["K"]
     if op.name in ("combine.out", "pcgrad.matrix_out"):
         named["out"] = torch.zeros(P)
     return [named[name] for name in signature(op).parameters]

@@ -16,19 +16,12 @@ ones, each starting from the solution before. Some T rounds do in all, half of t
 solution with the smallest ridge for which there was time.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, rounds, space
-
-PLAIN_ROUNDS = 8
-"""The rounds without a guard. They solve more than 99 of 100 problems of random rows."""
-FIRST_RIDGE, NEXT_RIDGE, LAST_RIDGE = 1e-2, 1e-2, 2e-14
-"""Relative to a diagonal of 1. Each is ``NEXT_RIDGE`` times the one before."""
-NOISE = 1e-13
-"""The size of a number that counts as 0, relative to the sum of all: some 900 roundings of float64."""
-
-Scale = Callable[[Array, Array, Array], Array]
+from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, on_device, rounds, space
+from gradkern.ops import operators
+from gradkern.ops.limits import ACTIVE_SET
+from gradkern.ops.pytorch.backend import implements
 
 
 class _Problem(NamedTuple):
@@ -36,7 +29,7 @@ class _Problem(NamedTuple):
 
     K: Array
     R: Array
-    scale: Scale | None
+    square: Array | None
     eye: Array
 
 
@@ -54,25 +47,34 @@ def nonnegative(K: Array, p: Array) -> Array:
     return complementary(K, -p[..., None], p < 0)
 
 
-def complementary(K: Array, R: Array, free: Array, scale: Scale | None = None) -> Array:
+def complementary(K: Array, R: Array, free: Array, square: Array | None = None) -> Array:
     """Return v (..., T), optimal with p = -R c; see the module.
 
     Args:
         K: (..., T, T), as for :func:`nonnegative`.
         R: (..., T, 1), and c = 1; or (..., T, 2), and c = (λ, 1).
         free: (..., T), the tasks that are free at first.
-        scale: the function that gives λ (...) from the entries 11, 12 and 22 of RᵀK⁻¹R, K and R on the free tasks.
+        square: (...), with two columns of R. λ is the larger root of aλ² + 2bλ + q = ``square``, or where the left side
+            is the least, with the entries a, b, q (11, 12, 22) of RᵀK⁻¹R, K and R on the free tasks.
     """
-    problem = _Problem(K, R, scale, identity(K))
-    G = K + LAST_RIDGE * problem.eye
-    below = -NOISE * abs(R[..., -1]).sum(-1)[..., None]
-    for _ in range(PLAIN_ROUNDS):
+    return (operators.active_set if on_device(K) else _complementary)(K, R, free, square)
+
+
+def _complementary(K: Array, R: Array, free: Array, square: Array | None = None) -> Array:
+    """Return the result of :func:`complementary`; on a device, where there is no kernel for it."""
+    problem = _Problem(K, R, square, identity(K))
+    G = K + ACTIVE_SET.last_ridge * problem.eye
+    below = -ACTIVE_SET.noise * abs(R[..., -1]).sum(-1)[..., None]
+    for _ in range(ACTIVE_SET.plain_rounds):
         x = _point(problem, G, free)
-        bad = ~(x >= (below if scale is None else below * ~free))  # what is not a number is bad, too
+        bad = ~(x >= (below if square is None else below * ~free))  # what is not a number is bad, too
         if none(bad):
             return _inside(x, free)
         free = free ^ bad
     return space(K).where(bad.any(-1)[..., None], _by_ridges(problem, free), _inside(x, free))
+
+
+implements(operators.active_set)(_complementary)
 
 
 def kkt_residual(K: Array, p: Array, v: Array) -> Array:
@@ -85,12 +87,15 @@ def kkt_residual(K: Array, p: Array, v: Array) -> Array:
 
 def _point(problem: _Problem, G: Array, free: Array) -> Array:
     """Return x (..., T), v for the free tasks and s for the others, with the matrix G in place of K."""
-    _, R, scale, eye = problem
+    _, R, square, eye = problem
     X = basic(G, free, R, eye)
-    if scale is None:
+    if square is None:
         return X[..., 0]
-    S = R.swapaxes(-1, -2) @ space(G).where(free[..., None], X, 0.0)
-    return scale(S[..., 0, 0], S[..., 0, 1], S[..., 1, 1])[..., None] * X[..., 0] + X[..., 1]
+    xp = space(G)
+    S = R.swapaxes(-1, -2) @ xp.where(free[..., None], X, 0.0)
+    a, b, q = S[..., 0, 0], S[..., 0, 1], S[..., 1, 1]
+    root = (xp.sqrt((b * b - a * (q - square)).clip(0)) - b) / a
+    return root[..., None] * X[..., 0] + X[..., 1]
 
 
 def _inside(x: Array, free: Array) -> Array:
@@ -100,27 +105,27 @@ def _inside(x: Array, free: Array) -> Array:
 
 def _by_ridges(problem: _Problem, free: Array) -> Array:
     """Return v with smaller and smaller ridges; see the module. It is not a number if K or R is not finite."""
-    K, R, scale, eye = problem
-    xp, T = space(K), K.shape[-1]
+    K, R, square, eye = problem
+    xp = space(K)
     sound = (xp.isfinite(K).all(-1) & xp.isfinite(R).all(-1)).all(-1)[..., None]
     K, R = xp.where(sound[..., None], K, eye), xp.where(sound[..., None], R, 0.0)
     problem = problem._replace(R=R)
     size = abs(R[..., -1]).sum(-1)[..., None]
     v = solution = 0.0 * (free * R[..., 0])
-    ridge = v[..., :1] + FIRST_RIDGE
-    for _ in rounds(K, 2 * T + 16):
+    ridge = v[..., :1] + ACTIVE_SET.first_ridge
+    for _ in rounds(K, ACTIVE_SET.rounds(K.shape[-1])):
         x = _point(problem, K + ridge[..., None] * eye, free)
         terms = (abs(x) * free).sum(-1)[..., None]
-        terms = size + terms if scale is None else size * ~free + terms
-        bad = ~(x >= -(ridge / 10).clip(NOISE) * terms)
+        terms = size + terms if square is None else size * ~free + terms
+        bad = ~(x >= -(ridge / 10).clip(ACTIVE_SET.noise) * terms)
         crossed = bad & free
         part = xp.where(crossed, v / (v - x), xp.inf)  # of the way to x, at whose end a number is 0
         first = xp.amin(part, -1)[..., None]
         done = ~bad.any(-1)[..., None]
         solution = xp.where(done, _inside(x, free), solution)
-        if every(done & (ridge <= LAST_RIDGE)):
+        if every(done & (ridge <= ACTIVE_SET.last_ridge)):
             break
         v = xp.where(free, v + first.clip(None, 1.0) * (x - v), 0.0).clip(0)
         free = free ^ (bad & (part <= first))
-        ridge = xp.where(done, (ridge * NEXT_RIDGE).clip(LAST_RIDGE), ridge)
+        ridge = xp.where(done, (ridge * ACTIVE_SET.next_ridge).clip(ACTIVE_SET.last_ridge), ridge)
     return xp.where(sound, solution, xp.nan)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gradkern.ops.limits import PATIENCE
 from gradkern.ops.registry import is_watched
 
 Array = Any
@@ -44,6 +45,11 @@ def space(x: Array) -> Any:
     return np if isinstance(x, np.ndarray) else torch
 
 
+def on_device(x: Array) -> bool:
+    """Return whether ``x`` is a tensor that is not on the CPU, where an operator may have a kernel for it."""
+    return isinstance(x, Tensor) and x.device.type != "cpu"
+
+
 def identity(K: Array) -> Array:
     """Return the identity matrix of the size and kind of ``K`` (..., T, T). It must not be written to."""
     T = K.shape[-1]
@@ -69,8 +75,8 @@ def lowest(x: Array, n: int) -> Array:
 
 
 def rounds(x: Array, n: int) -> range:
-    """Return the rounds of a loop: n for tensors, and ten times as many where the loop ends as soon as it can."""
-    return range(10 * n if isinstance(x, np.ndarray) else n)
+    """Return the rounds of a loop: n for tensors, and more where the loop ends as soon as it can."""
+    return range(PATIENCE * n if isinstance(x, np.ndarray) else n)
 
 
 def every(mask: Array) -> bool:

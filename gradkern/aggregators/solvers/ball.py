@@ -35,14 +35,9 @@ def best_in_ball(M: Array, p: Array, c: float, among: Array | None = None) -> Ar
     center = xp.where(rows, p * (n / longest), 0.0)
     slope = xp.where(rows, (K @ center[..., None])[..., 0], 0.0)
     square = (c * c) * (center * slope).sum(-1)
-
-    def root(a: Array, b: Array, q: Array) -> Array:
-        """Return the larger λ with aλ² + 2bλ + q = square, or where the left side is the least."""
-        return (xp.sqrt((b * b - a * (q - square)).clip(0)) - b) / a
-
     R = xp.stack((xp.amin(n, -1)[..., None] / n, -slope), -1)
     first = xp.where(rows, slope * n, xp.inf).argmin(-1)[..., None] == positions(n)
-    return problem.weights(complementary(K, R, first & rows, root) * longest)
+    return problem.weights(complementary(K, R, first & rows, square) * longest)
 
 
 def ball_residual(M: Array, p: Array, y: Array, c: float) -> Array:

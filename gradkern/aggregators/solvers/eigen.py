@@ -3,8 +3,8 @@
 On a CPU LAPACK solves them. The rows are put in order of their lengths first, the longest first: then its
 transformations keep small entries apart from large ones, and small eigenvalues keep their digits, up to 25 rows. (For
 more LAPACK divides and conquers, and digits are relative to the largest eigenvalue.) On a device, and wherever the host
-may not look, Jacobi's method solves them. A sweep rotates every two rows and columns once so that
-their common entry becomes 0, T / 2 disjoint pairs at a time.
+may not look, Jacobi's method solves them. A sweep rotates every two rows and columns once so that their common entry
+becomes 0, T / 2 disjoint pairs at a time.
 """
 
 import numpy as np
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gradkern.aggregators.solvers.arrays import Array, every, identity, lu_solved, space
+from gradkern.aggregators.solvers.arrays import Array, every, identity, lu_solved, on_device, space
+from gradkern.ops import operators
+from gradkern.ops.limits import sweeps
+from gradkern.ops.pytorch.backend import implements
 
 REGULAR = 1e6
 """The condition number up to which an inverse is as good as one by eigenvalues: its residual is below 1e-9."""
@@ -90,6 +93,14 @@ def _lapack(M: Array) -> tuple[Array, Array]:
 
 
 def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = (operators.jacobi if on_device(M) else _rotated)(M)
+    values, order = values.sort(-1)
+    return values, vectors.gather(-1, order[..., None, :].expand_as(M))
+
+
+@implements(operators.jacobi)
+def _rotated(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues in no order, and the eigenvectors; on a device, where there is no kernel for it."""
     T = M.shape[-1]
     half = (T + 1) // 2
     A = pad(M, (0, T % 2, 0, T % 2))
@@ -99,7 +110,7 @@ def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
     even = _turned(eye, half)
     odd = _turned(torch.cat((eye[half:], -eye[:half])), half)
     V = eye
-    for _ in range((6 + T.bit_length()) * (2 * half - 1)):
+    for _ in range(sweeps(T) * (2 * half - 1)):
         d = A.diagonal(0, -2, -1)
         angle = torch.atan(2 * A.diagonal(half, -2, -1) / (d[..., half:] - d[..., :half])).nan_to_num(0.0) / 2
         angle = torch.cat((angle, angle), -1)[..., None]
@@ -107,9 +118,7 @@ def _jacobi(M: Tensor) -> tuple[Tensor, Tensor]:
         A = R.mT @ A @ R
         A = (A + A.mT) / 2
         V = V @ R
-    values, order = A.diagonal(0, -2, -1)[..., :T].sort(-1)
-    vectors = V[..., :T, :T].expand_as(M)
-    return values, vectors.gather(-1, order[..., None, :].expand_as(M))
+    return A.diagonal(0, -2, -1)[..., :T].clone(), V[..., :T, :T].expand_as(M).contiguous()
 
 
 def _turned(X: Tensor, half: int) -> Tensor:

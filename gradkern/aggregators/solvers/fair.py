@@ -12,20 +12,15 @@ antiparallel rows of very different lengths.
 If the hull of the rows contains 0, there is no solution. Then 1e-6 is added to the diagonal of K.
 """
 
-from gradkern.aggregators.solvers.arrays import Array, every, identity, rounds, solved, space
+from gradkern.aggregators.solvers.arrays import Array, every, identity, on_device, rounds, solved, space
 from gradkern.aggregators.solvers.scaling import scaled
+from gradkern.ops import operators
+from gradkern.ops.limits import FAIR
+from gradkern.ops.pytorch.backend import implements
 
-ROUNDS = 48
-"""On a device. Where the host may look, rounds end when all is done, and there may be ten times as many."""
-CLOSE = 1e-8
-"""The relative change after which another round would change nothing: its square is below rounding."""
-NEAR = 1e-3
-"""The relative change below which each is the square of the one before, up to rounding."""
-FALL, GROWTH = 0.99, 30.0
-"""The part of a number that one round may take from it, or add to it. Without a bound on growth, rounds may circle."""
 RIDGE = 1e-6
 """It bounds the weights of unit rows by 1e3."""
-APART = 1e-12
+APART = 100 * FAIR.apart
 """The square of the distance of 0 from the hull of the unit rows, below which rounding decides about the solution."""
 
 
@@ -51,7 +46,8 @@ def fair(M: Array, alpha: float = 1.0, s: Array | float = 1.0, among: Array | No
     longest = xp.amax(xp.where(rows, n, 0.0), -1)[..., None]
     relative = xp.where(rows, n / longest, 1.0)
     a = xp.where(rows, (relative * s) ** gamma / relative, 1.0)
-    plain, ridged = _newton(xp.stack((K, K + RIDGE * identity(K)), 0), a, gamma)
+    newton = operators.fair if on_device(K) else _newton
+    plain, ridged = newton(xp.stack((K, K + RIDGE * identity(K)), 0), a, gamma)
     Kv, total = (K @ plain[..., None])[..., 0], plain.sum(-1)
     goal = a * plain**-gamma
     met = (abs(Kv - goal) <= 1e-10 * (goal + total[..., None])).all(-1)
@@ -68,22 +64,25 @@ def _newton(K: Array, a: Array, gamma: float) -> Array:
     both = xp.stack((v, a * v**-gamma), 0)
     done = stretch < 0  # none
     last = stretch + xp.inf
-    for _ in rounds(K, ROUNDS):
+    for _ in rounds(K, FAIR.rounds):
         v, t = both
         goal = a * v**-gamma
         H = K + (gamma * t / v)[..., None] * identity(K)
         d = solved(H, (goal - (K @ v[..., None])[..., 0])[..., None])[..., 0] / v
         change = xp.stack((d, goal / t - 1 - gamma * d), 0)
-        step = 1 / xp.amax(xp.maximum(change / -FALL, change / GROWTH), -1).clip(1)
+        step = 1 / xp.amax(xp.maximum(change / -FAIR.fall, change / FAIR.growth), -1).clip(1)
         both = xp.where(done[..., None], both, both * (1 + step[..., None] * change))
         size = xp.amax(abs(change), (0, -1))
         # Also done is what only rounding changes, and what has no solution.
-        settled = (size <= CLOSE) | ((size >= last) & (last <= NEAR))
-        done = done | settled | ((v * t).sum(-1) < APART / 100 * v.sum(-1) ** 2)
+        settled = (size <= FAIR.close) | ((size >= last) & (last <= FAIR.near))
+        done = done | settled | ((v * t).sum(-1) < FAIR.apart * v.sum(-1) ** 2)
         last = size
         if every(done):
             break
     return both[0]
+
+
+implements(operators.fair)(_newton)
 
 
 def fair_residual(M: Array, w: Array, alpha: float = 1.0, s: Array | float = 1.0) -> Array:

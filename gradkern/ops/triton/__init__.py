@@ -9,6 +9,6 @@ from gradkern.ops.triton.backend import BACKEND
 if BACKEND.unavailable is None:
     try:
         from gradkern.ops.one_launch import surgery  # noqa: F401  (registers)
-        from gradkern.ops.triton import adamw, combine, entries, entrywise, gramian, methods  # noqa: F401  (register)
+        from gradkern.ops.triton import adamw, combine, entries, entrywise, gramian, methods, solvers  # noqa: F401  (register)
     except ImportError as error:  # not every platform has Triton, and Triton may fail to load
         BACKEND.unavailable = f"Triton cannot be imported ({error})"

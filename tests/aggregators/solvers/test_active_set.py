@@ -11,6 +11,7 @@ from gradkern.aggregators.solvers import active_set
 from gradkern.aggregators.solvers.active_set import complementary, kkt_residual, nonnegative
 from gradkern.aggregators.solvers.arrays import carried
 from gradkern.aggregators.solvers.scaling import scaled
+from gradkern.ops.limits import ACTIVE_SET
 from tests.aggregators.solvers.hard import T_ALL, gramians, integers, mixed
 from tests.tolerances import assert_near
 
@@ -95,7 +96,7 @@ def test_an_exchange_that_runs_in_circles_is_left(monkeypatch: pytest.MonkeyPatc
     expected = solve(K, p)
     assert kkt_residual(K, p, expected) <= OPTIMAL
     monkeypatch.setattr(active_set, "_by_ridges", lambda problem, free: torch.full_like(p, torch.nan).numpy())
-    monkeypatch.setattr(active_set, "PLAIN_ROUNDS", 1000)
+    monkeypatch.setattr(active_set, "ACTIVE_SET", ACTIVE_SET._replace(plain_rounds=1000))
     assert solve(K, p).isnan().all()
 
 
@@ -104,7 +105,7 @@ def test_the_descent_alone_comes_to_the_same(plain: int, monkeypatch: pytest.Mon
     """Whatever set the plain rounds leave. Tensors get as many rounds as it needs."""
     K, p = bounded(mixed(2, 5))
     expected = solve(K, p)
-    monkeypatch.setattr(active_set, "PLAIN_ROUNDS", plain)
+    monkeypatch.setattr(active_set, "ACTIVE_SET", ACTIVE_SET._replace(plain_rounds=plain))
     for v in (solve(K, p), nonnegative(K, p)):
         assert_near(v, expected, expected.abs().amax(-1, keepdim=True) + 0.2, 1e-9)
 
@@ -161,9 +162,9 @@ def test_a_gramian_that_rounding_left_indefinite() -> None:
 
 
 def test_a_scale_that_depends_on_the_set() -> None:
-    """λ = 2 for every set is the problem with p = -(2 R₁ + R₂)."""
+    """The v for λ = 2 is the solution for the square that vᵀKv then is; a larger λ gives a larger one."""
     K, p = singular(gramians("any", 0, 5, 6, 12))
-    q = torch.randn_like(p)
-    R = torch.stack((-q, -p), -1)
-    given = complementary(K, R, p < 0, lambda a, b, c: 0 * a + 2)
-    assert_near(given, nonnegative(K, p + 2 * q), 1 + given.abs().max(), 1e-12)
+    v = nonnegative(K, p - 2)
+    R = torch.stack((torch.ones_like(p), -p), -1)
+    given = complementary(K, R, p < 2, (v * (K @ v.unsqueeze(-1)).squeeze(-1)).sum(-1))
+    assert_near(given, v, 1 + v.abs().max(), 1e-12)
