@@ -21,12 +21,14 @@ Calls = dict[str, Callable[[], object]]
 
 
 def rows(T: int, P: int, dtype: torch.dtype) -> Tensor:
-    """Return T rows of which some conflict, and all have a direction in common, so that every method has a solution.
+    """Return T rows of which every other two conflict, and all have a direction in common.
 
-    Their lengths are near 1, for which the rates of methods with double sampling are made.
+    So every method has a solution and work to do. Cosines are near -0.2 and 0.6. Lengths are near 1, for which the
+    rates of methods with double sampling are made.
     """
-    J = torch.randn(T, P, dtype=dtype) / P**0.5
-    return (J + J.mean(0) * T**0.5).contiguous()
+    J, common, between = torch.randn(T, P, dtype=dtype), torch.randn(P, dtype=dtype), torch.randn(P, dtype=dtype)
+    sides = torch.tensor([(-1.0) ** i for i in range(T)], dtype=dtype)
+    return (J + 0.7 * common + sides.outer(between)) / (2.5 * P) ** 0.5
 
 
 def of_weights(method: Method, T: int) -> Calls:
