@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gradkern.aggregators.solvers.arrays import Array, identity, space
+from gradkern.aggregators.solvers.arrays import Array, identity, ones, space
 
 
 class Scaled(NamedTuple):
@@ -44,8 +44,9 @@ def scaled(M: Array, among: Array | None = None) -> Scaled:
     return Scaled(K, xp.where(rows, n, xp.where(zero, 1.0, xp.inf)), rows | zero, xp.where(finite, 0.0, xp.nan))
 
 
-def mean_weights(M: Array, among: Array | None = None) -> Array:
-    """Return the weights (..., T) of the mean of the rows that ``among`` (..., T) gives: 0 for others; None for all."""
-    xp = space(M)
-    ones = xp.ones_like(M[..., 0])
-    return ones / M.shape[-1] if among is None else ones * among / among.sum(-1)[..., None]
+def mean_weights(x: Array, among: Array | None = None) -> Array:
+    """Return the weights of the mean of T rows, of the kind of ``x`` (..., T).
+
+    Those of all rows, (T,), or those of the rows that ``among`` (..., T) gives, and 0 for others, (..., T).
+    """
+    return ones(x) / x.shape[-1] if among is None else ones(x) * among / among.sum(-1)[..., None]
