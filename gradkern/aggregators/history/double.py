@@ -10,13 +10,16 @@ from typing import ClassVar
 from torch import Tensor
 
 from gradkern.aggregators.base import Solution, check_gramian, in_dtype
-from gradkern.aggregators.solvers.arrays import Array, carried, space
+from gradkern.aggregators.solvers.arrays import Array, carried, every, space
 from gradkern.aggregators.solvers.simplex import on_simplex
 from gradkern.aggregators.task_state import TaskState
 from gradkern.arguments import tensor
 from gradkern.ops import combine, operators
 from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
+
+SUMMED = 1e-14
+"""The sum of weights on the simplex differs from 1 by less."""
 
 
 class DoubleSampling(TaskState):
@@ -98,9 +101,9 @@ class DoubleSampling(TaskState):
         """Move the weights by M (S, T, T), and return those of the update."""
         check_gramian(M)
         before = self._kept_for("task_weights", M, 1 / M.shape[-1])
-        both = _step(M, before, present, self)
-        self._keep("task_weights", M, both[1])
-        return in_dtype(both[0], M)
+        w, kept = _step(M, before, present, self)
+        self._keep("task_weights", M, kept)
+        return in_dtype(w, M)
 
     @abstractmethod
     def moved(self, M: Array, w: Array, there: Array | None) -> Array:
@@ -109,7 +112,7 @@ class DoubleSampling(TaskState):
         Args:
             M: (S, T, T) float64, as for :meth:`weights`, with zeros for absent tasks.
             w: (S, T), the weights before, on the simplex of the present tasks.
-            there: (S, T) bool, the tasks that are present; None for all.
+            there: (T,) bool, the tasks that are present; None for all.
         """
 
     def of_update(self, w: Array, there: Array | None) -> Array:
@@ -118,15 +121,15 @@ class DoubleSampling(TaskState):
 
 
 @carried
-def _step(M: Array, before: Array, present: Array | None, method: DoubleSampling) -> Array:
-    """Return the weights of the update, and those that the method keeps: (2, S, T)."""
-    xp = space(M)
-    there, start = None, before
-    if present is not None:
-        there = xp.ones_like(before) * present > 0
-        M = xp.where(there[..., None] & there[..., None, :], M, 0.0)
-        start = on_simplex(xp.where(there, before, 0.0), there)
+def _step(M: Array, before: Array, there: Array | None, method: DoubleSampling) -> tuple[Array, Array]:
+    """Return the weights (S, T) of the update, and those that the method keeps."""
+    xp, start = space(M), before
+    if there is not None:
+        M = xp.where(there[..., None] & there, M, 0.0)
+        start = xp.where(there, before, 0.0)
+    if not every(abs(start.sum(-1) - 1) < SUMMED):  # the weights of tasks that were absent waited
+        start = on_simplex(start, there)
     w = method.moved(M, start, there)
     failed = (0.0 * M).sum((-2, -1))[..., None]  # not a number if an entry is not finite, else 0
     moves = failed == 0 if there is None else (failed == 0) & there
-    return xp.stack((method.of_update(w, there) + failed, xp.where(moves, w, before)), 0)
+    return method.of_update(w, there) + failed, xp.where(moves, w, before)

@@ -19,7 +19,7 @@ solution with the smallest ridge for which there was time.
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, rounds, space
+from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, positive, rounds, space
 
 PLAIN_ROUNDS = 8
 """The rounds without a guard. They solve more than 99 of 100 problems of random rows."""
@@ -95,7 +95,7 @@ def _point(problem: _Problem, G: Array, free: Array) -> Array:
 
 def _inside(x: Array, free: Array) -> Array:
     """Return v from x."""
-    return space(x).where(free, x, 0.0).clip(0)
+    return positive(space(x).where(free, x, 0.0))
 
 
 def _by_ridges(problem: _Problem, free: Array) -> Array:

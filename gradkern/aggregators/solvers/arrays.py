@@ -22,11 +22,12 @@ Array = Any
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def carried(function: Callable[..., Array]) -> Callable[..., Tensor]:
+def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of arrays as a function of tensors, which computes in NumPy where that is possible.
 
     Its first argument is a tensor. Among the others, tensors are on the same device, and all else is passed as it is.
-    Floating tensors become float64, without a gradient. The result is float64, on the device of the first argument.
+    Floating tensors become float64, without a gradient. The result is float64, on the device of the first argument;
+    or a tuple of such results.
     """
 
     @wraps(function)
@@ -34,7 +35,8 @@ def carried(function: Callable[..., Array]) -> Callable[..., Tensor]:
         if not _on_host(first):
             return function(_wide(first), *map(_wide, others))
         with np.errstate(all="ignore"):  # what is not finite stays so
-            return torch.from_numpy(function(_numbers(first), *map(_numbers, others)))
+            result = function(_numbers(first), *map(_numbers, others))
+        return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
     return call
 
@@ -65,6 +67,11 @@ def positions(x: Array) -> Array:
 def ascending(x: Array) -> Array:
     """Return the entries along the last dimension in ascending order."""
     return np.sort(x, -1) if isinstance(x, np.ndarray) else x.sort(-1).values
+
+
+def positive(x: Array) -> Array:
+    """Return the larger of each entry and 0; NaN stays."""
+    return np.maximum(x, 0.0) if isinstance(x, np.ndarray) else x.clamp(min=0.0)
 
 
 def largest(x: Array) -> Array:

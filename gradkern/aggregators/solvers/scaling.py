@@ -1,10 +1,9 @@
 """Gramians in the scale of their cosines, and what is left out of a problem."""
 
+from math import isfinite
 from typing import NamedTuple
 
-import numpy as np
-
-from gradkern.aggregators.solvers.arrays import Array, identity, ones, space
+from gradkern.aggregators.solvers.arrays import Array, every, identity, ones, space
 
 
 class Scaled(NamedTuple):
@@ -33,7 +32,7 @@ def scaled(M: Array, among: Array | None = None) -> Scaled:
     xp = space(M)
     n = xp.sqrt(M.diagonal(0, -2, -1))
     rows = n > 0
-    if among is None and xp is np and rows.all() and np.isfinite(M.sum()):  # as mostly: nothing is left out
+    if among is None and every(rows) and isfinite(M.sum()):  # as mostly: nothing is left out
         return Scaled(M / n[..., None] / n[..., None, :], n, rows, 0.0)
     given = xp.ones_like(rows) if among is None else xp.ones_like(rows) & among
     finite = (xp.isfinite(M) | ~(given[..., None] & given[..., None, :])).all(-1).all(-1)[..., None]

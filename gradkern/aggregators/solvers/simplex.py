@@ -1,6 +1,8 @@
 """The nearest point of a simplex."""
 
-from gradkern.aggregators.solvers.arrays import Array, ascending, largest, positions, space
+from math import inf
+
+from gradkern.aggregators.solvers.arrays import Array, ascending, largest, positions, positive, space
 
 
 def on_simplex(v: Array, among: Array | None) -> Array:
@@ -10,10 +12,7 @@ def on_simplex(v: Array, among: Array | None) -> Array:
         v: (..., T).
         among: (..., T) bool, the entries, at least one; None for all.
     """
-    xp = space(v)
-    ordered = -ascending(-v if among is None else xp.where(among, -v, xp.inf))
-    shift = (ordered.cumsum(-1) - 1) / (positions(v) + 1)
-    # The entries above their own shift are the first ones; the last of these shifts is the greatest.
-    shift = largest(xp.where(ordered > shift, shift, -xp.inf))
-    nearest = (v - shift).clip(0)
-    return nearest if among is None else xp.where(among, nearest, 0.0)
+    ordered = -ascending(-v if among is None else space(v).where(among, -v, inf))
+    # The shifts of the k largest entries grow with k up to the one that is sought, and fall from there on.
+    nearest = positive(v - largest((ordered.cumsum(-1) - 1) / (positions(v) + 1)))
+    return nearest if among is None else space(v).where(among, nearest, 0.0)
