@@ -95,7 +95,7 @@ def _point(problem: _Problem, G: Array, free: Array) -> Array:
 
 def _inside(x: Array, free: Array) -> Array:
     """Return v from x."""
-    return positive(space(x).where(free, x, 0.0))
+    return positive(x * free)
 
 
 def _by_ridges(problem: _Problem, free: Array) -> Array:

@@ -31,7 +31,7 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(function)
-    def call(first: Tensor, *others: Any) -> Tensor:
+    def call(first: Tensor, *others: Any) -> Any:
         if not _on_host(first):
             return function(_wide(first), *map(_wide, others))
         with np.errstate(all="ignore"):  # what is not finite stays so
@@ -46,16 +46,19 @@ def space(x: Array) -> Any:
     return np if isinstance(x, np.ndarray) else torch
 
 
-def identity(K: Array) -> Array:
-    """Return the identity matrix of the size and kind of ``K`` (..., T, T). It must not be written to."""
+def identity(K: Array, times: float = 1.0) -> Array:
+    """Return the identity matrix of the size and kind of ``K`` (..., T, T), times a number; not to be written to."""
     T = K.shape[-1]
-    return _eye(T) if isinstance(K, np.ndarray) else torch.eye(T, dtype=K.dtype, device=K.device)
+    if isinstance(K, np.ndarray):
+        return _eye(T, times)
+    eye = torch.eye(T, dtype=K.dtype, device=K.device)
+    return eye if times == 1 else times * eye
 
 
 def ones(x: Array) -> Array:
     """Return T ones of the kind of ``x`` (..., T). They must not be written to."""
     T = x.shape[-1]
-    return _ones(T) if isinstance(x, np.ndarray) else torch.ones(T, dtype=torch.float64, device=x.device)
+    return _ones(T) if isinstance(x, np.ndarray) else torch.ones(T, dtype=x.dtype, device=x.device)
 
 
 def positions(x: Array) -> Array:
@@ -157,8 +160,8 @@ def _numbers(x: Any) -> Any:
 
 
 @cache
-def _eye(T: int) -> Array:
-    return np.eye(T)
+def _eye(T: int, times: float) -> Array:
+    return times * np.eye(T)
 
 
 @cache
