@@ -15,7 +15,7 @@ from gradkern.ops import gramian
 
 OURS, THEIRS, COPY = "gradkern", "TorchJD", "copy"
 P_OF_GRAMIANS = 1000
-THEIR_NAMES = {"RGW": "Random", "RLW": "Random", "k": "trim_number"}
+THEIR_NAMES = {"RGW": "Random", "k": "trim_number"}
 """TorchJD's names of our classes and their arguments, where they differ."""
 Calls = dict[str, Callable[[], object]]
 

@@ -127,7 +127,7 @@ def _step(M: Array, before: Array, there: Array | None, method: DoubleSampling) 
     if there is not None:
         M = xp.where(there[..., None] & there, M, 0.0)
         start = xp.where(there, before, 0.0)
-    if not every(abs(start.sum(-1) - 1) < SUMMED):  # the weights of tasks that were absent waited
+    if not every(abs(start.sum(-1) - 1) < SUMMED):  # tasks were absent, or the host may not know
         start = on_simplex(start, there)
     w = method.moved(M, start, there)
     failed = (0.0 * M).sum((-2, -1))[..., None]  # not a number if an entry is not finite, else 0

@@ -45,13 +45,16 @@ def nonnegative(K: Array, p: Array) -> Array:
 
     Args:
         K: (..., T, T), symmetric and positive semidefinite, with a diagonal of about 1.
-        p: (..., T). Leading dimensions of both are independent problems, and broadcast.
+        p: (..., T). Leading dimensions are independent problems; those of K broadcast to those of p.
 
     Returns:
         (..., T). If there is no minimum, v is large: up to 5e13 times p. It is not finite if p is not, nor K on the
         tasks with v > 0.
     """
-    return complementary(K, -p[..., None], p < 0)
+    free = p < 0
+    if none(free):  # as for gradients without conflict
+        return 0.0 * p
+    return complementary(K, -p[..., None], free)
 
 
 def complementary(K: Array, R: Array, free: Array, scale: Scale | None = None) -> Array:
@@ -65,9 +68,12 @@ def complementary(K: Array, R: Array, free: Array, scale: Scale | None = None) -
     """
     problem = _Problem(K, R, scale, identity(K))
     G = K + LAST_RIDGE * problem.eye
-    below = -NOISE * abs(R[..., -1]).sum(-1)[..., None]
-    for _ in range(PLAIN_ROUNDS):
+    for k in range(PLAIN_ROUNDS):
         x = _point(problem, G, free)
+        if every(x >= 0):  # as mostly on a CPU: there is no need to know what noise is
+            return x * free
+        if k == 0:
+            below = -NOISE * abs(R[..., -1]).sum(-1)[..., None]
         bad = ~(x >= (below if scale is None else below * ~free))  # what is not a number is bad, too
         if none(bad):
             return _inside(x, free)

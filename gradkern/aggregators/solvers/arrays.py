@@ -30,12 +30,13 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     or a tuple of such results.
     """
 
+    quiet = np.errstate(all="ignore")(function)  # what is not finite stays so
+
     @wraps(function)
     def call(first: Tensor, *others: Any) -> Any:
         if not _on_host(first):
             return function(_wide(first), *map(_wide, others))
-        with np.errstate(all="ignore"):  # what is not finite stays so
-            result = function(_numbers(first), *map(_numbers, others))
+        result = quiet(_numbers(first), *[_numbers(x) if isinstance(x, Tensor) else x for x in others])
         return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
     return call
@@ -152,9 +153,7 @@ def _wide(x: Any) -> Any:
     return x.double() if x.is_floating_point() else x
 
 
-def _numbers(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
+def _numbers(x: Tensor) -> Any:
     numbers = x.numpy(force=True)
     return numbers if x.dtype is torch.float64 or not x.is_floating_point() else numbers.astype(np.float64)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradkern as gk
-from gradkern.aggregators.history.moco import on_simplex
+from gradkern.aggregators.solvers.simplex import on_simplex
 from tests.aggregators.solvers.hard import SPREADS, gramians
 from tests.problems import conflicting
 from tests.tolerances import assert_near
