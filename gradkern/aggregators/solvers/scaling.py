@@ -14,17 +14,17 @@ class Scaled(NamedTuple):
         n: (..., T), the lengths of the rows that take part; infinite for the others.
         rows: (..., T), the rows that take part: those given that are not zero. If all are zero, they take part as
             orthogonal rows of length 1. If an entry among those given is not finite, none takes part.
-        failed: (..., 1), NaN if an entry among those given is not finite, else 0.
+        failed: (..., 1), NaN if an entry among those given is not finite, else 0; or the number 0 for all problems.
     """
 
     K: Array
     n: Array
     rows: Array
-    failed: Array
+    failed: Array | float
 
     def weights(self, v: Array) -> Array:
         """Return weights of the divided rows (..., T) as weights of the rows: 0 for those that take no part, or NaN."""
-        return v / self.n + self.failed
+        return v / self.n if isinstance(self.failed, float) else v / self.n + self.failed
 
 
 def scaled(M: Array, among: Array | None = None) -> Scaled:
