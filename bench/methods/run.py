@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from bench.measure import measure, quantiles, ratio
-from bench.methods.contestants import OURS, Calls, of_aggregation, of_weights, supports
+from bench.methods.contestants import OURS, Calls, of_aggregation, of_weights
 from gradkern.aggregators.listing import listed
 from gradkern.aggregators.method import Method
 
@@ -35,11 +35,9 @@ def run(
     for method in methods:
         told = {"method": method.name, "words": listed(method).words}
         for T in tasks:
-            if supports(method, T):
-                _add(results, "rows", told | {"T": T}, lambda m=method, T=T: of_weights(m, T), seconds, progress)
-        if supports(method, shape[0]):
-            whole = told | {"T": shape[0], "P": shape[1]}
-            _add(results, "whole", whole, lambda m=method: of_aggregation(m, *shape), 5 * seconds, progress)
+            _add(results, "rows", told | {"T": T}, lambda m=method, T=T: of_weights(m, T), seconds, progress)
+        whole = told | {"T": shape[0], "P": shape[1]}
+        _add(results, "whole", whole, lambda m=method: of_aggregation(m, *shape), 5 * seconds, progress)
 
 
 def _add(

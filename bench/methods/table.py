@@ -8,12 +8,13 @@ from bench.table import digits
 WHAT = {"rows": "weights", "whole": "aggregation"}
 WEIGHTS_LEGEND = f"""\
 The weights alone, from a float64 Gramian of T rows: microseconds of gradkern's (median), and in brackets how many times
-as long TorchJD's weighting of the same name takes, the median of ratios of one round. words: what a step moves for each
-parameter beyond its backward passes, as `gradkern methods` tells. "-": not measured; see below. {THEIRS} has no method
-where there is no bracket."""
+as long TorchJD's weighting takes, the median of ratios of one round. Where {THEIRS} finds no weights by themselves, its
+whole aggregation of T rows of T numbers counts. words: what a step moves for each parameter beyond its backward passes,
+as `gradkern methods` tells. "-": not measured; see below. {THEIRS} has no method where there is no bracket. Arguments
+that are made for a number of tasks are made to fit: T itself, and fixed weights over and over."""
 WHOLE_LEGEND = """\
 A whole aggregation of float32 rows: Gramian, weights, combination. The ratios say how many times as long as gradkern's
-a copy of the rows takes, and TorchJD's aggregator."""
+a copy of the rows takes, and TorchJD's aggregator. With two batches it is J₁J₂ᵀ, the weights, the product with J₁."""
 
 
 def table(results: dict[str, Any]) -> str:

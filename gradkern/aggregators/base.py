@@ -17,6 +17,8 @@ from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
 from gradkern.ops.undo import PutBack, numbers_of, state_of
 
+_DTYPES = (torch.float32, torch.float64)
+
 OwnGrads = Sequence[tuple[Tensor, Tensor]]
 """Parameters of a method, each with its gradient."""
 
@@ -229,6 +231,13 @@ def all_finite(M: Tensor, present: Tensor | None = None) -> Tensor:
 
 def check_gramian(M: Tensor) -> None:
     """Raise unless ``M`` is dense, (..., T, T) with T >= 1, float32 or float64, as Gramians are."""
-    tensor("M", M, (torch.float32, torch.float64))
-    if M.ndim < 2 or M.shape[-1] != M.shape[-2] or M.shape[-1] == 0:
-        raise ValueError(f"M must have shape (..., T, T) with T >= 1, got {tuple(M.shape)}")
+    if type(M) is not Tensor or M.dtype not in _DTYPES or M.layout is not torch.strided or M.is_nested:
+        tensor("M", M, _DTYPES)
+    shape = M.shape
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(f"M must have shape (..., T, T) with T >= 1, got {tuple(shape)}")
+
+
+def in_dtype(w: Tensor, M: Tensor) -> Tensor:
+    """Return weights in M's dtype, themselves if they are."""
+    return w if w.dtype is M.dtype else w.to(M.dtype)

@@ -54,15 +54,24 @@ class TaskState(Aggregator):
         return torch.cat((current.to(M.device), current.new_full((S - len(current), T), start, device=M.device)))
 
     def _keep(self, name: str, M: Tensor, numbers: Tensor) -> None:
-        """Keep numbers for the next step, unless M has none. A captured CUDA graph writes them in place."""
+        """Keep numbers for the next step, unless M has none. A captured CUDA graph writes them in place.
+
+        Args:
+            name: the name of the buffer.
+            M: the Gramian of the step.
+            numbers: (S, T), in memory of their own.
+        """
         if not has_numbers(M):
             return
         current = self._buffers[name]
-        with torch.inference_mode(False):  # a later step outside of it must be able to change them
-            if capturing(M.device) and current is not None:
+        if capturing(M.device) and current is not None:
+            with torch.inference_mode(False):
                 current.copy_(numbers)
-            else:
+        elif numbers.is_inference():
+            with torch.inference_mode(False):  # a later step outside of it must be able to change them
                 self._buffers[name] = numbers.clone()
+        else:
+            self._buffers[name] = numbers
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the numbers between devices, but keep their dtype: a running mean needs the digits."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import gradkern as gk
 from tests.models import problem
@@ -59,6 +60,29 @@ def test_matrices_and_gramians(device: torch.device) -> None:
         assert torch.allclose(method(J), w @ J, rtol=1e-12)
         assert torch.equal(method.weights(gk.gramian(J).expand(2, 5, 3, 3)), w.expand(2, 5, 3))
         assert torch.allclose(method(J, torch.tensor([0, 7, 40])), w @ J, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("method", "weights"), METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_call_returns_weights_of_its_own(method: gk.Aggregator, weights: list[float], dtype: torch.dtype) -> None:
+    """Kinds of Gramians that are known are not checked in full; all others still are."""
+    T = len(weights)
+    M = torch.ones(T, T, dtype=dtype)
+    for _ in range(3):
+        w = method.weights(M)
+        assert w.dtype == dtype
+        assert torch.equal(w, torch.tensor(weights, dtype=dtype))
+        w.zero_()
+    assert torch.equal(method.weights(M.expand(2, T, T)), torch.tensor([weights] * 2, dtype=dtype))
+    assert method.weights(M.to("meta")).device.type == "meta"
+    with FakeTensorMode() as mode:
+        assert isinstance(method.weights(mode.from_tensor(M)), FakeTensor)
+    for wrong, message in ((M.to_sparse(), "to_dense"), (M.int(), "float32 or float64"), (M.tolist(), "a tensor")):
+        with pytest.raises(TypeError, match=message):
+            method.weights(wrong)  # type: ignore[arg-type]
+    for shape in ((T,), (T, T + 1), (0, 0)):
+        with pytest.raises(ValueError, match=r"\(\.\.\., T, T\)"):
+            method.weights(torch.ones(shape, dtype=dtype))
 
 
 def test_an_absent_task_leaves_the_others_weights_alone() -> None:

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, PerDevice, Solution, check_gramian
+from gradkern.aggregators.base import Aggregator, PerDevice, Solution, check_gramian, in_dtype
 from gradkern.arguments import numbers, shown
 
 
@@ -40,7 +40,7 @@ class GramianMethod(Aggregator):
     def _weights(self, M: Tensor, present: Tensor | None, eps: Sequence[float] | None) -> Tensor:
         check_gramian(M)
         precision = torch.finfo(M.dtype).eps if eps is None else _epsilons(tuple(eps)).on(M.device, torch.float64)
-        return self._solve(M, present, precision).to(M.dtype)
+        return in_dtype(self._solve(M, present, precision), M)
 
     @abstractmethod
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:

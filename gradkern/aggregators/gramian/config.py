@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from gradkern.aggregators.gramian.base import GramianMethod, Preference
-from gradkern.aggregators.solvers.arrays import Array, carried, space
+from gradkern.aggregators.solvers.arrays import Array, carried, ones, space
 from gradkern.aggregators.solvers.eigen import pseudo_inverse
 from gradkern.aggregators.solvers.scaling import scaled
 
@@ -52,10 +52,10 @@ def conflict_free(M: Array, among: Array | None, eps: Array | float, p: Array | 
     """
     xp = space(M)
     K, n, rows, _ = problem = scaled(M, among)
-    c = pseudo_inverse(K, p * rows * xp.ones_like(n), eps)
+    c = pseudo_inverse(K, p * rows * ones(M), eps)
     projections = (K @ c[..., None])[..., 0]
     square = (c * projections).sum(-1)[..., None]
     length = xp.where(rows, n * projections, 0.0).sum(-1)[..., None]
     exists = square > 0
-    w = problem.weights(xp.where(exists, length / xp.where(exists, square, 1.0), 0.0) * c)
-    return xp.where(M.diagonal(0, -2, -1) == 0, 0.0, w)  # also if all rows are zero
+    w = problem.weights(length * exists / (square + ~exists) * c)
+    return w * (M.diagonal(0, -2, -1) > 0)  # 0 for a zero row, also if all are

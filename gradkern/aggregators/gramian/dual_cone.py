@@ -46,11 +46,9 @@ def begun(M: Array, among: Array | None, preference: Array | None) -> tuple[Arra
         among: (..., T) bool, the tasks that are present; None for all.
         preference: (T,), or None for the mean of the present tasks.
     """
-    xp = space(M)
-    u = mean_weights(M, among) if preference is None else preference + 0.0 * mean_weights(M, among)
+    u = mean_weights(M, among) if preference is None else preference
     if among is not None:
-        u = xp.where(among, u, 0.0)
-        M = xp.where(among[..., None] & among[..., None, :], M, 0.0)
-    trace = M.diagonal(0, -2, -1).sum(-1)[..., None, None]
-    failed = 0.0 * M.sum((-2, -1))[..., None, None]  # not a number if an entry is not finite, else 0
-    return M / xp.where(trace > 0, trace, 1.0) + (RIDGE * identity(M) + failed), u
+        u, M = u * among, space(M).where(among[..., None] & among[..., None, :], M, 0.0)
+    trace = M.diagonal(0, -2, -1).sum(-1)
+    failed = 0.0 * M.sum((-2, -1))  # not a number if an entry is not finite, else 0
+    return M / (trace + (trace == 0) + failed)[..., None, None] + identity(M, RIDGE), u

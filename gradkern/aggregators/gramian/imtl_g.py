@@ -11,7 +11,7 @@ Then the weights are 1/T each.
 from torch import Tensor
 
 from gradkern.aggregators.gramian.base import GramianMethod
-from gradkern.aggregators.solvers.arrays import Array, carried, every, space
+from gradkern.aggregators.solvers.arrays import Array, carried, every, ones, space
 from gradkern.aggregators.solvers.eigen import pseudo_inverse
 from gradkern.aggregators.solvers.scaling import scaled
 
@@ -40,7 +40,7 @@ class IMTLG(GramianMethod):
 def _impartial(M: Array, among: Array | None, eps: Array | float) -> Array:
     xp = space(M)
     problem = scaled(M, among)
-    members = xp.ones_like(problem.n) * problem.rows
+    members = ones(M) * problem.rows
     w = problem.weights(pseudo_inverse(problem.K, members, eps))
     total, size = w.sum(-1)[..., None], abs(w).sum(-1)[..., None]
     exists = abs(total) > eps**0.5 * size

@@ -9,7 +9,7 @@ antiparallel or of very different lengths.
 
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, Solution, check_gramian
+from gradkern.aggregators.base import Aggregator, Solution, check_gramian, in_dtype
 from gradkern.aggregators.scales import checked_losses, divided, loss_divisors
 from gradkern.aggregators.solvers.arrays import carried
 from gradkern.aggregators.solvers.min_norm import min_norm
@@ -68,7 +68,7 @@ class MGDA(Aggregator):
         if self.needs_losses:
             of_losses = checked_losses(losses, M, f"normalize={self.normalize!r}")
             hull = divided(hull, loss_divisors(of_losses, hull, present))
-        return _min_norm(hull, present).to(M.dtype)
+        return in_dtype(_min_norm(hull, present), M)
 
     def __repr__(self) -> str:
         return f"MGDA(normalize={self.normalize!r})"

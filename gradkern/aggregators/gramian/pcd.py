@@ -11,7 +11,7 @@ The best d is ĝ_0 + Σ_j μ_j ĝ_j with μ >= 0, where μ_j > 0 only if task j 
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution, check_gramian
+from gradkern.aggregators.base import Solution, check_gramian, in_dtype
 from gradkern.aggregators.solvers.active_set import nonnegative
 from gradkern.aggregators.solvers.arrays import Array, carried, identity, space
 from gradkern.aggregators.solvers.scaling import scaled
@@ -68,10 +68,10 @@ class PCD(TaskState):
         """Return the weights of the present tasks, whose running means move; see :meth:`Aggregator.solution`."""
         check_gramian(M)
         means, counts = (self._kept_for(name, M, 0.0) for name in self.kept)
-        w, means, counts = _step(M, means, counts, present, self.beta, self.tau, 10 * torch.finfo(M.dtype).eps).unbind()
+        w, means, counts = _step(M, means, counts, present, self.beta, self.tau, 10 * torch.finfo(M.dtype).eps)
         self._keep("means", M, means)
         self._keep("counts", M, counts)
-        return Solution(w.to(M.dtype))
+        return Solution(in_dtype(w, M))
 
     def __repr__(self) -> str:
         return f"PCD(tau={self.tau}, beta={self.beta})"
@@ -80,8 +80,8 @@ class PCD(TaskState):
 @carried
 def _step(
     M: Array, means: Array, counts: Array, among: Array | None, beta: float, tau: float, precision: float
-) -> Array:
-    """Return the weights, and ``means`` and ``counts`` after the step: (3, S, T)."""
+) -> tuple[Array, Array, Array]:
+    """Return the weights (S, T), and ``means`` and ``counts`` after the step."""
     xp = space(M)
     new_means = beta * means + (1 - beta) * M.diagonal(0, -2, -1)
     new_counts = beta * counts + (1 - beta)
@@ -90,7 +90,7 @@ def _step(
     else:
         moves = among & xp.isfinite(xp.where(among[..., None] & among, M, 0.0).sum())
     w = _weights(M, among, xp.sqrt(new_means / new_counts), tau, precision)
-    return xp.stack((w, xp.where(moves, new_means, means), xp.where(moves, new_counts, counts)), 0)
+    return w, xp.where(moves, new_means, means), xp.where(moves, new_counts, counts)
 
 
 def _weights(M: Array, among: Array | None, lengths: Array, tau: float, precision: float) -> Array:

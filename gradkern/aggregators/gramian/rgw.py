@@ -7,7 +7,7 @@ it as a litmus test: a method should do better.
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, Solution, check_gramian
+from gradkern.aggregators.base import Aggregator, Solution, check_gramian, in_dtype
 from gradkern.ops import combine
 
 
@@ -25,7 +25,7 @@ class RGW(Aggregator):
     def weights(self, M: Tensor) -> Tensor:
         """Return new weights for every Gramian; see :meth:`Aggregator.weights`."""
         check_gramian(M)
-        return self._drawn(M.shape[:-1], M.device).softmax(-1).to(M.dtype)
+        return in_dtype(self._drawn(M.shape[:-1], M.device).softmax(-1), M)
 
     def solution(self, M: Tensor, present: Tensor | None, losses: Tensor | None = None) -> Solution:
         """Return new weights of the present tasks, which sum to 1; see :meth:`Aggregator.solution`."""
@@ -33,7 +33,7 @@ class RGW(Aggregator):
             return Solution(self.weights(M))
         check_gramian(M)
         numbers = self._drawn(M.shape[:-1], M.device).where(present, -torch.inf)
-        return Solution(numbers.softmax(-1).to(M.dtype))
+        return Solution(in_dtype(numbers.softmax(-1), M))
 
     def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         groups = () if offsets is None else (len(offsets) - 1,)
@@ -43,7 +43,8 @@ class RGW(Aggregator):
         """Return normal draws of a shape, float64."""
         if self.generator is not None and self.generator.device != device:
             raise ValueError(f"generator is on {self.generator.device}, M on {device}")
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64, device=device)
+        # PyTorch reads numbers faster than a tuple of them.
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
         return "RGW()" if self.generator is None else f"RGW(generator={self.generator!r})"

@@ -7,16 +7,19 @@ batches' gradients, M = J1 J2ᵀ, have no such bias, so weights that move along 
 from abc import abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Solution, all_finite, check_gramian
-from gradkern.aggregators.history.moco import on_simplex
+from gradkern.aggregators.base import Solution, check_gramian, in_dtype
+from gradkern.aggregators.solvers.arrays import Array, carried, every, space
+from gradkern.aggregators.solvers.simplex import on_simplex
 from gradkern.aggregators.task_state import TaskState
 from gradkern.arguments import tensor
 from gradkern.ops import combine, operators
 from gradkern.ops.matrix import readable
 from gradkern.ops.out import check_out
+
+SUMMED = 1e-14
+"""The sum of weights on the simplex differs from 1 by less."""
 
 
 class DoubleSampling(TaskState):
@@ -94,29 +97,39 @@ class DoubleSampling(TaskState):
         M = operators.cross(X.detach(), readable(second, None).detach(), offsets)
         return combine(X, self.weights(M), offsets, out=out)
 
-    @torch.no_grad()
     def _moved(self, M: Tensor, present: Tensor | None) -> Tensor:
         """Move the weights by M (S, T, T), and return those of the update."""
         check_gramian(M)
         before = self._kept_for("task_weights", M, 1 / M.shape[-1])
-        there = torch.ones_like(before, dtype=torch.bool) if present is None else present.expand_as(before)
-        both = there.unsqueeze(-1) & there.unsqueeze(-2)
-        K = torch.where(both, M.double(), 0.0)
-        finite = all_finite(K).unsqueeze(-1)
-        w = self.moved(K, on_simplex(torch.where(there, before, 0.0), there), there)
-        self._keep("task_weights", M, torch.where(finite & there, w, before))
-        return torch.where(finite, self.of_update(w, there), torch.nan).to(M.dtype)
+        w, kept = _step(M, before, present, self)
+        self._keep("task_weights", M, kept)
+        return in_dtype(w, M)
 
     @abstractmethod
-    def moved(self, M: Tensor, w: Tensor, there: Tensor) -> Tensor:
+    def moved(self, M: Array, w: Array, there: Array | None) -> Array:
         """Return the weights after a step.
 
         Args:
             M: (S, T, T) float64, as for :meth:`weights`, with zeros for absent tasks.
             w: (S, T), the weights before, on the simplex of the present tasks.
-            there: (S, T) bool, the tasks that are present.
+            there: (T,) bool, the tasks that are present; None for all.
         """
 
-    def of_update(self, w: Tensor, there: Tensor) -> Tensor:
+    def of_update(self, w: Array, there: Array | None) -> Array:
         """Return the weights of the gradients in the update, from those that the method keeps."""
         return w
+
+
+@carried
+def _step(M: Array, before: Array, there: Array | None, method: DoubleSampling) -> tuple[Array, Array]:
+    """Return the weights (S, T) of the update, and those that the method keeps."""
+    xp, start = space(M), before
+    if there is not None:
+        M = xp.where(there[..., None] & there, M, 0.0)
+        start = xp.where(there, before, 0.0)
+    if not every(abs(start.sum(-1) - 1) < SUMMED):  # tasks were absent, or the host may not know
+        start = on_simplex(start, there)
+    w = method.moved(M, start, there)
+    failed = (0.0 * M).sum((-2, -1))[..., None]  # not a number if an entry is not finite, else 0
+    moves = failed == 0 if there is None else (failed == 0) & there
+    return method.of_update(w, there) + failed, xp.where(moves, w, before)

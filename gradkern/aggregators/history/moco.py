@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Solution, all_finite, check_gramian
 from gradkern.aggregators.history.averaged import Averaged
+from gradkern.aggregators.solvers.simplex import on_simplex
 from gradkern.arguments import number
 
 
@@ -99,18 +100,3 @@ class MoCo(Averaged):
             f"MoCo(beta={self.beta}, beta_sigma={self.beta_sigma}, gamma={self.gamma}, "
             f"gamma_sigma={self.gamma_sigma}, rho={self.rho})"
         )
-
-
-def on_simplex(v: Tensor, among: Tensor) -> Tensor:
-    """Return the nearest points (..., T) of the simplex of some entries, with 0 elsewhere.
-
-    Args:
-        v: (..., T).
-        among: (..., T) bool, the entries, at least one.
-    """
-    sorted_ = torch.where(among, v, -torch.inf).sort(-1, descending=True).values
-    k = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
-    shift = (sorted_.cumsum(-1) - 1) / k
-    # The entries above their own shift are the first ones; the last of these shifts is the greatest.
-    shift = torch.where(sorted_ > shift, shift, -torch.inf).amax(-1, keepdim=True)
-    return torch.where(among, (v - shift).clamp(min=0.0), 0.0)

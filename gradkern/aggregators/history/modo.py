@@ -4,11 +4,9 @@ Learning: Optimization, Generalization and Conflict-Avoidance").
 The weights move toward those of MGDA: λ ← Π(λ - γ (M + ρI) λ), with M = J1 J2ᵀ and Π the projection onto the simplex.
 """
 
-import torch
-from torch import Tensor
-
 from gradkern.aggregators.history.double import DoubleSampling
-from gradkern.aggregators.history.moco import on_simplex
+from gradkern.aggregators.solvers.arrays import Array
+from gradkern.aggregators.solvers.simplex import on_simplex
 from gradkern.arguments import number
 
 
@@ -31,9 +29,9 @@ class MoDo(DoubleSampling):
         self.gamma = number("gamma", gamma, least=0)
         self.rho = number("rho", rho, least=0)
 
-    def moved(self, M: Tensor, w: Tensor, there: Tensor) -> Tensor:
+    def moved(self, M: Array, w: Array, there: Array | None) -> Array:
         """Return the weights after a step; see :meth:`DoubleSampling.moved`."""
-        slope = torch.einsum("sij,sj->si", M, w) + self.rho * w
+        slope = (M @ w[..., None])[..., 0] + self.rho * w
         return on_simplex(w - self.gamma * slope, there)
 
     def __repr__(self) -> str:

@@ -5,11 +5,10 @@ The weights go down ½ ‖J (w + λ/T)‖² on the simplex, in steps of projecte
 M (w + λ/T) with M = J1 J2ᵀ, and the update is of w + λ/T over 1 + λ. So it is drawn toward the mean gradient.
 """
 
-import torch
-from torch import Tensor
-
 from gradkern.aggregators.history.double import DoubleSampling
-from gradkern.aggregators.history.moco import on_simplex
+from gradkern.aggregators.solvers.arrays import Array, space
+from gradkern.aggregators.solvers.scaling import mean_weights
+from gradkern.aggregators.solvers.simplex import on_simplex
 from gradkern.arguments import integer, number
 
 
@@ -35,26 +34,22 @@ class SDMGrad(DoubleSampling):
         self.momentum = number("momentum", momentum, least=0, below=1)
         self.n_iter = integer("n_iter", n_iter, 1)
 
-    def moved(self, M: Tensor, w: Tensor, there: Tensor) -> Tensor:
+    def moved(self, M: Array, w: Array, there: Array | None) -> Array:
         """Return the weights after a step; see :meth:`DoubleSampling.moved`."""
-        count = there.sum(-1, keepdim=True)
-        s = M.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt().sum(-1, keepdim=True) / count
-        s = s.unsqueeze(-1)
-        M = torch.where(s > 0, M / s / s, 0.0)
-        toward = self._toward_mean(there)
-        velocity = torch.zeros_like(w)
+        xp = space(M)
+        share = mean_weights(w, there)
+        s = (xp.sqrt(M.diagonal(0, -2, -1).clip(0)) * share).sum(-1)[..., None, None]
+        M = xp.where(s > 0, M / s / s, 0.0)
+        toward = self.lamb * share
+        velocity = 0.0 * w
         for _ in range(self.n_iter):
-            velocity = self.momentum * velocity + torch.einsum("sij,sj->si", M, w + toward)
+            velocity = self.momentum * velocity + (M @ (w + toward)[..., None])[..., 0]
             w = on_simplex(w - self.lr * velocity, there)
         return w
 
-    def of_update(self, w: Tensor, there: Tensor) -> Tensor:
+    def of_update(self, w: Array, there: Array | None) -> Array:
         """Return w + λ/T over 1 + λ; see :meth:`DoubleSampling.of_update`."""
-        return (w + self._toward_mean(there)) / (1 + self.lamb)
-
-    def _toward_mean(self, there: Tensor) -> Tensor:
-        """Return λ/T for the present tasks, T of them, and 0 for others."""
-        return self.lamb * there.double() / there.sum(-1, keepdim=True)
+        return (w + self.lamb * mean_weights(w, there)) / (1 + self.lamb)
 
     def __repr__(self) -> str:
         return f"SDMGrad(lamb={self.lamb}, lr={self.lr}, momentum={self.momentum}, n_iter={self.n_iter})"

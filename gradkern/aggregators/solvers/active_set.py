@@ -18,7 +18,7 @@ solution with the smallest ridge for which there was time.
 
 from typing import NamedTuple
 
-from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, on_device, rounds, space
+from gradkern.aggregators.solvers.arrays import Array, basic, every, identity, none, on_device, positive, rounds, space
 from gradkern.ops import operators
 from gradkern.ops.limits import ACTIVE_SET
 from gradkern.ops.pytorch.backend import implements
@@ -38,13 +38,16 @@ def nonnegative(K: Array, p: Array) -> Array:
 
     Args:
         K: (..., T, T), symmetric and positive semidefinite, with a diagonal of about 1.
-        p: (..., T). Leading dimensions of both are independent problems, and broadcast.
+        p: (..., T). Leading dimensions are independent problems; those of K broadcast to those of p.
 
     Returns:
         (..., T). If there is no minimum, v is large: up to 5e13 times p. It is not finite if p is not, nor K on the
         tasks with v > 0.
     """
-    return complementary(K, -p[..., None], p < 0)
+    free = p < 0
+    if none(free):  # as for gradients without conflict
+        return 0.0 * p
+    return complementary(K, -p[..., None], free)
 
 
 def complementary(K: Array, R: Array, free: Array, square: Array | None = None) -> Array:
@@ -64,9 +67,12 @@ def _complementary(K: Array, R: Array, free: Array, square: Array | None = None)
     """Return the result of :func:`complementary`; on a device, where there is no kernel for it."""
     problem = _Problem(K, R, square, identity(K))
     G = K + ACTIVE_SET.last_ridge * problem.eye
-    below = -ACTIVE_SET.noise * abs(R[..., -1]).sum(-1)[..., None]
-    for _ in range(ACTIVE_SET.plain_rounds):
+    for k in range(ACTIVE_SET.plain_rounds):
         x = _point(problem, G, free)
+        if every(x >= 0):  # as mostly on a CPU: there is no need to know what noise is
+            return x * free
+        if k == 0:
+            below = -ACTIVE_SET.noise * abs(R[..., -1]).sum(-1)[..., None]
         bad = ~(x >= (below if square is None else below * ~free))  # what is not a number is bad, too
         if none(bad):
             return _inside(x, free)
@@ -100,7 +106,7 @@ def _point(problem: _Problem, G: Array, free: Array) -> Array:
 
 def _inside(x: Array, free: Array) -> Array:
     """Return v from x."""
-    return space(x).where(free, x, 0.0).clip(0)
+    return positive(x * free)
 
 
 def _by_ridges(problem: _Problem, free: Array) -> Array:

@@ -23,19 +23,22 @@ Array = Any
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def carried(function: Callable[..., Array]) -> Callable[..., Tensor]:
+def carried(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of arrays as a function of tensors, which computes in NumPy where that is possible.
 
     Its first argument is a tensor. Among the others, tensors are on the same device, and all else is passed as it is.
-    Floating tensors become float64, without a gradient. The result is float64, on the device of the first argument.
+    Floating tensors become float64, without a gradient. The result is float64, on the device of the first argument;
+    or a tuple of such results.
     """
 
+    quiet = np.errstate(all="ignore")(function)  # what is not finite stays so
+
     @wraps(function)
-    def call(first: Tensor, *others: Any) -> Tensor:
+    def call(first: Tensor, *others: Any) -> Any:
         if not _on_host(first):
             return function(_wide(first), *map(_wide, others))
-        with np.errstate(all="ignore"):  # what is not finite stays so
-            return torch.from_numpy(function(_numbers(first), *map(_numbers, others)))
+        result = quiet(_numbers(first), *[_numbers(x) if isinstance(x, Tensor) else x for x in others])
+        return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
 
     return call
 
@@ -50,10 +53,19 @@ def on_device(x: Array) -> bool:
     return isinstance(x, Tensor) and x.device.type != "cpu"
 
 
-def identity(K: Array) -> Array:
-    """Return the identity matrix of the size and kind of ``K`` (..., T, T). It must not be written to."""
+def identity(K: Array, times: float = 1.0) -> Array:
+    """Return the identity matrix of the size and kind of ``K`` (..., T, T), times a number; not to be written to."""
     T = K.shape[-1]
-    return _eye(T) if isinstance(K, np.ndarray) else torch.eye(T, dtype=K.dtype, device=K.device)
+    if isinstance(K, np.ndarray):
+        return _eye(T, times)
+    eye = torch.eye(T, dtype=K.dtype, device=K.device)
+    return eye if times == 1 else times * eye
+
+
+def ones(x: Array) -> Array:
+    """Return T ones of the kind of ``x`` (..., T). They must not be written to."""
+    T = x.shape[-1]
+    return _ones(T) if isinstance(x, np.ndarray) else torch.ones(T, dtype=x.dtype, device=x.device)
 
 
 def positions(x: Array) -> Array:
@@ -65,6 +77,16 @@ def positions(x: Array) -> Array:
 def ascending(x: Array) -> Array:
     """Return the entries along the last dimension in ascending order."""
     return np.sort(x, -1) if isinstance(x, np.ndarray) else x.sort(-1).values
+
+
+def positive(x: Array) -> Array:
+    """Return the larger of each entry and 0; NaN stays."""
+    return np.maximum(x, 0.0) if isinstance(x, np.ndarray) else x.clamp(min=0.0)
+
+
+def largest(x: Array) -> Array:
+    """Return the largest entry along the last dimension, (..., 1)."""
+    return x.max(-1, keepdims=True) if isinstance(x, np.ndarray) else x.amax(-1, keepdim=True)
 
 
 def lowest(x: Array, n: int) -> Array:
@@ -81,12 +103,12 @@ def rounds(x: Array, n: int) -> range:
 
 def every(mask: Array) -> bool:
     """Return whether a mask is true everywhere, as far as the host may know: False for a tensor."""
-    return isinstance(mask, np.ndarray) and bool(mask.all())
+    return isinstance(mask, np.ndarray) and np.count_nonzero(mask) == mask.size  # a sixth of the time of mask.all()
 
 
 def none(mask: Array) -> bool:
     """Return whether a mask is true nowhere, as far as the host may know: False for a tensor."""
-    return isinstance(mask, np.ndarray) and not mask.any()
+    return isinstance(mask, np.ndarray) and not np.count_nonzero(mask)
 
 
 def solved(A: Array, B: Array) -> Array:
@@ -127,7 +149,7 @@ def basic(G: Array, free: Array, R: Array, eye: Array) -> Array:
 
 def _on_host(x: Tensor) -> bool:
     """Return whether ``x`` is a plain tensor with numbers on a CPU, and nothing watches what is done to it."""
-    return x.device.type == "cpu" and type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_watched()
+    return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_watched()
 
 
 def _wide(x: Any) -> Any:
@@ -137,16 +159,19 @@ def _wide(x: Any) -> Any:
     return x.double() if x.is_floating_point() else x
 
 
-def _numbers(x: Any) -> Any:
-    if not isinstance(x, Tensor):
-        return x
+def _numbers(x: Tensor) -> Any:
     numbers = x.numpy(force=True)
-    return numbers.astype(np.float64, copy=False) if x.is_floating_point() else numbers
+    return numbers if x.dtype is torch.float64 or not x.is_floating_point() else numbers.astype(np.float64)
 
 
 @cache
-def _eye(T: int) -> Array:
-    return np.eye(T)
+def _eye(T: int, times: float) -> Array:
+    return times * np.eye(T)
+
+
+@cache
+def _ones(T: int) -> Array:
+    return np.ones(T)
 
 
 @cache

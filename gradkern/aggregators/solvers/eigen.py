@@ -60,7 +60,9 @@ def pseudo_inverse(M: Array, b: Array, eps: Array | float) -> Array:
     inverse = lu_solved(M, identity(M))
     # The largest eigenvalue is at most the trace, and the smallest at least the reciprocal of the inverse's norm.
     condition = M.diagonal(0, -2, -1).sum(-1) ** 2 * (inverse * inverse).sum((-2, -1))
-    regular = condition[..., None] < np.minimum(REGULAR, 1 / (eps * M.shape[-1])) ** 2
+    precision = eps * M.shape[-1]
+    limit = min(REGULAR, 1 / precision) if isinstance(precision, float) else np.minimum(REGULAR, 1 / precision)
+    regular = condition[..., None] < limit**2
     x = (inverse @ b[..., None])[..., 0]
     return x if every(regular) else np.where(regular, x, _by_eigenvalues(M, b, eps))
 

@@ -75,6 +75,23 @@ def test_absent_tasks_are_left_out_and_wait(name: str) -> None:
 
 
 @each_method
+def test_weights_that_waited_come_back_onto_the_simplex(name: str) -> None:
+    """After a step without task 1 the kept weights sum to 1.25. The next step starts from their nearest point."""
+    A, B = pair(4)
+    M = 0.1 * (A @ B.mT).unsqueeze(0)
+    present = torch.tensor([True, False, True, True])
+    options = {"gamma": 0.01} if name == "modo" else {"lr": 0.01}
+    method, started = METHODS[name](**options), METHODS[name](**options)
+    method.solution(M, present, cross=M)
+    kept = method.state_dict()["task_weights"]
+    assert_near(kept.sum(), torch.tensor(1.25), 1.0, 1e-12)
+    descending = kept[0].sort(descending=True).values.tolist()
+    shift = max((sum(descending[:k]) - 1) / k for k in range(1, 5))
+    started.load_state_dict({**started.state_dict(), "task_weights": (kept - shift).clamp(min=0)})
+    assert_near(method.weights(M), started.weights(M), 1.0, 1e-12)
+
+
+@each_method
 def test_products_that_are_not_finite_move_nothing(name: str) -> None:
     method, M = METHODS[name](), torch.stack([torch.tensor([[1.0, 0.2], [0.1, 3.0]]).double()] * 2)
     method.weights(M)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gradkern as gk
-from gradkern.aggregators.history.moco import on_simplex
+from gradkern.aggregators.solvers.simplex import on_simplex
 from tests.aggregators.solvers.hard import SPREADS, gramians
 from tests.problems import conflicting
 from tests.tolerances import assert_near
@@ -29,6 +29,8 @@ def test_the_nearest_point_of_the_simplex(T: int) -> None:
     difference = torch.where(among, v - w, -torch.inf)
     shift = difference.amax(-1, keepdim=True)
     assert_near(torch.where(w > 0, difference, shift), shift.expand(100, T), 3.0, 1e-12)
+    assert_near(torch.from_numpy(on_simplex(v.numpy(), among.numpy())), w, 1.0, 1e-15)
+    assert_near(on_simplex(v, None), on_simplex(v, torch.ones_like(among)), 1.0, 1e-15)
 
 
 @each_size

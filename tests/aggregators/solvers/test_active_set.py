@@ -54,6 +54,15 @@ def test_thousands_of_small_problems_are_optimal(T: int) -> None:
     assert kkt_residual(K, p, solve(K, p)).max() <= OPTIMAL
 
 
+def test_gradients_without_conflict_need_no_linear_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU; many problems, of which none has a negative number, for one matrix. What is not finite stays so."""
+    monkeypatch.setattr(active_set, "complementary", None)
+    K, p = torch.eye(3, dtype=torch.float64), torch.rand(4, 3, dtype=torch.float64)
+    assert torch.equal(solve(K, p), torch.zeros_like(p))
+    p[1, 2] = torch.nan
+    assert solve(K, p)[1].isnan().any()
+
+
 @pytest.mark.parametrize("T", [3, 8, 20])
 def test_optimal_where_nothing_may_be_read(T: int) -> None:
     """The same code on tensors, with its fixed number of rounds."""
