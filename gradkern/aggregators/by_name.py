@@ -17,10 +17,11 @@ def aggregator(name: str, **options: Any) -> Aggregator:
 
     Args:
         name: the name. Case does not matter, and "_" is the same as "-".
-        **options: arguments of the method's class. They take the place of those that the name stands for.
+        **options: arguments of the method's class. They take the place of those that the name stands for. Arguments
+            that depend on the number of tasks, as in ``gk.aggregator("uncertainty", T=3)``, must be given.
 
     Raises:
-        TypeError: ``name`` is not a string, or the class has no such option.
+        TypeError: ``name`` is not a string, the class has no such option, or one that it needs is missing.
         ValueError: no method has this name. The message lists all names. Or an option has a wrong value.
     """
     method = METHODS[one_of(METHODS, name, "name")]
@@ -29,7 +30,13 @@ def aggregator(name: str, **options: Any) -> Aggregator:
         if option not in known:
             has = f"has the options {', '.join(known)}" if known else "has no options"
             raise TypeError(f"{option} is no option of {method.name!r}: {method.aggregator.__name__} {has}")
-    return method.make(**options)
+    if method.tasks is None:
+        return method.make(**options)
+    # The row's arguments are examples, for as many tasks as comparisons have, and stand for nothing.
+    for needed in (option for option, of in known.items() if of.default is of.empty and option not in options):
+        call = f"gradkern.aggregator({method.name!r}, {needed}={method.arguments[needed]!r})"
+        raise TypeError(f"{needed} must be given for {method.name!r}, as in {call} for {method.tasks} tasks")
+    return method.aggregator(**options)
 
 
 def one_of(names: Iterable[str], given: str, argument: str) -> str:

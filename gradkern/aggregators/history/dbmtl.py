@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Solution, check_gramian
 from gradkern.aggregators.history.averaged import Averaged
-from gradkern.aggregators.weightings.scalarization import check_positive
+from gradkern.aggregators.scales import check_positive
 from gradkern.arguments import number
 
 

@@ -31,7 +31,7 @@ def carried(function: Callable[..., Array]) -> Callable[..., Tensor]:
 
     @wraps(function)
     def call(first: Tensor, *others: Any) -> Tensor:
-        if not _on_host(first):
+        if not on_host(first):
             return function(_wide(first), *map(_wide, others))
         with np.errstate(all="ignore"):  # what is not finite stays so
             return torch.from_numpy(function(_numbers(first), *map(_numbers, others)))
@@ -119,7 +119,7 @@ def basic(G: Array, free: Array, R: Array, eye: Array) -> Array:
     return torch.where(inside, v, G @ v - R)
 
 
-def _on_host(x: Tensor) -> bool:
+def on_host(x: Tensor) -> bool:
     """Return whether ``x`` is a plain tensor with numbers on a CPU, and nothing watches what is done to it."""
     return x.device.type == "cpu" and type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_watched()
 

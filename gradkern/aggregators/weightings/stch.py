@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import OwnGrads
-from gradkern.aggregators.weightings.scalarization import Tasks, check_positive
+from gradkern.aggregators.scales import check_positive
+from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.aggregators.weightings.state import StatefulWeighting
 from gradkern.arguments import integer, number
 
