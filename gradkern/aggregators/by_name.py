@@ -60,19 +60,26 @@ def one_of(names: Iterable[str], given: str, argument: str) -> str:
     raise ValueError(f"{argument} must be one of {', '.join(known)}; got {shown(given)}{hint}")
 
 
+_OTHER_NAMES = {"random": "rgw", "crmogm": "smoothed"}
+"""What TorchJD calls methods that have another name here, in lower case: its random weights are of the gradients."""
+
+
 def is_aggregator(argument: str, value: object) -> None:
     """Raise TypeError unless ``value`` is an aggregator.
 
-    If its class has the name of one here, as TorchJD's and LibMTL's classes have, the message says what to pass.
+    If its class has the name of one here, as TorchJD's and LibMTL's classes have, or is TorchJD's weighting of that
+    name, the message says what to pass.
     """
     if isinstance(value, Aggregator):
         return
     wanted = f"{argument} must be a gradkern.Aggregator, got {shown(value)}"
     kinds = value.__mro__ if isinstance(value, type) else type(value).__mro__
-    ours = {method.aggregator.__name__ for method in METHODS.values()}
+    ours = {name.lower(): name for name in (method.aggregator.__name__ for method in METHODS.values())}
     for kind in kinds:
-        if kind.__name__ in ours:
-            raise TypeError(f"{wanted}: pass gradkern.{kind.__name__}(...)")
+        name = kind.__name__.removesuffix("Weighting").replace("_", "").lower()
+        twin = _OTHER_NAMES.get(name, name)
+        if twin in ours:
+            raise TypeError(f"{wanted}: pass gradkern.{ours[twin]}(...)")
     if isinstance(value, str):
         raise TypeError(f"{wanted}: pass gradkern.aggregator({value!r})")
     raise TypeError(f"{wanted}: the command 'gradkern methods' lists them")
