@@ -26,7 +26,7 @@ from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.optim.checkpoint import Remembered, load, restored
 from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.grad_step import refuse_closure, step_by_grad
-from gradkern.optim.undo import grads_of, scale_of, stage_of
+from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.backward import add_up, grad_sink
@@ -188,8 +188,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             losses: one entry per task, as in :func:`gradkern.backward`.
             max_norm: the largest norm allowed for the gradient over all parameters, above 0; infinity only measures it.
                 A longer gradient is scaled down to it, and one whose norm is not finite becomes NaN.
-            scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
-                afterwards.
+            scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. If ``.grad`` was
+                written, the method, masks and memory are then as before. Call its ``update`` afterwards.
             features, batched, retain_graph, second: as in :func:`gradkern.backward`.
 
         Returns:
@@ -208,7 +208,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         if not self._is_fused(measured=max_norm is not None or scaler is not None):
             refuse_closure(self.optimizer)
             grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
-            with Undo(*self._options().snapshot(), grads, scale, stage_of(scaler, self)):
+            states = self._options().snapshot()
+            skipped = undone_if_skipped(scaler, self.optimizer, states)
+            with Undo(*states, grads, scale, stage_of(scaler, self)), skipped:
                 info = self.backward(
                     losses, features=features, batched=batched, retain_graph=retain_graph, second=second
                 )
