@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import gradkern as gk
 from gradkern.aggregators.methods import ONE_BATCH
 from gradkern.compat.amp import GradVacAMP
 from tests.models import problem
+from tests.tolerances import assert_near
 
 STATEFUL = [name for name, method in ONE_BATCH.items() if method.state]
 
@@ -64,6 +66,54 @@ def test_a_skipped_update_leaves_the_state(name: str, inner: Callable[..., Any])
     opt.update([scaler.scale(loss) for loss in model.losses(x, y)], scaler=scaler)  # a step moves it again
     with pytest.raises(AssertionError):
         assert_same(opt.state_dict(), before)
+
+
+LOOKING: dict[str, Callable[[], gk.Aggregator]] = {
+    "uncertainty": lambda: gk.Uncertainty(3),
+    "imtl-l": lambda: gk.IMTLL(3),
+    "dwa": gk.DWA,
+    "geometric-mean": gk.GeometricMean,
+    "stch": lambda: gk.STCH(warmup=2),
+    "famo": lambda: gk.FAMO(3, lr=0.5),
+    "mgda": lambda: gk.MGDA("loss"),
+    "normalized": lambda: gk.Normalized(gk.MGDA(), "loss"),
+    "dbmtl": lambda: gk.DBMTL(0),  # without means, which would be of gradients of several scales
+}
+
+
+@pytest.mark.parametrize("inner", [torch.optim.SGD, gk.optim.AdamW])
+@pytest.mark.parametrize("way", ["plain", "callables", "suppressed", "report"])
+@pytest.mark.parametrize("name", LOOKING)
+def test_methods_see_losses_without_the_scale(name: str, way: str, inner: Callable[..., Any]) -> None:
+    """Steps are those without a scaler, whatever the scale, and so is all state; powers of two round nothing."""
+    if way == "report" and not isinstance(LOOKING[name](), gk.aggregators.Scalarization):
+        pytest.skip("it has the Gramian anyway")
+    results = []
+    for scaled in (False, True):
+        model, x, y = problem()
+        method: Any = LOOKING[name]()
+        method.report = way == "report"
+        params = [*model.parameters(), *method.parameters()]
+        suppression = gk.Suppression(0.2, seed=0) if way == "suppressed" else None
+        opt = gk.SurgeryOptimizer(inner(params, lr=0.01), method, suppression=suppression)
+        for scale in (1.0, 2.0**10, 2.0**4, 2.0**4):
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scaled)
+
+            def loss(t: int, model: Any = model, scaler: Any = scaler, x: Tensor = x, y: Tensor = y) -> Tensor:
+                return scaler.scale(model.loss(t, x, y))
+
+            losses = [partial(loss, t) if way == "callables" else loss(t) for t in range(3)]
+            opt.update(losses, scaler=scaler if scaled else None)
+            if name == "famo":
+                method.after([model.loss(t, x, y).detach() for t in range(3)])
+        means = name == "dbmtl"  # which are of the scaled gradients
+        results.append(([p.detach().clone() for p in params], {} if means else dict(method.state_dict())))
+    (expected, state), (found, found_state) = results
+    for p, q in zip(expected, found, strict=True):
+        assert_near(q, p, p.abs().max(), 1e-6)  # fused steps and sums round in another order
+    for key in state:
+        if isinstance(state[key], Tensor):
+            assert_near(found_state[key].nan_to_num(), state[key].nan_to_num(), 1 + state[key].nan_to_num().abs(), 1e-6)
 
 
 def test_a_skipped_update_leaves_masks_and_memory() -> None:

@@ -69,8 +69,8 @@ class FAMO(StatefulWeighting):
 
         Args:
             losses: T losses of the batch of the last step, as tensors of one element or numbers, or (T,) as one tensor;
-                None for an absent task. A task counts if it was present in the last step too. Scaled ones have the same
-                scale as in the step.
+                None for an absent task. A task counts if it was present in the last step too. They
+                have no scale after ``update(scaler=)``, and the step's scale after ``backward`` of scaled losses.
 
         Raises:
             TypeError: ``losses`` is no sequence, or holds something else.
