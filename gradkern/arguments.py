@@ -67,15 +67,15 @@ def number(
     return x
 
 
-def numbers(name: str, value: object) -> list[float]:
-    """Return ``value`` as a list of floats, if it holds one or more finite numbers, one after another.
+def numbers(name: str, value: object, least: float = -math.inf) -> list[float]:
+    """Return ``value`` as a list of floats, if it holds one or more finite numbers from ``least``, one after another.
 
     It may be a sequence, a tensor or an array. Its entries may be tensors or arrays of no dimension.
     """
     given = entries(name, value, "a sequence of numbers")
     if not given:
         raise ValueError(f"{name} must hold a number at least, got {shown(value)}")
-    return [number(f"{name}[{i}]", plain(entry)) for i, entry in enumerate(given)]
+    return [number(f"{name}[{i}]", plain(entry), least=least) for i, entry in enumerate(given)]
 
 
 def boolean(name: str, value: object) -> bool:

@@ -21,7 +21,7 @@ from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.undo import Undo
 from gradkern.optim.arguments import check_mapping
 from gradkern.optim.checkpoint import load
-from gradkern.optim.undo import grads_of, stage_of
+from gradkern.optim.undo import grads_of, stage_of, undone_if_skipped
 from gradkern.optim.wrapper import refuse_wrapper
 from gradkern.step.backward import add_up
 from gradkern.step.options import Options
@@ -104,7 +104,9 @@ class _Accumulating:
         if not any(self._rows.present):
             raise RuntimeError("step() without a backward() before it: there are no gradients to step along")
         optimizer, params = self._optimizer, self._params()
-        with Undo(self._method.snapshot(), grads_of(params, changed=False), stage_of(self._scaler, optimizer)):
+        state = self._method.snapshot()
+        skipped = undone_if_skipped(self._scaler, optimizer, [state])
+        with Undo(state, grads_of(params, changed=False), stage_of(self._scaler, optimizer)), skipped:
             for p in params:
                 p.grad = None
             try:
@@ -217,8 +219,8 @@ class GradVacAMP(_Accumulating):
 
     Make it by ``opt = GradVacAMP(3, optimizer, device, scaler)``. The method is :class:`gradkern.GradVac`. Each visit
     moves the target of its pair, up or down, as in the paper. A step with a dot product that is not finite moves no
-    target. (An overflow in a head alone makes the scaler skip the step, but heads are in no dot product, so the targets
-    do move.)
+    target. Nor does a step that the scaler skips because of an overflow in a head alone, unless the optimizer takes the
+    scale itself, as fused ones do.
 
     Args:
         num_tasks: T.

@@ -6,15 +6,19 @@ divided as follows:
 
 - ``PCGrad`` and ``GradVac``, with their weightings, run on gradkern entirely. Orders are drawn as TorchJD draws them,
   so equal seeds give equal steps.
-- ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``NashMTL`` and ``UPGrad``, with their weightings, run on gradkern
-  entirely too. Its solvers are exact, work on the device, and need none of the libraries that TorchJD's need: quadprog,
-  qpsolvers, cvxpy, Clarabel, ECOS, SciPy. ``UPGrad`` and ``DualProj`` take a ``projector`` of yours as it is. In place
-  of TorchJD's ``QuadprogProjector(norm_eps=, reg_eps=)`` there is one here, of the same name.
-- ``AlignedMTL``, ``Krum``, ``MGDA`` and ``PCD`` compute Gramian and combination on gradkern, and take TorchJD's
-  weights, which need no other library. So does an aggregator of yours that derives from ``GramianWeightedAggregator``.
-- Everything else is TorchJD's, unchanged: methods without a Gramian (``ConFIG``, ``GradDrop``, ``TrimmedMean``,
-  ``ExcessMTL``), and methods of fixed or random weights (``Sum``, ``Mean``, ``Constant``, ``Random``), whose one
-  product with the gradients could not be faster.
+- ``CAGrad``, ``DualProj``, ``FairGrad``, ``IMTLG``, ``Krum``, ``NashMTL``, ``PCD`` and ``UPGrad``, with their
+  weightings, run on gradkern entirely too. Its solvers are exact, work on the device, and need none of the libraries
+  that TorchJD's need: quadprog, qpsolvers, cvxpy, Clarabel, ECOS, SciPy. ``UPGrad`` and ``DualProj`` take a
+  ``projector`` of yours as it is. In place of TorchJD's ``QuadprogProjector(norm_eps=, reg_eps=)`` there is one here,
+  of the same name.
+- ``AlignedMTL`` and ``MGDA`` compute Gramian and combination on gradkern, and take TorchJD's weights, which need no
+  other library. So does an aggregator of yours that derives from ``GramianWeightedAggregator``. Autograd differentiates
+  TorchJD's weights, and gradkern's have no derivative. TorchJD's MGDA is not exact either: it ends after the rounds of
+  Frank and Wolfe that ``epsilon`` and ``max_iters`` allow. :class:`gradkern.MGDA` is exact.
+- Everything else is TorchJD's, unchanged, and needs no other library either. ``ConFIG`` and ``ExcessMTL`` have no
+  Gramian. ``GradDrop`` draws from torch's generator. ``TrimmedMean`` has a derivative, and leaves infinite gradients
+  out. ``MoDo`` and ``SDMGrad`` take a second batch. ``Sum``, ``Mean``, ``Constant`` and ``Random`` have fixed or random
+  weights, whose one product with the gradients could not be faster.
 
 :class:`gradkern.SurgeryOptimizer` takes gradkern's own methods. If it is given one of these, its error names the twin.
 
@@ -41,6 +45,8 @@ Results equal TorchJD's up to rounding, with these exceptions:
 - If 0 is in the hull of the gradients, or one is zero, the equations of ``NashMTL`` and ``FairGrad`` have no solution.
   TorchJD returns what its solver ends with. Here a zero row gets the weight 0, and for the other case see
   :mod:`gradkern.aggregators.solvers.fair`. ``FairGrad`` with ``alpha`` below 0 is an error.
+- Where rounding decides, as between equal scores of ``Krum`` or constraints of ``PCD`` that are hardly possible to
+  meet together, the decision may be another one. ``PCD``'s running means are on the device of the Gramian.
 - Gradients that are not finite give weights that are not a number, where TorchJD's solvers raise. ``NashMTL`` does not
   remember such weights.
 - A matrix of integers, of complex numbers or that is sparse is an error, whose message names the conversion:
@@ -71,7 +77,9 @@ from gradkern.compat.torchjd_solved import (
     DualProjWeighting,
     FairGradWeighting,
     IMTLGWeighting,
+    KrumWeighting,
     NashMTLWeighting,
+    PCDWeighting,
     UPGradWeighting,
     computable,
 )
@@ -223,7 +231,10 @@ class NashMTL(theirs.NashMTL):
 
 
 class Krum(theirs.Krum, GramianWeightedAggregator):
-    """TorchJD's Krum, with Gramian and combination on gradkern."""
+    """TorchJD's Krum, on gradkern."""
+
+    def __init__(self, n_byzantine: int, n_selected: int = 1) -> None:
+        GramianWeightedAggregator.__init__(self, KrumWeighting(n_byzantine, n_selected))
 
 
 class MGDA(theirs.MGDA, GramianWeightedAggregator):
@@ -231,7 +242,10 @@ class MGDA(theirs.MGDA, GramianWeightedAggregator):
 
 
 class PCD(theirs.PCD, GramianWeightedAggregator):
-    """TorchJD's PCD, with Gramian and combination on gradkern."""
+    """TorchJD's PCD, on gradkern."""
+
+    def __init__(self, tau: float | Tensor = 0.02, beta: float = 0.999, eps: float = 1e-8) -> None:
+        GramianWeightedAggregator.__init__(self, PCDWeighting(tau, beta, eps))
 
 
 class UPGrad(theirs.UPGrad, GramianWeightedAggregator):

@@ -5,17 +5,18 @@ no number is read by the host. ``gradkern.compat.torchjd`` imports them, and its
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torchjd.aggregation as theirs
 from torch import Tensor
-from torchjd.linalg import DualConeProjector
+from torchjd.linalg import DualConeProjector, PSDMatrix
 from torchjd.linalg import QuadprogProjector as TheirProjector
 
 from gradkern.aggregators.base import check_gramian
+from gradkern.aggregators.gramian.pcd import constrained
 from gradkern.aggregators.solvers.active_set import nonnegative
-from gradkern.aggregators.solvers.arrays import Array, carried, identity, space
+from gradkern.aggregators.solvers.arrays import Array, ascending, carried, identity, lowest, space
 from gradkern.aggregators.solvers.ball import best_in_ball
 from gradkern.aggregators.solvers.eigen import pseudo_inverse
 from gradkern.aggregators.solvers.fair import fair
@@ -113,6 +114,38 @@ class IMTLGWeighting(theirs.IMTLGWeighting):
         return _imtlg(M, torch.finfo(M.dtype).eps).to(gramian.dtype)
 
 
+class KrumWeighting(theirs.KrumWeighting):
+    """TorchJD's KrumWeighting, computed in float64."""
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """Return the weights (T,) of a Gramian (T, T), in its dtype."""
+        self._check_matrix_shape(cast(PSDMatrix, gramian))
+        return _krum(computable(gramian), self.n_byzantine, self.n_selected).to(gramian.dtype)
+
+
+class PCDWeighting(theirs.PCDWeighting):
+    """TorchJD's PCDWeighting, solved by gradkern on the Gramian's device, where the running means are kept too."""
+
+    _sq_norm_ema: Tensor | None  # type: ignore[assignment]  # TorchJD declares them as None only
+    _n_steps: Tensor | None  # type: ignore[assignment]
+
+    def forward(self, gramian: Tensor, /) -> Tensor:
+        """Return the weights (T,) of a Gramian (T, T), in its dtype. A new number of tasks starts without means."""
+        M = computable(gramian)
+        T = len(M)
+        tau = self.tau
+        if isinstance(tau, Tensor):
+            tau = torch.nn.functional.pad(self._get_taus(T), (1, 0)).to(M.device, non_blocking=True)
+        self._ensure_state(T)
+        assert self._sq_norm_ema is not None
+        assert self._n_steps is not None
+        means, steps = (x.to(M.device, torch.float64).expand(T) for x in (self._sq_norm_ema, self._n_steps))
+        precision = 10 * torch.finfo(gramian.dtype).eps
+        w, means, steps = _pcd(M, means, steps, tau, float(self.beta), float(self.eps), precision).unbind()
+        self._sq_norm_ema, self._n_steps = means, steps[0].long()
+        return w.to(gramian.dtype)
+
+
 class _Checked:
     """An attribute whose values are checked when they are set."""
 
@@ -193,6 +226,25 @@ def _cagrad(M: Array, c: float, norm_eps: float) -> Array:
     trace, total = M.diagonal().sum(-1), y.sum(-1)
     length = xp.sqrt((y * (M @ y)).sum(-1).clip(0) / trace) / total  # of the combination with weights of sum 1
     return xp.where((trace < norm_eps) | ((total > 0) & (length < norm_eps)), 0.0, e + y)
+
+
+@carried
+def _krum(M: Array, n_byzantine: int, n_selected: int) -> Array:
+    square = M.diagonal()
+    distances = space(M).sqrt((square[:, None] + square - 2 * M).clip(0))
+    score = ascending(distances)[:, 1 : len(M) - n_byzantine - 1].sum(-1)  # the first is that to itself
+    return space(M).ones_like(score) * lowest(score, n_selected) / n_selected
+
+
+@carried
+def _pcd(M: Array, means: Array, steps: Array, tau: Array | float, beta: float, eps: float, precision: float) -> Array:
+    """Return the weights, and the running means and the number of steps after this one: (3, T)."""
+    xp = space(M)
+    new = beta * means + (1 - beta) * M.diagonal()
+    lengths = xp.sqrt(new / (1 - beta ** (steps + 1)) + eps)
+    finite = xp.isfinite(M).all()
+    w = xp.where(finite, constrained(M, None, lengths, tau, precision), xp.nan)
+    return xp.stack((w, xp.where(finite, new, means), xp.where(finite, steps + 1, steps)), 0)
 
 
 @carried

@@ -23,6 +23,9 @@ class Accumulation:
         values: the sums of the tasks' losses so far, detached; None for a task without a loss so far.
     """
 
+    loss_scale = None
+    """As for :class:`gradkern.gradients.losses.Source`."""
+
     def __init__(self) -> None:
         self.info: SurgeryInfo | None = None
         self.values: list[Tensor | None] = []

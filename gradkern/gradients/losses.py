@@ -35,6 +35,10 @@ class Source(Protocol):
         """The losses of the tasks, detached, once their gradients have been computed; None where there is no loss."""
 
     @property
+    def loss_scale(self) -> Tensor | None:
+        """What a gradient scaler has multiplied the losses by, (); None for nothing."""
+
+    @property
     def frozen_grads(self) -> dict[int, dict[Tensor, Tensor]]:
         """By task, the gradients of parameters that are not among the targets, because they did not require grad."""
 
@@ -58,6 +62,7 @@ class Losses:
         has_callables: whether one is a callable, which may change parameters while the step runs.
         present: as for :class:`Source`.
         values: as for :class:`Source`.
+        loss_scale: as for :class:`Source`.
         frozen: parameters that do not require grad when the step begins, and that a callable may let require it.
         frozen_grads: as for :class:`Source`.
     """
@@ -72,6 +77,7 @@ class Losses:
         self.has_callables = False
         self.present: list[bool] = []
         self.values: list[Tensor | None] = []
+        self.loss_scale: Tensor | None = None
         self.device = torch.device("cpu")
         self.frozen: Sequence[Tensor] = ()
         self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
@@ -240,6 +246,12 @@ def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
         return torch.stack(present)  # the usual case
     absent = torch.full((), float("nan"), dtype=dtype, device=like.device)
     return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])
+
+
+def unscaled(source: Source, like: Tensor) -> Tensor:
+    """Return the losses of an open source as methods see them: without the scale of a gradient scaler."""
+    losses = stacked(source.values, like)
+    return losses if source.loss_scale is None else losses / source.loss_scale
 
 
 @contextmanager

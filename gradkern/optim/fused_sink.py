@@ -5,18 +5,35 @@ scalers need to know whether the gradient is finite: it is if weights and dot pr
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from gradkern.aggregators import Entrywise, GradAttention
 from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination, along
 from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.options import Options
 from gradkern.step.rows import kept_share
 from gradkern.step.surgery import Outcome
+
+
+def can_fuse(optimizer: Optimizer, options: Options, params: Sequence[Tensor], measured: bool) -> bool:
+    """Return whether a step can combine the gradients itself; ``measured``: whether it needs their norm."""
+    method, suppression = options.aggregator, options.suppression
+    return (
+        type(optimizer) is AdamW
+        and not options.is_weighted_backward
+        and not isinstance(method, Entrywise)
+        and not method.is_trained
+        and not (isinstance(method, GradAttention) and method.update == "subset")
+        and not (measured and suppression is not None and suppression.scope == "update")
+        and not [p for p in params if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)]
+    )
 
 
 class FusedAdamWSink:

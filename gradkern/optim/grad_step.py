@@ -32,6 +32,13 @@ def _needs_argument(step: Callable[..., Any]) -> bool:
     return any(o.default is o.empty and o.kind not in (o.VAR_POSITIONAL, o.VAR_KEYWORD) for o in others)
 
 
+def loss_scale(scaler: torch.amp.GradScaler | None, params: Sequence[Tensor]) -> Tensor | None:
+    """Return what a scaler multiplies losses by, on the parameters' device; None for nothing."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=params[0].device))  # the scale itself is not public without a wait
+
+
 def step_by_grad(
     optimizer: Optimizer,
     params: Sequence[Tensor],

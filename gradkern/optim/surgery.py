@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from gradkern.aggregators import Aggregator, Entrywise, GradAttention
+from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean, instance, number
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
-from gradkern.gradients.losses import Loss, Source, entries_of
+from gradkern.gradients.losses import Loss, Losses, Source, entries_of
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sources import from_losses
@@ -24,9 +24,9 @@ from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.optim.checkpoint import Remembered, load, restored
-from gradkern.optim.fused_sink import FusedAdamWSink
-from gradkern.optim.grad_step import refuse_closure, step_by_grad
-from gradkern.optim.undo import grads_of, scale_of, stage_of
+from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse
+from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
+from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.backward import add_up, grad_sink
@@ -111,18 +111,19 @@ class SurgeryOptimizer(OptimizerWrapper):
             TypeError, ValueError: as for :func:`gradkern.backward`.
         """
         check_wanted(second, self.aggregator)
-        losses = self._listed(losses)
-        source = from_losses(losses, features, batched, retain_graph)
+        return self._backward(from_losses(self._listed(losses), features, batched, retain_graph), second)
+
+    def _backward(self, source: Losses, second: Second) -> SurgeryInfo:
         total: Accumulation | None = self._pending.accumulation
         if total is not None and not self._options().adds_at_once:
             info = add_up(total, source, self._params())
         else:
             if total is not None:
-                total.expect(len(losses))
+                total.expect(len(source.given))
             info = self._run(source, self._grad_sink(source), second)
             self._pending.step_scale = info.step_scale
             if total is not None:
-                total.took([loss is not None for loss in losses], info)
+                total.took([loss is not None for loss in source.given], info)
         return info
 
     @contextmanager
@@ -188,8 +189,9 @@ class SurgeryOptimizer(OptimizerWrapper):
             losses: one entry per task, as in :func:`gradkern.backward`.
             max_norm: the largest norm allowed for the gradient over all parameters, above 0; infinity only measures it.
                 A longer gradient is scaled down to it, and one whose norm is not finite becomes NaN.
-            scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. Call its ``update``
-                afterwards.
+            scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. If ``.grad`` was
+                written, the method, masks and memory are then as before. A method that looks at losses sees them
+                without the scale. Call the scaler's ``update`` afterwards.
             features, batched, retain_graph, second: as in :func:`gradkern.backward`.
 
         Returns:
@@ -205,33 +207,23 @@ class SurgeryOptimizer(OptimizerWrapper):
         if scaler is not None:
             instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
         self._refuse_within_accumulate("update()")
+        source = from_losses(self._listed(losses), features, batched, retain_graph)
+        source.loss_scale = loss_scale(scaler, self._tensors())
         if not self._is_fused(measured=max_norm is not None or scaler is not None):
             refuse_closure(self.optimizer)
             grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
-            with Undo(*self._options().snapshot(), grads, scale, stage_of(scaler, self)):
-                info = self.backward(
-                    losses, features=features, batched=batched, retain_graph=retain_graph, second=second
-                )
+            states = self._options().snapshot()
+            skipped = undone_if_skipped(scaler, self.optimizer, states)
+            with Undo(*states, grads, scale, stage_of(scaler, self)), skipped:
+                info = self._backward(source, second)
                 return step_by_grad(self, self._tensors(), info, max_norm, scaler)
         sink = FusedAdamWSink(self.optimizer, self.step, self._scaler_proxy, max_norm, scaler)
-        info = self._run(from_losses(self._listed(losses), features, batched, retain_graph), sink, second)
+        info = self._run(source, sink, second)
         self._pending.step_scale = None
         return replace(info, total_norm=sink.total_norm)
 
     def _is_fused(self, measured: bool) -> bool:
-        """Return whether the step can combine the gradients itself; ``measured``: whether it needs their norm."""
-        method, suppression = self.aggregator, self.suppression
-        return (
-            type(self.optimizer) is AdamW
-            and not self._options().is_weighted_backward
-            and not isinstance(method, Entrywise)
-            and not method.is_trained
-            and not (isinstance(method, GradAttention) and method.update == "subset")
-            and not (measured and suppression is not None and suppression.scope == "update")
-            and not [
-                p for p in self._tensors() if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)
-            ]
-        )
+        return can_fuse(self.optimizer, self._options(), self._tensors(), measured)
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
         """Return ``losses`` as a list; those of the first step look for untracked parameters."""

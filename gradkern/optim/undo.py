@@ -1,6 +1,7 @@
-"""Undoing an update that raises: ``.grad``, κ, and the gradient scaler's record of it."""
+"""Undoing an update that raises: ``.grad``, κ, and the gradient scaler's record of it; and one that is skipped."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -40,6 +41,29 @@ def scale_of(pending: SimpleNamespace) -> PutBack:
         pending.step_scale = step_scale
 
     return put_back
+
+
+@contextmanager
+def undone_if_skipped(
+    scaler: torch.amp.GradScaler | None, optimizer: Optimizer, states: Sequence[PutBack]
+) -> Iterator[None]:
+    """Put states back if a scaler's block ends without a step of the optimizer: the scaler has skipped it.
+
+    An optimizer that takes the scale itself, as fused ones of torch do outside of a wrapper, is called in any case. The
+    host does not know then whether it has stepped, and nothing is put back.
+    """
+    if scaler is None:
+        yield
+        return
+    steps: list[bool] = []
+    hook = optimizer.register_step_pre_hook(lambda *_: steps.append(True))
+    try:
+        yield
+    finally:
+        hook.remove()
+    if not steps:
+        for put_back in states:
+            put_back()
 
 
 def stage_of(scaler: torch.amp.GradScaler | None, optimizer: Optimizer) -> PutBack:

@@ -34,8 +34,8 @@ def dualproj(grads: Sequence[Tensor], preference: Sequence[float] | None = None)
 def cagrad(grads: Sequence[Tensor], c: float = 0.5, rescale: bool = True) -> Tensor:
     """Return the vector in a ball around the mean with the largest least dot product (Liu et al. 2021).
 
-    For each set of gradients, of all vectors in the ball with equal dot products with them, one has the largest. The
-    answer is the best of these vectors.
+    For each set of gradients, of all vectors in the ball with equal dot products with them, one has the largest. So has
+    one that is orthogonal to all of them, if 0 is in their hull. The answer is the best of these vectors.
 
     Args:
         grads: T vectors of P numbers; time grows as 2^T.
@@ -47,20 +47,26 @@ def cagrad(grads: Sequence[Tensor], c: float = 0.5, rescale: bool = True) -> Ten
     radius = c * length(mean)
     best, update = -math.inf, mean
     for chosen in _sets(rows):
-        J = torch.stack(chosen)
-        # d = mean + Jᵀy with J d = t: y = t a - b.
-        a, b = (torch.linalg.lstsq(J @ J.T, x.unsqueeze(1)).solution.squeeze(1) for x in (J.new_ones(len(J)), J @ mean))
-        along, across = J.T @ a, J.T @ b
-        # ‖t along - across‖ = radius
-        A, B, C = (float(torch.dot(x, y)) for x, y in ((along, along), (along, across), (across, across)))
-        t = (B + math.sqrt(max(B * B - A * (C - radius * radius), 0.0))) / A
-        step = t * along - across
-        if length(step) > radius * (1 + 1e-9):
-            continue
-        worst = min(float(torch.dot(g, mean + step)) for g in rows)
-        if worst > best:
-            best, update = worst, mean + step
+        for step in _equal_steps(chosen, mean, radius):
+            worst = min(float(torch.dot(g, mean + step)) for g in rows)
+            if length(step) <= radius * (1 + 1e-9) and worst > best:
+                best, update = worst, mean + step
     return update / (1 + c * c) if rescale else update
+
+
+def _equal_steps(chosen: Sequence[Tensor], mean: Tensor, radius: float) -> Iterator[Tensor]:
+    """Yield the shortest s with g_iᵀ(mean + s) = t for all gradients chosen: of t = 0, and of the length ``radius``."""
+    lengths = torch.stack([g.norm() for g in chosen])
+    units = torch.stack(list(chosen)) / lengths.unsqueeze(1)
+    inverse = torch.linalg.pinv(units, rtol=1e-11)
+    across, along = inverse @ (units @ mean), inverse @ (1 / lengths)
+    yield -across
+    # If gradients chosen are opposite, only t = 0 is possible.
+    if length(units @ along * lengths - 1) > 1e-6:
+        return
+    # ‖t along - across‖ = radius
+    A, B, C = (float(torch.dot(x, y)) for x, y in ((along, along), (along, across), (across, across)))
+    yield (B + math.sqrt(max(B * B - A * (C - radius * radius), 0.0))) / A * along - across
 
 
 def pcd_updates(steps: Sequence[Sequence[Tensor]], tau: float = 0.02, beta: float = 0.999) -> list[Tensor]:

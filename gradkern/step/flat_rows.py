@@ -72,7 +72,7 @@ class FlatRows:
         params: n parameters.
         vectors: the gradients of each task, as :func:`flattened` returns them; None for an absent task.
         arrangement: the columns of the gradients.
-        losses: as for :class:`gradkern.step.rows.Rows`.
+        losses, loss_scale: as for :class:`gradkern.step.rows.Rows`.
 
     Attributes:
         blocks: the gradients of shared parameters, S matrices (T, width). Some have columns of zeros at the end.
@@ -88,10 +88,12 @@ class FlatRows:
         vectors: Sequence[Tensor | None],
         arrangement: Arrangement,
         losses: Tensor | None = None,
+        loss_scale: Tensor | None = None,
     ) -> None:
         self.params = params
         self.arrangement = arrangement
         self.losses = losses
+        self.loss_scale = loss_scale
         self.n_tasks = len(vectors)
         self.n_segments = arrangement.n_segments
         self._plan = plan(arrangement, self.n_tasks)

@@ -9,7 +9,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients import aliasing
 from gradkern.gradients.layouts import Row, real_numel
-from gradkern.gradients.losses import Losses, Source, stacked
+from gradkern.gradients.losses import Losses, Source, unscaled
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
@@ -112,6 +112,7 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
         [one.vector if isinstance(one, Flat) else None for one in taken],
         arrangement,
         losses=_losses(source, targets, options),
+        loss_scale=source.loss_scale,
     )
 
 
@@ -134,6 +135,7 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
         products_masked=suppression is not None and suppression.scope == "all",
         present=bools_on(source.present, targets.device) if _tells_absent(source, options) else None,
         losses=_losses(source, targets, options),
+        loss_scale=source.loss_scale,
         overwrite=memory is None,
     )
 
@@ -184,4 +186,4 @@ def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) ->
 
 
 def _losses(source: Source, targets: Targets, options: Options) -> Tensor | None:
-    return stacked(source.values, targets.tensors[0]) if options.aggregator.needs_losses else None
+    return unscaled(source, targets.tensors[0]) if options.aggregator.needs_losses else None

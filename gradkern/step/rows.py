@@ -45,6 +45,7 @@ class Rows:
         products_masked: whether the mask drops them from the dot products too.
         present: (T,) bool, the tasks whose gradients belong to this step, if the others' are remembered; None if not.
         losses: (T,), NaN for an absent task; None if the method does not need them.
+        loss_scale: (), what a gradient scaler has multiplied all gradients by; None for nothing.
         overwrite: whether gradients may be overwritten once they are combined.
         second: T rows of n dense gradients of a second batch; None without one.
     """
@@ -56,6 +57,7 @@ class Rows:
     products_masked: bool = False
     present: Tensor | None = None
     losses: Tensor | None = None
+    loss_scale: Tensor | None = None
     overwrite: bool = False
     second: Sequence[Row] | None = None
     _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)

@@ -12,7 +12,7 @@ from gradkern.aggregators.base import OwnGrads
 from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.losses import Losses, stacked, unreached
+from gradkern.gradients.losses import Losses, unreached, unscaled
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
@@ -121,7 +121,7 @@ class WeightedBackwardSink(GradSink):
         assert solution.unshared is not None, "it is a scalarization's"
         self._targets, self._present = targets, self._graphs()
         self._weights = self.method.multipliers(solution.unshared)
-        self._own = of_optimizer(self.method, solution.own, targets.tensors)
+        self._own = of_optimizer(self.method, solution.own, targets.tensors, self.losses.loss_scale)
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Run the backward pass. Callables run one by one if they can, so that only one graph is alive at a time."""
@@ -145,7 +145,7 @@ class WeightedBackwardSink(GradSink):
         """Return what the method knows of the tasks; with ``known`` their losses too, if it needs them."""
         source, device, stack = self.losses, self._targets.device, None
         if known and self.method.needs_losses:
-            stack = stacked(source.values, self._targets.tensors[0]).double()
+            stack = unscaled(source, self._targets.tensors[0]).double()
         told = not self.method.has_fixed_weights and not all(source.present)
         present = bools_on(source.present, device) if told else None
         return Tasks(len(source.present), device, present, stack)
@@ -156,7 +156,7 @@ class WeightedBackwardSink(GradSink):
             return ()
         with torch.no_grad():
             own = self.method.observe(self._tasks(known=True))
-        return of_optimizer(self.method, own, self._targets.tensors)
+        return of_optimizer(self.method, own, self._targets.tensors, self.losses.loss_scale)
 
     def _graphs(self) -> dict[int, Tensor]:
         """Run all callables; return the losses of present tasks, with their graphs."""

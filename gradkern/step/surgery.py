@@ -75,7 +75,7 @@ def surgery(
     M = _usable(products[: rows.n_segments], rows.present)
     solution = _solution(aggregator, M, rows) if sampled is None else sampled.solution(M)
     w = _checked_weights(aggregator, solution.weights, M)
-    own = of_optimizer(aggregator, solution.own, rows.params)
+    own = of_optimizer(aggregator, solution.own, rows.params, rows.loss_scale)
 
     def combine() -> Combined:
         results, kept = used_rows.combine(w, solution.unshared)
@@ -85,12 +85,17 @@ def surgery(
     return Outcome(M, unshared_products, solution, solution.unshared, combine)
 
 
-def of_optimizer(aggregator: Aggregator, own: OwnGrads, params: Sequence[Tensor]) -> OwnGrads:
-    """Return the gradients of the method's own parameters that are among ``params``; warn of others once."""
+def of_optimizer(
+    aggregator: Aggregator, own: OwnGrads, params: Sequence[Tensor], loss_scale: Tensor | None
+) -> OwnGrads:
+    """Return the gradients of the method's own parameters that are among ``params``; warn of others once.
+
+    They are multiplied by ``loss_scale``, as all other gradients have been.
+    """
     if not own:
         return own
     known = set(params)
-    trained = [(p, g) for p, g in own if p in known]
+    trained = [(p, g if loss_scale is None else g * loss_scale.to(g.dtype)) for p, g in own if p in known]
     if any(p.requires_grad and p not in known for p, _ in own):
         warn_once(
             aggregator,

@@ -20,11 +20,42 @@ each_name = pytest.mark.parametrize("name", METHODS)
 @each_name
 def test_every_row_is_made_by_its_name(name: str) -> None:
     for written in (name, name.upper(), name.replace("-", "_"), f" {name.title()} "):
-        seed = {"seed": 0} if METHODS[name].draws == "signs" else {}
-        made = gk.aggregator(written, **seed)
+        options = {"seed": 0} if METHODS[name].draws == "signs" else {}
+        options |= METHODS[name].arguments if METHODS[name].tasks else {}
+        made = gk.aggregator(written, **options)
         assert type(made) is METHODS[name].aggregator
-        assert repr(made) == repr(METHODS[name].make(**seed))
-    assert gk.aggregator(name) is not gk.aggregator(name)
+        assert repr(made) == repr(METHODS[name].make(**options))
+    assert gk.aggregator(name, **options) is not gk.aggregator(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed", "example"),
+    [
+        *((name, "T", "T=3") for name in ("uncertainty", "imtl-l", "famo", "gradnorm")),
+        ("constant", "weights", r"weights=\(1.0, 2.32, 1.61\)"),
+        ("krum", "n_byzantine", "n_byzantine=0"),
+        ("trimmed-mean", "k", "k=1"),
+    ],
+)
+def test_what_depends_on_the_number_of_tasks_must_be_given(name: str, needed: str, example: str) -> None:
+    message = rf"^{needed} must be given for '{name}', as in gradkern.aggregator\('{name}', {example}\) for 3 tasks"
+    with pytest.raises(TypeError, match=message):
+        gk.aggregator(name)
+    assert {row.name for row in METHODS.values() if row.tasks} == {
+        "uncertainty",
+        "imtl-l",
+        "famo",
+        "gradnorm",
+        "constant",
+        "krum",
+        "trimmed-mean",
+    }
+
+
+def test_a_rows_example_for_three_tasks_stands_for_nothing() -> None:
+    assert repr(gk.aggregator("krum", n_byzantine=1)) == repr(gk.Krum(1))
+    assert repr(gk.aggregator("famo", T=5, lr=0.1)) == repr(gk.FAMO(5, lr=0.1))
+    assert repr(gk.aggregator("uncertainty", T=2)) == repr(gk.Uncertainty(2))
 
 
 def test_options_come_before_the_rows_arguments() -> None:

@@ -143,7 +143,7 @@ def test_a_zero_gradient_is_left_out_of_the_hull() -> None:
     M[0, [1, 3]] = M[0, :, [1, 3]] = 0
     losses = torch.tensor([1.0, math.nan, 3.0, 0.0])
     for method, given in ((gk.MGDA(), ()), (gk.MGDA("l2"), ()), (gk.MGDA("loss"), (losses,))):
-        w = method.weights(M, *given)
+        w = method.weights(M[:1] if given else M, *given)  # in the other Gramian the loss of 0 would divide
         some = [losses[[0, 2]]] if given else []
         assert_near(w[0, [0, 2]], method.weights(M[0, [0, 2]][:, [0, 2]], *some), 1.0, 1e-12)
         assert w[0, [1, 3]].tolist() == [0, 0]
@@ -237,13 +237,35 @@ def test_gradients_are_divided_by_their_losses(normalize: str) -> None:
     assert info.weights[2] == 0
 
 
-def test_losses_that_cannot_divide_give_no_number_and_missing_ones_are_named() -> None:
+@pytest.mark.parametrize("normalize", ["loss", "loss+"])
+def test_a_loss_that_cannot_divide_is_named_and_changes_nothing(normalize: str) -> None:
+    p = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    gk.backward(list(p.unbind()), [p], aggregator=gk.MGDA(normalize), shared=[p])
+    grad = p.grad.clone()
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match=rf"losses\[1\] must be above 0, because gradients are .*; got {bad}"):
+            gk.MGDA(normalize).weights(torch.eye(3).expand(2, 3, 3), torch.tensor([1.0, bad, 2.0]))
+        with pytest.raises(ValueError, match=rf"losses\[1\] must be above 0, because gradients are .*; got {bad}"):
+            gk.backward([p[0], p[1] - 1 + bad, p[2]], [p], aggregator=gk.MGDA(normalize), shared=[p])
+        assert torch.equal(p.grad, grad)
+        # A gradient of zero, as of a hinge loss that is met, is left out, and nothing is divided.
+        w = gk.MGDA(normalize).weights(torch.diag(torch.tensor([1.0, 0.0, 4.0])), torch.tensor([1.0, bad, 2.0]))
+        expected = reference.mgda([torch.eye(3)[0], 2 * torch.eye(3)[2]], normalize, [1.0, 2.0])
+        assert_near(w * torch.tensor([1.0, 0.0, 2.0]), expected.float(), 1.0, 1e-6)
+    absent = torch.tensor([True, False, True])
+    w = gk.MGDA(normalize).solution(torch.eye(3)[None], absent, torch.tensor([1.0, -1.0, 2.0])).weights
+    assert w.isfinite().all()
+
+
+def test_losses_that_are_not_finite_give_no_number_and_missing_ones_are_named() -> None:
     M = reference.gramian(list(torch.randn(3, 5)))
-    for bad in (0.0, -1.0, math.nan):
+    for bad in (math.inf, math.nan):
         assert gk.MGDA("loss").weights(M, torch.tensor([1.0, bad, 2.0])).isnan().all()
+    with FakeTensorMode():  # where the host may not look, nothing is raised
+        assert gk.MGDA("loss").weights(torch.ones(3, 3), torch.zeros(3)).shape == (3,)
     with pytest.raises(ValueError, match="losses must be given with normalize='loss', got None"):
         gk.MGDA("loss")(torch.randn(3, 5))
-    with pytest.raises(ValueError, match=r"losses must have shape \(..., 3\) for M \(3, 3\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"losses must have shape \(..., 3\) for 3 tasks, got \(2,\)"):
         gk.MGDA("loss+").weights(M, torch.ones(2))
 
 

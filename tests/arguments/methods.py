@@ -44,7 +44,7 @@ def constructors() -> Iterator[Call]:
         return [*values.numbers(), -0.1]
 
     optional_weights = {"weights": lambda: values.task_weights()[1:]}
-    preference = {"preference": lambda: values.task_weights()[1:]}
+    preference = {"preference": values.preferences}
     report: Wrong = {"report": values.flags}
     tasks: Wrong = {"T": values.integers}
 
@@ -82,7 +82,7 @@ def constructors() -> Iterator[Call]:
         (gk.PCD, {}, {"tau": values.shares, "beta": lambda: [*values.shares(), 1]}),
         (gk.IMTLG, {}, {}),
         (gk.AlignedMTL, {}, {"scale": values.strings} | preference),
-        (gk.ConFIG, {}, preference),
+        (gk.ConFIG, {}, {"preference": lambda: [*values.preferences(), [1.0, -0.5], torch.tensor([-1.0])]}),
         (gk.NashMTL, {}, {"max_norm": lambda: values.positive_numbers()[1:], "update_every": values.integers}),
         (gk.FairGrad, {}, {"alpha": values.positive_numbers}),
         (gk.NTKMTL, {}, {"power": lambda: [*values.numbers(), -0.5]}),

@@ -240,6 +240,11 @@ def task_weights() -> Values:
     ]
 
 
+def preferences() -> Values:
+    """Return what are no preferences of tasks, other than None."""
+    return [*task_weights()[1:], [0.0, 0.0], [0], torch.zeros(3)]
+
+
 def loaded_states() -> Values:
     """Return what is no state_dict of anything."""
     return [None, 3, 0.5, True, "state", b"x", [], [1], {}, {"x": 1}, {3: 4}, torch.ones(2), len]

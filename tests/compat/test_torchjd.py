@@ -70,11 +70,12 @@ METHODS: dict[str, Callable[[ModuleType], Any]] = {
     "Krum": lambda jd: jd.Krum(0, 2),
     "MGDA": lambda jd: jd.MGDA(),
     "PCD": lambda jd: jd.PCD(0.1),
+    "PCD-shares": lambda jd: jd.PCD(torch.tensor([0.5, 0.1]), 0.9, eps=0.01),
     "UPGrad": lambda jd: jd.UPGrad(),
     "UPGrad-preference": lambda jd: jd.UPGrad(torch.tensor([0.1, 0.7, 2.0])),
     "UPGrad-projector": lambda jd: jd.UPGrad(projector=SHARED_PROJECTOR),
 }
-SOLVED = ("CAGrad", "DualProj", "FairGrad", "IMTLG", "NashMTL", "UPGrad")
+SOLVED = ("CAGrad", "DualProj", "FairGrad", "IMTLG", "Krum", "NashMTL", "PCD", "UPGrad")
 THEIR_ERROR = {"CAGrad": 1e-3, "FairGrad": 1e-7, "FairGrad-sum": 1e-10}
 """The error that TorchJD's solvers leave, if it is not rounding: Clarabel, and SciPy's least squares."""
 DIFFERENTIABLE = ("AlignedMTL", "AlignedMTL-rmse", "CR-MOGM", "Krum", "MGDA")

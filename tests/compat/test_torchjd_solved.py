@@ -25,6 +25,7 @@ METHODS: dict[str, Callable[[Any, int], Any]] = {
     "FairGrad": lambda jd, T: jd.FairGrad(2.0),
     "IMTLG": lambda jd, T: jd.IMTLG(),
     "NashMTL": lambda jd, T: jd.NashMTL(T),
+    "PCD": lambda jd, T: jd.PCD(0.3, beta=0.0),
     "UPGrad": lambda jd, T: jd.UPGrad(),
 }
 THEIR_ERROR = {"CAGrad": 1e-3, "NashMTL": 1e-4, "FairGrad": 1e-6}
@@ -54,6 +55,49 @@ def test_as_torchjd_where_its_solver_is_installed(name: str, T: int) -> None:
         x, y = a(J), b(J)
         assert_near(y, x, x.norm(), THEIR_ERROR.get(name, 1e-10))
     assert (repr(b), str(b)) == (repr(a), str(a))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"tau": 0.4, "beta": 0.5}, {"tau": 1.0, "beta": 0.9, "eps": 0.0}])
+@each_size
+def test_pcd_goes_on_as_theirs(T: int, arguments: dict[str, float]) -> None:
+    """Through zeros, an overflow and checkpoints: the updates and the state are theirs."""
+    a, b = theirs.PCD(**arguments), ours.PCD(**arguments)
+    for step in range(6):
+        J = conflicting(T, 60)
+        J[T // 2] *= step != 2
+        J *= torch.inf if step == 3 else 1.0
+        x, y = a(J), b(J)
+        if step == 3:
+            assert x.isnan().all()
+            assert y.isnan().all()
+        else:
+            assert_near(y, x, J.norm(), 1e-8)  # theirs meets constraints up to 1e-9
+        assert a.state_dict().keys() == b.state_dict().keys()
+        for key, value in a.state_dict().items():
+            assert b.state_dict()[key].dtype == value.dtype
+            assert_near(b.state_dict()[key].double(), value.double(), value.abs().max(), 1e-12)
+        for one, other in ((a, b), (b, a)):  # each loads what the other has saved
+            one.load_state_dict(other.state_dict())
+    a.reset()
+    b.reset()
+    assert_near(b(J), a(J), J.norm(), 1e-8)
+
+
+@pytest.mark.parametrize("T", [3, 5, 9, 20])
+def test_krum_selects_what_theirs_does(T: int) -> None:
+    # With T - 3 the closest two have the same score, so that one of them would be a matter of their order.
+    for n_byzantine, n_selected in ((0, 1 if T > 3 else 2), (0, T), (T - 3, 2), (T // 4, 2)):
+        a, b = theirs.Krum(n_byzantine, n_selected), ours.Krum(n_byzantine, n_selected)
+        for J in (conflicting(T, 30), 1e3 * conflicting(T, 30), conflicting(T, 30).float()):
+            # In float64: theirs takes roots of roundings in float32.
+            expected = a.gramian_weighting(J.double() @ J.double().T)
+            assert torch.equal(b.gramian_weighting(J.double() @ J.double().T), expected)
+            assert b(J).dtype == J.dtype
+            assert_near(b(J), (expected @ J.double()).to(J.dtype), J.norm(), 1e-6)
+    J[T - 1, 2] = torch.inf
+    assert ours.Krum(0, 1)(J).isfinite().all()
+    with FakeTensorMode():
+        assert ours.Krum(0, 1)(torch.empty(T, 9)).shape == (9,)
 
 
 @each_size
@@ -207,6 +251,46 @@ def test_an_optimizer_names_the_twin(given: str) -> None:
     with pytest.raises(TypeError, match=message):
         gk.backward([p.sum(), -p.sum()], [p], aggregator=aggregator)
     assert p.grad is None
+
+
+@pytest.mark.parametrize("module", [theirs, ours], ids=["theirs", "ours"])
+@pytest.mark.parametrize(
+    ("make", "twin"),
+    [
+        (lambda jd: jd.Random(), "RGW"),
+        (lambda jd: jd.RandomWeighting, "RGW"),
+        (lambda jd: jd.CRMOGMWeighting(jd.MGDAWeighting()), "Smoothed"),
+        (lambda jd: jd.MGDAWeighting(), "MGDA"),
+        (lambda jd: jd.KrumWeighting(0), "Krum"),
+        (lambda jd: ours.UPGradWeighting(), "UPGrad"),
+        (lambda jd: ours.GradVacWeighting, "GradVac"),
+        (lambda jd: type("Nash_MTL", (), {})(), "NashMTL"),  # LibMTL's spelling
+    ],
+)
+def test_an_optimizer_names_the_twin_of_another_name(module: Any, make: Callable[[Any], Any], twin: str) -> None:
+    p = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(TypeError, match=rf"aggregator must be a gradkern.Aggregator, .*: pass gradkern.{twin}\(...\)"):
+        gk.SurgeryOptimizer(torch.optim.SGD([p], 0.1), make(module))
+
+
+def test_every_method_of_torchjds_has_a_twin_in_the_error_or_none_here() -> None:
+    """Of all its classes, these alone have no method here, or are bases."""
+    without = set()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], 0.1)
+    for name in theirs.__all__:
+        with pytest.raises(TypeError, match=r"aggregator must be a gradkern.Aggregator") as error:
+            gk.SurgeryOptimizer(optimizer, getattr(ours, name))
+        if "pass gradkern." not in str(error.value):
+            without.add(name)
+    assert without <= {
+        "Aggregator",
+        "ExcessMTL",
+        "ExcessMTLWeighting",
+        "GramianWeightedAggregator",
+        "Stateful",
+        "WeightedAggregator",
+        "Weighting",
+    }
 
 
 def test_an_optimizer_names_what_makes_a_method_of_a_name() -> None:

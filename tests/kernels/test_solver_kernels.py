@@ -148,7 +148,7 @@ def test_methods_on_a_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if DEVICE.type == "cuda":
         w = method().weights(M).cpu()
     else:
-        monkeypatch.setattr(arrays, "_on_host", lambda x: False)
+        monkeypatch.setattr(arrays, "on_host", lambda x: False)
         for solver in (active_set, fair, eigen):
             monkeypatch.setattr(solver, "on_device", lambda x: True)
         with interpreter.serving_the_cpu() as calls:

@@ -27,7 +27,9 @@ class AlignedMTL(GramianMethod):
     Args:
         scale: the eigenvalue whose root the length is: the smallest ("min"), the "median", the lower one of two, or the
             mean ("rmse").
-        preference: T finite numbers, by which the aligned gradients are weighted in the update; None for ones.
+        preference: T finite numbers, not all 0, by which the aligned gradients are weighted in the update; None for
+            ones. At full rank the update's dot product with gradient i is √λ_R (M^(1/2) p)_i, so a task of preference 0
+            has no say, and one below 0 works toward a higher loss, as a weight below 0 does in ``Sum``.
     """
 
     needs_eps = True

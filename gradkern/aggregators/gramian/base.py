@@ -1,5 +1,6 @@
 """The base class of methods whose weights are a function of the Gramian and of which tasks are present."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -57,11 +58,17 @@ class Preference(PerDevice):
     """A number for each task, as a tensor on any device.
 
     Args:
-        preference: T finite numbers.
+        preference: T finite numbers, not all 0.
+        least: the smallest that makes sense.
+
+    Raises:
+        TypeError, ValueError: ``preference`` is not as described above.
     """
 
-    def __init__(self, preference: Sequence[float] | Tensor) -> None:
-        super().__init__(numbers("preference", preference))
+    def __init__(self, preference: Sequence[float] | Tensor, least: float = -math.inf) -> None:
+        super().__init__(numbers("preference", preference, least))
+        if not any(self.values):
+            raise ValueError(f"preference must hold a number other than 0, got {shown(preference)}")
 
     def of(self, M: Tensor) -> Tensor:
         """Return the numbers for the tasks of M: (T,) float64."""

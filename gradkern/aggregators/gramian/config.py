@@ -24,14 +24,15 @@ class ConFIG(GramianMethod):
     matrix of unit vectors.
 
     Args:
-        preference: the projections relative to each other, T finite numbers; None for equal ones.
+        preference: the projections relative to each other, T finite numbers of at least 0, not all 0; None for equal
+            ones. The update is orthogonal to the gradient of a task of preference 0. Below 0 there would be a conflict.
     """
 
     needs_eps = True
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:
         super().__init__()
-        self._preference = None if preference is None else Preference(preference)
+        self._preference = None if preference is None else Preference(preference, least=0)
 
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:
         return conflict_free(M, present, eps, 1.0 if self._preference is None else self._preference.of(M))

@@ -21,7 +21,7 @@ class DualConeMethod(GramianMethod):
     """A method that projects combinations of the task gradients onto their dual cone.
 
     Args:
-        preference: T finite numbers, the weights that the method begins with; None for the mean.
+        preference: T finite numbers, not all 0, the weights that the method begins with; None for the mean.
     """
 
     def __init__(self, preference: Sequence[float] | Tensor | None = None) -> None:

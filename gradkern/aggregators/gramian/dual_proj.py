@@ -20,8 +20,9 @@ class DualProj(DualConeMethod):
     gradients that are all zero have them, so that short gradients are treated as long ones are.
 
     Args:
-        preference: T finite numbers, the weights of the combination that is projected; None for 1/T, T the number of
-            present tasks.
+        preference: T finite numbers, not all 0, the weights of the combination that is projected; None for 1/T, T the
+            number of present tasks. A task of preference 0 has no part in the combination, and one below 0 its
+            opposite. The update raises the loss of neither.
     """
 
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:

@@ -47,12 +47,13 @@ class MGDA(Aggregator):
 
         Args:
             M: (..., T, T), Gramians.
-            losses: (..., T), for "loss" and "loss+", floating, on M's device. They must be greater than 0: any other
-                one gives weights that are not a number.
+            losses: (..., T), for "loss" and "loss+", floating, on M's device. Those of gradients that are not zero must
+                be above 0; where the host may not look, on a device, any other one gives weights that are not a number.
 
         Raises:
             TypeError: ``losses`` is not a floating tensor.
-            ValueError: it is missing, is on another device, or its last dimension is not T.
+            ValueError: it is missing, is on another device, its last dimension is not T, or a loss on a CPU is not
+                above 0.
         """
         return self._hull_weights(M, None, losses)
 
@@ -66,7 +67,7 @@ class MGDA(Aggregator):
         if self.normalize in ("l2", "loss+"):
             hull = cosines(hull)
         if self.needs_losses:
-            of_losses = checked_losses(losses, M, f"normalize={self.normalize!r}")
+            of_losses = checked_losses(losses, M, f"normalize={self.normalize!r}", batched=True)
             hull = divided(hull, loss_divisors(of_losses, hull, present))
         return in_dtype(_min_norm(hull, present), M)
 

@@ -89,12 +89,19 @@ def _step(
         moves = xp.isfinite(M.sum())
     else:
         moves = among & xp.isfinite(xp.where(among[..., None] & among, M, 0.0).sum())
-    w = _weights(M, among, xp.sqrt(new_means / new_counts), tau, precision)
+    w = constrained(M, among, xp.sqrt(new_means / new_counts), tau, precision)
     return w, xp.where(moves, new_means, means), xp.where(moves, new_counts, counts)
 
 
-def _weights(M: Array, among: Array | None, lengths: Array, tau: float, precision: float) -> Array:
-    """Return the weights (..., T), for running means of the lengths (..., T) and a relative precision of M's entries.
+def constrained(M: Array, among: Array | None, lengths: Array, tau: Array | float, precision: float) -> Array:
+    """Return the weights (..., T) of a step.
+
+    Args:
+        M: (..., T, T), Gramians.
+        among: (T,) bool, the tasks that are present; None for all.
+        lengths: (..., T), running means of the rows' lengths.
+        tau: the share of its own progress that each other task is to have, a number or (T,).
+        precision: the relative precision of M's entries.
 
     In the scale of unit rows, with r_i = n_i / √v_i and v_0 = r_0, the vector is Σ_i v_i g_i / n_i, and the constraints
     are (Kv)_j >= τ r_j.
@@ -108,7 +115,7 @@ def _weights(M: Array, among: Array | None, lengths: Array, tau: float, precisio
     slack = xp.where(others, K[..., 0] * primary - tau * relative, 0.0)
     both = others[..., None] & others[..., None, :]
     v = nonnegative(xp.where(both, K, identity(K)), slack)
-    size = primary + tau * xp.amax(relative, -1)[..., None]
+    size = primary + xp.amax(tau * relative, -1)[..., None]
     possible = v.sum(-1)[..., None] <= min(MOST, 1 / precision) * size
     v = xp.where(possible, v, 0.0) + xp.where(first, relative, 0.0)
     square, total = (v * (K @ v[..., None])[..., 0]).sum(-1)[..., None], v.sum(-1)[..., None]

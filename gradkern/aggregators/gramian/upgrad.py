@@ -21,8 +21,10 @@ class UPGrad(DualConeMethod):
     gradients that are all zero have them, so that short gradients are treated as long ones are.
 
     Args:
-        preference: T finite numbers, by which the gradients are multiplied before they are projected; None for 1/T, T
-            the number of present tasks.
+        preference: T finite numbers, not all 0, by which the gradients are multiplied before they are projected; None
+            for 1/T, T the number of present tasks. A task of preference 0 adds nothing of its own, and the update still
+            does not raise its loss. One below 0 projects the opposite of its gradient, the part of which that raises
+            the task's own loss is then taken away.
     """
 
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:

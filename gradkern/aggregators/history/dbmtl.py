@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Solution, check_gramian
 from gradkern.aggregators.history.averaged import Averaged
-from gradkern.aggregators.weightings.scalarization import check_positive
+from gradkern.aggregators.scales import check_positive
 from gradkern.arguments import number
 
 
@@ -21,8 +21,8 @@ class DBMTL(Averaged):
     as those of equal gradients in every step. A mean of zero has the weight 0. On a matrix, the rows are the gradients
     of the logarithms of the losses. A loss that is not greater than 0 is an error on a CPU; on a device it gives
     weights that are not a number, and moves no mean. Unlike in the official code, unshared parameters get the gradients
-    of the losses themselves. A gradient scaler does not go with it: the update does not grow with the losses, and would
-    be unscaled all the same.
+    of the losses themselves. With a gradient scaler call ``update(scaler=)``, in which methods see the losses without
+    the scale. After ``backward`` of scaled losses the update would be too small by the scale.
 
     The T means take as much memory as the T task gradients, of the shared parameters' dtype; see :class:`Averaged`.
 

@@ -35,7 +35,7 @@ def carried(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def call(first: Tensor, *others: Any) -> Any:
-        if not _on_host(first):
+        if not on_host(first):
             return function(_wide(first), *map(_wide, others))
         result = quiet(_numbers(first), *[_numbers(x) if isinstance(x, Tensor) else x for x in others])
         return tuple(map(torch.from_numpy, result)) if type(result) is tuple else torch.from_numpy(result)
@@ -147,7 +147,7 @@ def basic(G: Array, free: Array, R: Array, eye: Array) -> Array:
     return torch.where(inside, v, G @ v - R)
 
 
-def _on_host(x: Tensor) -> bool:
+def on_host(x: Tensor) -> bool:
     """Return whether ``x`` is a plain tensor with numbers on a CPU, and nothing watches what is done to it."""
     return x.is_cpu and type(x) in _PLAIN and not torch.compiler.is_compiling() and not is_watched()
 

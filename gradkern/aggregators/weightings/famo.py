@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import OwnGrads
-from gradkern.aggregators.weightings.scalarization import Tasks, check_positive
+from gradkern.aggregators.scales import check_positive
+from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.aggregators.weightings.state import StatefulWeighting
 from gradkern.arguments import entries, integer, number, plain, shown
 
@@ -68,13 +69,13 @@ class FAMO(StatefulWeighting):
 
         Args:
             losses: T losses of the batch of the last step, as tensors of one element or numbers, or (T,) as one tensor;
-                None for an absent task. A task counts if it was present in the last step too. Scaled ones have the same
-                scale as in the step.
+                None for an absent task. A task counts if it was present in the last step too. They
+                have no scale after ``update(scaler=)``, and the step's scale after ``backward`` of scaled losses.
 
         Raises:
             TypeError: ``losses`` is no sequence, or holds something else.
-            ValueError: it has another number of entries, or on a CPU holds a loss that is not above 0. Nothing has
-                changed then.
+            ValueError: it has another number of entries or another shape, or on a CPU holds a loss that is not above 0.
+                Nothing has changed then.
         """
         now = self._stacked(losses)
         rows = self._rows(len(now), now.device)
@@ -99,10 +100,12 @@ class FAMO(StatefulWeighting):
 
     def _stacked(self, losses: Any) -> Tensor:
         """Return the losses, (T,) float64, NaN for None; on their device, or the table's if they are host numbers."""
-        given = list(losses) if isinstance(losses, Tensor) and losses.ndim == 1 else losses
-        given = entries("losses", given, f"a sequence of {self.T} losses") if not isinstance(given, list) else given
+        shape = getattr(losses, "shape", None)
+        if shape is not None and tuple(shape) != (self.T,):
+            raise ValueError(f"losses must have shape ({self.T},), a number for each task, got shape {tuple(shape)}")
+        given = list(losses) if isinstance(losses, Tensor) else entries("losses", losses, f"{self.T} losses in order")
         if len(given) != self.T:
-            raise ValueError(f"losses must hold {self.T} entries, one for each task, got {shown(losses)}")
+            raise ValueError(f"losses must hold {self.T} entries, one for each task, got {len(given)}: {shown(losses)}")
         tensors = [x for x in given if isinstance(x, Tensor)]
         assert self.table is not None, "it is made with the method"
         device = tensors[0].device if tensors else self.table.device
@@ -110,8 +113,10 @@ class FAMO(StatefulWeighting):
 
     def _number(self, i: int, loss: object, device: torch.device) -> Tensor:
         if isinstance(loss, Tensor):
-            if loss.numel() != 1 or not loss.is_floating_point():
-                raise ValueError(f"losses[{i}] must be a floating tensor of one element, got {shown(loss)}")
+            if not loss.is_floating_point():
+                raise TypeError(f"losses[{i}] must be floating, got {loss.dtype}")
+            if loss.numel() != 1:
+                raise ValueError(f"losses[{i}] must have one element, got shape {tuple(loss.shape)}")
             return loss.detach().reshape(()).to(device, torch.float64)
         x = torch.nan if loss is None else number(f"losses[{i}]", plain(loss), infinite=True)
         return torch.full((), x, dtype=torch.float64, device=device)

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from gradkern.aggregators.weightings.scalarization import Scalarization, Tasks, check_positive
+from gradkern.aggregators.scales import check_positive
+from gradkern.aggregators.weightings.scalarization import Scalarization, Tasks
 
 
 class GeometricMean(Scalarization):

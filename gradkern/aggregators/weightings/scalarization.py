@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gradkern.aggregators.base import Aggregator, OwnGrads, Solution, check_gramian, has_numbers
-from gradkern.arguments import boolean, tensor
+from gradkern.aggregators.base import Aggregator, OwnGrads, Solution, check_gramian
+from gradkern.aggregators.scales import checked_losses
+from gradkern.arguments import boolean
 from gradkern.ops import combine
-from gradkern.ops.dtypes import DTYPES
-from gradkern.ops.registry import is_watched
 
 
 @dataclass(frozen=True)
@@ -133,15 +132,7 @@ class Scalarization(Aggregator):
         """Return the losses for a matrix or a Gramian, None if the method does not need them."""
         if not self.needs_losses:
             return None
-        T = rows.shape[-2]
-        if losses is None:
-            raise ValueError(f"losses must be given with {self!r}, got None")
-        tensor("losses", losses, DTYPES)
-        if losses.shape != (T,):
-            raise ValueError(f"losses must have shape ({T},) for {T} tasks, got {tuple(losses.shape)}")
-        if losses.device != rows.device:
-            raise ValueError(f"losses must be on the gradients' device, {rows.device}; got {losses.device}")
-        return losses.detach().double()
+        return checked_losses(losses, rows, self).detach().double()
 
     def _aggregate(self, J: Tensor, offsets: Tensor | None, losses: Tensor | None, out: Tensor | None) -> Tensor:
         if self.needs_gramian:
@@ -159,12 +150,3 @@ class Scalarization(Aggregator):
         others = ["report=True"] if self.report else []
         others += [] if self.generator is None else [f"generator={self.generator!r}"]
         return f"{type(self).__name__}({', '.join([*arguments, *others])})"
-
-
-def check_positive(losses: Tensor, why: str) -> None:
-    """Raise ValueError if a loss on the CPU is not above 0. On other devices the host would have to wait for it."""
-    if losses.device.type != "cpu" or not has_numbers(losses) or torch.compiler.is_compiling() or is_watched():
-        return
-    for i, loss in enumerate(losses.tolist()):
-        if loss <= 0:
-            raise ValueError(f"losses[{i}] must be above 0, because {why}; got {loss}")

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from gradkern.aggregators.base import OwnGrads
-from gradkern.aggregators.weightings.scalarization import Tasks, check_positive
+from gradkern.aggregators.scales import check_positive
+from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.aggregators.weightings.state import StatefulWeighting
 from gradkern.arguments import integer, number
 
@@ -21,7 +22,8 @@ class STCH(StatefulWeighting):
 
     All losses are computed before the backward pass. They must be above 0: another one raises ValueError on a CPU, and
     elsewhere gives NaN weights. A step whose losses are not finite leaves the state as it is. Weights grow as losses
-    shrink, so a gradient scaler's scaled losses give updates that are too small by its scale.
+    shrink, so with a gradient scaler call ``update(scaler=)``, in which methods see the losses without the scale.
+    Scaled losses, as ``backward`` sees them, give updates that are too small by the scale.
 
     Args:
         mu: μ, above 0; as it nears 0, only the largest L_i / z_i counts.

@@ -25,8 +25,9 @@ class Normalized(Wrapper):
             update is then the weighted sum of the divided gradients. Unshared parameters get their gradients as they
             are.
         by: the s_i: "l2", the gradients' lengths in each group; "loss", the losses; "loss+", the products of both.
-            Losses must be greater than 0: any other one gives weights that are not a number. A remembered gradient of
-            an absent task, which has no loss, is not divided by one.
+            Losses of gradients that are not zero must be above 0: another one raises ValueError on a CPU, and elsewhere
+            gives weights that are not a number. A remembered gradient of an absent task, which has no loss, is not
+            divided by one.
     """
 
     fixed_weights = (Sum, Mean, Constant)
@@ -73,7 +74,7 @@ class Normalized(Wrapper):
         if self.by != "loss":
             s = M.diagonal(dim1=-2, dim2=-1).sqrt().masked_fill(zero, 1.0)
         if self.by != "l2":
-            s = s * loss_divisors(checked_losses(losses, M, f"by={self.by!r}"), M, present)
+            s = s * loss_divisors(checked_losses(losses, M, f"by={self.by!r}", batched=True), M, present)
         return s
 
     def __repr__(self) -> str:

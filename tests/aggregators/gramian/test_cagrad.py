@@ -8,7 +8,7 @@ from torch import Tensor
 
 import gradkern as gk
 from gradkern import reference
-from tests.aggregators.solvers.hard import distance_of_zero, gramians, mixed
+from tests.aggregators.solvers.hard import ROWS, distance_of_zero, gramians, mixed
 from tests.problems import PROBLEMS, conflicting
 from tests.tolerances import assert_near
 
@@ -62,6 +62,34 @@ def test_as_its_twin(problem: str) -> None:
             expected = reference.cagrad(list(J), c, rescale)
             # The twin's vector is as near as the best value is flat around it.
             assert_near(gk.CAGrad(c, rescale)(J), expected, J.norm(dim=1).max(), 1e-7)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_as_good_as_its_twin_where_it_is_hard(kind: str) -> None:
+    """Both are in the ball, and have the same least gain, whether or not several vectors have it."""
+    for T, P, spread in ((2, 1, 0), (2, 6, 3), (3, 2, 3), (4, 3, 0), (4, 12, 3)):
+        J = ROWS[kind](torch.randn(1, T, P, dtype=torch.float64))[0]
+        J = J * 10 ** (spread * (2 * torch.rand(T, 1, dtype=torch.float64) - 1))
+        lengths, mean = J.norm(dim=1), J.mean(0)
+        size = mean.norm() + 1e-2 * lengths.mean()  # the square of a shorter mean is rounding by more than 1e-6
+        if not (lengths > 0).any():
+            continue
+        for c in (0.5, 2.0):
+            found = (gk.CAGrad(c, rescale=False)(J), reference.cagrad(list(J), c, rescale=False))
+            assert max((d - mean).norm() for d in found) <= c * mean.norm() + 1e-6 * size
+            gains = [(J @ d)[lengths > 0] for d in found]
+            longer = max(lengths[lengths > 0][gain.argmin()] for gain in gains)
+            assert_near(gains[0].min(), gains[1].min(), longer * size * (1 + c), 1e-6)
+
+
+def test_the_twin_of_exactly_opposite_gradients() -> None:
+    """By hand: the best vector is orthogonal to both, which gain nothing."""
+    g, h = torch.tensor([3.0, 0.0]).double(), torch.tensor([0.0, 3.0]).double()
+    assert reference.cagrad([g, -g], 2.0).tolist() == [0, 0]
+    assert_near(reference.cagrad([g, -0.5 * g], 2.0), torch.zeros(2), 1.0, 1e-12)
+    d = reference.cagrad([g, -g, h], 0.5, rescale=False)  # the mean is h/3: no other vector in the ball is better
+    assert d[0].abs() <= 1e-12
+    assert 0 < d[1] <= 1.5
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 8])

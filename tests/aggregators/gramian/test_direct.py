@@ -66,6 +66,25 @@ def test_krum_as_torchjd_where_sums_and_sums_of_squares_agree(T: int) -> None:
         assert torch.equal(gk.Krum(T - 3, 2).weights(M), peers.KrumWeighting(T - 3, 2)(M))
 
 
+@pytest.mark.parametrize(("n_byzantine", "n_selected"), [(0, 1), (1, 2), (3, 3)])
+def test_krum_in_steps_with_absent_tasks(n_byzantine: int, n_selected: int) -> None:
+    """A remembered gradient of an absent task is neither near to another one nor selected: as the twin without it."""
+    p = torch.nn.Parameter(torch.ones(9, dtype=torch.float64))
+    opt = gk.SurgeryOptimizer(torch.optim.SGD([p], lr=0), gk.Krum(n_byzantine, n_selected), memory=True)
+    for absent in ((), (1,), (0, 4), (2, 3, 5), (), (0, 1, 2, 3, 4)):
+        J = torch.randn(6, 9, dtype=torch.float64)
+        opt.zero_grad()
+        info = opt.backward([None if t in absent else (p * g).sum() for t, g in enumerate(J)])
+        grads = [g for t, g in enumerate(J) if t not in absent]
+        # Of fewer than n_byzantine + 3 a score is one distance, and of one alone there is none.
+        expected = grads[0] if len(grads) == 1 else None
+        if expected is None:
+            expected = reference.krum(grads, min(n_byzantine, len(grads) - 3), min(n_selected, len(grads)))
+        assert p.grad is not None
+        assert_near(p.grad, expected, J.norm(), 1e-12)
+        assert (info.weights[list(absent)] == 0).all()
+
+
 def test_krum_names_what_does_not_fit() -> None:
     with pytest.raises(ValueError, match="n_byzantine must be at most T - 3 = 1 for 4 tasks, got 2"):
         gk.Krum(2)(torch.randn(4, 9))

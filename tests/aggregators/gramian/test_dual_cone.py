@@ -127,6 +127,24 @@ def test_a_gramian_that_is_not_finite(method: type, bad: float) -> None:
 
 
 @each_class
+def test_a_task_of_no_preference_or_less_is_protected(method: type) -> None:
+    """The update raises no loss, up to the ridge, whatever the preference: Jd >= 0."""
+    for T in (2, 3, 8):
+        J = conflicting(T, 40)
+        for preference in ([1.0] + [0.0] * (T - 1), [-1.0] + [1.0] * (T - 1), [-1.0] * T):
+            v = method(preference).weights(gk.gramian(J))
+            assert (gk.gramian(J) @ v).min() >= -1e-4 * gk.gramian(J).trace() * (1 + v.abs().sum())
+    # By hand: the opposite of the gradient of a task with one coordinate of its own raises its loss, and is taken away.
+    assert_near(method([1.0, -1.0])(torch.eye(2, dtype=torch.float64)), torch.tensor([1.0, 0.0]).double(), 1.0, 1e-9)
+
+
+@each_class
+def test_preferences_that_are_all_zero_are_refused(method: type) -> None:
+    with pytest.raises(ValueError, match=r"preference must hold a number other than 0, got \[0, 0.0\]"):
+        method([0, 0.0])
+
+
+@each_class
 def test_as_many_preferences_as_tasks(method: type) -> None:
     with pytest.raises(ValueError, match=r"preference has 2 entries for 3 tasks: \[1.0, 2.0\]"):
         method([1, 2]).weights(torch.eye(3))

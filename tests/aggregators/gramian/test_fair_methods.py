@@ -1,6 +1,7 @@
 """Nash-MTL and FairGrad: their equations, the cut, and weights that serve several steps."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 
 import gradkern as gk
 from gradkern import reference
-from tests.aggregators.solvers.hard import distance_of_zero, gramians, mixed
+from tests.aggregators.solvers.hard import ROWS, distance_of_zero, gramians, mixed
 from tests.problems import conflicting
 from tests.tolerances import assert_near
 
@@ -52,6 +53,22 @@ def test_as_the_twins(T: int) -> None:
     for max_norm in (None, 1e-3, 1.0, 1e3):
         expected = reference.nash_mtl(list(J), max_norm)
         assert_near(gk.NashMTL(max_norm)(J), expected, expected.norm(), 1e-9)
+
+
+@pytest.mark.parametrize("kind", ROWS)
+def test_as_the_twins_where_it_is_hard(kind: str) -> None:
+    """Also without a solution, where both add the same ridge. Relative to the terms of the update, which cancel."""
+    for T, P, spread in ((2, 1, 0), (2, 6, 3), (3, 3, 3), (4, 2, 0), (4, 12, 3)):
+        J = torch.linalg.eigh(gramians(kind, spread, 1, T, P)[0])
+        J = J.eigenvectors * J.eigenvalues.clamp(min=0).sqrt()
+        J[J.norm(dim=1) < 1e-7] = 0  # rows of zero, up to rounding
+        for method, twin in (
+            (gk.NashMTL(None), partial(reference.nash_mtl, max_norm=None)),
+            (gk.FairGrad(), reference.fairgrad),
+            (gk.FairGrad(2.0), partial(reference.fairgrad, alpha=2.0)),
+        ):
+            w = method.weights(gk.gramian(J))
+            assert_near(w @ J, twin(list(J)), (w * J.norm(dim=1)).sum() + (J == 0).all(), 1e-7)
 
 
 def test_by_hand() -> None:

@@ -143,6 +143,22 @@ def test_a_preference_for_other_tasks_is_named(cls: type[GramianMethod], wrong: 
             cls(preference=wrong)(torch.randn(3, 9))
 
 
+def test_what_a_preference_means() -> None:
+    """ConFIG's dot products with the unit vectors are as the preferences, also 0; AlignedMTL's have the sign of p."""
+    J = conflicting(3, 40)
+    d = gk.ConFIG([2.0, 0.0, 1.0])(J)
+    products = (J / J.norm(dim=1, keepdim=True)) @ d
+    assert products[0] > 0
+    assert_near(products, products[0] * torch.tensor([1.0, 0.0, 0.5]).double(), J.norm(), 1e-9)
+    rows = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
+    assert_near(gk.AlignedMTL(preference=[1.0, -1.0])(rows), torch.tensor([3.0, -3.0]).double(), 1.0, 1e-12)
+    with pytest.raises(ValueError, match=r"preference\[1\] must be a number that is at least 0 and finite, got -1"):
+        gk.ConFIG([1, -1])
+    for cls in (gk.ConFIG, gk.AlignedMTL):
+        with pytest.raises(ValueError, match=r"preference must hold a number other than 0, got \[0, 0\]"):
+            cls(preference=[0, 0])
+
+
 @pytest.mark.parametrize("T", [1, 2, 3, 8])
 def test_as_torchjd(T: int) -> None:
     peers = pytest.importorskip("torchjd.aggregation")

@@ -128,8 +128,12 @@ def test_an_overflow_shows_and_moves_nothing(name: str, fused: bool) -> None:
         info = opt.update(losses(torch.inf), scaler=scaler)
         assert info.weights.isnan().all()
         assert torch.equal(p, at)
-        after = method.state_dict()["means_float32"]
-        assert torch.equal(after, torch.zeros_like(after) if before is None else before)
+        after = method.state_dict().get("means_float32")
+        if after is None:  # as before the first step, which the host knows to be skipped
+            assert before is None
+            assert not fused
+        else:
+            assert torch.equal(after, torch.zeros_like(after) if before is None else before)
         scaler.update()
         opt.update(losses(1.0), scaler=scaler)
         assert method.steps.tolist() == [1 + k, 1 + k]

@@ -37,7 +37,7 @@ class Launches(TorchDispatchMode):
 
 
 def launches(method: type[Aggregator], T: int, monkeypatch: pytest.MonkeyPatch, kernels: bool) -> int:
-    monkeypatch.setattr(arrays, "_on_host", lambda x: False)
+    monkeypatch.setattr(arrays, "on_host", lambda x: False)
     for solver in (active_set, eigen, fair):
         monkeypatch.setattr(solver, "on_device", lambda x: kernels)
     J = torch.randn(T, 3 * T, dtype=torch.float64)

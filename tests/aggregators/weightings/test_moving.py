@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -91,8 +92,26 @@ def test_famo_leaves_out_absent_tasks_after_the_step() -> None:
     logits = method.table[0]
     assert logits[1] == 0
     assert logits[0] < 0 < logits[2]  # the first fell, the last grew
-    with pytest.raises(ValueError, match="losses must hold 3 entries, one for each task"):
-        method.after([1.0])
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [
+        ([1.0], r"losses must hold 3 entries, one for each task, got 1: \[1.0\]"),
+        (torch.ones(2), r"losses must have shape \(3,\), a number for each task, got shape \(2,\)"),
+        (torch.ones(3, 2), r"losses must have shape \(3,\), a number for each task, got shape \(3, 2\)"),
+        (np.ones((1, 3)), r"losses must have shape \(3,\), a number for each task, got shape \(1, 3\)"),
+        (torch.tensor(1.0), r"losses must have shape \(3,\), a number for each task, got shape \(\)"),
+        ([1.0, torch.ones(2), 1.0], r"losses\[1\] must have one element, got shape \(2,\)"),
+    ],
+)
+def test_famo_names_the_shape_of_losses_that_do_not_fit(losses: Any, message: str) -> None:
+    method = gk.FAMO(3)
+    method.weights(torch.eye(3), torch.ones(3))
+    before = method.table.clone()
+    with pytest.raises(ValueError, match=message):
+        method.after(losses)
+    assert torch.equal(method.table, before)
 
 
 def test_famo_trains_two_losses_of_far_scales_alike() -> None:

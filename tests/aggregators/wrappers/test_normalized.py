@@ -1,5 +1,6 @@
 """Methods on divided gradients: their updates are those of gradients that were divided beforehand."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -139,12 +140,26 @@ def test_absent_tasks_take_part_as_the_method_within_says() -> None:
 
 def test_losses_that_cannot_divide() -> None:
     M = gk.gramian(torch.randn(3, 5))
-    for bad in (0.0, -1.0, torch.nan):
-        assert gk.Normalized(gk.Sum(), "loss").weights(M, torch.tensor([1.0, bad, 2.0]))[1].isnan()
+    for by in ("loss", "loss+"):
+        assert gk.Normalized(gk.Sum(), by).weights(M, torch.tensor([1.0, torch.nan, 2.0]))[1].isnan()
+        for bad in (0.0, -1.0):
+            with pytest.raises(ValueError, match=rf"losses\[1\] must be above 0, because gradients are .*; got {bad}"):
+                gk.Normalized(gk.Sum(), by).weights(M, torch.tensor([1.0, bad, 2.0]))
     with pytest.raises(ValueError, match="losses must be given with by='loss', got None"):
         gk.Normalized(gk.MGDA(), "loss")(torch.randn(3, 5))
-    with pytest.raises(ValueError, match=r"losses must have shape \(..., 3\) for M"):
+    with pytest.raises(ValueError, match=r"losses must have shape \(..., 3\) for 3 tasks"):
         gk.Normalized(gk.MGDA(), "loss+").weights(M, torch.ones(2))
+
+
+def test_a_loss_that_cannot_divide_moves_no_state() -> None:
+    method = gk.Smoothed(gk.Normalized(gk.MGDA(), "loss"))
+    M = torch.eye(3)
+    method.weights(M, torch.ones(3))
+    before = {key: copy.deepcopy(value) for key, value in method.state_dict().items()}
+    with pytest.raises(ValueError, match=r"losses\[2\] must be above 0"):
+        method.weights(M, torch.tensor([1.0, 1.0, 0.0]))
+    assert before.keys() == method.state_dict().keys()
+    assert all(x is before[k] is None or torch.equal(x, before[k]) for k, x in method.state_dict().items())
 
 
 class Weighing(gk.aggregators.Scalarization):
