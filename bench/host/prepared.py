@@ -37,6 +37,7 @@ class Gradients:
         self.present = [True] * len(rows)
         self.values: list[Tensor | None] = [torch.zeros(()) for _ in rows]
         self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
+        self.loss_scale = None
         self._originals = rows
         self._rows: list[list[Tensor | None]] = []
 
