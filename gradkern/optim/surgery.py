@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator, Entrywise, GradAttention
 from gradkern.arguments import boolean, instance, number
+from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Source, entries_of
@@ -56,6 +57,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
             to step, and are part of ``state_dict``.
+        process_group: as in :func:`gradkern.backward`.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -71,8 +73,10 @@ class SurgeryOptimizer(OptimizerWrapper):
         suppression: Suppression | None = None,
         conflict_lr: ConflictLR | None = None,
         memory: bool = False,
+        process_group: ProcessGroup | bool | None = None,
     ) -> None:
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
+        comm_of(process_group)  # raises for what a step would refuse
         boolean("memory", memory)
         super().__init__(optimizer)
         self.aggregator = aggregator
@@ -81,6 +85,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.shared = list(shared) if isinstance(shared, Iterator) else shared
         self.suppression = suppression
         self.conflict_lr = conflict_lr
+        self.process_group = process_group
         self._memory = Memory() if memory else None
         # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. They are in
         # an object of their own because Lightning's wrapper runs these methods with itself as self, and a step does
@@ -223,6 +228,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         method, suppression = self.aggregator, self.suppression
         return (
             type(self.optimizer) is AdamW
+            and comm_of(self.process_group) is None
             and not self._options().is_weighted_backward
             and not isinstance(method, Entrywise)
             and not method.is_trained
@@ -244,7 +250,15 @@ class SurgeryOptimizer(OptimizerWrapper):
         return grad_sink(source, self._options())
 
     def _options(self) -> Options:
-        return Options(self.aggregator, self.groups, self.shared, self.suppression, self.conflict_lr, self._memory)
+        return Options(
+            self.aggregator,
+            self.groups,
+            self.shared,
+            self.suppression,
+            self.conflict_lr,
+            self._memory,
+            self.process_group,
+        )
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:

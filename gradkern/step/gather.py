@@ -14,7 +14,6 @@ from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
-from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
@@ -119,7 +118,7 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
     """Return the rows of the step, including remembered ones, and the mask of suppression."""
     memory, suppression = options.memory, options.suppression
     taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
-    units = None if suppression is None else _units(suppression, targets)
+    units = units_of(options, targets)
     reach = tuple(map(targets.layouts.reach_of, taken))
     if isinstance(options.aggregator, Averaged):
         shared = _with_means(options.aggregator, targets, shared or targets.are_shared(reach))
@@ -158,8 +157,11 @@ def _with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) ->
     return tuple([is_shared or method.knows(k) for k, is_shared in zip(targets.places, shared, strict=True)])
 
 
-def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
-    given = targets.given
+def units_of(options: Options, targets: Targets) -> tuple[int, ...] | None:
+    """Return the first unit of suppression of each parameter; None without suppression."""
+    given, suppression = targets.given, options.suppression
+    if suppression is None:
+        return None
     if UninitializedParameter in map(type, given.tensors):
         name = next(given.name(k) for k, p in enumerate(given.tensors) if is_lazy(p))
         raise ValueError(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from gradkern.aggregators import Aggregator, Scalarization
 from gradkern.aggregators.by_name import is_aggregator
 from gradkern.arguments import instance
+from gradkern.distributed.comm import ProcessGroup
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
@@ -18,6 +19,7 @@ class Options:
 
     Attributes:
         memory: lets absent tasks take part with their last gradients; None for no memory.
+        process_group: the ranks that take the step together; see :func:`gradkern.distributed.comm.comm_of`.
     """
 
     aggregator: Aggregator
@@ -26,6 +28,7 @@ class Options:
     suppression: Suppression | None = None
     conflict_lr: ConflictLR | None = None
     memory: Memory | None = None
+    process_group: ProcessGroup | bool | None = None
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""

@@ -76,9 +76,14 @@ class Rows:
         return self.params[0].device
 
     @property
+    def of_params(self) -> Arrangement:
+        """The columns of whole parameters, which these are."""
+        return self.arrangement
+
+    @property
     def eps(self) -> tuple[float, ...] | None:
         """The spacing of numbers at 1 in the arithmetic of each group's rows, S numbers; None if all rows have one."""
-        return _eps(self.arrangement)
+        return eps_of(self.arrangement)
 
     def only(self, columns: Iterable[Column]) -> "Rows":
         """Return the rows of ``columns``."""
@@ -257,7 +262,7 @@ class Results:
 
 
 @lru_cache(maxsize=PLANS)
-def _eps(arrangement: Arrangement) -> tuple[float, ...] | None:
+def eps_of(arrangement: Arrangement) -> tuple[float, ...] | None:
     """Return :attr:`Rows.eps`. Among the dtypes of one group the coarsest counts: it rounds the group's Gramian."""
     if len({arithmetic_dtype(c.dtype) for c in arrangement.columns}) < 2:  # and then the Gramian's dtype has it too
         return None

@@ -1,0 +1,138 @@
+"""The ranks that take a step together, and the collectives between them."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradkern.arguments import shown
+
+ProcessGroup = Any
+"""A ``torch.distributed.ProcessGroup``, a class that builds of PyTorch without torch.distributed lack."""
+
+
+class Comm:
+    """Two or more ranks that take steps together.
+
+    Args:
+        group: their process group, of which this process is a member.
+
+    Attributes:
+        rank: the number of this rank in the group.
+        size: the number of ranks, R.
+        steps: the number of steps that this rank has begun with the others.
+        plans, params: what the ranks know of their next steps; see ``gradkern.step.on_ranks``.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = ref(group)
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self.steps = 0
+        self.plans: dict[Any, Any] = {}
+        self.params: dict[int, Any] = {}
+        self._host: ProcessGroup | None = None
+
+    @property
+    def group(self) -> ProcessGroup:
+        """The process group."""
+        group = self._group()
+        assert group is not None, "whoever found the ranks by their group holds it"
+        return group
+
+    @property
+    def host(self) -> ProcessGroup:
+        """A group of the same ranks for tensors on the CPU, so that messages of the hosts wait for no device."""
+        if self._host is None:
+            if "cpu:" in dist.get_backend_config(self.group):
+                return self.group
+            ranks = dist.get_process_group_ranks(self.group)
+            self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        return self._host
+
+    def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
+        """Return the integers of each rank, as many from each. The hosts wait for each other."""
+        own = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+        return self._gathered(own, self.host).tolist()
+
+    def exchange_flags(self, flags: Sequence[bool]) -> list[list[bool]]:
+        """Return the flags of each rank, as many from each. The hosts wait for each other."""
+        own = torch.tensor(flags, dtype=torch.uint8, device="cpu")
+        return self._gathered(own, self.host).bool().tolist()
+
+    def exchange_texts(self, text: str) -> list[str]:
+        """Return the text of each rank. The hosts wait for each other."""
+        texts: list[Any] = [None] * self.size
+        dist.all_gather_object(texts, text, group=self.host)
+        return texts
+
+    def from_first(self, x: Tensor) -> Tensor:
+        """Return the tensor of rank 0, on the CPU and of the same shape on all ranks."""
+        received = x.clone()
+        dist.broadcast(received, dist.get_global_rank(self.host, 0), group=self.host)
+        return received
+
+    def summed(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors, in float64. They are added in the order of ranks on every rank."""
+        parts = self._gathered(x.double().contiguous(), self.group).unbind()
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part
+        return total
+
+    def reduce_scatter(self, shard: Tensor, x: Tensor) -> Any:
+        """Start adding up the ranks' vectors, and to write this rank's shard of the sum; return what to wait for."""
+        return _reduce_scatter(shard, x, group=self.group, async_op=True)
+
+    def all_gather(self, x: Tensor, shard: Tensor) -> Any:
+        """Start putting the ranks' shards together into ``x``; return what to wait for."""
+        return _all_gather(x, shard, group=self.group, async_op=True)
+
+    def _gathered(self, x: Tensor, group: ProcessGroup) -> Tensor:
+        """Return the tensors of all ranks, with a dimension of ranks in front."""
+        parts = x.new_empty((self.size, *x.shape))
+        _all_gather(parts.view(-1), x.view(-1), group=group)
+        return parts
+
+
+def _named(new: str, old: str) -> Any:
+    """Return a function of torch.distributed, which PyTorch 2.13 has renamed."""
+    return getattr(dist, new, None) or getattr(dist, old, None)
+
+
+_all_gather = _named("all_gather_single", "all_gather_into_tensor")
+_reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
+_comms: "WeakKeyDictionary[ProcessGroup, Comm]" = WeakKeyDictionary()
+
+
+def comm_of(process_group: ProcessGroup | bool | None) -> Comm | None:
+    """Return the ranks of a step; None if it is this rank alone.
+
+    Args:
+        process_group: a process group; None for the default one, if torch.distributed is initialized; False for this
+            rank alone.
+
+    Raises:
+        TypeError: ``process_group`` is none of these.
+        ValueError: this rank is not in the group.
+    """
+    if process_group is False or not dist.is_available():
+        return None
+    if process_group is None:
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return None
+        process_group = dist.group.WORLD
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup that this rank is in, None or False; got "
+            f"{shown(process_group)}"
+        )
+    known = _comms.get(process_group)
+    if known is None:
+        if dist.get_rank(process_group) < 0:
+            raise ValueError(f"process_group must be one that this rank is in, got {shown(process_group)}")
+        known = _comms[process_group] = Comm(process_group)
+    return known if known.size > 1 else None

@@ -1,0 +1,109 @@
+"""The hook after the rows: means over the ranks, of which each rank gets its shards."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradkern.distributed.buckets import Bucket, Buckets
+from gradkern.distributed.comm import Comm
+
+Row = Sequence[Tensor | None]
+
+
+class Reduction:
+    """Means over the ranks of T rows. A row's reduction runs while the next task's backward pass does.
+
+    All ranks reduce all rows in the order of tasks. A row that a rank lacks is zeros there.
+
+    Args:
+        comm: the ranks.
+        buckets: the parameters that are reduced, by their places in the rows.
+        T: the number of rows.
+        device: the device of the rows.
+
+    Attributes:
+        shards: for each bucket, this rank's shards of the means (T, shard), once :meth:`finish` has returned.
+    """
+
+    def __init__(self, comm: Comm, buckets: Buckets, T: int, device: torch.device) -> None:
+        self.comm = comm
+        self.buckets = buckets
+        self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
+        self._staged = [torch.zeros(b.size, dtype=b.dtype, device=device) for b in buckets]
+        self._works: list[Any] = [None] * len(buckets)
+        self._rows: dict[int, Row] = {}
+        self._T = T
+        self._next = 0
+
+    def take(self, t: int, row: Row) -> None:
+        """Start the reduction of row ``t`` as soon as those before it have started."""
+        self._rows[t] = row
+        while self._next in self._rows:
+            self._reduce(self._rows.pop(self._next))
+
+    def skip(self, tasks: Sequence[int]) -> None:
+        """Let zeros take the place of the rows of some tasks."""
+        for t in tasks:
+            self.take(t, ())
+
+    def finish(self) -> None:
+        """Wait for all reductions; zeros take the place of rows that have not been given."""
+        self.skip([t for t in range(self._next, self._T) if t not in self._rows])
+        self._wait()
+
+    def gathered(self, shards: Sequence[Tensor]) -> list[Tensor]:
+        """Return vectors of the buckets' sizes, put together from the ranks' shards. Their memory serves one call."""
+        self._works = [self.comm.all_gather(whole, shard) for whole, shard in zip(self._staged, shards, strict=True)]
+        self._wait()
+        return self._staged
+
+    def _reduce(self, row: Row) -> None:
+        t, self._next = self._next, self._next + 1
+        for number, (bucket, staged) in enumerate(zip(self.buckets, self._staged, strict=True)):
+            if self._works[number] is not None:
+                self._works[number].wait()
+            _fill(staged, bucket, row, 1 / self.comm.size)
+            self._works[number] = self.comm.reduce_scatter(self.shards[number][t], staged)
+
+    def _wait(self) -> None:
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        self._works = [None] * len(self._works)
+
+
+def _fill(staged: Tensor, bucket: Bucket, row: Row, share: float) -> None:
+    """Write the gradients of a bucket, times ``share``, as they lie in memory; zeros for missing ones."""
+    if not row:
+        staged.zero_()
+        return
+    for place, start, numel in bucket.spans:
+        g, into = row[place], staged[start : start + numel]
+        if g is None:
+            into.zero_()
+        else:
+            torch.mul(in_memory(g), share, out=into)
+
+
+def in_memory(g: Tensor) -> Tensor:
+    """Return a dense tensor's numbers in the order in which they lie in memory, as a view."""
+    return g.as_strided((g.numel(),), (1,))
+
+
+def mean_row(comm: Comm, buckets: Buckets, row: Row, device: torch.device) -> dict[int, Tensor]:
+    """Return the means over the ranks of a row's gradients, zeros for missing ones, as vectors by their places."""
+    reduction = Reduction(comm, buckets, 1, device)
+    reduction.take(0, row)
+    reduction.finish()
+    return by_place(buckets, reduction.gathered([shard[0] for shard in reduction.shards]))
+
+
+def by_place(buckets: Buckets, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Return the parameters' parts of the buckets' vectors, as views by the parameters' places."""
+    return {
+        place: vector[start : start + numel]
+        for bucket, vector in zip(buckets, vectors, strict=True)
+        for place, start, numel in bucket.spans
+    }
