@@ -34,7 +34,7 @@ class Comm:
         self.steps = 0
         self.plans: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
-        self._host: ProcessGroup | None = None
+        self._host: tuple[ProcessGroup, torch.device] | None = None
 
     @property
     def group(self) -> ProcessGroup:
@@ -43,37 +43,44 @@ class Comm:
         assert group is not None, "whoever found the ranks by their group holds it"
         return group
 
-    @property
-    def host(self) -> ProcessGroup:
-        """A group of the same ranks for tensors on the CPU, so that messages of the hosts wait for no device."""
+    def _for_hosts(self) -> tuple[ProcessGroup, torch.device]:
+        """Return a group of the same ranks for messages of the hosts, and the device of its tensors.
+
+        It is the CPU, so that the hosts wait for no other device, unless there is no group for it: only the default
+        group gets one made, because all processes must take part in that.
+        """
         if self._host is None:
-            if "cpu:" in dist.get_backend_config(self.group):
-                return self.group
-            ranks = dist.get_process_group_ranks(self.group)
-            self._host = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+            config, cpu = dist.get_backend_config(self.group), torch.device("cpu")
+            if "cpu:" in config:
+                self._host = self.group, cpu
+            elif self.group is dist.group.WORLD:
+                self._host = dist.new_group(backend="gloo"), cpu
+            else:
+                self._host = self.group, torch.device(config.partition(":")[0])
         return self._host
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Return the integers of each rank, as many from each. The hosts wait for each other."""
-        own = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-        return self._gathered(own, self.host).tolist()
+        group, device = self._for_hosts()
+        return self._gathered(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
 
     def exchange_flags(self, flags: Sequence[bool]) -> list[list[bool]]:
         """Return the flags of each rank, as many from each. The hosts wait for each other."""
-        own = torch.tensor(flags, dtype=torch.uint8, device="cpu")
-        return self._gathered(own, self.host).bool().tolist()
+        group, device = self._for_hosts()
+        return self._gathered(torch.tensor(flags, dtype=torch.uint8, device=device), group).bool().tolist()
 
     def exchange_texts(self, text: str) -> list[str]:
         """Return the text of each rank. The hosts wait for each other."""
         texts: list[Any] = [None] * self.size
-        dist.all_gather_object(texts, text, group=self.host)
+        dist.all_gather_object(texts, text, group=self._for_hosts()[0])
         return texts
 
     def from_first(self, x: Tensor) -> Tensor:
         """Return the tensor of rank 0, on the CPU and of the same shape on all ranks."""
-        received = x.clone()
-        dist.broadcast(received, dist.get_global_rank(self.host, 0), group=self.host)
-        return received
+        group, device = self._for_hosts()
+        received = x.to(device, copy=True)
+        dist.broadcast(received, dist.get_global_rank(group, 0), group=group)
+        return received.cpu()
 
     def summed(self, x: Tensor) -> Tensor:
         """Return the sum of the ranks' tensors, in float64. They are added in the order of ranks on every rank."""

@@ -74,7 +74,7 @@ class ShardRows(Rows):
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of whole rows, (S, T, T), the same bits on all ranks; see :meth:`Rows.gramian`."""
         assert not unshared, "unshared parameters are in no shard"
-        in_float64 = any(c.dtype == torch.float64 for c in self.whole.shared)
+        in_float64 = any(c.dtype == torch.float64 for c in self.whole.shared or self.whole.columns)
         M = self.comm.summed(super().gramian(False))
         return M if in_float64 else M.float()
 

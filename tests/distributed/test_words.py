@@ -1,0 +1,82 @@
+"""The words that a step moves: those of (T + 1) vectors of all parameters, times (R - 1) / R on each rank."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gradkern as gk
+from gradkern.distributed import comm
+from tests.distributed.pool import Pool
+
+T = 3
+WIDTH = 96
+"""Divisible by 8 times the numbers of ranks, so that no shard has a gap."""
+
+
+class Counted:
+    """Counts the words that collectives move per rank of R, in R / (R - 1): inputs that are scattered, results."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, torch.dtype]] = []
+
+    def __enter__(self) -> "Counted":
+        self._before = comm._all_gather, comm._reduce_scatter
+        gather, scatter = self._before
+
+        def all_gather(x: torch.Tensor, shard: torch.Tensor, **kwargs: Any) -> Any:
+            self.calls.append(("all-gather", x.numel(), x.dtype))
+            return gather(x, shard, **kwargs)
+
+        def reduce_scatter(shard: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
+            self.calls.append(("reduce-scatter", x.numel(), x.dtype))
+            return scatter(shard, x, **kwargs)
+
+        comm._all_gather, comm._reduce_scatter = all_gather, reduce_scatter
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        comm._all_gather, comm._reduce_scatter = self._before
+
+    def words(self) -> int:
+        """Return the number of float32 words; all messages beside them are integers and float64."""
+        return sum(n for _, n, dtype in self.calls if dtype == torch.float32)
+
+    def others(self) -> int:
+        """Return the number of all other numbers."""
+        return sum(n for _, n, dtype in self.calls if dtype != torch.float32)
+
+
+def steps(rank: int, group: Any, heads: bool, method: str) -> tuple[list[int], list[int], int, int]:
+    """Return the words and the other numbers of three steps, the shared and the unshared parameters' numbers."""
+    torch.manual_seed(0)
+    trunk = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))
+    own = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(T if heads else 0))
+    params = [*trunk.parameters(), *own.parameters()]
+    words, others = [], []
+    for _ in range(3):
+        h = trunk(torch.randn(4, WIDTH))
+        losses = [(own[t](h) if heads else h * (t + 1)).square().mean() for t in range(T)]
+        with Counted() as counted:
+            gk.backward(losses, params, aggregator=gk.aggregator(method), process_group=group)
+        words.append(counted.words())
+        others.append(counted.others())
+    return words, others, sum(p.numel() for p in trunk.parameters()), sum(p.numel() for p in own.parameters())
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_surgery_moves_t_plus_one_words_for_each_parameter(pool: Pool, ranks: int) -> None:
+    for words, others, P, _ in pool.run(steps, False, "pcgrad", ranks=ranks):
+        assert words == [(T + 1) * P] * 3
+        assert max(others) <= ranks * 100
+
+
+def test_parameters_of_one_task_move_two_words(pool: Pool) -> None:
+    for words, _, P, own in pool.run(steps, True, "pcgrad", ranks=2):
+        assert words == [(T + 1) * P + 2 * own] * 3
+
+
+def test_a_weighted_sum_moves_two_words(pool: Pool) -> None:
+    for words, _, P, own in pool.run(steps, True, "sum", ranks=4):
+        assert words == [2 * (P + own)] * 3
