@@ -90,6 +90,12 @@ class Comm:
             total = total + part
         return total
 
+    def united(self, x: Tensor) -> Tensor:
+        """Return the sum of the ranks' tensors, where at most one rank has a number other than zero: it is exact."""
+        total = x.contiguous().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
     def reduce_scatter(self, shard: Tensor, x: Tensor) -> Any:
         """Start adding up the ranks' vectors, and to write this rank's shard of the sum; return what to wait for."""
         return _reduce_scatter(shard, x, group=self.group, async_op=True)

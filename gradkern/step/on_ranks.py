@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import Entrywise, GradAttention
+from gradkern.aggregators import Entrywise
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.reduction import Reduction
@@ -211,7 +211,7 @@ def refuse_unsupported(options: Options) -> None:
         "memory=True": options.memory is not None,
         f"second batch, as {type(method).__name__} needs": method.needs_second,
         f"mean of gradients over steps, as {type(method).__name__} keeps": method.averages_rows,
-        f"{type(method).__name__}, which looks at entries of gradients": isinstance(method, Entrywise | GradAttention),
+        f"{type(method).__name__}, which looks at entries of gradients": isinstance(method, Entrywise),
         f"Suppression with a block above {LARGEST_UNIT}": options.suppression is not None
         and options.suppression.block > LARGEST_UNIT,
     }

@@ -100,6 +100,21 @@ class Rows:
             return column
         return [None if g is None else laid_out(g, self.params[c.place]) for g in column]
 
+    def entries(self, columns: Sequence[Column], numels: Sequence[int], index: Tensor) -> Tensor:
+        """Return some entries of each row, (T, D); float64 if any gradient is, else float32.
+
+        Args:
+            columns: parameters, one or more, one after another.
+            numels: their numbers of elements.
+            index: (D,) int64, ascending positions in them.
+        """
+        grads = [g for row in zip(*map(self.dense, columns), strict=True) for g in row]
+        return gathered(grads, numels, index)
+
+    def results(self) -> "Results":
+        """Return what takes a combination's results, one for each parameter."""
+        return Results(self)
+
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each dense column under surgery, and the gradients of the tasks that reach it."""
         for c in self.arrangement.shared:
@@ -259,6 +274,15 @@ class Results:
             if owns_its_storage(g) and not (repeated and id(g) in repeated):
                 return g
         return None
+
+
+def gathered(grads: Row, numels: Sequence[int], index: Tensor) -> Tensor:
+    """Return the entries at ``index`` as the operator ``gather`` does, of gradients of one or more dtypes."""
+    by_dtype = [
+        operators.gather([g if g is not None and g.dtype == dtype else None for g in grads], numels, index)
+        for dtype in dict.fromkeys(g.dtype for g in grads if g is not None)
+    ]
+    return sum(by_dtype[1:], by_dtype[0])  # an entry has one dtype, and is 0 in the terms of the others
 
 
 @lru_cache(maxsize=PLANS)

@@ -1,6 +1,6 @@
 """The rows of a step on several ranks: this rank's shards of the means over all ranks."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.step.rows import Combined, Rows, eps_of, kept_share, mask_over
+from gradkern.step.rows import Combined, Results, Rows, eps_of, gathered, kept_share, mask_over
 
 
 class Place(NamedTuple):
@@ -71,6 +71,29 @@ class ShardRows(Rows):
         """Yield nothing: no rank has whole gradients."""
         return iter(())
 
+    def only(self, columns: Iterable[Column]) -> "ShardRows":
+        """Return the rows of some of the whole columns."""
+        return shard_rows(replace(self, whole=self.whole.of(columns)))
+
+    def entries(self, columns: Sequence[Column], numels: Sequence[int], index: Tensor) -> Tensor:
+        """Return some entries of whole rows, the same on all ranks; see :meth:`Rows.entries`."""
+        runs = _runs(tuple(columns), tuple([r.buckets for r in self.reductions]), self.comm.rank)
+        in_shard = [[self._run(run, t) for run in runs] for t in range(self.n_tasks)]
+        dtypes = {arithmetic_dtype(c.dtype) for c in columns}
+        X = torch.zeros(
+            (self.n_tasks, len(index)),
+            dtype=torch.float64 if torch.float64 in dtypes else torch.float32,
+            device=self.device,
+        )
+        grads = [g for row in in_shard for g in row]
+        if any(g is not None for g in grads):
+            X += gathered(grads, [run.numel for run in runs], index)
+        return self.comm.united(X)
+
+    def results(self) -> Results:
+        """Return what takes the results of whole parameters."""
+        return Results(Rows(self.targets.tensors, (), self.whole))
+
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of whole rows, (S, T, T), the same bits on all ranks; see :meth:`Rows.gramian`."""
         assert not unshared, "unshared parameters are in no shard"
@@ -87,12 +110,21 @@ class ShardRows(Rows):
             mask = mask_over(batch.columns, self.mask)
             operators.combine_tensors(rows, ws.to(arithmetic_dtype(batch.dtype)), out, mask, kept)
         vectors: dict[int, Tensor] = {}
+        reached = {c.place for c in self.whole.columns}
         for reduction in self.reductions:
+            if reached.isdisjoint(reduction.buckets.places):
+                continue
             whole = reduction.gathered([shards[0] for shards in reduction.shards])
             vectors |= by_place(reduction.buckets, whole)
         vectors |= self._means_of_own(w, unshared_weights)
         share = None if kept is None else kept_share(self.comm.summed(kept).long(), self.whole.columns)
         return results_of({c.place: vectors[c.place] for c in self.whole.columns}, self.targets), share
+
+    def _run(self, run: "Place", t: int) -> Tensor | None:
+        """Return the numbers of row ``t`` in a run; None if they are in other ranks' shards."""
+        if run.reduction < 0:
+            return None
+        return self.reductions[run.reduction].shards[run.bucket][t, run.at : run.at + run.numel]
 
     def _count(self) -> Tensor | None:
         return None if self.mask is None else self.mask.state.new_zeros(())
@@ -161,6 +193,24 @@ def _arranged(
                 places.append(Place(i, piece.bucket, piece.at, piece.numel))
                 columns.append(_column(len(columns), piece, c, T, unit))
     return Arrangement(columns, len(columns), whole.n_segments), places
+
+
+@lru_cache(maxsize=PLANS)
+def _runs(columns: tuple[Column, ...], buckets: tuple[Buckets, ...], rank: int) -> list[Place]:
+    """Return where the numbers of whole columns lie, in order; ``reduction`` is -1 for those of other ranks' shards."""
+    of_params: dict[int, tuple[int, Piece]] = {
+        piece.place: (i, piece) for i, of_reduction in enumerate(buckets) for piece in of_reduction.pieces(rank)
+    }
+    runs: list[Place] = []
+    for c in columns:
+        i, piece = of_params.get(c.place, (-1, Piece(c.place, 0, 0, 0, 0)))
+        end = piece.offset + piece.numel
+        runs += [
+            Place(-1, 0, 0, piece.offset),
+            Place(i, piece.bucket, piece.at, piece.numel),
+            Place(-1, 0, 0, c.numel - end),
+        ]
+    return [run for run in runs if run.numel]
 
 
 def _are_alike(c: Column, other: Column) -> bool:

@@ -25,6 +25,8 @@ METHODS: dict[str, Callable[[], gk.Aggregator]] = {
     "GradVac": gk.GradVac,
     "MGDA": gk.MGDA,
     "UPGrad": gk.UPGrad,
+    "GradAttention": lambda: gk.GradAttention(subset=50),
+    "GradAttention of a subset": lambda: gk.GradAttention(subset=50, update="subset"),
     "Smoothed PCGrad": lambda: gk.Smoothed(gk.PCGrad()),
 }
 
