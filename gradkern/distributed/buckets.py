@@ -57,6 +57,7 @@ class Bucket:
         spans: the parameters.
         shard: the number of elements of each rank's shard.
         size: R times as many.
+        gaps: the positions between the parameters, and behind them.
     """
 
     def __init__(self, dtype: torch.dtype, params: Iterable[tuple[int, int]], R: int, align: int) -> None:
@@ -68,6 +69,9 @@ class Bucket:
             end += -(-numel // align) * align
         self.shard = -(-end // (R * align)) * align
         self.size = R * self.shard
+        starts = [span.start for span in self.spans[1:]] + [self.size]
+        ends = [span.start + span.numel for span in self.spans]
+        self.gaps = [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
 
 class Buckets:

@@ -34,6 +34,8 @@ class Comm:
         self.steps = 0
         self.plans: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
+        pairs = dist.get_backend_config(group).split(",")
+        self._backends: dict[str, str] = dict(pair.split(":", 1) for pair in pairs)
         self._host: tuple[ProcessGroup, torch.device] | None = None
 
     @property
@@ -50,14 +52,18 @@ class Comm:
         group gets one made, because all processes must take part in that.
         """
         if self._host is None:
-            config, cpu = dist.get_backend_config(self.group), torch.device("cpu")
-            if "cpu:" in config:
+            cpu = torch.device("cpu")
+            if self._backend(cpu):
                 self._host = self.group, cpu
             elif self.group is dist.group.WORLD:
                 self._host = dist.new_group(backend="gloo"), cpu
             else:
-                self._host = self.group, torch.device(config.partition(":")[0])
+                self._host = self.group, torch.device(next(iter(self._backends)))
         return self._host
+
+    def _backend(self, device: torch.device) -> str | None:
+        """Return the backend for tensors on a device; None if there is none."""
+        return self._backends.get(device.type)
 
     def exchange(self, numbers: Sequence[int]) -> list[list[int]]:
         """Return the integers of each rank, as many from each. The hosts wait for each other."""
@@ -96,9 +102,19 @@ class Comm:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def reduce_scatter(self, shard: Tensor, x: Tensor) -> Any:
-        """Start adding up the ranks' vectors, and to write this rank's shard of the sum; return what to wait for."""
-        return _reduce_scatter(shard, x, group=self.group, async_op=True)
+    def mean_of_shard(self, shard: Tensor, x: Tensor) -> Any:
+        """Start computing the mean of the ranks' vectors, of which ``shard`` gets this rank's part.
+
+        Gloo has a reduce-scatter only by name: it reduces whole vectors on every rank, which moves twice the words, and
+        the caller waits for it. So there each rank sends the others their parts, and averages what it receives.
+
+        Returns:
+            What to wait for. ``x`` must not change before.
+        """
+        if self._backend(x.device) != "gloo":
+            return _reduce_scatter(shard, x, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
+        received = torch.empty_like(x)
+        return _Mean(_all_to_all(received, x, group=self.group, async_op=True), received.view(self.size, -1), shard)
 
     def all_gather(self, x: Tensor, shard: Tensor) -> Any:
         """Start putting the ranks' shards together into ``x``; return what to wait for."""
@@ -111,12 +127,33 @@ class Comm:
         return parts
 
 
-def _named(new: str, old: str) -> Any:
-    """Return a function of torch.distributed, which PyTorch 2.13 has renamed."""
-    return getattr(dist, new, None) or getattr(dist, old, None)
+class _Mean:
+    """The mean of the vectors that a rank is about to receive.
+
+    Args:
+        work: what to wait for.
+        received: the ranks' vectors, (R, n).
+        shard: (n,), gets the mean. It is rounded to its dtype once, however the ranks' numbers are rounded.
+    """
+
+    def __init__(self, work: Any, received: Tensor, shard: Tensor) -> None:
+        self._work = work
+        self._received = received
+        self._shard = shard
+
+    def wait(self) -> None:
+        """Wait for the vectors, and write their mean."""
+        self._work.wait()
+        torch.mean(self._received, 0, out=self._shard)
 
 
-_all_gather = _named("all_gather_single", "all_gather_into_tensor")
+def _named(*names: str) -> Any:
+    """Return a function of torch.distributed by its first name that there is; builds without it have none."""
+    return next((getattr(dist, name) for name in names if hasattr(dist, name)), None)
+
+
+_all_gather = _named("all_gather_single", "all_gather_into_tensor")  # PyTorch 2.13 has renamed them
+_all_to_all = _named("all_to_all_single")
 _reduce_scatter = _named("reduce_scatter_single", "reduce_scatter_tensor")
 _comms: "WeakKeyDictionary[ProcessGroup, Comm]" = WeakKeyDictionary()
 

@@ -31,7 +31,10 @@ class Reduction:
         self.comm = comm
         self.buckets = buckets
         self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
-        self._staged = [torch.zeros(b.size, dtype=b.dtype, device=device) for b in buckets]
+        self._staged = [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets]
+        for bucket, staged in zip(buckets, self._staged, strict=True):
+            for first, last in bucket.gaps:
+                staged[first:last].zero_()
         self._works: list[Any] = [None] * len(buckets)
         self._rows: dict[int, Row] = {}
         self._T = T
@@ -64,8 +67,8 @@ class Reduction:
         for number, (bucket, staged) in enumerate(zip(self.buckets, self._staged, strict=True)):
             if self._works[number] is not None:
                 self._works[number].wait()
-            _fill(staged, bucket, row, 1 / self.comm.size)
-            self._works[number] = self.comm.reduce_scatter(self.shards[number][t], staged)
+            _fill(staged, bucket, row)
+            self._works[number] = self.comm.mean_of_shard(self.shards[number][t], staged)
 
     def _wait(self) -> None:
         for work in self._works:
@@ -74,8 +77,8 @@ class Reduction:
         self._works = [None] * len(self._works)
 
 
-def _fill(staged: Tensor, bucket: Bucket, row: Row, share: float) -> None:
-    """Write the gradients of a bucket, times ``share``, as they lie in memory; zeros for missing ones."""
+def _fill(staged: Tensor, bucket: Bucket, row: Row) -> None:
+    """Write the gradients of a bucket as they lie in memory; zeros for missing ones."""
     if not row:
         staged.zero_()
         return
@@ -84,7 +87,7 @@ def _fill(staged: Tensor, bucket: Bucket, row: Row, share: float) -> None:
         if g is None:
             into.zero_()
         else:
-            torch.mul(in_memory(g), share, out=into)
+            into.copy_(in_memory(g))
 
 
 def in_memory(g: Tensor) -> Tensor:

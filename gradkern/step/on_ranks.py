@@ -46,20 +46,21 @@ class Start(NamedTuple):
     plan: tuple[int, ...] | None
 
 
-def start(comm: Comm, source: Source, options: Options, opened: Callable[[], Targets]) -> Start:
+def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Targets]) -> Start:
     """Let all ranks open the step, and raise on all of them unless it is the same step everywhere.
 
     Args:
         comm: the ranks.
         source: the source of task gradients, which ``opened`` opens.
         options: the options.
+        needs_tensors: whether the step needs each gradient as a tensor.
         opened: checks the arguments on this rank.
     """
 
     def open_here() -> Targets:
         comm.steps += 1
         targets = opened()
-        refuse_unsupported(options)
+        _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
         if _is_new(comm, targets) and isinstance(source, Losses):
             _watch_for_static_graphs(source)
@@ -204,11 +205,12 @@ def mean_losses(comm: Comm, values: Sequence[Tensor | None], present: Sequence[b
     return torch.where(bools_on(present, own.device), means, torch.nan).to(own.dtype)
 
 
-def refuse_unsupported(options: Options) -> None:
+def _refuse_unsupported(options: Options, needs_tensors: bool) -> None:
     """Raise NotImplementedError for what works on one rank only."""
     method = options.aggregator
     refused = {
         "memory=True": options.memory is not None,
+        "compat=, which treats each gradient as another library does,": needs_tensors,
         f"second batch, as {type(method).__name__} needs": method.needs_second,
         f"mean of gradients over steps, as {type(method).__name__} keeps": method.averages_rows,
         f"{type(method).__name__}, which looks at entries of gradients": isinstance(method, Entrywise),

@@ -63,7 +63,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
         targets, second_losses = _opened(source, options, params, second)
         present = source.present
     else:
-        begun = start(comm, source, options, lambda: _opened(source, options, params, second)[0])
+        begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second)[0])
         targets, second_losses, present = begun.targets, None, begun.present
     _check_present(present, options.aggregator)
     if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:

@@ -16,28 +16,28 @@ WIDTH = 96
 
 
 class Counted:
-    """Counts the words that collectives move per rank of R, in R / (R - 1): inputs that are scattered, results."""
+    """Counts the words that collectives move per rank, in R / (R - 1): of vectors sent to all, and of results."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, torch.dtype]] = []
 
     def __enter__(self) -> "Counted":
-        self._before = comm._all_gather, comm._reduce_scatter
+        self._before = comm._all_gather, comm._all_to_all
         gather, scatter = self._before
 
         def all_gather(x: torch.Tensor, shard: torch.Tensor, **kwargs: Any) -> Any:
             self.calls.append(("all-gather", x.numel(), x.dtype))
             return gather(x, shard, **kwargs)
 
-        def reduce_scatter(shard: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
-            self.calls.append(("reduce-scatter", x.numel(), x.dtype))
-            return scatter(shard, x, **kwargs)
+        def all_to_all(received: torch.Tensor, x: torch.Tensor, **kwargs: Any) -> Any:
+            self.calls.append(("all-to-all", x.numel(), x.dtype))
+            return scatter(received, x, **kwargs)
 
-        comm._all_gather, comm._reduce_scatter = all_gather, reduce_scatter
+        comm._all_gather, comm._all_to_all = all_gather, all_to_all
         return self
 
     def __exit__(self, *error: object) -> None:
-        comm._all_gather, comm._reduce_scatter = self._before
+        comm._all_gather, comm._all_to_all = self._before
 
     def words(self) -> int:
         """Return the number of float32 words; all messages beside them are integers and float64."""
