@@ -39,6 +39,7 @@ class Run(NamedTuple):
         dtype: of the parameters.
         steps: the number of steps.
         ddp: whether the model is in DistributedDataParallel.
+        unused: whether that looks for unused parameters.
         update: whether steps are ``update(max_norm=1)``, else ``backward`` and ``step``.
         callables: whether losses are callables.
         accumulate: whether a step has two micro-batches.
@@ -50,6 +51,7 @@ class Run(NamedTuple):
     dtype: torch.dtype = torch.float64
     steps: int = 5
     ddp: bool = False
+    unused: bool = False
     update: bool = False
     callables: bool = False
     accumulate: bool = False
@@ -95,7 +97,9 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
     opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
     batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
-    forward: nn.Module = DistributedDataParallel(model, process_group=group) if run.ddp and ranks > 1 else model
+    forward: nn.Module = model
+    if (run.ddp or run.unused) and ranks > 1:
+        forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)
     torch.manual_seed(5 if rank == 0 else 100 + rank)  # the numbers drawn are those of rank 0
     infos = []
     for x, y in batches:

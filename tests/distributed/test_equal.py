@@ -36,10 +36,19 @@ def assert_equal(results: list[Result], run: Run) -> None:
                     torch.testing.assert_close(x, y, rtol=0, atol=10 * tolerance * max(1.0, scale), msg=name)
 
 
+def assert_same_state(results: list[Result]) -> None:
+    """Assert that the method's state, its own generator's too, has the same bits on all ranks."""
+    states = [result.state["surgery"]["state"] for result in results]
+    for state in states[1:]:
+        for key, x in state.items():
+            assert torch.equal(x, states[0][key]) if isinstance(x, torch.Tensor) else type(x) is type(states[0][key])
+
+
 def check(pool: Pool, run: Run, ranks: int) -> list[Result]:
     """Run on some ranks, and compare."""
     results = pool.run(trained, run, ranks, ranks=ranks)
     assert_equal(results, run)
+    assert_same_state(results)
     return results
 
 
@@ -56,7 +65,7 @@ def test_float32(pool: Pool, method: str, ranks: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac"])
-@pytest.mark.parametrize("kind", ["ddp", "update", "callables", "accumulate", "features"])
+@pytest.mark.parametrize("kind", ["ddp", "unused", "update", "callables", "accumulate", "features"])
 def test_every_way_to_take_a_step(pool: Pool, method: str, kind: str) -> None:
     kinds: dict[str, Any] = {kind: True}
     check(pool, Run(method, **kinds), 2)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
+from gradkern.compat import pcgrad
 from gradkern.distributed import comm
 from tests.distributed.jobs import Net
 from tests.distributed.pool import Pool
@@ -230,6 +231,41 @@ def test_a_step_that_one_rank_has_left_out_is_found(pool: Pool) -> None:
     texts = pool.run(a_step_left_out, ranks=2)
     assert texts[0] == texts[1]
     assert "rank 0 has 3, rank 1 has 4" in texts[0]
+
+
+REFUSED: dict[str, tuple[str, Callable[[nn.Module], gk.SurgeryOptimizer]]] = {
+    "memory": ("memory=True", lambda m: gk.SurgeryOptimizer(sgd(m), gk.PCGrad(), memory=True)),
+    "second batch": ("second batch, as MoDo needs", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoDo())),
+    "means": ("mean of gradients over steps, as MoCo keeps", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoCo())),
+    "entries": ("TrimmedMean, which looks at entries", lambda m: gk.SurgeryOptimizer(sgd(m), gk.TrimmedMean(1))),
+    "compat": ("compat=", lambda m: pcgrad.PCGrad(sgd(m), compat="original")),
+    "block": (
+        "Suppression with a block above",
+        lambda m: gk.SurgeryOptimizer(sgd(m), gk.PCGrad(), suppression=gk.Suppression(0.5, block=8192, seed=0)),
+    ),
+}
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an optimizer of a model."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def unsupported(rank: int, group: Any, name: str) -> None:
+    message, make = REFUSED[name]
+    step = Step(rank)
+    opt = make(step.model)
+    opt.process_group = group
+    losses = [loss() for loss in step.losses]
+    second = [loss() for loss in step.losses] if name == "second batch" else None
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        opt.backward(losses, second=second)
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_ranks_lack_is_refused_by_name(pool: Pool, name: str) -> None:
+    pool.run(unsupported, name, ranks=2)
 
 
 def with_static_graph(rank: int, group: Any, callables: bool) -> str:
