@@ -1,103 +1,28 @@
-"""The first half of a step on several ranks: they agree on the step, and reduce their task gradients to shards."""
+"""The first half of a step on several ranks: its task gradients become shards of the means over the ranks."""
 
-import re
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import Entrywise
-from gradkern.distributed.agreement import Facts, digest, together
+from gradkern.distributed.agreement import digest, together
 from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import Reduction
-from gradkern.gradients.graph import refuse_static_graph
+from gradkern.distributed.reduction import Reduction, by_place, in_memory
 from gradkern.gradients.layouts import Reach, Row, layouts_of, make_room
-from gradkern.gradients.losses import Losses, Source, stacked
-from gradkern.gradients.memory import bools_on
-from gradkern.gradients.param_grads import readable
+from gradkern.gradients.losses import Source, stacked
+from gradkern.gradients.memory import Memory, bools_on
+from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
-from gradkern.ops.capture import capturing
+from gradkern.step.begin import Start, plans_of
 from gradkern.step.options import Options
-from gradkern.step.shard_rows import ShardRows, buckets_for, shard_rows
-
-LARGEST_UNIT = 4096
-"""The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
+from gradkern.step.shard_rows import ShardRows, buckets_for, laid_like, shard_rows
 
 
-class Start(NamedTuple):
-    """What the ranks have agreed on before a step's first backward pass.
-
-    Attributes:
-        comm: the ranks.
-        targets: the parameters.
-        present: a flag for each task: whether any rank has a loss of it.
-        plan: the places of parameters that are reduced while backward passes run; None if nobody knows yet which are
-            shared.
-    """
-
-    comm: Comm
-    targets: Targets
-    present: list[bool]
-    plan: tuple[int, ...] | None
-
-
-def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Targets]) -> Start:
-    """Let all ranks open the step, and raise on all of them unless it is the same step everywhere.
-
-    Args:
-        comm: the ranks.
-        source: the source of task gradients, which ``opened`` opens.
-        options: the options.
-        needs_tensors: whether the step needs each gradient as a tensor.
-        opened: checks the arguments on this rank.
-    """
-
-    def open_here() -> Targets:
-        comm.steps += 1
-        targets = opened()
-        _refuse_unsupported(options, needs_tensors)
-        _refuse_targets(targets)
-        if _is_new(comm, targets) and isinstance(source, Losses):
-            _watch_for_static_graphs(source)
-        return targets
-
-    def facts(targets: Targets) -> Facts:
-        is_new = _is_new(comm, targets)
-        plans = _plans(comm, targets)
-        return {
-            "steps": comm.steps,
-            "method": _method_digest(options),
-            "tasks": len(source.present),
-            "parameters": len(targets.tensors),
-            "numbers": targets.layouts.numel,
-            "layout": _layout_digest(targets),
-            "groups": digest(targets.groups, targets.named),
-            "first step": is_new,
-            "values": _checksum(targets) if is_new else 0,
-            "all present": all(source.present),
-            "plans": digest(*sorted(plans.items())),
-        }
-
-    targets, of_ranks = together(comm, open_here, facts)
-    _note(comm, targets)
-    present = list(source.present)
-    if not all(of_rank["all present"] for of_rank in of_ranks):
-        present = [any(flags) for flags in zip(*comm.exchange_flags(source.present), strict=True)]
-    plan = _plans(comm, targets).get(tuple(present))
-    if len({of_rank["plans"] for of_rank in of_ranks}) > 1:
-        plan = None
-    if targets.named is not None:
-        plan = tuple(k for k, is_shared in enumerate(targets.named) if is_shared)
-    return Start(comm, targets, present, plan)
-
-
-def reduced(source: Source, options: Options, begun: Start, units: tuple[int, ...] | None) -> ShardRows:
-    """Return the shards of the step's rows.
+def reduced(
+    source: Source, options: Options, begun: Start, units: tuple[int, ...] | None
+) -> tuple[list[Row], ShardRows]:
+    """Return the whole rows of a step with a memory, which it remembers, or none; and the shards of the step's rows.
 
     Args:
         source: the source, opened.
@@ -106,7 +31,7 @@ def reduced(source: Source, options: Options, begun: Start, units: tuple[int, ..
         units: the first unit of suppression of each parameter; None without suppression.
     """
     comm, targets, present, plan = begun
-    T, suppression = len(present), options.suppression
+    suppression, T = options.suppression, len(present)
     unit = 1 if suppression is None else suppression.block
     own: list[Row] = [[None] * len(targets.tensors)] * T
 
@@ -115,16 +40,20 @@ def reduced(source: Source, options: Options, begun: Start, units: tuple[int, ..
 
     early = reduction_of(plan) if plan else None
     reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own, early))
-    whole = targets.arranged(reach, None, units)
+    reductions, shared, new = [] if early is None else [early], None, list[Row]()
+    if options.memory is not None:
+        assert early is not None, "all parameters are planned"
+        new = _whole_rows(early, reach, targets)
+        reach, shared = _recalled(options.memory, early, reach, begun)
+    whole = targets.arranged(reach, shared, units)
     if not whole.columns:
         raise ValueError("no task has a gradient for any parameter that requires grad")
-    shared = tuple([c.place for c in whole.shared])
-    plans = _plans(comm, targets)
+    places = tuple([c.place for c in whole.shared])
+    plans = plans_of(comm, targets)
     make_room(plans)
-    plans[tuple(present)] = shared
-    reductions = [] if early is None else [early]
+    plans[tuple(present)] = places
     planned = frozenset(plan or ())
-    late = [k for k in shared if k not in planned]
+    late = [k for k in places if k not in planned]
     if late:
         reductions.append(reduction_of(late))
         for t, row in enumerate(own):
@@ -139,6 +68,7 @@ def reduced(source: Source, options: Options, begun: Start, units: tuple[int, ..
         products_masked=suppression is not None and suppression.scope == "all",
         present=bools_on(present, targets.device) if _tells_absent(options, present) else None,
         losses=mean_losses(comm, source.values, present, targets),
+        overwrite=options.memory is None,
         comm=comm,
         targets=targets,
         whole=whole,
@@ -146,7 +76,45 @@ def reduced(source: Source, options: Options, begun: Start, units: tuple[int, ..
         own=own,
         unit=unit,
     )
-    return shard_rows(rows)
+    return new, shard_rows(rows)
+
+
+def _whole_rows(reduction: Reduction, reach: Reach, targets: Targets) -> list[Row]:
+    """Return the means over the ranks, whole: T rows of n gradients, None where no rank has one."""
+    rows: list[Row] = []
+    for t, kinds in enumerate(reach):
+        if set(kinds) == {None}:
+            rows.append([None] * len(kinds))
+            continue
+        vectors = by_place(reduction.buckets, reduction.gathered([shards[t] for shards in reduction.shards]))
+        rows.append([None if kind is None else laid_like(k, vectors[k], targets) for k, kind in enumerate(kinds)])
+    return rows
+
+
+def _recalled(memory: Memory, reduction: Reduction, reach: Reach, begun: Start) -> tuple[Reach, tuple[bool, ...]]:
+    """Put the absent tasks' remembered gradients into the shards; return the reach with them, and what is shared.
+
+    Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
+    """
+    targets, nothing = begun.targets, [[None] * len(begun.targets.tensors)] * len(reach)
+    old = memory.recall(begun.present, nothing, targets.tensors, targets.layouts)
+    known = [
+        tuple([kind if g is None else torch.strided for kind, g in zip(kinds, row, strict=True)])
+        for kinds, row in zip(reach, old, strict=True)
+    ]
+    shared = targets.are_shared(tuple(known))
+    for t, row in enumerate(old):
+        for piece in reduction.buckets.pieces(begun.comm.rank):
+            g = row[piece.place]
+            if g is not None and shared[piece.place]:
+                whole = in_memory(laid_out(g, targets.tensors[piece.place]) if g.is_sparse else g)
+                into = reduction.shards[piece.bucket][t, piece.at : piece.at + piece.numel]
+                into.copy_(whole[piece.offset : piece.offset + piece.numel])
+    with_old = [
+        tuple([kind if is_shared else new for kind, new, is_shared in zip(kinds, news, shared, strict=True)])
+        for kinds, news in zip(known, reach, strict=True)
+    ]
+    return tuple(with_old), shared
 
 
 def _passes(source: Source, targets: Targets, own: list[Row], early: Reduction | None) -> list[tuple[bool, ...]]:
@@ -205,25 +173,6 @@ def mean_losses(comm: Comm, values: Sequence[Tensor | None], present: Sequence[b
     return torch.where(bools_on(present, own.device), means, torch.nan).to(own.dtype)
 
 
-def _refuse_unsupported(options: Options, needs_tensors: bool) -> None:
-    """Raise NotImplementedError for what works on one rank only."""
-    method = options.aggregator
-    refused = {
-        "memory=True": options.memory is not None,
-        "compat=, which treats each gradient as another library does,": needs_tensors,
-        f"second batch, as {type(method).__name__} needs": method.needs_second,
-        f"mean of gradients over steps, as {type(method).__name__} keeps": method.averages_rows,
-        f"{type(method).__name__}, which looks at entries of gradients": isinstance(method, Entrywise),
-        f"Suppression with a block above {LARGEST_UNIT}": options.suppression is not None
-        and options.suppression.block > LARGEST_UNIT,
-    }
-    for what, is_used in refused.items():
-        if is_used:
-            raise NotImplementedError(
-                f"on several ranks there is no {what} yet. process_group=False lets each rank take a step of its own"
-            )
-
-
 def refuse_sparse(t: int, row: Row, targets: Targets) -> None:
     """Raise NotImplementedError if a gradient is sparse."""
     for k, g in enumerate(row):
@@ -243,35 +192,10 @@ def refuse_switched(source: Source, targets: Targets) -> None:
         )
 
 
-def _refuse_targets(targets: Targets) -> None:
-    if targets.layouts.lazy:
-        raise NotImplementedError("params have no shapes yet: on several ranks run lazy modules once before the step")
-    if capturing(targets.device):
-        raise NotImplementedError("a step on several ranks cannot be captured in a CUDA graph: its hosts talk")
-
-
-def _watch_for_static_graphs(losses: Losses) -> None:
-    """Raise ValueError if the graph of a loss holds a DistributedDataParallel with a static graph; callables do later.
-
-    It searches the graphs, so only the first step of some parameters does it.
-    """
-
-    def watched(i: int, loss: Callable[[], Tensor]) -> Tensor:
-        value = loss()
-        if isinstance(value, Tensor) and value.requires_grad:
-            refuse_static_graph(f"losses[{i}]", value)
-        return value
-
-    for i, loss in enumerate(losses.entries):
-        if isinstance(loss, Tensor):
-            refuse_static_graph(f"losses[{i}]", loss)
-        elif loss is not None:
-            losses.entries[i] = partial(watched, i, loss)
-
-
 def _tells_absent(options: Options, present: Sequence[bool]) -> bool:
     method = options.aggregator
-    return (method.needs_losses or method.needs_present) and not all(present)
+    told = options.memory is not None or method.needs_losses or method.needs_present
+    return told and not all(present)
 
 
 def _without(row: Row, places: Sequence[int]) -> Row:
@@ -279,45 +203,3 @@ def _without(row: Row, places: Sequence[int]) -> Row:
     for k in places:
         kept[k] = None
     return kept
-
-
-def _plans(comm: Comm, targets: Targets) -> dict[tuple[bool, ...], tuple[int, ...]]:
-    """Return the places of shared parameters by which tasks were present, as the last steps had them."""
-    key = targets.layouts, targets.groups, targets.named
-    if key not in comm.plans:
-        make_room(comm.plans)
-    return comm.plans.setdefault(key, {})
-
-
-def _is_new(comm: Comm, targets: Targets) -> bool:
-    first = targets.tensors[0]
-    known = comm.params.get(id(first))
-    return known is None or known() is not first
-
-
-def _note(comm: Comm, targets: Targets) -> None:
-    make_room(comm.params)
-    comm.params[id(targets.tensors[0])] = ref(targets.tensors[0])
-
-
-def _method_digest(options: Options) -> int:
-    said = repr((options.aggregator, options.suppression, options.conflict_lr, options.memory is not None))
-    return digest(re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
-
-
-def _layout_digest(targets: Targets) -> int:
-    layouts = targets.layouts
-    return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
-
-
-@torch.no_grad()
-def _checksum(targets: Targets) -> int:
-    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it, once."""
-    total = torch.zeros((), dtype=torch.int64, device=targets.device)
-    for k, p in enumerate(p for p in targets.given.tensors if not is_lazy(p)):
-        x = (torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().view(-1)
-        total += (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
-    return int(total)
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

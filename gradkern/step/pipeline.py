@@ -21,10 +21,11 @@ from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.averages import averaged
+from gradkern.step.begin import start
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import gathered, units_of
 from gradkern.step.notices import look
-from gradkern.step.on_ranks import reduced, start
+from gradkern.step.on_ranks import reduced
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
@@ -77,7 +78,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     if begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     else:
-        rows = reduced(source, options, begun, units_of(options, targets))
+        new, rows = reduced(source, options, begun, units_of(options, targets))
     if second_losses is not None:
         rows = with_second(rows, second_losses, targets)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
@@ -99,7 +100,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
             sink.prepare(rows, outcome, targets)
             kept = sink.commit(step_scale)
             if options.memory is not None:
-                options.memory.remember(source.present, new, targets.tensors)
+                options.memory.remember(present, new, targets.tensors)
             if rows.mask is not None:
                 rows.mask.advance()
         sink.finish()

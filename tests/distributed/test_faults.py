@@ -234,7 +234,6 @@ def test_a_step_that_one_rank_has_left_out_is_found(pool: Pool) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[nn.Module], gk.SurgeryOptimizer]]] = {
-    "memory": ("memory=True", lambda m: gk.SurgeryOptimizer(sgd(m), gk.PCGrad(), memory=True)),
     "second batch": ("second batch, as MoDo needs", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoDo())),
     "means": ("mean of gradients over steps, as MoCo keeps", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoCo())),
     "entries": ("TrimmedMean, which looks at entries", lambda m: gk.SurgeryOptimizer(sgd(m), gk.TrimmedMean(1))),

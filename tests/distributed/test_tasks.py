@@ -52,8 +52,10 @@ def part(rank: int, ranks: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x[own], y[:, own]
 
 
-def absent_ones(rank: int, group: Any, name: str, ranks: int, absent: list[list[tuple[int, int]]]) -> list[Any]:
-    """Return the gradients, losses and weights of some steps.
+def absent_ones(
+    rank: int, group: Any, name: str, ranks: int, absent: list[list[tuple[int, int]]], memory: bool = False
+) -> list[Any]:
+    """Return the gradients, losses and weights of some steps, and the gradients that are remembered.
 
     Args:
         rank: this rank; one process does what all ranks do.
@@ -61,10 +63,12 @@ def absent_ones(rank: int, group: Any, name: str, ranks: int, absent: list[list[
         name: the method's.
         ranks: the number of ranks.
         absent: for each step, the pairs of a rank and a task that it lacks.
+        memory: whether absent tasks take part with their last gradients.
     """
     torch.manual_seed(0)
     model, method = MultiHead(T).double(), METHODS[name]()
     params = [*model.parameters(), *method.parameters()]
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=0.1), method, memory=memory, process_group=group)
     results = []
     for step, lacking in enumerate(absent):
         x, y = data(step)
@@ -78,8 +82,11 @@ def absent_ones(rank: int, group: Any, name: str, ranks: int, absent: list[list[
                 losses.append(model.loss(t, *part(rank, ranks, x, y)) if rank in having else None)
         for p in params:
             p.grad = None
-        info = gk.backward(losses, params, aggregator=method, process_group=group)
-        results.append(([p.grad for p in params], info.losses, info.weights))
+        info = opt.backward(losses)
+        remembered = opt.state_dict()["surgery"]["memory"] or []
+        results.append(([p.grad for p in params] + [g for row in remembered for g in row], info.losses, info.weights))
+        if step == 1:  # what is remembered can be loaded
+            opt.load_state_dict(opt.state_dict())
     return results
 
 
@@ -106,6 +113,15 @@ ABSENT = {
 def test_a_task_that_ranks_lack_counts_there_with_zero(pool: Pool, method: str, absent: str) -> None:
     expected = absent_ones(0, False, method, 2, ABSENT[absent])
     for results in pool.run(absent_ones, method, 2, ABSENT[absent], ranks=2):
+        assert_near(results, expected)
+
+
+@pytest.mark.parametrize("absent", ABSENT)
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "MGDA"])
+def test_absent_tasks_are_remembered(pool: Pool, method: str, absent: str) -> None:
+    """Each rank remembers the whole gradients, so that any rank's checkpoint is complete."""
+    expected = absent_ones(0, False, method, 2, ABSENT[absent], True)
+    for results in pool.run(absent_ones, method, 2, ABSENT[absent], True, ranks=2):
         assert_near(results, expected)
 
 
