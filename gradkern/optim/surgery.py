@@ -76,7 +76,6 @@ class SurgeryOptimizer(OptimizerWrapper):
         process_group: ProcessGroup | bool | None = None,
     ) -> None:
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
-        comm_of(process_group)  # raises for what a step would refuse
         boolean("memory", memory)
         super().__init__(optimizer)
         self.aggregator = aggregator
@@ -87,13 +86,13 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.conflict_lr = conflict_lr
         self.process_group = process_group
         self._memory = Memory() if memory else None
-        # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. They are in
-        # an object of their own because Lightning's wrapper runs these methods with itself as self, and a step does
-        # not see attributes that they bind to that self.
+        # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. Lightning's
+        # wrapper runs these methods with itself as self, whose attributes a step does not see, so an object has them.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
         self._untracked = Untracked()
-        Targets.of(self._params(), groups, self.shared)  # raises for what a step would refuse
+        comm_of(process_group)  # raises for what a step would refuse, and so does the next line
+        Targets.of(self._params(), groups, self.shared)
 
     def backward(
         self,
@@ -180,8 +179,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
-        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, and
-        if the norm of a suppressed update is needed, ``.grad`` is written in between.
+        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, on
+        several ranks, and if the norm of a suppressed update is needed, ``.grad`` is written in between.
 
         Whatever raises, a hook or a lack of memory too, everything is as before the call and it can be repeated: every
         ``.grad``, the state of the method, the masks and the memory, κ of an earlier ``backward``, and what ``scaler``
@@ -250,21 +249,12 @@ class SurgeryOptimizer(OptimizerWrapper):
         return grad_sink(source, self._options())
 
     def _options(self) -> Options:
-        return Options(
-            self.aggregator,
-            self.groups,
-            self.shared,
-            self.suppression,
-            self.conflict_lr,
-            self._memory,
-            self.process_group,
-        )
+        modifiers = self.suppression, self.conflict_lr, self._memory
+        return Options(self.aggregator, self.groups, self.shared, *modifiers, self.process_group)
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
-            raise RuntimeError(
-                f"{what} within accumulate(): gradients are added up, and combined at the end of its block"
-            )
+            raise RuntimeError(f"{what} within accumulate(): gradients are combined at the end of its block")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step of the wrapped optimizer, scaled by ``conflict_lr``; pass ``closure`` on to it.
@@ -276,9 +266,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._refuse_within_accumulate("step()")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
-        params = self._tensors()
-        if closure is None:
-            params = [p for p in params if p.grad is not None]
+        params = [p for p in self._tensors() if closure is not None or p.grad is not None]
         before = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(before, [p.detach() for p in params])
         result = self._inner_step(closure)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import Entrywise
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
 from gradkern.gradients.graph import refuse_static_graph
@@ -24,6 +23,10 @@ LARGEST_UNIT = 4096
 """The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
 
 
+Opened = tuple[Targets, Losses | None]
+"""The parameters of a step that has been opened, and the losses of its second batch."""
+
+
 class Start(NamedTuple):
     """What the ranks have agreed on before a step's first backward pass.
 
@@ -33,15 +36,17 @@ class Start(NamedTuple):
         present: a flag for each task: whether any rank has a loss of it.
         plan: the places of parameters that are reduced while backward passes run; None if nobody knows yet which are
             shared.
+        second: the losses of the second batch; None without one.
     """
 
     comm: Comm
     targets: Targets
     present: list[bool]
     plan: tuple[int, ...] | None
+    second: Losses | None
 
 
-def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Targets]) -> Start:
+def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Opened]) -> Start:
     """Let all ranks open the step, and raise on all of them unless it is the same step everywhere.
 
     Args:
@@ -52,16 +57,17 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         opened: checks the arguments on this rank.
     """
 
-    def open_here() -> Targets:
+    def open_here() -> Opened:
         comm.steps += 1
-        targets = opened()
+        targets, second = opened()
         _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
         if _is_new(comm, targets) and isinstance(source, Losses):
             _watch_for_static_graphs(source)
-        return targets
+        return targets, second
 
-    def facts(targets: Targets) -> Facts:
+    def facts(made: Opened) -> Facts:
+        targets, _ = made
         is_new = _is_new(comm, targets)
         plans = plans_of(comm, targets)
         return {
@@ -78,7 +84,7 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "plans": digest(*sorted(plans.items())),
         }
 
-    targets, of_ranks = together(comm, open_here, facts)
+    (targets, second), of_ranks = together(comm, open_here, facts)
     _note(comm, targets)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
@@ -86,21 +92,15 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
     plan = plans_of(comm, targets).get(tuple(present))
     if len({of_rank["plans"] for of_rank in of_ranks}) > 1:
         plan = None
-    if options.memory is not None:  # remembered gradients are whole, of shared parameters or not
-        plan = tuple(range(len(targets.tensors)))
-    elif targets.named is not None:
+    if targets.named is not None:
         plan = tuple(k for k, is_shared in enumerate(targets.named) if is_shared)
-    return Start(comm, targets, present, plan)
+    return Start(comm, targets, present, plan, second)
 
 
 def _refuse_unsupported(options: Options, needs_tensors: bool) -> None:
     """Raise NotImplementedError for what works on one rank only."""
-    method = options.aggregator
     refused = {
         "compat=, which treats each gradient as another library does,": needs_tensors,
-        f"second batch, as {type(method).__name__} needs": method.needs_second,
-        f"mean of gradients over steps, as {type(method).__name__} keeps": method.averages_rows,
-        f"{type(method).__name__}, which looks at entries of gradients": isinstance(method, Entrywise),
         f"Suppression with a block above {LARGEST_UNIT}": options.suppression is not None
         and options.suppression.block > LARGEST_UNIT,
     }

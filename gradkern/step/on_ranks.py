@@ -1,36 +1,51 @@
 """The first half of a step on several ranks: its task gradients become shards of the means over the ranks."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gradkern.distributed.agreement import digest, together
 from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import Reduction, by_place, in_memory
+from gradkern.distributed.reduction import Reduction, by_place
 from gradkern.gradients.layouts import Reach, Row, layouts_of, make_room
-from gradkern.gradients.losses import Source, stacked
-from gradkern.gradients.memory import Memory, bools_on
-from gradkern.gradients.param_grads import laid_out, readable
+from gradkern.gradients.losses import Source, losses_named, stacked
+from gradkern.gradients.memory import bools_on
+from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
 from gradkern.step.begin import Start, plans_of
+from gradkern.step.flat_rows import StepRows
+from gradkern.step.gather import rows_of, tells_absent, units_of
 from gradkern.step.options import Options
 from gradkern.step.shard_rows import ShardRows, buckets_for, laid_like, shard_rows
 
 
-def reduced(
-    source: Source, options: Options, begun: Start, units: tuple[int, ...] | None
-) -> tuple[list[Row], ShardRows]:
-    """Return the whole rows of a step with a memory, which it remembers, or none; and the shards of the step's rows.
+def gathered_on_ranks(source: Source, options: Options, begun: Start) -> tuple[Targets, list[Row], StepRows]:
+    """Return what :func:`gradkern.step.gather.gathered` returns: the rows are shards, unless the step needs them whole.
 
     Args:
         source: the source, opened.
         options: the method and its modifiers.
         begun: what the ranks have agreed on.
-        units: the first unit of suppression of each parameter; None without suppression.
     """
-    comm, targets, present, plan = begun
+    comm, targets, present, _, second = begun
+    if not options.needs_whole_rows:
+        return targets, [], _shards(source, options, begun)
+    with torch.no_grad():
+        new = whole_rows(source, begun)
+        rows = rows_of(present, mean_losses(comm, source.values, present, targets), targets, new, options)
+        if second is None:
+            return targets, new, rows
+    with losses_named("second"):
+        return targets, new, replace(rows, second=whole_rows(second, begun))
+
+
+def _shards(source: Source, options: Options, begun: Start) -> ShardRows:
+    """Return the shards of the step's rows."""
+    comm, targets, present, plan, _ = begun
+    units = units_of(options, targets)
     suppression, T = options.suppression, len(present)
     unit = 1 if suppression is None else suppression.block
     own: list[Row] = [[None] * len(targets.tensors)] * T
@@ -40,12 +55,8 @@ def reduced(
 
     early = reduction_of(plan) if plan else None
     reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own, early))
-    reductions, shared, new = [] if early is None else [early], None, list[Row]()
-    if options.memory is not None:
-        assert early is not None, "all parameters are planned"
-        new = _whole_rows(early, reach, targets)
-        reach, shared = _recalled(options.memory, early, reach, begun)
-    whole = targets.arranged(reach, shared, units)
+    reductions = [] if early is None else [early]
+    whole = targets.arranged(reach, None, units)
     if not whole.columns:
         raise ValueError("no task has a gradient for any parameter that requires grad")
     places = tuple([c.place for c in whole.shared])
@@ -66,9 +77,8 @@ def reduced(
         Arrangement([], 0, whole.n_segments),
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if _tells_absent(options, present) else None,
+        present=bools_on(present, targets.device) if tells_absent(present, options) else None,
         losses=mean_losses(comm, source.values, present, targets),
-        overwrite=options.memory is None,
         comm=comm,
         targets=targets,
         whole=whole,
@@ -76,45 +86,30 @@ def reduced(
         own=own,
         unit=unit,
     )
-    return new, shard_rows(rows)
+    return shard_rows(rows)
 
 
-def _whole_rows(reduction: Reduction, reach: Reach, targets: Targets) -> list[Row]:
-    """Return the means over the ranks, whole: T rows of n gradients, None where no rank has one."""
+def whole_rows(source: Source, begun: Start) -> list[Row]:
+    """Return the means over the ranks of the rows, whole on every rank: T rows of n gradients, None where none is.
+
+    Args:
+        source: the source, opened.
+        begun: what the ranks have agreed on.
+    """
+    comm, targets, present, _, _ = begun
+    n, T = len(targets.tensors), len(present)
+    buckets = buckets_for(range(n), targets.layouts, comm, 1)
+    reduction = Reduction(comm, buckets, T, targets.device)
+    own: list[Row] = [[None] * n] * T
+    reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own, reduction))
     rows: list[Row] = []
     for t, kinds in enumerate(reach):
-        if set(kinds) == {None}:
-            rows.append([None] * len(kinds))
-            continue
-        vectors = by_place(reduction.buckets, reduction.gathered([shards[t] for shards in reduction.shards]))
-        rows.append([None if kind is None else laid_like(k, vectors[k], targets) for k, kind in enumerate(kinds)])
+        row: list[Tensor | None] = [None] * n
+        if set(kinds) != {None}:
+            vectors = by_place(buckets, reduction.gathered([shards[t] for shards in reduction.shards]))
+            row = [None if kind is None else laid_like(k, vectors[k], targets) for k, kind in enumerate(kinds)]
+        rows.append(row)
     return rows
-
-
-def _recalled(memory: Memory, reduction: Reduction, reach: Reach, begun: Start) -> tuple[Reach, tuple[bool, ...]]:
-    """Put the absent tasks' remembered gradients into the shards; return the reach with them, and what is shared.
-
-    Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
-    """
-    targets, nothing = begun.targets, [[None] * len(begun.targets.tensors)] * len(reach)
-    old = memory.recall(begun.present, nothing, targets.tensors, targets.layouts)
-    known = [
-        tuple([kind if g is None else torch.strided for kind, g in zip(kinds, row, strict=True)])
-        for kinds, row in zip(reach, old, strict=True)
-    ]
-    shared = targets.are_shared(tuple(known))
-    for t, row in enumerate(old):
-        for piece in reduction.buckets.pieces(begun.comm.rank):
-            g = row[piece.place]
-            if g is not None and shared[piece.place]:
-                whole = in_memory(laid_out(g, targets.tensors[piece.place]) if g.is_sparse else g)
-                into = reduction.shards[piece.bucket][t, piece.at : piece.at + piece.numel]
-                into.copy_(whole[piece.offset : piece.offset + piece.numel])
-    with_old = [
-        tuple([kind if is_shared else new for kind, new, is_shared in zip(kinds, news, shared, strict=True)])
-        for kinds, news in zip(known, reach, strict=True)
-    ]
-    return tuple(with_old), shared
 
 
 def _passes(source: Source, targets: Targets, own: list[Row], early: Reduction | None) -> list[tuple[bool, ...]]:
@@ -190,12 +185,6 @@ def refuse_switched(source: Source, targets: Targets) -> None:
             "a callable of losses has switched requires_grad or changed a parameter's form: on several ranks do so "
             "before the step"
         )
-
-
-def _tells_absent(options: Options, present: Sequence[bool]) -> bool:
-    method = options.aggregator
-    told = options.memory is not None or method.needs_losses or method.needs_present
-    return told and not all(present)
 
 
 def _without(row: Row, places: Sequence[int]) -> Row:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.aggregators import Aggregator, Entrywise, Scalarization
 from gradkern.aggregators.by_name import is_aggregator
 from gradkern.arguments import instance
 from gradkern.distributed.comm import ProcessGroup
@@ -47,6 +47,13 @@ class Options:
     def is_weighted_backward(self) -> bool:
         """Whether the step is torch's own backward pass of a weighted sum of losses."""
         return isinstance(self.aggregator, Scalarization) and self.suppression is None and self.conflict_lr is None
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether the step needs each entry of each row on every rank, for a state of the rows or of their entries."""
+        method = self.aggregator
+        of_rows = method.averages_rows or method.needs_second or isinstance(method, Entrywise)
+        return self.memory is not None or of_rows
 
     @property
     def adds_at_once(self) -> bool:

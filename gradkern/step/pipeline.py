@@ -15,17 +15,15 @@ from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.distributed.comm import comm_of
 from gradkern.distributed.draws import same_draws
-from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.averages import averaged
 from gradkern.step.begin import start
-from gradkern.step.flat_rows import StepRows
-from gradkern.step.gather import gathered, units_of
+from gradkern.step.gather import gathered
 from gradkern.step.notices import look
-from gradkern.step.on_ranks import reduced
+from gradkern.step.on_ranks import gathered_on_ranks
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
@@ -64,7 +62,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
         targets, second_losses = _opened(source, options, params, second)
         present = source.present
     else:
-        begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second)[0])
+        begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second))
         targets, second_losses, present = begun.targets, None, begun.present
     _check_present(present, options.aggregator)
     if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:
@@ -73,12 +71,10 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
             sink.commit(None)
         sink.finish()
         return _info(sink.mean_losses(), targets, outcome, kept=None, step_scale=None)
-    new: Sequence[Row] = ()
-    rows: StepRows
     if begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     else:
-        new, rows = reduced(source, options, begun, units_of(options, targets))
+        targets, new, rows = gathered_on_ranks(source, options, begun)
     if second_losses is not None:
         rows = with_second(rows, second_losses, targets)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
@@ -87,7 +83,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
             look(source, present, targets, options, rows)
             if isinstance(options.aggregator, Averaged):
                 assert isinstance(rows, Rows), "means are kept of tensors"
-                rows = averaged(rows, options.aggregator, source.present, targets.places)
+                rows = averaged(rows, options.aggregator, present, targets.places)
             with same_draws(comm, options.aggregator, targets.device):
                 outcome = surgery(
                     rows,

@@ -43,7 +43,6 @@ class ShardRows(Rows):
         reductions: what the shards belong to.
         own: T rows of n gradients of this rank, of the parameters in no shard.
         unit: as for :func:`gradkern.distributed.buckets.buckets_of`.
-        places: where the pieces lie.
     """
 
     comm: Comm
@@ -52,7 +51,6 @@ class ShardRows(Rows):
     reductions: Sequence[Reduction]
     own: Sequence[Row]
     unit: int
-    places: Sequence[Place] = ()
 
     @property
     def device(self) -> torch.device:
@@ -107,17 +105,16 @@ class ShardRows(Rows):
         """Return each parameter with its combination, whole; see :meth:`Rows.combine`."""
         ones = torch.ones_like(w[0]) if unshared_weights is None else unshared_weights.to(w.dtype)
         ws, kept = torch.cat((w, ones.unsqueeze(0))), self._count()
-        shards = [[s[0] if self.overwrite else torch.zeros_like(s[0]) for s in r.shards] for r in self.reductions]
-        pieces = [shards[i][b][at : at + numel] for i, b, at, numel in self.places]
         for batch in self.arrangement.products_of_all:
-            rows, mask = self.task_grads(batch, len(ws)), mask_over(batch.columns, self.mask)
-            operators.combine_tensors(rows, ws.to(arithmetic_dtype(batch.dtype)), batch.of([pieces]), mask, kept)
+            rows, out = self.task_grads(batch, len(ws)), batch.of(self.grads[:1])  # over the first row
+            mask = mask_over(batch.columns, self.mask)
+            operators.combine_tensors(rows, ws.to(arithmetic_dtype(batch.dtype)), out, mask, kept)
         vectors: dict[int, Tensor] = {}
         reached = {c.place for c in self.whole.columns}
-        for reduction, combined in zip(self.reductions, shards, strict=True):
+        for reduction in self.reductions:
             if reached.isdisjoint(reduction.buckets.places):
                 continue
-            vectors |= by_place(reduction.buckets, reduction.gathered(combined))
+            vectors |= by_place(reduction.buckets, reduction.gathered([shards[0] for shards in reduction.shards]))
         vectors |= self._means_of_own(w, unshared_weights)
         share = None if kept is None else kept_share(self.comm.summed(kept).long(), self.whole.columns)
         return results_of({c.place: vectors[c.place] for c in self.whole.columns}, self.targets), share
@@ -151,7 +148,7 @@ def shard_rows(rows: ShardRows) -> ShardRows:
     reductions, buckets = rows.reductions, tuple([r.buckets for r in rows.reductions])
     arrangement, places = _arranged(rows.whole, buckets, rows.comm.rank, rows.n_tasks, rows.unit)
     grads = [[reductions[i].shards[b][t, at : at + numel] for i, b, at, numel in places] for t in range(rows.n_tasks)]
-    return replace(rows, params=grads[0], grads=grads, arrangement=arrangement, places=places)
+    return replace(rows, params=grads[0], grads=grads, arrangement=arrangement)
 
 
 def buckets_for(places: Sequence[int], layouts: Layouts, comm: Comm, unit: int) -> Buckets:

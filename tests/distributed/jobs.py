@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
+from gradkern.aggregators.methods import METHODS as TABLE
 from tests.models import MultiHead
 
 BATCH = 24
@@ -44,6 +45,7 @@ class Run(NamedTuple):
         callables: whether losses are callables.
         accumulate: whether a step has two micro-batches.
         features: whether the trunk's output is given.
+        second: whether steps have a second batch, the first one with other targets.
         options: more arguments of the optimizer; a name of ``OPTIONS``.
     """
 
@@ -56,6 +58,7 @@ class Run(NamedTuple):
     callables: bool = False
     accumulate: bool = False
     features: bool = False
+    second: bool = False
     options: str = ""
 
 
@@ -92,7 +95,7 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     """Return the result of a run with this rank's part of each batch; the whole batch with one rank."""
     torch.manual_seed(0)
     model = Net(T).to(run.dtype)
-    method = METHODS[run.method]()
+    method = METHODS[run.method]() if run.method in METHODS else TABLE[run.method].seeded(7)
     params = [*model.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
     inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
     opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
@@ -126,6 +129,8 @@ def _step(run: Run, opt: gk.SurgeryOptimizer, model: Net, forward: nn.Module, x:
         kwargs = {"features": h} if run.features else {}
     if run.update:
         return opt.update(losses, max_norm=1.0, **kwargs)
+    if run.second:
+        kwargs["second"] = model(x, -y)[:T]
     info = opt.backward(losses, **kwargs)
     opt.step()
     return info

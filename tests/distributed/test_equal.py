@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.jobs import METHODS, OPTIONS, Result, Run, trained
+from gradkern.aggregators.methods import METHODS as TABLE
+from tests.distributed.jobs import METHODS, OPTIONS, Result, Run, T, trained
 from tests.distributed.pool import Pool
 
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6}
@@ -56,6 +57,11 @@ def check(pool: Pool, run: Run, ranks: int) -> list[Result]:
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_that_of_one_process(pool: Pool, method: str, ranks: int) -> None:
     check(pool, Run(method), ranks)
+
+
+@pytest.mark.parametrize("name", [name for name, method in TABLE.items() if method.tasks in (None, T)])
+def test_every_method_of_the_table(pool: Pool, name: str) -> None:
+    check(pool, Run(name, second=TABLE[name].second), 2)
 
 
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])

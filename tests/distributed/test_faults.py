@@ -90,6 +90,22 @@ def one_loss_raises(step: Step) -> None:
         step.losses[1] = raising
 
 
+def one_loss_of_whole_rows_raises(step: Step) -> None:
+    step.method = gk.MoCo()
+    one_loss_raises(step)
+
+
+def one_loss_of_a_weighted_sum_raises(step: Step) -> None:
+    step.method = gk.GeometricMean()
+    one_loss_raises(step)
+
+
+def one_loss_of_the_second_batch_raises(step: Step) -> None:
+    losses = list(step.losses)
+    one_loss_raises(step)
+    step.method, step.options["second"], step.losses = gk.MoDo(), step.losses, losses
+
+
 def one_loss_is_detached(step: Step) -> None:
     if step.rank == 1:
         step.losses[2] = torch.ones(())
@@ -157,8 +173,8 @@ def one_switches_requires_grad(step: Step) -> None:
         step.losses[0] = switching
 
 
-def nothing_of_several_ranks(step: Step) -> None:
-    step.method = gk.GradDrop(seed=0)
+def a_block_is_too_large(step: Step) -> None:
+    step.options["suppression"] = gk.Suppression(0.3, block=8192, seed=0)
 
 
 SAME = {
@@ -171,11 +187,17 @@ SAME = {
     "one_has_another_seed": r"ValueError: .*the method or its modifiers: .*seed=",
     "one_has_other_groups": r"ValueError: .*the groups of params",
     "one_has_a_sparse_gradient": r"NotImplementedError: losses\[0\] has a sparse gradient .*sparse=False",
-    "nothing_of_several_ranks": r"NotImplementedError: on several ranks there is no GradDrop",
+    "a_block_is_too_large": r"NotImplementedError: on several ranks there is no Suppression with a block above",
 }
 """Faults of which all ranks tell the same, in a first step or in a later one."""
 OTHERS = {
     "one_loss_raises": (r"KeyError: 'the batch of rank 1'", r"RuntimeError: .* because rank 1 raised KeyError"),
+    "one_loss_of_whole_rows_raises": (r"KeyError: 'the batch", r"RuntimeError: .* because rank 1 raised KeyError"),
+    "one_loss_of_a_weighted_sum_raises": (r"KeyError: 'the batch", r"RuntimeError: .* because rank 1 raised KeyError"),
+    "one_loss_of_the_second_batch_raises": (
+        r"KeyError: 'the batch",
+        r"RuntimeError: .* because rank 1 raised KeyError",
+    ),
     "one_loss_is_detached": (
         r"ValueError: losses\[2\] reaches no",
         r"RuntimeError: .* rank 1 raised ValueError: losses\[2\]",
@@ -234,14 +256,7 @@ def test_a_step_that_one_rank_has_left_out_is_found(pool: Pool) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[nn.Module], gk.SurgeryOptimizer]]] = {
-    "second batch": ("second batch, as MoDo needs", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoDo())),
-    "means": ("mean of gradients over steps, as MoCo keeps", lambda m: gk.SurgeryOptimizer(sgd(m), gk.MoCo())),
-    "entries": ("TrimmedMean, which looks at entries", lambda m: gk.SurgeryOptimizer(sgd(m), gk.TrimmedMean(1))),
     "compat": ("compat=", lambda m: pcgrad.PCGrad(sgd(m), compat="original")),
-    "block": (
-        "Suppression with a block above",
-        lambda m: gk.SurgeryOptimizer(sgd(m), gk.PCGrad(), suppression=gk.Suppression(0.5, block=8192, seed=0)),
-    ),
 }
 
 
@@ -256,9 +271,8 @@ def unsupported(rank: int, group: Any, name: str) -> None:
     opt = make(step.model)
     opt.process_group = group
     losses = [loss() for loss in step.losses]
-    second = [loss() for loss in step.losses] if name == "second batch" else None
     with pytest.raises(NotImplementedError, match=re.escape(message)):
-        opt.backward(losses, second=second)
+        opt.backward(losses)
     assert all(p.grad is None for p in step.model.parameters())
 
 
