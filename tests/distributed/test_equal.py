@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gradkern.aggregators.methods import METHODS as TABLE
+from gradkern.distributed import buckets
 from tests.distributed.jobs import METHODS, OPTIONS, Result, Run, T, trained
 from tests.distributed.pool import Pool
 
@@ -81,6 +82,25 @@ def test_every_way_to_take_a_step(pool: Pool, method: str, kind: str) -> None:
 @pytest.mark.parametrize("options", [name for name in OPTIONS if name])
 def test_groups_and_modifiers(pool: Pool, options: str, ranks: int) -> None:
     check(pool, Run("GradVac" if options == "parameter" else "PCGrad", options=options), ranks)
+
+
+def in_small_buckets(rank: int, group: Any, run: Run, ranks: int) -> Result:
+    """Return the result of a run whose buckets are full with 200 bytes, as with parameters of more than 25 MB."""
+    before, buckets.BYTES = buckets.BYTES, 200
+    buckets.buckets_of.cache_clear()
+    try:
+        return trained(rank, group, run, ranks)
+    finally:
+        buckets.BYTES = before
+        buckets.buckets_of.cache_clear()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("options", ["", "parameter", "suppression of all"])
+@pytest.mark.parametrize("method", ["GradVac", "GradAttention", "MoCo", "Sum"])
+def test_many_buckets(pool: Pool, method: str, options: str, ranks: int) -> None:
+    run = Run({"MoCo": "moco"}.get(method, method), options=options)
+    assert_equal(pool.run(in_small_buckets, run, ranks, ranks=ranks), run)
 
 
 def test_one_rank_of_a_group_is_alone(pool: Pool) -> None:

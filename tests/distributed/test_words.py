@@ -77,6 +77,44 @@ def test_parameters_of_one_task_move_two_words(pool: Pool) -> None:
         assert words == [(T + 1) * P + 2 * own] * 3
 
 
+def test_whole_rows_move_two_words_for_each_task(pool: Pool) -> None:
+    for words, _, P, own in pool.run(steps, True, "moco", ranks=2):
+        assert words == [2 * T * (P + own)] * 3
+
+
+def in_order(rank: int, group: Any) -> list[str]:
+    """Return the order of forward passes and messages in the second step."""
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDTH, WIDTH)
+    x = torch.randn(4, WIDTH)
+    events: list[str] = []
+
+    def loss(t: int) -> torch.Tensor:
+        events.append(f"task {t}")
+        return (layer(x) * (t + 1)).square().mean()
+
+    counted = Counted()
+    for _ in range(2):
+        events.clear()
+        with counted:
+            scatter = comm._all_to_all
+
+            def noting(*args: Any, scatter: Any = scatter, **kwargs: Any) -> Any:
+                events.append("shards")
+                return scatter(*args, **kwargs)
+
+            comm._all_to_all = noting
+            losses = [lambda t=t: loss(t) for t in range(T)]
+            gk.backward(losses, layer, aggregator=gk.PCGrad(), process_group=group)
+    return events
+
+
+def test_a_row_is_reduced_while_the_next_backward_pass_runs(pool: Pool) -> None:
+    """From the second step on the ranks know which parameters are shared."""
+    for events in pool.run(in_order, ranks=2):
+        assert events == ["task 0", "shards", "task 1", "shards", "task 2", "shards"]
+
+
 def test_a_weighted_sum_moves_two_words(pool: Pool) -> None:
     for words, _, P, own in pool.run(steps, True, "sum", ranks=4):
         assert words == [2 * (P + own)] * 3
