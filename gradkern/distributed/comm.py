@@ -102,19 +102,23 @@ class Comm:
         dist.all_reduce(total, group=self.group)
         return total
 
-    def mean_of_shard(self, shard: Tensor, x: Tensor) -> Any:
+    def mean_of_shard(self, shard: Tensor, x: Tensor, room: Tensor) -> Any:
         """Start computing the mean of the ranks' vectors, of which ``shard`` gets this rank's part.
 
         Gloo has a reduce-scatter only by name: it reduces whole vectors on every rank, which moves twice the words, and
         the caller waits for it. So there each rank sends the others their parts, and averages what it receives.
 
+        Args:
+            shard: (n,), the part.
+            x: (R n,), this rank's vector.
+            room: (R n,) for what is received.
+
         Returns:
-            What to wait for. ``x`` must not change before.
+            What to wait for. ``x`` and ``room`` must not change before.
         """
         if self._backend(x.device) != "gloo":
             return _reduce_scatter(shard, x, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
-        received = torch.empty_like(x)
-        return _Mean(_all_to_all(received, x, group=self.group, async_op=True), received.view(self.size, -1), shard)
+        return _Mean(_all_to_all(room, x, group=self.group, async_op=True), room.view(self.size, -1), shard)
 
     def all_gather(self, x: Tensor, shard: Tensor) -> Any:
         """Start putting the ranks' shards together into ``x``; return what to wait for."""

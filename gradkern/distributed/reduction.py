@@ -32,10 +32,12 @@ class Reduction:
         self.buckets = buckets
         self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
         self._staged = [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets]
+        self._room = [torch.empty_like(staged) for staged in self._staged]
         for bucket, staged in zip(buckets, self._staged, strict=True):
             for first, last in bucket.gaps:
                 staged[first:last].zero_()
         self._works: list[Any] = [None] * len(buckets)
+        self._sent: list[Tensor | None] = [None] * len(buckets)  # kept until they have been sent
         self._rows: dict[int, Row] = {}
         self._T = T
         self._next = 0
@@ -67,27 +69,34 @@ class Reduction:
         for number, (bucket, staged) in enumerate(zip(self.buckets, self._staged, strict=True)):
             if self._works[number] is not None:
                 self._works[number].wait()
-            _fill(staged, bucket, row)
-            self._works[number] = self.comm.mean_of_shard(self.shards[number][t], staged)
+            filled = _filled(staged, bucket, row)
+            self._works[number] = self.comm.mean_of_shard(self.shards[number][t], filled, self._room[number])
+            self._sent[number] = filled
 
     def _wait(self) -> None:
         for work in self._works:
             if work is not None:
                 work.wait()
         self._works = [None] * len(self._works)
+        self._sent = [None] * len(self._sent)
 
 
-def _fill(staged: Tensor, bucket: Bucket, row: Row) -> None:
-    """Write the gradients of a bucket as they lie in memory; zeros for missing ones."""
+def _filled(staged: Tensor, bucket: Bucket, row: Row) -> Tensor:
+    """Return the gradients of a bucket as they lie in memory, with zeros for missing ones.
+
+    They are written to ``staged``, unless the bucket is one gradient, which is a vector already.
+    """
     if not row:
-        staged.zero_()
-        return
+        return staged.zero_()
+    if len(bucket.spans) == 1 and not bucket.gaps and (g := row[bucket.spans[0].place]) is not None:
+        return in_memory(g)
     for place, start, numel in bucket.spans:
         g, into = row[place], staged[start : start + numel]
         if g is None:
             into.zero_()
         else:
             into.copy_(in_memory(g))
+    return staged
 
 
 def in_memory(g: Tensor) -> Tensor:
