@@ -111,7 +111,7 @@ class Comm:
         Args:
             shard: (n,), the part.
             x: (R n,), this rank's vector.
-            room: (R n,) for what is received.
+            room: what :meth:`room` returns for ``x``.
 
         Returns:
             What to wait for. ``x`` and ``room`` must not change before.
@@ -119,6 +119,10 @@ class Comm:
         if self._backend(x.device) != "gloo":
             return _reduce_scatter(shard, x, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
         return _Mean(_all_to_all(room, x, group=self.group, async_op=True), room.view(self.size, -1), shard)
+
+    def room(self, x: Tensor) -> Tensor:
+        """Return memory for what :meth:`mean_of_shard` receives."""
+        return torch.empty_like(x) if self._backend(x.device) == "gloo" else x.new_empty(0)
 
     def all_gather(self, x: Tensor, shard: Tensor) -> Any:
         """Start putting the ranks' shards together into ``x``; return what to wait for."""

@@ -32,7 +32,7 @@ class Reduction:
         self.buckets = buckets
         self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
         self._staged = [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets]
-        self._room = [torch.empty_like(staged) for staged in self._staged]
+        self._room = [comm.room(staged) for staged in self._staged]
         for bucket, staged in zip(buckets, self._staged, strict=True):
             for first, last in bucket.gaps:
                 staged[first:last].zero_()

@@ -137,7 +137,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
         ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
         sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
-        ``step`` and ``state_dict`` after it.
+        ``step`` and ``state_dict`` after it. On several ranks its end is one step of all of them, and what ``backward``
+        returns within it is of this rank.
 
         Yields:
             The sums, whose ``info`` is the step's once the block has ended.
