@@ -14,6 +14,10 @@ ProcessGroup = Any
 """A ``torch.distributed.ProcessGroup``, a class that builds of PyTorch without torch.distributed lack."""
 
 
+KEPT = 4
+"""The number of memories that are kept from step to step."""
+
+
 class Comm:
     """Two or more ranks that take steps together.
 
@@ -24,7 +28,7 @@ class Comm:
         rank: the number of this rank in the group.
         size: the number of ranks, R.
         steps: the number of steps that this rank has begun with the others.
-        plans, params: what the ranks know of their next steps; see ``gradkern.step.on_ranks``.
+        plans, params: what the ranks know of their next steps; see ``gradkern.step.begin``.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -34,6 +38,7 @@ class Comm:
         self.steps = 0
         self.plans: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
+        self._kept: dict[Any, Any] = {}
         pairs = dist.get_backend_config(group).split(",")
         self._backends: dict[str, str] = dict(pair.split(":", 1) for pair in pairs)
         self._host: tuple[ProcessGroup, torch.device] | None = None
@@ -44,6 +49,16 @@ class Comm:
         group = self._group()
         assert group is not None, "whoever found the ranks by their group holds it"
         return group
+
+    def keep(self, key: Any, memory: Any) -> None:
+        """Keep memory for a later step."""
+        self._kept[key] = memory
+        if len(self._kept) > KEPT:
+            del self._kept[next(iter(self._kept))]
+
+    def taken(self, key: Any) -> Any:
+        """Return the memory that is kept under a key, and keep it no more; None if there is none."""
+        return self._kept.pop(key, None)
 
     def _for_hosts(self) -> tuple[ProcessGroup, torch.device]:
         """Return a group of the same ranks for messages of the hosts, and the device of its tensors.

@@ -12,10 +12,28 @@ from gradkern.distributed.comm import Comm
 Row = Sequence[Tensor | None]
 
 
+class _Memory:
+    """The memory of a reduction.
+
+    Attributes:
+        shards: as for :class:`Reduction`.
+        staged: for each bucket, what is sent, or put together from shards.
+        room: for each bucket, what is received.
+    """
+
+    def __init__(self, comm: Comm, buckets: Buckets, T: int, device: torch.device) -> None:
+        self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
+        self.staged = [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets]
+        self.room = [comm.room(staged) for staged in self.staged]
+
+
 class Reduction:
     """Means over the ranks of T rows. A row's reduction runs while the next task's backward pass does.
 
     All ranks reduce all rows in the order of tasks. A row that a rank lacks is zeros there.
+
+    On a CPU its memory serves the next step again, because the system clears new memory page by page, which takes as
+    long as the messages. Devices have allocators that keep memory.
 
     Args:
         comm: the ranks.
@@ -30,9 +48,9 @@ class Reduction:
     def __init__(self, comm: Comm, buckets: Buckets, T: int, device: torch.device) -> None:
         self.comm = comm
         self.buckets = buckets
-        self.shards = [torch.empty((T, b.shard), dtype=b.dtype, device=device) for b in buckets]
-        self._staged = [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets]
-        self._room = [comm.room(staged) for staged in self._staged]
+        self._key = buckets, T, device
+        self._memory: _Memory = comm.taken(self._key) or _Memory(comm, buckets, T, device)
+        self.shards, self._staged, self._room = self._memory.shards, self._memory.staged, self._memory.room
         for bucket, staged in zip(buckets, self._staged, strict=True):
             for first, last in bucket.gaps:
                 staged[first:last].zero_()
@@ -59,9 +77,14 @@ class Reduction:
         self._wait()
 
     def gathered(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Return vectors of the buckets' sizes, put together from the ranks' shards. Their memory serves one call."""
+        """Return vectors of the buckets' sizes, put together from the ranks' shards.
+
+        Their memory, and the shards', serves until there is another such call, or another reduction of these buckets.
+        """
         self._works = [self.comm.all_gather(whole, shard) for whole, shard in zip(self._staged, shards, strict=True)]
         self._wait()
+        if self.shards and self.shards[0].device.type == "cpu":  # nothing writes to it any more
+            self.comm.keep(self._key, self._memory)
         return self._staged
 
     def _reduce(self, row: Row) -> None:
