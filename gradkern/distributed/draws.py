@@ -1,7 +1,7 @@
 """Random numbers of a method that are the same on all ranks: those that rank 0 draws."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -9,8 +9,7 @@ from torch import nn
 from gradkern.distributed.comm import Comm
 
 
-@contextmanager
-def same_draws(comm: Comm | None, method: nn.Module, device: torch.device) -> Iterator[None]:
+def same_draws(comm: Comm | None, method: nn.Module, device: torch.device) -> AbstractContextManager[None]:
     """Let the method draw on every rank what it draws on rank 0, within the block.
 
     The other ranks take over the state of rank 0's generators. They get the state of their default generator back
@@ -22,9 +21,14 @@ def same_draws(comm: Comm | None, method: nn.Module, device: torch.device) -> It
         method: the method.
         device: the device whose default generator the method draws from if it has no generator of its own.
     """
-    if comm is None:
-        yield
-        return
+    return _ALONE if comm is None else _same_draws(comm, method, device)
+
+
+_ALONE = nullcontext()
+
+
+@contextmanager
+def _same_draws(comm: Comm, method: nn.Module, device: torch.device) -> Iterator[None]:
     own, has_default = _own_generators(method)
     default = _default_generator(device) if has_default else None
     generators = own if default is None else [*own, default]
