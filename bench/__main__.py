@@ -1,7 +1,7 @@
 """``python -m bench``: measure, print a table and save raw results and plots; or show saved results.
 
-``python -m bench host`` and ``python -m bench methods`` are commands of their own; see ``bench/host`` and
-``bench/methods``.
+``python -m bench host``, ``python -m bench methods`` and ``python -m bench distributed`` are commands of their own; see
+``bench/host``, ``bench/methods`` and ``bench/distributed``.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import torch
 
 from bench import cases
 from bench.device import parse_device
+from bench.distributed import command as distributed
 from bench.host import command as host
 from bench.methods import command as methods
 from bench.peers import Peers, find_peers
@@ -28,12 +29,13 @@ from bench.table import table
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the sweep, or with --show print the summary of saved results."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    for name, command in (("host", host), ("methods", methods)):
+    for name, command in (("host", host), ("methods", methods), ("distributed", distributed)):
         if arguments[:1] == [name]:
             command.main(arguments[1:])
             return
     other = (
-        "python -m bench host: where the host's time of a step goes. python -m bench methods: every method's weights"
+        "python -m bench host: where the host's time of a step goes. python -m bench methods: every method's weights. "
+        "python -m bench distributed: steps on several ranks"
     )
     parser = argparse.ArgumentParser(prog="python -m bench", description=main.__doc__, epilog=other)
     parser.add_argument("--quick", action="store_true", help="few shapes: about a minute on two slow cores")

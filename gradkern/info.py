@@ -23,7 +23,8 @@ Tagged = tuple[str, list[str], Tensor | None]
 class SurgeryInfo:
     """The results of one step's surgery over T tasks.
 
-    With groups other than "model" there are S Gramians, and most attributes have a leading dimension (S,).
+    With groups other than "model" there are S Gramians, and most attributes have a leading dimension (S,). On several
+    ranks the losses are means over the ranks, and all else is of the gradients' means, with the same bits on all ranks.
 
     Attributes:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.

@@ -21,7 +21,7 @@ if importlib.util.find_spec("hypothesis"):  # without hypothesis, the tests that
     settings.register_profile("any machine", deadline=None)  # a busy machine may be slow at any time
     settings.load_profile("any machine")
 
-SLOW = {"bench", "check", "compat", "demo", "examples", "kernels", "one_launch", "recipes"}
+SLOW = {"bench", "check", "compat", "demo", "distributed", "examples", "kernels", "one_launch", "recipes"}
 SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
 """Folders and files of tests that run whole programs, other libraries or kernels in Triton's interpreter."""
 

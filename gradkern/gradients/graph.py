@@ -78,6 +78,20 @@ def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
         )
 
 
+def refuse_static_graph(name: str, x: Tensor) -> None:
+    """Raise ValueError if the graph of ``x`` holds a DistributedDataParallel with a static graph.
+
+    Its sink reduces gradients within the backward pass of one task.
+    """
+    for node in _Search(x):
+        module: Any = getattr(node, "ddp_weakref", None)
+        if module is not None and getattr(module(), "static_graph", False):
+            raise ValueError(
+                f"{name} runs through DistributedDataParallel(static_graph=True), which reduces gradients within the "
+                "backward pass of one task: make it with static_graph=False"
+            )
+
+
 def is_compiled(outputs: Sequence[Tensor]) -> bool:
     """Return whether any of ``outputs`` was computed by code of ``torch.compile``."""
     return any(node.name() == "CompiledFunctionBackward" for x in outputs for node in _Search(x))

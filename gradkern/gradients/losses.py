@@ -248,9 +248,8 @@ def stacked(losses: Sequence[Tensor | None], like: Tensor) -> Tensor:
     return torch.stack([absent if loss is None else loss.reshape(()).to(dtype) for loss in losses])
 
 
-def unscaled(source: Source, like: Tensor) -> Tensor:
-    """Return the losses of an open source as methods see them: without the scale of a gradient scaler."""
-    losses = stacked(source.values, like)
+def unscaled(losses: Tensor, source: Source) -> Tensor:
+    """Return the losses of a source as methods see them: without the scale of a gradient scaler."""
     return losses if source.loss_scale is None else losses / source.loss_scale
 
 

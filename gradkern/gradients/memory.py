@@ -25,6 +25,11 @@ class Memory:
     def __init__(self) -> None:
         self._rows: list[Remembered] = []
 
+    @property
+    def counts(self) -> list[int]:
+        """The number of gradients that are remembered of each task."""
+        return [len(row) for row in self._rows]
+
     def check(self, n_tasks: int) -> None:
         """Raise ValueError if earlier steps had another number of tasks."""
         if self._rows and len(self._rows) != n_tasks:

@@ -101,6 +101,7 @@ def restored(
         shared=options.shared,
         suppression=options.suppression,
         conflict_lr=options.conflict_lr,
+        process_group=options.process_group,
     )
     made._memory = options.memory
     made._pending.step_scale = step_scale

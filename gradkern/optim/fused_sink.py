@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.aggregators import Entrywise, GradAttention
+from gradkern.distributed.comm import comm_of
 from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination, along
 from gradkern.step.flat_rows import FlatRows, StepRows
@@ -27,6 +28,7 @@ def can_fuse(optimizer: Optimizer, options: Options, params: Sequence[Tensor], m
     method, suppression = options.aggregator, options.suppression
     return (
         type(optimizer) is AdamW
+        and comm_of(options.process_group) is None
         and not options.is_weighted_backward
         and not isinstance(method, Entrywise)
         and not method.is_trained

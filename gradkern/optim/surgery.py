@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean, instance, number
+from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source, entries_of
@@ -56,6 +57,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
             to step, and are part of ``state_dict``.
+        process_group: as in :func:`gradkern.backward`.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -71,6 +73,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         suppression: Suppression | None = None,
         conflict_lr: ConflictLR | None = None,
         memory: bool = False,
+        process_group: ProcessGroup | bool | None = None,
     ) -> None:
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
         boolean("memory", memory)
@@ -81,14 +84,15 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.shared = list(shared) if isinstance(shared, Iterator) else shared
         self.suppression = suppression
         self.conflict_lr = conflict_lr
+        self.process_group = process_group
         self._memory = Memory() if memory else None
-        # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. They are in
-        # an object of their own because Lightning's wrapper runs these methods with itself as self, and a step does
-        # not see attributes that they bind to that self.
+        # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. Lightning's
+        # wrapper runs these methods with itself as self, whose attributes a step does not see, so an object has them.
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
         self._untracked = Untracked()
-        Targets.of(self._params(), groups, self.shared)  # raises for what a step would refuse
+        comm_of(process_group)  # raises for what a step would refuse, and so does the next line
+        Targets.of(self._params(), groups, self.shared)
 
     def backward(
         self,
@@ -134,7 +138,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
         ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
         sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
-        ``step`` and ``state_dict`` after it.
+        ``step`` and ``state_dict`` after it. On several ranks its end is one step of all of them, and what ``backward``
+        returns within it is of this rank.
 
         Yields:
             The sums, whose ``info`` is the step's once the block has ended.
@@ -176,8 +181,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
-        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, and
-        if the norm of a suppressed update is needed, ``.grad`` is written in between.
+        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, on
+        several ranks, and if the norm of a suppressed update is needed, ``.grad`` is written in between.
 
         Whatever raises, a hook or a lack of memory too, everything is as before the call and it can be repeated: every
         ``.grad``, the state of the method, the masks and the memory, κ of an earlier ``backward``, and what ``scaler``
@@ -236,13 +241,12 @@ class SurgeryOptimizer(OptimizerWrapper):
         return grad_sink(source, self._options())
 
     def _options(self) -> Options:
-        return Options(self.aggregator, self.groups, self.shared, self.suppression, self.conflict_lr, self._memory)
+        modifiers = self.suppression, self.conflict_lr, self._memory
+        return Options(self.aggregator, self.groups, self.shared, *modifiers, self.process_group)
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
-            raise RuntimeError(
-                f"{what} within accumulate(): gradients are added up, and combined at the end of its block"
-            )
+            raise RuntimeError(f"{what} within accumulate(): gradients are combined at the end of its block")
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Take a step of the wrapped optimizer, scaled by ``conflict_lr``; pass ``closure`` on to it.
@@ -254,9 +258,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._refuse_within_accumulate("step()")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
-        params = self._tensors()
-        if closure is None:
-            params = [p for p in params if p.grad is not None]
+        params = [p for p in self._tensors() if closure is not None or p.grad is not None]
         before = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(before, [p.detach() for p in params])
         result = self._inner_step(closure)

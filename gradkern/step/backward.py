@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source
@@ -10,8 +11,9 @@ from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.suppression import Suppression
+from gradkern.step.mean_backward import MeanBackwardSink
 from gradkern.step.options import Options
-from gradkern.step.pipeline import open_source, outside_inference_mode, refuse_distributed, run
+from gradkern.step.pipeline import open_source, outside_inference_mode, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
 
 
@@ -27,6 +29,7 @@ def backward(
     batched: bool = False,
     retain_graph: bool = False,
     second: Sequence[Loss] | None = None,
+    process_group: ProcessGroup | bool | None = None,
 ) -> SurgeryInfo:
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
@@ -69,25 +72,32 @@ def backward(
         second: the same tasks' losses on another batch, for the methods that need them, ``MoDo`` and ``SDMGrad``, and
             only for those. An entry is None where that of ``losses`` is. Their gradients give dot products with those
             of ``losses`` and no part of the update. Their graphs are freed.
+        process_group: the ranks of torch.distributed that take the step together, each with its part of the batch: a
+            process group; None for the default one if there is one; False for this rank alone. The task gradients are
+            means over the ranks, and all ranks get the same result. So all must give the same ``params``, with the same
+            values, and as many losses; a task that a rank lacks counts there with a loss of 0.
 
     Returns:
-        The step's losses, Gramian and weights, as tensors that stay on the device.
+        The step's losses, Gramian and weights, as tensors that stay on the device. On several ranks ``losses`` are
+        means over the ranks, and all else is of the mean gradients.
 
     Raises:
         TypeError, ValueError: an argument is not as described above, a loss reaches none of ``params``, a graph holds
-            reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or torch.distributed runs
-            on more than one rank. In all these cases, and whatever else raises, every ``.grad`` and the state of
+            reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or the ranks do not take
+            the same step. In all these cases, and whatever else raises, every ``.grad`` and the state of
             ``aggregator`` and ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default
             generators stay drawn. Methods that weigh losses run torch's own backward pass, and if that fails
             halfway, ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises,
             ``.grad`` is written and the step counts.
+        RuntimeError: another rank has raised in this step. All ranks raise then.
+        NotImplementedError: something in the step does not work on several ranks yet.
 
     Warns:
         UserWarning: surgery does nothing, because there is one task in the step or no parameter is shared; or in the
             first step of some parameters each entry of a shared one has a gradient of one task at most. It comes once
             for an ``aggregator``, before anything has changed.
     """
-    options = Options(aggregator, groups, shared, suppression)
+    options = Options(aggregator, groups, shared, suppression, process_group=process_group)
     source = from_losses(losses, features, batched, retain_graph)
     return run(source, grad_sink(source, options), options, params, second)
 
@@ -97,14 +107,17 @@ def grad_sink(source: Source, options: Options) -> Sink:
     method = options.aggregator
     if options.is_weighted_backward and isinstance(source, Losses):  # sums of micro-batches have rows already
         assert isinstance(method, Scalarization)
-        return WeightedBackwardSink(source, method)
+        comm = comm_of(options.process_group)
+        if comm is None:
+            return WeightedBackwardSink(source, method)
+        if not method.needs_gramian:
+            return MeanBackwardSink(source, method, comm)
     return GradSink()
 
 
 @outside_inference_mode
 def add_up(total: Accumulation, losses: Losses, params: Params) -> SurgeryInfo:
     """Add the task gradients of ``losses`` to ``total``, the source of a later step."""
-    refuse_distributed()
     targets = Targets.of(params, groups="model", shared=None)
     open_source(losses, targets)
     return total.add(losses, targets)

@@ -110,6 +110,11 @@ class FlatRows:
         """The device of all parameters."""
         return self.params[0].device
 
+    @property
+    def of_params(self) -> Arrangement:
+        """As for :class:`Rows`."""
+        return self.arrangement
+
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each column under surgery, and the gradients of the tasks that reach it, as vectors."""
         columns = {c.place: c for c in self.arrangement.shared}

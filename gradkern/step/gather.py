@@ -1,5 +1,6 @@
 """The first half of a step: it takes the gradients from the source, and arranges them as rows."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,12 +10,11 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients import aliasing
 from gradkern.gradients.layouts import Row, real_numel
-from gradkern.gradients.losses import Losses, Source, unscaled
+from gradkern.gradients.losses import Losses, Source, stacked, unscaled
 from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
-from gradkern.modifiers.suppression import Suppression
 from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
@@ -35,7 +35,7 @@ def gathered(
         The n parameters of the rows, which are ``targets`` unless a callable has changed them; T rows of n gradients,
         each laid out as its parameter, or no rows if they are a matrix; and the rows, which include remembered ones.
     """
-    may_be_flat = not needs_tensors and _may_be_flat(options) and not _tells_absent(source, options)
+    may_be_flat = not needs_tensors and _may_be_flat(options) and not tells_absent(source.present, options)
     flat = may_be_flat and fits(targets.layouts, len(source.present))
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
     if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
@@ -44,7 +44,8 @@ def gathered(
         return targets, [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
         new = [_row(one, targets) for one in taken]
-        return targets, new, _rows(source, targets, new, options)
+        losses = _losses(source, targets, options)
+        return targets, new, rows_of(source.present, (losses, source.loss_scale), targets, new, options)
 
 
 def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[Targets, list[Flat | Row]]:
@@ -74,11 +75,11 @@ def _may_be_flat(options: Options) -> bool:
     return options.memory is None and options.suppression is None and not needs_tensors
 
 
-def _tells_absent(source: Source, options: Options) -> bool:
+def tells_absent(present: Sequence[bool], options: Options) -> bool:
     """Return whether the method must be told which tasks are absent; without that their gradients are zeros."""
     method = options.aggregator
     told = options.memory is not None or method.needs_losses or method.needs_second or method.needs_present
-    return told and not all(source.present)
+    return told and not all(present)
 
 
 def _absent(targets: Targets) -> Row:
@@ -116,11 +117,25 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
     )
 
 
-def _rows(source: Source, targets: Targets, new: list[Row], options: Options) -> Rows:
-    """Return the rows of the step, including remembered ones, and the mask of suppression."""
+def rows_of(
+    present: Sequence[bool],
+    losses: tuple[Tensor | None, Tensor | None],
+    targets: Targets,
+    new: list[Row],
+    options: Options,
+) -> Rows:
+    """Return the rows of the step, including remembered ones, and the mask of suppression.
+
+    Args:
+        present: for each task, whether its gradients are of this step.
+        losses: ``losses`` and ``loss_scale`` of :class:`Rows`.
+        targets: the n parameters.
+        new: the gradients of this step, T rows of n.
+        options: the method and its modifiers.
+    """
     memory, suppression = options.memory, options.suppression
-    taken, shared = (new, None) if memory is None else _recalled(source, targets, new, memory)
-    units = None if suppression is None else _units(suppression, targets)
+    taken, shared = (new, None) if memory is None else _recalled(present, targets, new, memory)
+    units = units_of(options, targets)
     reach = tuple(map(targets.layouts.reach_of, taken))
     if isinstance(options.aggregator, Averaged):
         shared = _with_means(options.aggregator, targets, shared or targets.are_shared(reach))
@@ -133,19 +148,21 @@ def _rows(source: Source, targets: Targets, new: list[Row], options: Options) ->
         arrangement,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(source.present, targets.device) if _tells_absent(source, options) else None,
-        losses=_losses(source, targets, options),
-        loss_scale=source.loss_scale,
+        present=bools_on(present, targets.device) if tells_absent(present, options) else None,
+        losses=losses[0],
+        loss_scale=losses[1],
         overwrite=memory is None,
     )
 
 
-def _recalled(source: Source, targets: Targets, new: list[Row], memory: Memory) -> tuple[list[Row], tuple[bool, ...]]:
+def _recalled(
+    present: Sequence[bool], targets: Targets, new: list[Row], memory: Memory
+) -> tuple[list[Row], tuple[bool, ...]]:
     """Return the rows with remembered gradients of absent tasks, and whether each parameter is shared.
 
     Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
     """
-    recalled = memory.recall(source.present, new, targets.tensors, targets.layouts)
+    recalled = memory.recall(present, new, targets.tensors, targets.layouts)
     shared = targets.are_shared(tuple(map(targets.layouts.reach_of, recalled)))
     taken: list[Row] = [
         [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
@@ -160,8 +177,11 @@ def _with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) ->
     return tuple([is_shared or method.knows(k) for k, is_shared in zip(targets.places, shared, strict=True)])
 
 
-def _units(suppression: Suppression, targets: Targets) -> tuple[int, ...]:
-    given = targets.given
+def units_of(options: Options, targets: Targets) -> tuple[int, ...] | None:
+    """Return the first unit of suppression of each parameter; None without suppression."""
+    given, suppression = targets.given, options.suppression
+    if suppression is None:
+        return None
     if UninitializedParameter in map(type, given.tensors):
         name = next(given.name(k) for k, p in enumerate(given.tensors) if is_lazy(p))
         raise ValueError(
@@ -186,4 +206,4 @@ def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) ->
 
 
 def _losses(source: Source, targets: Targets, options: Options) -> Tensor | None:
-    return unscaled(source, targets.tensors[0]) if options.aggregator.needs_losses else None
+    return unscaled(stacked(source.values, targets.tensors[0]), source) if options.aggregator.needs_losses else None

@@ -38,23 +38,31 @@ _warned: WeakKeyDictionary[Aggregator, set[str]] = WeakKeyDictionary()
 """The kinds of warnings that have come for a method."""
 
 
-def look(source: Source, targets: Targets, options: Options, rows: StepRows) -> None:
-    """Warn if the step's surgery does nothing, or mixes numbers that belong to one task each."""
-    method, first = options.aggregator, targets.tensors[0]
+def look(source: Source, present: Sequence[bool], targets: Targets, options: Options, rows: StepRows) -> None:
+    """Warn if the step's surgery does nothing, or mixes numbers that belong to one task each.
+
+    Args:
+        source: the source of the gradients.
+        present: for each task, whether any rank has a gradient of it.
+        targets: the parameters.
+        options: the method and its modifiers.
+        rows: the gradients.
+    """
+    method, first, arrangement = options.aggregator, targets.tensors[0], rows.of_params
     if isinstance(method, Scalarization):
         return
     looks = targets.layouts.looks.get(id(first))
     if looks is None or looks.first() is not first:
         make_room(targets.layouts.looks)
         looks = targets.layouts.looks[id(first)] = Looks(ref(first), set())
-    if rows.arrangement in looks.arrangements or len(looks.arrangements) >= LOOKS:
+    if arrangement in looks.arrangements or len(looks.arrangements) >= LOOKS:
         return
-    present = source.present.count(True)
+    n_present = present.count(True)
     recalls = isinstance(method, Averaged) and method.recalls_absent
-    if present == 1 and options.memory is None and not recalls:
+    if n_present == 1 and options.memory is None and not recalls:
         if isinstance(source, Losses):
-            warn_once(method, "one task", _one_task(len(source.present)))
-    elif present > 1 and not any(len(c.tasks) > 1 for c in rows.arrangement.shared):
+            warn_once(method, "one task", _one_task(len(present)))
+    elif n_present > 1 and not any(len(c.tasks) > 1 for c in arrangement.shared):
         warn_once(method, "nothing shared", _nothing_shared(targets, rows))
     elif targets.named is None and targets.layouts.n_looks < MOST_LOOKS:
         if not _has_numbers(targets):
@@ -63,7 +71,7 @@ def look(source: Source, targets: Targets, options: Options, rows: StepRows) -> 
         own = _own_entries(rows)
         if own:
             warn_once(method, "own entries", _mixed(targets, own))
-    looks.arrangements.add(rows.arrangement)
+    looks.arrangements.add(arrangement)
 
 
 def warn_once(method: Aggregator, kind: str, text: str) -> None:
@@ -89,7 +97,7 @@ def _nothing_shared(targets: Targets, rows: StepRows) -> str:
             "there is no surgery in this step, because no parameter is reached by two losses: each gets the gradient "
             "of the one loss that reaches it. Is what the losses share frozen, detached, or missing in params?"
         )
-    reached = "by two losses" if rows.arrangement.shared else "by any loss"
+    reached = "by two losses" if rows.of_params.shared else "by any loss"
     return (
         f"there is no surgery in this step, because no parameter of shared is reached {reached}. Are they frozen or "
         "detached, or are others meant?"

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
-from gradkern.aggregators import Aggregator, Scalarization
+from gradkern.aggregators import Aggregator, Entrywise, Scalarization
 from gradkern.aggregators.by_name import is_aggregator
 from gradkern.arguments import instance
+from gradkern.distributed.comm import ProcessGroup
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
@@ -18,6 +19,7 @@ class Options:
 
     Attributes:
         memory: lets absent tasks take part with their last gradients; None for no memory.
+        process_group: the ranks that take the step together; see :func:`gradkern.distributed.comm.comm_of`.
     """
 
     aggregator: Aggregator
@@ -26,6 +28,7 @@ class Options:
     suppression: Suppression | None = None
     conflict_lr: ConflictLR | None = None
     memory: Memory | None = None
+    process_group: ProcessGroup | bool | None = None
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""
@@ -44,6 +47,13 @@ class Options:
     def is_weighted_backward(self) -> bool:
         """Whether the step is torch's own backward pass of a weighted sum of losses."""
         return isinstance(self.aggregator, Scalarization) and self.suppression is None and self.conflict_lr is None
+
+    @property
+    def needs_whole_rows(self) -> bool:
+        """Whether the step needs each entry of each row on every rank, for a state of the rows or of their entries."""
+        method = self.aggregator
+        of_rows = method.averages_rows or method.needs_second or isinstance(method, Entrywise)
+        return self.memory is not None or of_rows
 
     @property
     def adds_at_once(self) -> bool:

@@ -13,13 +13,18 @@ from torch import Tensor
 
 from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.history.averaged import Averaged
+from gradkern.distributed.comm import comm_of
+from gradkern.distributed.draws import same_draws
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.averages import averaged
+from gradkern.step.begin import Start, start
+from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import gathered
 from gradkern.step.notices import look
+from gradkern.step.on_ranks import gathered_on_ranks
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
@@ -53,43 +58,70 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
         params: as for :func:`gradkern.backward`.
         second: as for :func:`gradkern.backward`.
     """
-    refuse_distributed()
-    options.check()
-    check_wanted(second, options.aggregator)
-    targets = Targets.of(params, options.groups, options.shared)
-    open_source(source, targets)
-    _check_present(source.present, options.aggregator)
-    second_losses = opened(second, source, targets)
-    if options.memory is not None:
-        options.memory.check(len(source.present))
+    comm, begun = comm_of(options.process_group), None
+    if comm is None:
+        targets, second_losses = _opened(source, options, params, second)
+        present = source.present
+    else:
+        begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second))
+        targets, second_losses, present = begun.targets, None, begun.present
+    _check_present(present, options.aggregator)
     if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:
         with Undo(options.aggregator.snapshot()):
-            outcome = sink.weigh(targets)
+            outcome = sink.weigh(targets, present)
             sink.commit(None)
         sink.finish()
-        return _info(source, targets, outcome, kept=None, step_scale=None)
-    targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
+        return _info(sink.mean_losses(), targets, outcome, kept=None, step_scale=None)
+    if begun is None:
+        targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
+    else:
+        targets, new, rows = gathered_on_ranks(source, options, begun)
     if second_losses is not None:
         rows = with_second(rows, second_losses, targets)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
         with Undo(*options.snapshot()):
             sink.check(rows)
-            look(source, targets, options, rows)
+            look(source, present, targets, options, rows)
             if isinstance(options.aggregator, Averaged):
                 assert isinstance(rows, Rows), "means are kept of tensors"
-                rows = averaged(rows, options.aggregator, source.present, targets.places)
-            outcome = surgery(
-                rows, options.aggregator, sink.needs_unshared, sink.takes_combination, options.conflict_lr is not None
-            )
+                rows = averaged(rows, options.aggregator, present, targets.places)
+            with same_draws(comm, options.aggregator, targets.device):
+                outcome = surgery(
+                    rows,
+                    options.aggregator,
+                    sink.needs_unshared,
+                    sink.takes_combination,
+                    options.conflict_lr is not None,
+                )
             step_scale = _step_scale(outcome, options)
             sink.prepare(rows, outcome, targets)
             kept = sink.commit(step_scale)
             if options.memory is not None:
-                options.memory.remember(source.present, new, targets.tensors)
+                options.memory.remember(present, new, targets.tensors)
             if rows.mask is not None:
                 rows.mask.advance()
         sink.finish()
-        return _info(source, targets, outcome, kept, step_scale)
+        return _info(_losses(source, targets, rows, begun), targets, outcome, kept, step_scale)
+
+
+def _losses(source: Source, targets: Targets, rows: StepRows, begun: Start | None) -> Tensor:
+    """Return the losses as the user has computed them, (T,); on several ranks their means."""
+    if begun is None:
+        return stacked(source.values, targets.tensors[0])
+    assert rows.losses is not None, "the ranks have exchanged them"
+    return rows.losses if rows.loss_scale is None else rows.losses * rows.loss_scale
+
+
+def _opened(source: Source, options: Options, params: Params, second: Second) -> tuple[Targets, Losses | None]:
+    """Check the arguments of a step; return the parameters, and the losses of the second batch."""
+    options.check()
+    check_wanted(second, options.aggregator)
+    targets = Targets.of(params, options.groups, options.shared)
+    open_source(source, targets)
+    second_losses = opened(second, source, targets)
+    if options.memory is not None:
+        options.memory.check(len(source.present))
+    return targets, second_losses
 
 
 def open_source(source: Source, targets: Targets) -> None:
@@ -114,7 +146,7 @@ def _step_scale(outcome: Outcome, options: Options) -> Tensor | None:
 
 
 def _info(
-    source: Source, targets: Targets, outcome: Outcome, kept: Tensor | None, step_scale: Tensor | None
+    losses: Tensor, targets: Targets, outcome: Outcome, kept: Tensor | None, step_scale: Tensor | None
 ) -> SurgeryInfo:
     M, w, cosines, attention = outcome.gramian, None, None, None
     if outcome.solution is not None:
@@ -124,18 +156,7 @@ def _info(
         M, w = M[0], None if w is None else w[0]
         cosines = None if cosines is None else cosines[0]
         attention = None if attention is None else attention[0]
-    losses = stacked(source.values, targets.tensors[0])
     if M is None and w is not None:  # weights of losses are float64
         w = w.to(losses.dtype)
     named = None if groups is None or M is None else tuple(groups)
     return SurgeryInfo(losses, M, w, cosines, attention, kept=kept, step_scale=step_scale, groups=named)
-
-
-def refuse_distributed() -> None:
-    """Raise ValueError if torch.distributed runs on more than one rank."""
-    d = torch.distributed
-    if d.is_available() and d.is_initialized() and d.get_world_size() > 1:
-        raise ValueError(
-            f"torch.distributed runs on {d.get_world_size()} ranks: the gradient of one task goes past the all-reduce "
-            "of DistributedDataParallel, so the ranks would drift apart. Gradient surgery works on one rank for now"
-        )

@@ -78,9 +78,14 @@ class Rows:
         return self.params[0].device
 
     @property
+    def of_params(self) -> Arrangement:
+        """The columns of whole parameters, which these are."""
+        return self.arrangement
+
+    @property
     def eps(self) -> tuple[float, ...] | None:
         """The spacing of numbers at 1 in the arithmetic of each group's rows, S numbers; None if all rows have one."""
-        return _eps(self.arrangement)
+        return eps_of(self.arrangement)
 
     def only(self, columns: Iterable[Column]) -> "Rows":
         """Return the rows of ``columns``."""
@@ -96,6 +101,21 @@ class Rows:
         if not c.sparse:
             return column
         return [None if g is None else laid_out(g, self.params[c.place]) for g in column]
+
+    def entries(self, columns: Sequence[Column], numels: Sequence[int], index: Tensor) -> Tensor:
+        """Return some entries of each row, (T, D); float64 if any gradient is, else float32.
+
+        Args:
+            columns: parameters, one or more, one after another.
+            numels: their numbers of elements.
+            index: (D,) int64, ascending positions in them.
+        """
+        grads = [g for row in zip(*map(self.dense, columns), strict=True) for g in row]
+        return gathered(grads, numels, index)
+
+    def results(self) -> "Results":
+        """Return what takes a combination's results, one for each parameter."""
+        return Results(self)
 
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each dense column under surgery, and the gradients of the tasks that reach it."""
@@ -258,8 +278,17 @@ class Results:
         return None
 
 
+def gathered(grads: Row, numels: Sequence[int], index: Tensor) -> Tensor:
+    """Return the entries at ``index`` as the operator ``gather`` does, of gradients of one or more dtypes."""
+    by_dtype = [
+        operators.gather([g if g is not None and g.dtype == dtype else None for g in grads], numels, index)
+        for dtype in dict.fromkeys(g.dtype for g in grads if g is not None)
+    ]
+    return sum(by_dtype[1:], by_dtype[0])  # an entry has one dtype, and is 0 in the terms of the others
+
+
 @lru_cache(maxsize=PLANS)
-def _eps(arrangement: Arrangement) -> tuple[float, ...] | None:
+def eps_of(arrangement: Arrangement) -> tuple[float, ...] | None:
     """Return :attr:`Rows.eps`. Among the dtypes of one group the coarsest counts: it rounds the group's Gramian."""
     if len({arithmetic_dtype(c.dtype) for c in arrangement.columns}) < 2:  # and then the Gramian's dtype has it too
         return None

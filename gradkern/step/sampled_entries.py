@@ -21,7 +21,7 @@ from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.capture import ready
 from gradkern.ops.layout import Tables, totals
 from gradkern.ops.philox import dropped_at
-from gradkern.step.rows import Combined, Results, Rows
+from gradkern.step.rows import Combined, Rows
 
 
 class SampledRows:
@@ -41,7 +41,7 @@ class SampledRows:
         self.rows = rows
         self.method = method
         self.only = method.update == "subset"
-        members = [[c for c in rows.arrangement.shared if c.segment == s] for s in range(rows.n_segments)]
+        members = [[c for c in rows.of_params.shared if c.segment == s] for s in range(rows.n_segments)]
         self.shared: list[Column] = [c for group in members for c in group]
         self.numels = tuple(c.numel for c in self.shared)
         sizes = tuple(sum(c.numel for c in group) for group in members)
@@ -63,13 +63,13 @@ class SampledRows:
         if mask is not None and self.shared:
             values = values.masked_fill(self._dropped, 0.0)
             share = 1 - self._dropped.float().mean()
-        results = Results(self.rows)
+        results = self.rows.results()
         out = results.memory(self.shared)
         for dtype in self._dtypes:
             of_dtype = [g if g.dtype == dtype else g.new_empty(0, dtype=dtype) for g in out]
             torch._foreach_zero_(of_dtype)
             operators.scatter(values, self.numels, self.index, of_dtype)
-        unshared = self.rows.only(c for c in self.rows.arrangement.columns if c.segment is None)
+        unshared = self.rows.only(c for c in self.rows.of_params.columns if c.segment is None)
         return [*unshared.combine(w, unshared_weights)[0], *results.pairs()], share
 
     def solution(self, M: Tensor) -> Solution:
@@ -85,16 +85,9 @@ class SampledRows:
     def _entries(self) -> Tensor:
         """Return :attr:`X`."""
         rows = self.rows
-        grads = [g for row in zip(*map(rows.dense, self.shared), strict=True) for g in row]
-        by_dtype = [
-            operators.gather(
-                [g if g is not None and g.dtype == dtype else None for g in grads], self.numels, self.index
-            )
-            for dtype in self._dtypes
-        ]
-        if not by_dtype:
+        if not self.shared:
             return torch.zeros((rows.n_tasks, 0), device=self.index.device)
-        X = sum(by_dtype[1:], by_dtype[0])  # an entry has one dtype, and is 0 in the terms of the others
+        X = rows.entries(self.shared, self.numels, self.index)
         if rows.products_masked:
             X = X.masked_fill(self._dropped, 0.0)
         if rows.present is not None:  # a remembered overflow must not spoil other tasks

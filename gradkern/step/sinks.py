@@ -12,7 +12,7 @@ from gradkern.aggregators.base import OwnGrads
 from gradkern.aggregators.weightings.scalarization import Tasks
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.losses import Losses, unreached, unscaled
+from gradkern.gradients.losses import Losses, stacked, unreached, unscaled
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
@@ -99,15 +99,20 @@ class WeightedBackwardSink(GradSink):
         if method.needs_gramian:
             losses.retain_graph = True
 
-    def weigh(self, targets: Targets) -> Outcome:
-        """Return the weights, after all losses have been computed, unless callables run one by one."""
+    def weigh(self, targets: Targets, present: Sequence[bool]) -> Outcome:
+        """Return the weights, after all losses have been computed, unless callables run one by one.
+
+        Args:
+            targets: the parameters.
+            present: a flag for each task: whether any rank has a loss of it.
+        """
         losses, method = self.losses, self.method
         one_by_one = losses.one_graph_each and losses.has_callables and not method.weighs_known_losses
-        self._targets = targets
+        self._targets, self._told = targets, present
         self._present = None if one_by_one else self._graphs()
         tasks = self._tasks(known=not one_by_one)
         with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
-            w = tasks.among_present(method.weigh(tasks), 0.0)
+            w = tasks.among_present(self._weigh(tasks), 0.0)
         self._weights = method.multipliers(w)
         return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
@@ -133,7 +138,7 @@ class WeightedBackwardSink(GradSink):
         own = self._own if self.needs_rows else self._observed()
         self._backward_of_sum(self._present)
         if own:
-            _accumulate(own)
+            accumulate(own)
         return None
 
     def finish(self) -> None:
@@ -143,12 +148,19 @@ class WeightedBackwardSink(GradSink):
 
     def _tasks(self, known: bool) -> Tasks:
         """Return what the method knows of the tasks; with ``known`` their losses too, if it needs them."""
-        source, device, stack = self.losses, self._targets.device, None
+        device, stack = self._targets.device, None
         if known and self.method.needs_losses:
-            stack = unscaled(source, self._targets.tensors[0]).double()
-        told = not self.method.has_fixed_weights and not all(source.present)
-        present = bools_on(source.present, device) if told else None
-        return Tasks(len(source.present), device, present, stack)
+            stack = unscaled(self.mean_losses(), self.losses).double()
+        told = not self.method.has_fixed_weights and not all(self._told)
+        present = bools_on(self._told, device) if told else None
+        return Tasks(len(self._told), device, present, stack)
+
+    def _weigh(self, tasks: Tasks) -> Tensor:
+        return self.method.weigh(tasks)
+
+    def mean_losses(self) -> Tensor:
+        """Return the losses, (T,), means over the ranks; they have been computed."""
+        return stacked(self.losses.values, self._targets.tensors[0])
 
     def _observed(self) -> OwnGrads:
         """Let the method see the losses; return the gradients of its own parameters."""
@@ -179,9 +191,10 @@ class WeightedBackwardSink(GradSink):
         targets = self._targets.as_now(totals.keys() - set(tensors))
         with torch.no_grad():
             results = [(p, owned(totals[p], p)) for p in targets.tensors if p in totals]
-        _accumulate(results)
+        accumulate(results)
 
-    def _backward_of_sum(self, present: dict[int, Tensor]) -> None:
+    def _sum(self, present: dict[int, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses; raise for graphs whose backward pass would raise halfway."""
         reachable = set(self._targets.tensors)
         for i, loss in present.items():
             graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
@@ -189,7 +202,10 @@ class WeightedBackwardSink(GradSink):
                 raise unreached(i)
         with torch.enable_grad():
             terms = [self._weights[i] * loss for i, loss in present.items()]
-            total = sum(terms[1:], terms[0])
+            return sum(terms[1:], terms[0])
+
+    def _backward_of_sum(self, present: dict[int, Tensor]) -> None:
+        total = self._sum(present)
         inputs = self._targets.tensors
         if self._targets.layouts.lazy:
             inputs = [p for p in inputs if not is_lazy(p)]
@@ -212,7 +228,7 @@ class WeightedBackwardSink(GradSink):
                 )
 
 
-def _accumulate(results: Sequence[tuple[Tensor, Tensor]]) -> None:
+def accumulate(results: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Write results to ``.grad`` and call the hooks."""
     with torch.no_grad():
         write(results)

@@ -92,6 +92,7 @@ def _step_options() -> Wrong:
         "groups": values.groupings,
         "shared": lambda: [x for x in values.modules_or_tensors() if x is not None],
         "suppression": partial(values.of_class, gk.Suppression, True),
+        "process_group": values.process_groups,
     }
 
 

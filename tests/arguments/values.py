@@ -17,6 +17,11 @@ def flags() -> Values:
     return [None, 0, 1, 0.5, "yes", "", b"1", [], [True], torch.tensor(True)]
 
 
+def process_groups() -> Values:
+    """Return what is neither a process group, None nor False."""
+    return [True, 0, 1, "gloo", [], [0, 1], object(), torch.ones(2)]
+
+
 def not_flags_or_none() -> Values:
     """Return what is neither True, False nor None."""
     return flags()[1:]

@@ -262,16 +262,6 @@ def test_a_grad_that_cannot_be_added_to(method: gk.Aggregator) -> None:
     assert p.grad is None
 
 
-def test_more_than_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x, y = problem()
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(ValueError, match=r"torch\.distributed runs on 4 ranks"):
-        gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    gk.backward(model.losses(x, y), model, aggregator=gk.PCGrad())
-
-
 def test_dtensor_parameters() -> None:
     """A DTensor needs a process group, here one of a single rank, so that nothing else can be what raises."""
     import torch.distributed as dist

@@ -1,0 +1,180 @@
+"""What the ranks of a step agree on before its first backward pass."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from gradkern.distributed.agreement import Facts, digest, together
+from gradkern.distributed.comm import Comm
+from gradkern.gradients.graph import refuse_static_graph
+from gradkern.gradients.layouts import make_room
+from gradkern.gradients.losses import Losses, Source
+from gradkern.gradients.parameters import Targets
+from gradkern.ops.capture import capturing
+from gradkern.step.options import Options
+
+LARGEST_UNIT = 4096
+"""The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
+
+
+Opened = tuple[Targets, Losses | None]
+"""The parameters of a step that has been opened, and the losses of its second batch."""
+
+
+class Start(NamedTuple):
+    """What the ranks have agreed on before a step's first backward pass.
+
+    Attributes:
+        comm: the ranks.
+        targets: the parameters.
+        present: a flag for each task: whether any rank has a loss of it.
+        plan: the places of parameters that are reduced while backward passes run; None if nobody knows yet which are
+            shared.
+        second: the losses of the second batch; None without one.
+    """
+
+    comm: Comm
+    targets: Targets
+    present: list[bool]
+    plan: tuple[int, ...] | None
+    second: Losses | None
+
+
+def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Opened]) -> Start:
+    """Let all ranks open the step, and raise on all of them unless it is the same step everywhere.
+
+    Args:
+        comm: the ranks.
+        source: the source of task gradients, which ``opened`` opens.
+        options: the options.
+        needs_tensors: whether the step needs each gradient as a tensor.
+        opened: checks the arguments on this rank.
+    """
+
+    def open_here() -> Opened:
+        comm.steps += 1
+        targets, second = opened()
+        _refuse_unsupported(options, needs_tensors)
+        _refuse_targets(targets)
+        if _is_new(comm, targets) and isinstance(source, Losses):
+            _watch_for_static_graphs(source)
+        return targets, second
+
+    def facts(made: Opened) -> Facts:
+        targets, _ = made
+        is_new = _is_new(comm, targets)
+        plans = plans_of(comm, targets)
+        return {
+            "steps": comm.steps,
+            "method": _method_digest(options),
+            "tasks": len(source.present),
+            "parameters": len(targets.tensors),
+            "numbers": targets.layouts.numel,
+            "layout": _layout_digest(targets),
+            "groups": digest(targets.groups, targets.named),
+            "first step": is_new,
+            "values": _checksum(targets) if is_new else 0,
+            "all present": all(source.present),
+            "plans": digest(*sorted(plans.items())),
+        }
+
+    (targets, second), of_ranks = together(comm, open_here, facts)
+    _note(comm, targets)
+    present = list(source.present)
+    if not all(of_rank["all present"] for of_rank in of_ranks):
+        present = [any(flags) for flags in zip(*comm.exchange_flags(source.present), strict=True)]
+    plan = plans_of(comm, targets).get(tuple(present))
+    if len({of_rank["plans"] for of_rank in of_ranks}) > 1:
+        plan = None
+    if targets.named is not None:
+        plan = tuple(k for k, is_shared in enumerate(targets.named) if is_shared)
+    return Start(comm, targets, present, plan, second)
+
+
+def _refuse_unsupported(options: Options, needs_tensors: bool) -> None:
+    """Raise NotImplementedError for what works on one rank only."""
+    refused = {
+        "compat=, which treats each gradient as another library does,": needs_tensors,
+        f"Suppression with a block above {LARGEST_UNIT}": options.suppression is not None
+        and options.suppression.block > LARGEST_UNIT,
+    }
+    for what, is_used in refused.items():
+        if is_used:
+            raise NotImplementedError(
+                f"on several ranks there is no {what} yet. process_group=False lets each rank take a step of its own"
+            )
+
+
+def _refuse_targets(targets: Targets) -> None:
+    if targets.layouts.lazy:
+        raise NotImplementedError("params have no shapes yet: on several ranks run lazy modules once before the step")
+    if capturing(targets.device):
+        raise NotImplementedError("a step on several ranks cannot be captured in a CUDA graph: its hosts talk")
+
+
+def _watch_for_static_graphs(losses: Losses) -> None:
+    """Raise ValueError if the graph of a loss holds a DistributedDataParallel with a static graph; callables do later.
+
+    It searches the graphs, so only the first step of some parameters does it.
+    """
+
+    def watched(i: int, loss: Callable[[], Tensor]) -> Tensor:
+        value = loss()
+        if isinstance(value, Tensor) and value.requires_grad:
+            refuse_static_graph(f"losses[{i}]", value)
+        return value
+
+    for i, loss in enumerate(losses.entries):
+        if isinstance(loss, Tensor):
+            refuse_static_graph(f"losses[{i}]", loss)
+        elif loss is not None:
+            losses.entries[i] = partial(watched, i, loss)
+
+
+def plans_of(comm: Comm, targets: Targets) -> dict[tuple[bool, ...], tuple[int, ...]]:
+    """Return the places of shared parameters by which tasks were present, as the last steps had them."""
+    key = targets.layouts, targets.groups, targets.named
+    if key not in comm.plans:
+        make_room(comm.plans)
+    return comm.plans.setdefault(key, {})
+
+
+def _is_new(comm: Comm, targets: Targets) -> bool:
+    first = targets.tensors[0]
+    known = comm.params.get(id(first))
+    return known is None or known() is not first
+
+
+def _note(comm: Comm, targets: Targets) -> None:
+    make_room(comm.params)
+    comm.params[id(targets.tensors[0])] = ref(targets.tensors[0])
+
+
+def _method_digest(options: Options) -> int:
+    memory = None if options.memory is None else options.memory.counts
+    said = repr((options.aggregator, options.suppression, options.conflict_lr, memory))
+    return digest(re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
+
+
+def _layout_digest(targets: Targets) -> int:
+    layouts = targets.layouts
+    return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
+
+
+@torch.no_grad()
+def _checksum(targets: Targets) -> int:
+    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it, once."""
+    total = torch.zeros((), dtype=torch.int64, device=targets.device)
+    for k, p in enumerate(p for p in targets.given.tensors if not is_lazy(p)):
+        x = (torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().view(-1)
+        total += (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+    return int(total)
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -1,0 +1,136 @@
+"""Training runs, which ranks take with their parts of a batch, and one process with the whole batch."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import gradkern as gk
+from gradkern.aggregators.methods import METHODS as TABLE
+from tests.models import MultiHead
+
+BATCH = 24
+"""The number of examples, a multiple of all numbers of ranks."""
+T = 3
+
+METHODS: dict[str, Callable[[], gk.Aggregator]] = {
+    "Sum": gk.Sum,
+    "Sum, report": lambda: gk.Sum(report=True),
+    "RLW": gk.RLW,
+    "Uncertainty": lambda: gk.Uncertainty(T),
+    "GeometricMean": gk.GeometricMean,
+    "PCGrad": gk.PCGrad,
+    "PCGrad, generator": lambda: gk.PCGrad(generator=torch.Generator().manual_seed(7)),
+    "GradVac": gk.GradVac,
+    "MGDA": gk.MGDA,
+    "UPGrad": gk.UPGrad,
+    "GradAttention": lambda: gk.GradAttention(subset=50),
+    "GradAttention of a subset": lambda: gk.GradAttention(subset=50, update="subset"),
+    "Smoothed PCGrad": lambda: gk.Smoothed(gk.PCGrad()),
+}
+
+
+class Run(NamedTuple):
+    """The kind of a run.
+
+    Attributes:
+        method: a name of ``METHODS``.
+        dtype: of the parameters.
+        steps: the number of steps.
+        ddp: whether the model is in DistributedDataParallel.
+        unused: whether that looks for unused parameters.
+        update: whether steps are ``update(max_norm=1)``, else ``backward`` and ``step``.
+        callables: whether losses are callables.
+        accumulate: whether a step has two micro-batches.
+        features: whether the trunk's output is given.
+        second: whether steps have a second batch, the first one with other targets.
+        options: more arguments of the optimizer; a name of ``OPTIONS``.
+    """
+
+    method: str = "PCGrad"
+    dtype: torch.dtype = torch.float64
+    steps: int = 5
+    ddp: bool = False
+    unused: bool = False
+    update: bool = False
+    callables: bool = False
+    accumulate: bool = False
+    features: bool = False
+    second: bool = False
+    options: str = ""
+
+
+OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
+    "": lambda _: {},
+    "parameter": lambda _: {"groups": "parameter"},
+    "module": lambda _: {"groups": "module"},
+    "shared": lambda model: {"shared": list(model.trunk[2].parameters())},
+    "suppression": lambda _: {"suppression": gk.Suppression(0.4, seed=3)},
+    "suppression of all": lambda _: {"suppression": gk.Suppression(0.4, block=2, scope="all", seed=3)},
+    "conflict_lr": lambda _: {"conflict_lr": gk.ConflictLR()},
+}
+
+
+class Result(NamedTuple):
+    """The result of a run: parameters, and of each step the losses, Gramian, weights and the optimizer's state."""
+
+    params: list[Tensor]
+    infos: list[gk.SurgeryInfo]
+    state: dict[str, Any]
+
+
+class Net(MultiHead):
+    """The model, with the losses as its result, as DistributedDataParallel needs it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        """Return the losses, and the features."""
+        h = self.trunk(x)
+        losses = [(head(h).squeeze(-1) - target).square().mean() for head, target in zip(self.heads, y, strict=True)]
+        return (*losses, h)
+
+
+def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
+    """Return the result of a run with this rank's part of each batch; the whole batch with one rank."""
+    torch.manual_seed(0)
+    model = Net(T).to(run.dtype)
+    method = METHODS[run.method]() if run.method in METHODS else TABLE[run.method].seeded(7)
+    params = [*model.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
+    inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
+    opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
+    batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
+    forward: nn.Module = model
+    if (run.ddp or run.unused) and ranks > 1:
+        forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)
+    torch.manual_seed(5 if rank == 0 else 100 + rank)  # the numbers drawn are those of rank 0
+    infos = []
+    for x, y in batches:
+        own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        infos.append(_step(run, opt, model, forward, x[own], y[:, own]))
+    return Result([p.detach() for _, p in params], infos, opt.state_dict())
+
+
+def _step(run: Run, opt: gk.SurgeryOptimizer, model: Net, forward: nn.Module, x: Tensor, y: Tensor) -> gk.SurgeryInfo:
+    opt.zero_grad()
+    if run.accumulate:
+        with opt.accumulate() as total:
+            for part in (slice(0, len(x) // 2), slice(len(x) // 2, len(x))):
+                opt.backward([loss / 2 for loss in forward(x[part], y[:, part])[:T]])
+        opt.step()
+        assert total.info is not None
+        return total.info
+    losses: Sequence[Any]
+    kwargs: dict[str, Any] = {}
+    if run.callables:
+        losses = [lambda t=t: model.loss(t, x, y) for t in range(T)]
+    else:
+        *losses, h = forward(x, y)
+        kwargs = {"features": h} if run.features else {}
+    if run.update:
+        return opt.update(losses, max_norm=1.0, **kwargs)
+    if run.second:
+        kwargs["second"] = model(x, -y)[:T]
+    info = opt.backward(losses, **kwargs)
+    opt.step()
+    return info
