@@ -36,7 +36,7 @@ class Source(Protocol):
 
     @property
     def loss_scale(self) -> Tensor | None:
-        """What a gradient scaler has multiplied the losses by, (); None for nothing."""
+        """Return the scale of a gradient scaler that has multiplied the losses, (); None for none."""
 
     @property
     def frozen_grads(self) -> dict[int, dict[Tensor, Tensor]]:

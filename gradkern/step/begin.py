@@ -1,4 +1,4 @@
-"""What the ranks of a step agree on before its first backward pass."""
+"""The agreement of the ranks: facts that must be equal on all of them before the first backward pass of a step."""
 
 import re
 from collections.abc import Callable
@@ -28,7 +28,7 @@ Opened = tuple[Targets, Losses | None]
 
 
 class Start(NamedTuple):
-    """What the ranks have agreed on before a step's first backward pass.
+    """The facts that the ranks have agreed on before a step's first backward pass.
 
     Attributes:
         comm: the ranks.

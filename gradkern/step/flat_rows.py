@@ -112,7 +112,7 @@ class FlatRows:
 
     @property
     def of_params(self) -> Arrangement:
-        """As for :class:`Rows`."""
+        """The columns of whole parameters, as for :class:`Rows`."""
         return self.arrangement
 
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:

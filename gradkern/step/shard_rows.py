@@ -21,7 +21,7 @@ from gradkern.step.rows import Combined, Results, Rows, eps_of, gathered, kept_s
 
 
 class Place(NamedTuple):
-    """Where neighbouring pieces of one group lie: in which reduction, in which of its buckets, where in the shard."""
+    """Neighbouring pieces of one group lie here: in which reduction, in which of its buckets, where in the shard."""
 
     reduction: int
     bucket: int
@@ -59,12 +59,12 @@ class ShardRows(Rows):
 
     @property
     def eps(self) -> tuple[float, ...] | None:
-        """As for :class:`Rows`, of whole rows: some groups may have no piece here."""
+        """The spacing of numbers at 1 for each group of whole rows, S numbers: some groups may have no piece here."""
         return eps_of(self.whole)
 
     @property
     def of_params(self) -> Arrangement:
-        """As for :class:`Rows`."""
+        """The columns of whole parameters, as for :class:`Rows`."""
         return self.whole
 
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:

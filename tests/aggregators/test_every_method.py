@@ -63,7 +63,7 @@ def weights(method: Method, M: Tensor) -> Tensor:
 
 
 def losses_beside(method: Method, M: Tensor) -> dict[str, Tensor]:
-    """What the weights take beside a Gramian."""
+    """Return the arguments of the weights beside a Gramian."""
     return {name: x for name, x in method.beside(M).items() if name != "second"}
 
 

@@ -129,7 +129,7 @@ def test_a_long_frank_wolfe_comes_no_lower() -> None:
 
 
 def test_more_rounds_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing may be read, their number is fixed."""
+    """Their number is fixed if nothing may be read."""
     torch.manual_seed(0)
     J = degenerate("antiparallel", 100, 12, 20)
     w = min_norm(J @ J.mT)

@@ -44,7 +44,7 @@ def on(*tensors: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("T", [1, 2, 3, 5])
 def test_bounded_problems_are_solved(T: int) -> None:
-    """Of full and of low rank, with and without a minimum in reach of the plain rounds."""
+    """They are of full and of low rank; some need more than the plain rounds."""
     K, _, rows, _ = scaled(torch.cat([mixed(1, T, spreads=(0, 6)), integers(4, T)]))
     p = torch.where(rows, (K @ torch.randn(*K.shape[:-1], 1, dtype=F64)).squeeze(-1), 0.0)  # in the range of K
     v = kernels.active_set(*on(K, -p.unsqueeze(-1), p < 0)).cpu()
@@ -55,7 +55,7 @@ def test_bounded_problems_are_solved(T: int) -> None:
 
 
 def test_problems_share_a_matrix() -> None:
-    """As UPGrad's do. What they share has no place in memory for each."""
+    """UPGrad's problems do. The shared matrix is in memory once."""
     K = scaled(gramians("any", 1, 4, 4, 9)).K
     p = torch.randn(4, 4, 4, dtype=F64)
     v = kernels.active_set(*on(K[:, None], -p.unsqueeze(-1), p < 0)).cpu()

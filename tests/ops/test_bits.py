@@ -44,7 +44,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def matrices(T: int, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of T rows, and weights for them."""
+    """Return matrices of T rows, and weights for them."""
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     for P in SIZES:
         if T * P <= MOST:

@@ -14,7 +14,7 @@ from tests.models import MultiHead, problem
 
 
 class Refused(Exception):
-    """What a hook raises in these tests."""
+    """The error that a hook raises in these tests."""
 
 
 def refuse(*_: Any) -> None:
@@ -225,7 +225,7 @@ def test_a_captured_graphs_targets_stay_where_they_are() -> None:
 
 
 def test_a_hook_of_a_parameter_that_raises_in_backward_comes_after_the_step() -> None:
-    """As in torch's own backward pass, ``.grad`` is written by then."""
+    """``.grad`` is written by then, as in torch's own backward pass."""
     model, x, y = problem()
     method = gk.GradVac()
     model.heads[0].bias.register_post_accumulate_grad_hook(refuse)

@@ -87,7 +87,7 @@ def test_the_step_runs_on_tensors_without_numbers(method: str, groups: str, as_c
 
 
 def update(aggregator: gk.Aggregator, groups: str, max_norm: float | None, **beside: Any) -> tuple[gk.SurgeryInfo, Any]:
-    """As ``step``, with no ``.grad`` in between."""
+    """Take a step with no ``.grad`` in between."""
     model, x, y = problem()
     opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.named_parameters()), aggregator, groups=groups, **beside)
     return opt.update(model.losses(x, y), max_norm=max_norm), opt
@@ -375,7 +375,7 @@ def test_a_captured_training_step_draws_anew() -> None:
 
 
 def kept_of_trunk(suppression: gk.Suppression, model: MultiHead, step: int) -> Tensor:
-    """Which of the trunk's entries the reference keeps in a step."""
+    """Return the trunk's entries that the reference keeps in a step."""
     named = list(model.named_parameters())
     p, block = suppression.p, suppression.block
     units = reference.first_units([parameter.numel() for _, parameter in named], block)
