@@ -9,8 +9,6 @@ The authors' programs contain the norm, too, and undo the division: they solve M
 theirs is always cut to 1 by default, and the update here only if it is longer. The directions are the same.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -18,12 +16,11 @@ from gradkern.aggregators.base import all_finite, has_numbers
 from gradkern.aggregators.gramian.base import GramianMethod
 from gradkern.aggregators.solvers.arrays import Array, carried, none, space
 from gradkern.aggregators.solvers.fair import fair
-from gradkern.arguments import integer, number, shown, tensor
-from gradkern.ops.capture import capturing, first_use, keep
-from gradkern.ops.dtypes import DTYPES
+from gradkern.aggregators.task_state import TaskState
+from gradkern.arguments import integer, number, shown
 
 
-class NashMTL(GramianMethod):
+class NashMTL(GramianMethod, TaskState):
     """Nash-MTL of Navon et al. 2022: the weights w > 0 with (M / ‖M‖) w = 1/w, to 1e-9; ‖M‖ is the Frobenius norm.
 
     The update is longest along directions in which all tasks gain alike, relative to the lengths of their gradients. A
@@ -40,20 +37,19 @@ class NashMTL(GramianMethod):
             weight yet, because it was absent, makes new ones due.
 
     Attributes:
-        kept: (S, T) float64, the last weights of each group before the cut; None before the first step, and with
+        last: (S, T) float64, the last weights of each group before the cut; None before the first step, and with
             ``update_every=1``.
-        age: (S,) int64, the number of steps that they have served.
+        age: (S, T) float64, the number of steps that they have served.
     """
 
-    kept: Tensor | None
+    kept = ("last", "age")
+    last: Tensor | None
     age: Tensor | None
 
     def __init__(self, max_norm: float | None = 1.0, update_every: int = 1) -> None:
         super().__init__()
         self.max_norm = None if max_norm is None else number("max_norm", max_norm, above=0)
         self.update_every = integer("update_every", update_every, 1)
-        self.register_buffer("kept", None)
-        self.register_buffer("age", None)
 
     def _solve(self, M: Tensor, present: Tensor | None, eps: float | Tensor) -> Tensor:
         if self.update_every == 1:
@@ -67,80 +63,24 @@ class NashMTL(GramianMethod):
 
     def _scheduled(self, M: Tensor, present: Tensor | None) -> Tensor:
         """Return the weights of this step, (S, T), before the cut; keep them."""
-        kept, age = self._state_for(M)
+        last, age = (self._kept_for(name, M, 0.0) for name in self.kept)
         rows = M.diagonal(dim1=-2, dim2=-1) != 0
-        due = (age % self.update_every == 0) | (rows & (kept == 0)).any(-1)
+        due = (age % self.update_every == 0).all(-1) | (rows & (last == 0)).any(-1)
         finite = all_finite(M)
-        w = _renewed(M, present, kept, due)
+        w = _renewed(M, present, last, due)
         if present is not None:
             w = torch.where(present, w, 0.0)
         w = torch.where(finite.unsqueeze(-1), w, torch.nan)
-        if has_numbers(M):
-            lasting = torch.where(due.unsqueeze(-1), w, kept)
-            counts = finite.all()  # a scaler skips the step of all groups
-            kept.copy_(torch.where(counts, lasting, kept))
-            age.copy_(torch.where(counts, torch.where(due, 1, age + 1), age))
-            self.kept, self.age = kept, age
+        counts, due = finite.all(), due.unsqueeze(-1)  # a scaler skips the step of all groups
+        self._keep("last", M, torch.where(counts & due, w, last))
+        self._keep("age", M, torch.where(counts, torch.where(due, 1.0, age + 1), age))
         return w
 
-    def _state_for(self, M: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the last weights and their age on M's device, followed by zeros for added groups."""
-        S, T, _ = M.shape
-        with torch.inference_mode(False):  # a later step outside of it must be able to change them
-            if capturing(M.device) and (self.kept is None or len(self.kept) != S):
-                raise first_use("to make the first weights")  # each replay would reset them
-            zeros = torch.zeros((S, T + 1), dtype=torch.float64, device=M.device)
-            if self.kept is None or self.age is None or not has_numbers(M):
-                return zeros[:, :T].clone(), zeros[:, T].long()
-            groups, tasks = self.kept.shape
-            if tasks != T or groups > S:
-                raise ValueError(
-                    f"NashMTL's weights are of {tasks} tasks in {groups} group(s), and this step has {T} tasks in "
-                    f"{S} group(s): pass None for a task that is absent. A new NashMTL starts anew"
-                )
-            if groups == S and self.kept.device == M.device:
-                if capturing(M.device):
-                    keep(self.kept)
-                    keep(self.age)
-                return self.kept, self.age
-            added = zeros[groups:]
-            kept = torch.cat((self.kept.to(M.device), added[:, :T]))
-            return kept, torch.cat((self.age.to(M.device), added[:, T].long()))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move the weights between devices, but keep them float64."""
-        kept, self.kept = self.kept, None
-        super()._apply(fn, recurse)
-        if kept is not None:
-            self.kept = kept.to(fn(kept).device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        kept, age = (state_dict.get(f"{prefix}{name}") for name in ("kept", "age"))
-        if kept is not None and age is not None:
-            kept, age = self._loadable(kept, age)
-            state_dict = {**state_dict, f"{prefix}kept": kept, f"{prefix}age": age}
-            if self.kept is None or self.age is None or self.kept.shape != kept.shape:
-                device = kept.device if self.kept is None else self.kept.device
-                self.kept, self.age = torch.zeros_like(kept, device=device), torch.zeros_like(age, device=device)
-        elif kept is None and age is None and f"{prefix}_extra_state" in state_dict:
-            self.kept = self.age = None  # saved before its first step
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _loadable(self, kept: object, age: object) -> tuple[Tensor, Tensor]:
-        """Return weights and their age from a ``state_dict``; raise unless they are those of this method's tasks."""
-        weights = tensor("kept in state_dict", kept, DTYPES).double()
-        steps = tensor("age in state_dict", age, (torch.int64,))
-        if weights.ndim != 2 or steps.shape != weights.shape[:1]:
-            shapes = f"{tuple(weights.shape)} and {tuple(steps.shape)}"
-            raise ValueError(f"kept and age in state_dict must be of shapes (S, T) and (S,), got {shapes}")
-        if self.kept is not None and weights.shape[1] != self.kept.shape[1]:
-            raise ValueError(
-                f"kept in state_dict must be of {self.kept.shape[1]} tasks as this method is, got {weights.shape[1]}"
-            )
-        if has_numbers(weights) and not bool((weights.isfinite() & (weights >= 0)).all()):
-            raise ValueError(f"kept in state_dict must be finite and at least 0, got {shown(weights.tolist())}")
-        return weights, steps
+    def _loadable(self, name: str, loaded: object) -> Tensor:
+        numbers = super()._loadable(name, loaded)
+        if has_numbers(numbers) and not bool((numbers.isfinite() & (numbers >= 0)).all()):
+            raise ValueError(f"{name} in state_dict must be finite and at least 0, got {shown(numbers.tolist())}")
+        return numbers
 
     def __repr__(self) -> str:
         return f"NashMTL(max_norm={self.max_norm}, update_every={self.update_every})"

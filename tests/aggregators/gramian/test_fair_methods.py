@@ -106,7 +106,7 @@ def test_weights_serve_as_many_steps_as_said() -> None:
     for k, M in enumerate(steps):
         assert_near(method.weights(M), plain.weights(steps[k // 3 * 3]), 10.0, 1e-12)
     assert plain.state_dict().keys() == {"_extra_state"}
-    assert plain.kept is None
+    assert plain.last is None
 
 
 def test_kept_weights_are_cut_by_the_gramian_of_their_step() -> None:
@@ -122,12 +122,12 @@ def test_a_gramian_that_is_not_finite_leaves_the_state_of_all_groups() -> None:
     bad = torch.full((3, 3), torch.inf, dtype=torch.float64)
     assert method.weights(torch.stack((bad, series(1)[0])))[0].isnan().all()
     assert method.age is not None
-    assert method.age.tolist() == [0, 0]
+    assert method.age.tolist() == [[0.0] * 3] * 2
     M = torch.stack(series(2))
     assert torch.equal(method.weights(M), gk.NashMTL(None).weights(M))
     before = copy.deepcopy(method.state_dict())
     method.weights(torch.stack((bad, bad)))
-    assert all(torch.equal(before[name], method.state_dict()[name]) for name in ("kept", "age"))
+    assert all(torch.equal(before[name], method.state_dict()[name]) for name in ("last", "age"))
 
 
 def test_an_overflow_under_a_scaler_leaves_the_state() -> None:
@@ -140,7 +140,7 @@ def test_an_overflow_under_a_scaler_leaves_the_state() -> None:
     before = copy.deepcopy(method.state_dict())
     J[1, 2] = torch.inf
     opt.update([scaler.scale((p * g).sum()) for g in J], scaler=scaler)
-    assert all(torch.equal(before[name], method.state_dict()[name]) for name in ("kept", "age"))
+    assert all(torch.equal(before[name], method.state_dict()[name]) for name in ("last", "age"))
 
 
 def test_state_goes_on_where_it_was_saved() -> None:
@@ -152,11 +152,11 @@ def test_state_goes_on_where_it_was_saved() -> None:
         again = copy.deepcopy(first)
         for M in steps[4:]:
             assert torch.equal(again.weights(M), second.weights(M))
-    assert first.float().kept is not None
-    assert first.kept is not None
-    assert first.kept.dtype == torch.float64
+    assert first.float().last is not None
+    assert first.last is not None
+    assert first.last.dtype == torch.float64
     first.load_state_dict(gk.NashMTL().state_dict())
-    assert first.kept is None
+    assert first.last is None
 
 
 def test_a_task_without_a_weight_makes_new_ones_due() -> None:
@@ -173,19 +173,13 @@ def test_other_tasks_and_states_are_named() -> None:
     method = gk.NashMTL(update_every=2)
     method.weights(series(1)[0])
     state = copy.deepcopy(method.state_dict())
-    with pytest.raises(
-        ValueError, match=r"NashMTL's weights are of 3 tasks in 1 group\(s\), and this step has 2 tasks"
-    ):
+    with pytest.raises(ValueError, match=r"last of NashMTL is of 3 tasks in 1 group\(s\), and this step has 2 tasks"):
         method.weights(torch.eye(2))
-    for kept, age in (
-        (torch.ones(1, 4), torch.ones(1).long()),
-        (torch.ones(3), torch.ones(1).long()),
-        (-torch.ones(1, 3), torch.ones(1).long()),
-        (torch.ones(1, 3), torch.ones(1)),
-    ):
+    one = torch.ones(1, 3)
+    for last, age in ((torch.ones(1, 4), one), (torch.ones(3), one), (-one, one), (one, -one), (one, one.long())):
         with pytest.raises((TypeError, ValueError), match="in state_dict"):
-            method.load_state_dict({**state, "kept": kept, "age": age})
-    assert torch.equal(method.state_dict()["kept"], state["kept"])
+            method.load_state_dict({**state, "last": last, "age": age})
+    assert torch.equal(method.state_dict()["last"], state["last"])
 
 
 @pytest.mark.parametrize("T", [2, 4, 8])
