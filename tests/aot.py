@@ -55,6 +55,8 @@ TARGETS = {
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BRIEF = ("fp32", "bf16")
 """The dtypes of a brief run."""
+IN_FP64 = ("active_set", "fair", "jacobi")
+"""The kernels that have no other dtype."""
 GRAMIAN_T = (1, 3, 8, 12, 16, 32, DOT_T)
 """The smallest, the usual and the largest T of the register form (8 in 16 bits, 12 otherwise), and the largest T of
 each setting of the other form."""
@@ -405,13 +407,16 @@ def _cuobjdump(*arguments: str) -> str:
 
 
 def build_all(brief: bool) -> list[dict[str, Any]]:
-    """Compile every case for every target, on two processes. ``brief``: one case per kernel and dtype of ``BRIEF``."""
+    """Compile every case for every target, on two processes.
+
+    ``brief``: one case per kernel and dtype of ``BRIEF``, and one of each kernel ``IN_FP64``.
+    """
     jobs = []
     for arch, target in TARGETS.items():
         seen = set()
         for index, case in enumerate(cases(target)):
             key = (case.kernel, case.dtype)
-            if not brief or (case.dtype in BRIEF and key not in seen):
+            if not brief or ((case.dtype in BRIEF or case.kernel in IN_FP64) and key not in seen):
                 jobs.append((arch, index))
             seen.add(key)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
