@@ -56,7 +56,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
-            to step, and are part of ``state_dict``.
+            to step, and are part of ``state_dict``. Methods that leave absent tasks out, such as ``MGDA``, do so with
+            a memory too.
         process_group: as in :func:`gradkern.backward`.
 
     Raises:
