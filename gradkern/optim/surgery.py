@@ -152,7 +152,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
         if self.aggregator.needs_second:
-            raise ValueError(f"accumulate() has no second batch, which {self.aggregator!r} needs: use backward")
+            raise ValueError(
+                f"accumulate() has no second batch, which {self.aggregator!r} needs: call backward outside of it"
+            )
         total = self._pending.accumulation = Accumulation()
         try:
             yield total
