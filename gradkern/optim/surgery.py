@@ -56,7 +56,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
-            to step, and are part of ``state_dict``.
+            to step, and are part of ``state_dict``. Methods that leave absent tasks out, such as ``MGDA``, do so with
+            a memory too.
         process_group: as in :func:`gradkern.backward`.
 
     Raises:
@@ -151,7 +152,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
         if self.aggregator.needs_second:
-            raise ValueError(f"accumulate() has no second batch, which {self.aggregator!r} needs: use backward")
+            raise ValueError(
+                f"accumulate() has no second batch, which {self.aggregator!r} needs: call backward outside of it"
+            )
         total = self._pending.accumulation = Accumulation()
         try:
             yield total

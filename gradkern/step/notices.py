@@ -87,7 +87,8 @@ def _one_task(n_tasks: int) -> str:
     return (
         f"there is no surgery with one task in a step, and in this step {given}. Give the losses of several tasks "
         "together. If tasks take turns: backward passes within SurgeryOptimizer.accumulate() are one step, and "
-        "SurgeryOptimizer(..., memory=True) lets absent tasks take part with their last gradients"
+        "SurgeryOptimizer(..., memory=True) lets absent tasks take part with their last gradients, if the method uses "
+        "them, as PCGrad does"
     )
 
 

@@ -41,6 +41,22 @@ def test_the_others_are_as_if_they_were_alone(name: str) -> None:
     assert_near(updates[1], updates[0], updates[0].norm(), 1e-5)
 
 
+@pytest.mark.parametrize("name", {**METHODS, "GradVac": gk.GradVac})
+def test_a_memory_changes_the_update_of_pcgrad_and_gradvac_only(name: str) -> None:
+    updates = []
+    for memory in (False, True):
+        model, x, y = problem()
+        method = gk.GradVac(order=[0, 1, 2]) if name == "GradVac" else METHODS[name]()
+        inner = torch.optim.SGD(model.parameters(), lr=0.0)
+        opt = gk.SurgeryOptimizer(inner, method, shared=model.trunk, memory=memory)
+        for conflict in (1, -1):  # in the second step the first two tasks conflict with the absent one
+            opt.zero_grad()
+            losses = [conflict * loss for loss in model.losses(x, y)]
+            opt.backward(losses if conflict == 1 else [*losses[:2], None])
+        updates.append(torch.cat([p.grad.flatten() for p in model.trunk.parameters()]))
+    assert torch.equal(*updates) == (name not in ("PCGrad", "GradVac"))
+
+
 def test_what_is_kept_of_an_absent_task_waits() -> None:
     model, x, y = problem()
     method = gk.Smoothed(gk.UPGrad())

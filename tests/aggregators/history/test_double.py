@@ -202,7 +202,10 @@ def test_second_is_refused_before_anything_changes() -> None:
         with pytest.raises(ValueError, match=message):
             opt.update(model.losses(x, y), second=second)
     opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method)
-    with pytest.raises(ValueError, match=r"accumulate\(\) has no second batch"), opt.accumulate():
+    with (
+        pytest.raises(ValueError, match=r"accumulate\(\) has no second batch, .* backward outside of it"),
+        opt.accumulate(),
+    ):
         pass
     assert torch.equal(method.state_dict()["task_weights"], state["task_weights"])
     assert all(
