@@ -72,6 +72,8 @@ class Aggregator(nn.Module, ABC):
     """Whether ``solution`` takes ``cross``, the dot products with a second batch's gradients."""
     needs_entries = False
     """Whether it looks at entries of the task gradients, and not only at their Gramian."""
+    uses_memory = True
+    """Whether remembered gradients of absent tasks take part in a step; else absent tasks are left out of it."""
     required: tuple[int, ...] = ()
     """The numbers of the tasks that must be present in every step."""
     averages_rows = False

@@ -59,7 +59,9 @@ def look(source: Source, present: Sequence[bool], targets: Targets, options: Opt
         return
     n_present = present.count(True)
     recalls = isinstance(method, Averaged) and method.recalls_absent
-    if n_present == 1 and options.memory is None and not recalls:
+    if options.memory is not None and not method.uses_memory and not recalls and n_present < len(present):
+        warn_once(method, "memory", _memory_in_vain(method))
+    elif n_present == 1 and options.memory is None and not recalls:
         if isinstance(source, Losses):
             warn_once(method, "one task", _one_task(len(present)))
     elif n_present > 1 and not any(len(c.tasks) > 1 for c in arrangement.shared):
@@ -89,6 +91,14 @@ def _one_task(n_tasks: int) -> str:
         "together. If tasks take turns: backward passes within SurgeryOptimizer.accumulate() are one step, and "
         "SurgeryOptimizer(..., memory=True) lets absent tasks take part with their last gradients, if the method uses "
         "them, as PCGrad does"
+    )
+
+
+def _memory_in_vain(method: Aggregator) -> str:
+    return (
+        f"memory=True changes nothing in this step, because {method!r} leaves absent tasks out of it. PCGrad, GradVac, "
+        "GradAttention, GradDrop and TrimmedMean use remembered gradients. Or give the losses of all tasks together: "
+        "backward passes within SurgeryOptimizer.accumulate() are one step"
     )
 
 

@@ -153,6 +153,7 @@ def _in_one_call(rows: FlatRows, aggregator: Aggregator) -> Outcome | None:
 
 
 def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:
+    """Return the method's solution. It sees gradients and losses without the scale of a gradient scaler."""
     given: dict[str, Any] = {}
     if aggregator.needs_losses:
         given["losses"] = rows.losses
@@ -160,8 +161,14 @@ def _solution(aggregator: Aggregator, M: Tensor, rows: StepRows) -> Solution:
         given["eps"] = rows.eps
     if aggregator.needs_second:
         assert isinstance(rows, Rows), "dot products are of tensors"
-        given["cross"] = rows.cross()
-    return aggregator.solution(M, rows.present, **given)
+        given["cross"] = _unscaled(rows.cross(), rows)
+    return aggregator.solution(_unscaled(M, rows), rows.present, **given)
+
+
+def _unscaled(products: Tensor, rows: StepRows) -> Tensor:
+    """Return dot products of gradients that a gradient scaler's scale has not multiplied."""
+    scale = rows.loss_scale
+    return products if scale is None else products / (scale * scale).to(products.dtype)
 
 
 def _usable(M: Tensor, present: Tensor | None) -> Tensor:

@@ -77,6 +77,11 @@ LOOKING: dict[str, Callable[[], gk.Aggregator]] = {
     "famo": lambda: gk.FAMO(3, lr=0.5),
     "mgda": lambda: gk.MGDA("loss"),
     "normalized": lambda: gk.Normalized(gk.MGDA(), "loss"),
+    "normalized-l2": lambda: gk.Normalized(gk.MGDA()),
+    "fairgrad": gk.FairGrad,
+    "nash-mtl": lambda: gk.NashMTL(0.1, update_every=2),
+    "gradnorm": lambda: gk.GradNorm(3, lr=0.5),
+    "pcd": lambda: gk.PCD(0.5, beta=0.5),
     "dbmtl": lambda: gk.DBMTL(0),  # without means, which would be of gradients of several scales
 }
 
@@ -84,7 +89,7 @@ LOOKING: dict[str, Callable[[], gk.Aggregator]] = {
 @pytest.mark.parametrize("inner", [torch.optim.SGD, gk.optim.AdamW])
 @pytest.mark.parametrize("way", ["plain", "callables", "suppressed", "report"])
 @pytest.mark.parametrize("name", LOOKING)
-def test_methods_see_losses_without_the_scale(name: str, way: str, inner: Callable[..., Any]) -> None:
+def test_methods_see_losses_and_products_without_the_scale(name: str, way: str, inner: Callable[..., Any]) -> None:
     """Steps are those without a scaler, whatever the scale, and so is all state; powers of two round nothing."""
     if way == "report" and not isinstance(LOOKING[name](), gk.aggregators.Scalarization):
         pytest.skip("it has the Gramian anyway")

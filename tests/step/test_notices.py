@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import gradkern as gk
 from gradkern.step import flat_rows, notices
+from tests.models import problem
 
 T = 3
 HERE = __file__
@@ -432,3 +433,25 @@ def test_sparse_gradients_are_not_looked_at() -> None:
     with heard() as warned:
         gk.backward(losses, [words.weight, head], aggregator=gk.PCGrad())
     assert not warned
+
+
+@pytest.mark.parametrize("make", [gk.MGDA, gk.UPGrad, gk.PCD, gk.RGW, lambda: gk.Normalized(gk.MGDA())])
+@pytest.mark.parametrize("n_present", [1, 2])
+def test_a_memory_that_the_method_does_not_use(make: Callable[[], gk.Aggregator], n_present: int) -> None:
+    model, x, y = problem()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    opt = gk.SurgeryOptimizer(inner, make(), shared=model.trunk, memory=True)
+    opt.backward(model.losses(x, y))  # nothing is absent
+    losses = [loss if t < n_present else None for t, loss in enumerate(model.losses(x, y))]
+    with pytest.warns(UserWarning, match="memory=True changes nothing") as found:
+        opt.backward(losses)
+    assert [w.filename for w in found] == [__file__]
+
+
+@pytest.mark.parametrize("method", [gk.PCGrad(), gk.GradVac(), gk.Normalized(gk.PCGrad())], ids=repr)
+@pytest.mark.filterwarnings("error")
+def test_a_memory_that_the_method_uses(method: gk.Aggregator) -> None:
+    model, x, y = problem()
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), method, shared=model.trunk, memory=True)
+    for _ in range(2):
+        opt.backward([*model.losses(x, y)[:2], None])

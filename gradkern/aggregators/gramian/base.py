@@ -16,6 +16,7 @@ class GramianMethod(Aggregator):
     """A method whose weights are a function of the Gramian. Absent tasks are left out of its problem."""
 
     needs_present = True
+    uses_memory = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,6 +33,8 @@ class MGDA(Aggregator):
             code, the weights then apply to the gradients as they are.
     """
 
+    uses_memory = False
+
     def __init__(self, normalize: str | None = None) -> None:
         super().__init__()
         self.normalize = choice("normalize", normalize, NORMALIZATIONS)

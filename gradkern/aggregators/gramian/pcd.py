@@ -46,6 +46,7 @@ class PCD(TaskState):
 
     kept = ("means", "counts")
     required = (0,)
+    uses_memory = False
     means: Tensor | None
     counts: Tensor | None
 

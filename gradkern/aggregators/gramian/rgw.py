@@ -21,6 +21,7 @@ class RGW(Aggregator):
     """
 
     needs_present = True
+    uses_memory = False
 
     def weights(self, M: Tensor) -> Tensor:
         """Return new weights for every Gramian; see :meth:`Aggregator.weights`."""

@@ -55,6 +55,7 @@ class Averaged(TaskState):
         sizes: the parameters in each matrix of means, and their numbers of elements.
     """
 
+    uses_memory = False
     averages_rows = True
     recalls_absent = False
     """Whether an absent task takes part with its mean."""

@@ -37,6 +37,7 @@ class DoubleSampling(TaskState):
         task_weights: (S, T) float64, for each group and task; None before the first step.
     """
 
+    uses_memory = False
     needs_second = True
     kept: ClassVar[tuple[str, ...]] = ("task_weights",)
     task_weights: Tensor | None

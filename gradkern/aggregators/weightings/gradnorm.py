@@ -25,7 +25,7 @@ class GradNorm(StatefulWeighting):
     The lengths come from the Gramian, so a step takes one backward pass for each task besides its own, and memory for T
     gradients; ``info`` has the norms, cosines and conflicts. The paper takes the lengths over the last shared layer:
     name it by ``shared=``, since it is far shorter than all shared parameters. The steps of w grow with the lengths, so
-    a gradient scaler's scaled losses need ``lr`` divided by its scale.
+    with a gradient scaler call ``SurgeryOptimizer.update(scaler=)``, which shows them without its scale.
 
     Args:
         T: the number of tasks.

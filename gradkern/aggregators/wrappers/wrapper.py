@@ -57,6 +57,11 @@ class Wrapper(Aggregator):
         return self.aggregator.needs_eps
 
     @property
+    def uses_memory(self) -> bool:  # type: ignore[override]  # it depends on the method within
+        """Whether the method within uses remembered gradients."""
+        return self.aggregator.uses_memory
+
+    @property
     def required(self) -> tuple[int, ...]:  # type: ignore[override]  # it depends on the method within
         """The numbers of the tasks that the method within needs in every step."""
         return self.aggregator.required
