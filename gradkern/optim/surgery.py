@@ -296,9 +296,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Return the wrapped optimizer's ``state_dict`` with the state of the surgery as its entry "surgery".
 
         That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``. The
-        first parameter group holds it too, in a tuple: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
-        keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` it drops what a
-        new optimizer's groups do not have; save the entry "surgery" beside it then.)
+        first parameter group holds it too, as bytes: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
+        keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` its twin loads
+        nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
         """
         self._refuse_within_accumulate("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
