@@ -1,7 +1,7 @@
 """What torchrun starts: a recipe's training on each rank with its part of each batch, in one process with all of it.
 
-``python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed.launched NAME FOLDER`` writes each rank's
-parameters to a file in the folder. Without torchrun there is one process.
+``python -m torch.distributed.run --nproc-per-node 2 -m tests.distributed.launched FOLDER NAME...`` writes each rank's
+parameters to files in the folder. Without torchrun there is one process.
 """
 
 import importlib
@@ -34,7 +34,7 @@ def recipe(name: str) -> Any:
 
 def plain(ranks: int, ddp: bool) -> nn.Module:
     r = recipe("several_ranks")
-    if ranks > 1:
+    if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
         r.DistributedSampler = partial(r.DistributedSampler, shuffle=False)
     return r.train(1, ddp=ddp and ranks > 1)[0]
@@ -96,14 +96,15 @@ RECIPES: dict[str, Callable[[int], nn.Module]] = {
 
 
 def main() -> None:
-    """Train a model in float64, by PCGrad in the order of tasks, and write its parameters."""
-    name, folder = sys.argv[1:]
+    """Train models in float64, by PCGrad in the order of tasks, and write their parameters."""
+    folder, *names = sys.argv[1:]
     rank, ranks = (int(os.environ.get(key, default)) for key, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     gk.PCGrad = partial(gk.PCGrad, order=range(3))  # type: ignore[misc]
-    params = [p.detach() for p in RECIPES[name](ranks).parameters()]
-    torch.save(params, Path(folder) / f"{rank} of {ranks}.pt")
+    for name in names:
+        params = [p.detach() for p in RECIPES[name](ranks).parameters()]
+        torch.save(params, Path(folder) / f"{name}, {rank} of {ranks}.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.distributed.launched import RECIPES, ROOT
+from tests.distributed.launched import ROOT
 
-LIBRARIES = {"trainer": "transformers"}
 SECONDS = 90
 """After which a launch counts as hanging: imports take ten."""
 TOLERANCE = 1e-10
@@ -40,21 +39,29 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
     return printed
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_two_ranks_train_the_model_of_one_process(name: str, tmp_path: Path) -> None:
-    if name not in ("plain", "ddp"):
-        pytest.importorskip(LIBRARIES.get(name, name))
-    module = ["-m", "tests.distributed.launched", name, str(tmp_path)]
+@pytest.mark.parametrize(
+    ("names", "library"),
+    [
+        (["plain", "ddp"], "torch"),
+        (["accelerate"], "accelerate"),
+        (["lightning"], "lightning"),
+        (["trainer"], "transformers"),
+    ],
+)
+def test_two_ranks_train_the_model_of_one_process(names: list[str], library: str, tmp_path: Path) -> None:
+    pytest.importorskip(library)
+    module = ["-m", "tests.distributed.launched", str(tmp_path), *names]
     ended([started(*LAUNCH, *module), started(*module)])
-    one, other, expected = (torch.load(tmp_path / f"{file}.pt") for file in ("0 of 2", "1 of 2", "0 of 1"))
-    assert len(expected) > 4
-    for p, q, r in zip(one, other, expected, strict=True):
-        assert p.dtype == torch.float64
-        assert torch.equal(p, q)
-        torch.testing.assert_close(p, r, rtol=0, atol=TOLERANCE)
+    for name in names:
+        files = [torch.load(tmp_path / f"{name}, {file}.pt") for file in ("0 of 2", "1 of 2", "0 of 1")]
+        assert len(files[0]) > 4
+        for p, q, r in zip(*files, strict=True):
+            assert p.dtype == torch.float64
+            assert torch.equal(p, q)
+            torch.testing.assert_close(p, r, rtol=0, atol=TOLERANCE)
 
 
-def test_the_script_of_several_ranks(tmp_path: Path) -> None:
+def test_the_script_of_several_ranks() -> None:
     """The line that it prints is that of one rank."""
     (printed,) = ended([started(*LAUNCH, "recipes/several_ranks.py")])
     assert printed.splitlines()[-1].endswith("after 80 steps of 2 rank(s)")
