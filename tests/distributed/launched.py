@@ -106,6 +106,7 @@ def main() -> None:
         params = [p.detach() for p in RECIPES[name](ranks).parameters()]
         torch.save(params, Path(folder) / f"{name}, {rank} of {ranks}.pt")
     if dist.is_initialized():
+        dist.barrier()  # no rank ends while another one is still in a collective
         dist.destroy_process_group()
 
 

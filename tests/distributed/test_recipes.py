@@ -35,7 +35,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
         for process in processes:
             process.kill()
     for process, text in zip(processes, printed, strict=True):
-        assert process.returncode == 0, text[-4000:]
+        assert process.returncode == 0, text
     return printed
 
 
