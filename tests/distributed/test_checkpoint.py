@@ -107,6 +107,7 @@ def without_interruption(rank: int, group: Any, name: str, fused: bool, ranks: i
 
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_run_of_four_ranks_goes_on_on_two_and_on_one(pool: Pool, tmp_path: Path, name: str, fused: bool) -> None:
     pool.run(first_half, name, fused, str(tmp_path), ranks=4)
     expected = without_interruption(0, False, name, fused, 1)
