@@ -3,14 +3,15 @@
 ``accelerator.prepare`` takes a ``SurgeryOptimizer`` like any other optimizer and wraps it, so that ``opt.optimizer`` is
 the ``SurgeryOptimizer``. Its ``backward`` replaces ``accelerator.backward``, and its ``accumulate``, which does one
 surgery for several batches, replaces ``accelerator.accumulate``. Mixed precision, clipping and the scheduler work as
-usual. So do ``save_state`` and ``load_state``, which include the state of the surgery. Only one process is supported;
-several raise an error.
+usual. So do ``save_state`` and ``load_state``, which include the state of the surgery. ``torchrun`` and
+``accelerate launch`` start several processes, and ``split_batches`` gives each its part of every batch.
 """
 
 from itertools import islice
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -74,8 +75,10 @@ def main() -> None:
     """Train in bfloat16 with two batches per step, and print the final losses."""
     torch.manual_seed(0)
     dataset = data()
-    model = train(Accelerator(mixed_precision="bf16", cpu=True), dataset, epochs=40)
-    print("losses after 80 steps " + ", ".join(f"{loss:.2f}" for loss in model(*dataset.tensors)))
+    parts = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True, dataloader_config=parts)
+    model = train(accelerator, dataset, epochs=40)
+    accelerator.print("losses after 80 steps " + ", ".join(f"{loss:.2f}" for loss in model(*dataset.tensors)))
 
 
 if __name__ == "__main__":

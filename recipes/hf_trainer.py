@@ -2,8 +2,8 @@
 
 ``create_optimizer`` wraps the optimizer that the arguments select in a ``SurgeryOptimizer``, and ``training_step``
 passes it the losses of all tasks. All batches of ``gradient_accumulation_steps`` share one surgery. The Trainer does
-clipping, mixed precision, the scheduler and checkpoints as usual; checkpoints include the state of the surgery. Only
-one process is supported; several raise an error.
+clipping, mixed precision, the scheduler and checkpoints as usual; checkpoints include the state of the surgery.
+``torchrun`` starts several processes, each with batches of its own.
 """
 
 import tempfile
@@ -85,7 +85,9 @@ def main() -> None:
         trainer.remove_callback(PrinterCallback)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
-        print(f"{trainer.state.global_step} steps, held-out loss {before:.2f} -> {trainer.evaluate()['eval_loss']:.2f}")
+        after = trainer.evaluate()["eval_loss"]
+        if trainer.is_world_process_zero():
+            print(f"{trainer.state.global_step} steps, held-out loss {before:.2f} -> {after:.2f}")
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 ``configure_optimizers`` returns a ``SurgeryOptimizer`` like any other optimizer, and ``training_step`` calls
 ``opt.backward(losses)`` instead of ``self.manual_backward(loss)``. The Trainer's precision, step count and checkpoints
-work as usual; checkpoints include the state of the surgery. Only one device is supported; several raise an error.
+work as usual; checkpoints include the state of the surgery. With several devices and ``strategy="ddp"`` each process
+has a part of every batch.
 """
 
 import logging
+import os
 
 import lightning as L
 import torch
@@ -73,11 +75,13 @@ def main() -> None:
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = L.Trainer(max_epochs=5, accelerator="cpu", devices=1, **quiet)
+    devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun sets it
+    trainer = L.Trainer(max_epochs=5, accelerator="cpu", devices=devices, **quiet)
     trainer.fit(model, DataLoader(dataset, batch_size=16, shuffle=True))
     losses = ", ".join(f"{b:.2f} -> {a:.2f}" for b, a in zip(before, model.losses(*dataset.tensors), strict=True))
     conflicts = trainer.callback_metrics["conflicting pairs"]
-    print(f"{trainer.global_step} steps, losses {losses}; {conflicts:.0f} of 3 pairs of tasks conflict")
+    if trainer.is_global_zero:
+        print(f"{trainer.global_step} steps, losses {losses}; {conflicts:.0f} of 3 pairs of tasks conflict")
 
 
 if __name__ == "__main__":

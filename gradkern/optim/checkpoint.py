@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -52,6 +54,33 @@ class Remembered:
             own_suppression.load_state_dict(suppression)
         if own_memory is not None and memory is not None:
             own_memory.load_state_dict(memory, self.params)
+
+
+def with_surgery(state: Mapping[str, Any], surgery: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's state with that of its surgery, as the entry "surgery" and within the first group.
+
+    ``torch.distributed.checkpoint`` keeps the states of parameters and the groups, and drops other entries. In the
+    group are the bytes of a file, because it loads tensors into those of the new run, which has none before its first
+    step.
+    """
+    groups = [dict(group) for group in state.get("param_groups", ())]
+    if groups:
+        file = BytesIO()
+        torch.save(surgery, file)
+        groups[0]["surgery"] = file.getvalue()
+    return {**state, "param_groups": groups, "surgery": surgery}
+
+
+def without_surgery(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return the optimizer's part of what :func:`with_surgery` returns, and the surgery's; None if it has none."""
+    state = dict(state_dict)
+    surgery, groups = state.pop("surgery", None), state.get("param_groups")
+    if isinstance(groups, Sequence) and all(isinstance(group, Mapping) for group in groups):
+        state["param_groups"] = [{k: v for k, v in group.items() if k != "surgery"} for group in groups]
+        files = [group["surgery"] for group in groups if "surgery" in group]
+        if surgery is None and files:
+            surgery = torch.load(BytesIO(files[0]), map_location="cpu")
+    return state, surgery
 
 
 def load(optimizer: Optimizer, state: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
-from gradkern.optim.checkpoint import Remembered, load, restored
+from gradkern.optim.checkpoint import Remembered, load, restored, with_surgery, without_surgery
 from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
 from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
@@ -298,13 +298,15 @@ class SurgeryOptimizer(OptimizerWrapper):
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped optimizer's ``state_dict`` with the state of the surgery as its entry "surgery".
 
-        That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``.
+        That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``. The
+        first parameter group holds it too, as bytes: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
+        keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` its twin loads
+        nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
         """
         self._refuse_within_accumulate("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        state: dict[str, Any] = dict(self.optimizer.state_dict())
-        state["surgery"] = self._remembered().state_dict()
+        state = with_surgery(self.optimizer.state_dict(), self._remembered().state_dict())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             replaced = post_hook(self, state)
             state = state if replaced is None else replaced
@@ -322,7 +324,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state)
             state = state if replaced is None else replaced
-        surgery = state.pop("surgery", None)
+        state, surgery = without_surgery(state)
         with Undo(*self._options().snapshot()):
             if surgery is not None:
                 self._remembered().load_state_dict(surgery)

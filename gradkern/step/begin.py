@@ -12,7 +12,8 @@ from torch.nn.parameter import is_lazy
 
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
-from gradkern.gradients.graph import refuse_static_graph
+from gradkern.distributed.refused import refuse_join, refuse_marked
+from gradkern.gradients.graph import leaves, refuse_static_graph
 from gradkern.gradients.layouts import make_room
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
@@ -62,8 +63,8 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         targets, second = opened()
         _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
-        if _is_new(comm, targets) and isinstance(source, Losses):
-            _watch_for_static_graphs(source)
+        if _is_new(comm, targets):
+            _refuse_wrappers(source, targets)
         return targets, second
 
     def facts(made: Opened) -> Facts:
@@ -118,23 +119,29 @@ def _refuse_targets(targets: Targets) -> None:
         raise NotImplementedError("a step on several ranks cannot be captured in a CUDA graph: its hosts talk")
 
 
-def _watch_for_static_graphs(losses: Losses) -> None:
-    """Raise ValueError if the graph of a loss holds a DistributedDataParallel with a static graph; callables do later.
+def _refuse_wrappers(source: Source, targets: Targets) -> None:
+    """Raise ValueError if a wrapper of the model reduces gradients in its own way; callables do so when they run.
 
-    It searches the graphs, so only the first step of some parameters does it.
+    It searches the graphs of the losses, so only the first step of some parameters does it.
     """
+    refuse_marked(targets.tensors, lambda k: f"{targets.name(k)} in params")
+    refuse_join(targets.tensors)
+
+    def look(i: int, value: object) -> None:
+        if isinstance(value, Tensor) and value.requires_grad:
+            refuse_static_graph(f"losses[{i}]", value)
+            refuse_marked(leaves(value), lambda _: f"a parameter that losses[{i}] reaches")
 
     def watched(i: int, loss: Callable[[], Tensor]) -> Tensor:
         value = loss()
-        if isinstance(value, Tensor) and value.requires_grad:
-            refuse_static_graph(f"losses[{i}]", value)
+        look(i, value)
         return value
 
-    for i, loss in enumerate(losses.entries):
-        if isinstance(loss, Tensor):
-            refuse_static_graph(f"losses[{i}]", loss)
-        elif loss is not None:
-            losses.entries[i] = partial(watched, i, loss)
+    if isinstance(source, Losses):
+        for i, loss in enumerate(source.entries):
+            look(i, loss)
+            if callable(loss):
+                source.entries[i] = partial(watched, i, loss)
 
 
 def plans_of(comm: Comm, targets: Targets) -> dict[tuple[bool, ...], tuple[int, ...]]:

@@ -1,5 +1,6 @@
 """A gradient scaler on several ranks: an overflow on one of them makes all of them skip the step."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -45,3 +46,53 @@ def test_an_overflow_on_one_rank_is_all_ranks_overflow(pool: Pool, fused: bool, 
         assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
         assert not any(torch.equal(p, q) for p, q in zip(second, third, strict=True))
         assert all(torch.equal(p, q) for p, q in zip(third, of_ranks[0][2][1], strict=True))
+
+
+def looking_at_losses(rank: int, group: Any, name: str, scale: float | None) -> list[list[torch.Tensor]]:
+    """Return the parameters, those of the method too, and the losses after each of three updates.
+
+    Args:
+        rank: this rank, which has half of each batch.
+        group: the ranks; False for one process with the whole batch.
+        name: a name of ``LOOKING``.
+        scale: that of a scaler, a power of two; None without one.
+    """
+    torch.manual_seed(0)
+    model, method = MultiHead().double(), LOOKING[name]()
+    params = [*model.parameters(), *method.parameters()]
+    opt = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=1e-2), method, process_group=group)
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    own = slice(None) if group is False else slice(8 * rank, 8 * rank + 8)
+    results = []
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((16, 6), (3, 16)))
+        losses = model.losses(x[own], 3 * y[:, own])
+        info = opt.update(losses if scaler is None else scaler.scale(losses), scaler=scaler)
+        if scaler is not None:
+            scaler.update()
+        assert info.losses is not None
+        seen = info.losses if scale is None else info.losses / scale
+        results.append([*(p.detach().clone() for p in params), seen])
+    return results
+
+
+LOOKING: dict[str, Callable[[], gk.Aggregator]] = {
+    "MGDA": lambda: gk.MGDA("loss"),
+    "MGDA of both": lambda: gk.MGDA("loss+"),
+    "Uncertainty": lambda: gk.Uncertainty(3),
+    "GeometricMean": gk.GeometricMean,
+    "DWA": gk.DWA,
+    "Sum with a report": lambda: gk.Sum(report=True),
+}
+
+
+@pytest.mark.parametrize("name", LOOKING)
+def test_a_method_that_looks_at_losses_sees_their_means_without_the_scale(pool: Pool, name: str) -> None:
+    expected = looking_at_losses(0, False, name, None)
+    of_ranks = pool.run(looking_at_losses, name, 1024.0, ranks=2)
+    for results in of_ranks:
+        for step, expected_step, of_first in zip(results, expected, of_ranks[0], strict=True):
+            for x, y, z in zip(step, expected_step, of_first, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)  # float64, and another order of sums
+                assert torch.equal(x, z)

@@ -214,3 +214,44 @@ def test_a_damaged_state_with_a_scaler(name: str, change: Callable[[Any], Any], 
 )
 def test_damaged_targets(rho: Any, message: str) -> None:
     refuses("GradVacAMP", changed("rho_T", to=rho), message)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SurgeryOptimizer of SGD", {}),
+        ("SurgeryOptimizer of Adam", {}),
+        ("SurgeryOptimizer of AdamW", {}),
+        ("SurgeryOptimizer of Adam", {"full_state_dict": True, "cpu_offload": True}),
+        ("SurgeryOptimizer of AdamW", {"full_state_dict": True, "cpu_offload": True}),
+    ],
+)
+def test_the_states_of_torch_distributed_checkpoint_have_the_surgery(name: str, options: dict[str, bool]) -> None:
+    """They are of the names of parameters, and have nothing but states of parameters and groups."""
+    from torch.distributed.checkpoint import state_dict as by_name
+
+    settings = by_name.StateDictOptions(**options)
+    model, x, y = problem()
+    opt = trained(model, x, y, LOADERS[name](model))
+    saved = copy.deepcopy(by_name.get_optimizer_state_dict(model, opt, options=settings))
+    assert set(saved) == {"state", "param_groups"}
+    other = copy.deepcopy(model)
+    new = LOADERS[name](other)
+    by_name.set_optimizer_state_dict(other, new, saved, options=settings)
+    assert same(new.state_dict(), opt.state_dict())
+    assert "surgery" not in new.param_groups[0]
+    for m, o in ((model, opt), (other, new)):
+        trained(m, x, y, o)
+    assert same(other.state_dict(), model.state_dict())
+
+
+def test_an_ordinary_optimizer_loads_a_state_with_a_surgery() -> None:
+    model, x, y = problem()
+    opt = trained(model, x, y, LOADERS["SurgeryOptimizer of Adam"](model))
+    plain = torch.optim.Adam(model.parameters())
+    plain.load_state_dict(opt.state_dict())
+    assert plain.param_groups[0]["lr"] == 0.01
+    assert same(plain.state_dict()["state"], opt.state_dict()["state"])
+    again = LOADERS["SurgeryOptimizer of Adam"](model)
+    again.load_state_dict(torch.optim.Adam(model.parameters(), lr=0.5).state_dict())
+    assert again.param_groups[0]["lr"] == 0.5
