@@ -15,6 +15,7 @@ from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
+from gradkern.gradients.sharded import parts_here
 from gradkern.step.begin import Start, plans_of
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import rows_of, tells_absent, units_of
@@ -182,7 +183,7 @@ def refuse_sparse(t: int, row: Row, targets: Targets) -> None:
 
 def refuse_switched(source: Source, targets: Targets) -> None:
     """Raise NotImplementedError if a callable has changed which parameters require grad, or their layouts."""
-    if source.frozen_grads or layouts_of(targets.tensors) is not targets.layouts:
+    if source.frozen_grads or layouts_of(parts_here(targets.tensors)) is not targets.layouts:
         raise NotImplementedError(
             "a callable of losses has switched requires_grad or changed a parameter's form: on several ranks do so "
             "before the step"

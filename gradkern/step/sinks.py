@@ -195,10 +195,10 @@ class WeightedBackwardSink(GradSink):
 
     def _sum(self, present: dict[int, Tensor]) -> Tensor:
         """Return the weighted sum of the losses; raise for graphs whose backward pass would raise halfway."""
-        reachable = set(self._targets.tensors)
+        targets, reachable = self._targets, set(self._targets.tensors)
         for i, loss in present.items():
             graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
-            if not any(leaf in reachable for leaf in graph.leaves(loss)):
+            if not (targets.has_dtensors or any(leaf in reachable for leaf in graph.leaves(loss))):
                 raise unreached(i)
         with torch.enable_grad():
             terms = [self._weights[i] * loss for i, loss in present.items()]

@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
@@ -47,6 +51,7 @@ class Run(NamedTuple):
         features: whether the trunk's output is given.
         second: whether steps have a second batch, the first one with other targets.
         options: more arguments of the optimizer; a name of ``OPTIONS``.
+        sharding: a name of ``SHARDINGS``.
     """
 
     method: str = "PCGrad"
@@ -60,6 +65,7 @@ class Run(NamedTuple):
     features: bool = False
     second: bool = False
     options: str = ""
+    sharding: str = ""
 
 
 OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
@@ -91,24 +97,76 @@ class Net(MultiHead):
         return (*losses, h)
 
 
+def sharded(model: nn.Module, mesh: DeviceMesh, **kwargs: Any) -> None:
+    """Shard the trunk's layers, a head and the rest, each by itself; a part of some parameters is empty."""
+    for module in (model.trunk[0], model.trunk[2], model.heads[0], model):
+        fully_shard(module, mesh=mesh, **kwargs)
+    register_fsdp_forward_method(model, "loss")
+
+
+def of_root(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the model as one."""
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+
+def heads_left_out(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the trunk alone."""
+    fully_shard(model.trunk, mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the trunk's first layer by columns and its second by rows; the heads are whole on all ranks."""
+    parallelize_module(model.trunk, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+SHARDINGS: dict[str, Callable[[nn.Module, DeviceMesh], None]] = {
+    "resharded": sharded,
+    "kept": lambda model, mesh: sharded(model, mesh, reshard_after_forward=False),
+    "of root": of_root,
+    "heads left out": heads_left_out,
+    "replicas": sharded,
+    "tensor parallel": tensor_parallel,
+}
+ONE_BATCH = ("tensor parallel",)
+"""The shardings whose ranks all have the whole batch."""
+
+
+def mesh_of(group: Any, ranks: int, sharding: str) -> DeviceMesh:
+    """Return a mesh of the ranks of a group; with replicas it has two rows."""
+    if sharding == "replicas":
+        return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicas", "shards"))
+    return DeviceMesh.from_group(group or torch.distributed.group.WORLD, "cpu")
+
+
+def whole(p: Tensor) -> Tensor:
+    """Return a whole tensor of a DTensor's parts."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
 def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     """Return the result of a run with this rank's part of each batch; the whole batch with one rank."""
     torch.manual_seed(0)
     model = Net(T).to(run.dtype)
     method = METHODS[run.method]() if run.method in METHODS else TABLE[run.method].seeded(7)
     params = [*model.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
+    forward: nn.Module = model
+    if run.sharding and ranks > 1:
+        SHARDINGS[run.sharding](model, mesh_of(group, ranks, run.sharding))
+        params = [*model.named_parameters(), *params[len(list(model.parameters())) :]]
     inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
     opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
     batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
-    forward: nn.Module = model
     if (run.ddp or run.unused) and ranks > 1:
         forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)
     torch.manual_seed(5 if rank == 0 else 100 + rank)  # the numbers drawn are those of rank 0
     infos = []
     for x, y in batches:
         own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        own = slice(0, BATCH) if run.sharding in ONE_BATCH else own
         infos.append(_step(run, opt, model, forward, x[own], y[:, own]))
-    return Result([p.detach() for _, p in params], infos, opt.state_dict())
+    state = opt.state_dict() if not run.sharding else {"surgery": opt.state_dict()["surgery"]}
+    return Result([whole(p.detach()) for _, p in params], infos, state)
 
 
 def _step(run: Run, opt: gk.SurgeryOptimizer, model: Net, forward: nn.Module, x: Tensor, y: Tensor) -> gk.SurgeryInfo:

@@ -1,0 +1,120 @@
+"""DTensors: parameters of which each rank holds a part, and the backward passes that reach them.
+
+The leaves of a graph through ``fully_shard`` are gathered weights, which are its own. So gradients of the parameters
+come from torch's own backward pass alone, whose hooks reduce them and put them into ``.grad``.
+"""
+
+import sys
+from collections.abc import Collection, Sequence
+from math import prod
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from gradkern.gradients import graph
+from gradkern.gradients.engine import raise_explained
+from gradkern.gradients.layouts import Row
+
+DTensor = Any
+"""A ``torch.distributed.tensor.DTensor``, a class that builds of PyTorch without torch.distributed lack."""
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Return whether ``x`` is a DTensor."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def parts_here(params: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each parameter, a leaf that shares its memory; ``params`` if none is a DTensor."""
+    if "torch.distributed.tensor" not in sys.modules or not any(map(is_dtensor, params)):
+        return params
+    return [_local(p).requires_grad_(p.requires_grad) if is_dtensor(p) else p for p in params]
+
+
+def grad_here(g: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's part of a gradient, placed as its parameter is."""
+    if not is_dtensor(p):
+        return g
+    assert is_dtensor(g), "it is a DTensor's gradient"
+    with torch.no_grad():
+        return _local(g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements))
+
+
+def as_dtensor(g: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of ``p`` of which this rank's part is ``g``."""
+    if not is_dtensor(p):
+        return g
+    from torch.distributed.tensor import DTensor
+
+    placed = {"device_mesh": p.device_mesh, "placements": p.placements, "shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(g, run_check=False, **placed)
+
+
+def n_replicas(p: Tensor, n_ranks: int) -> int:
+    """Return how many ranks hold this rank's part of a parameter: all ranks if it is no DTensor."""
+    if not is_dtensor(p):
+        return n_ranks
+    return prod(n for n, placement in zip(p.device_mesh.shape, p.placements, strict=True) if placement.is_replicate())
+
+
+def refuse_meshes(params: Sequence[tuple[str, Tensor]], ranks: Collection[int]) -> None:
+    """Raise unless each DTensor lies on the ranks of a step, and is whole there.
+
+    Args:
+        params: parameters with their names.
+        ranks: the global numbers of the ranks.
+    """
+    known: set[Any] = set()
+    for name, p in params:
+        if not is_dtensor(p):
+            continue
+        if p.device_mesh not in known:
+            known.add(p.device_mesh)
+            of_mesh = p.device_mesh.mesh.flatten().tolist()
+            if set(of_mesh) != set(ranks):
+                raise ValueError(
+                    f"process_group has the ranks {sorted(ranks)}, but {name} in params is a DTensor on the ranks "
+                    f"{sorted(of_mesh)}: give the group of its device mesh, or make it on all ranks of the step"
+                )
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"{name} in params is a DTensor of sums that are not added up, {p.placements}")
+        if p._post_accumulate_grad_hooks:
+            raise NotImplementedError(
+                f"{name} in params is a DTensor with a post-accumulate hook, which would see each task's gradient"
+            )
+
+
+def differentiated_by_hooks(
+    name: str, outputs: tuple[Tensor, ...], targets: Sequence[Tensor], retain_graph: bool, grads: tuple[Tensor, ...]
+) -> Row:
+    """Return this rank's parts of the gradients that torch's own backward pass puts into ``.grad``.
+
+    Every ``.grad`` is as before then, whatever raises. Arguments are those of
+    :func:`gradkern.gradients.engine.differentiated`.
+    """
+    for x in outputs:
+        if is_dtensor(x):
+            raise TypeError(f"{name} must not be a DTensor: pass its full_tensor()")
+    known = set(targets)
+    others = {leaf for x in outputs for leaf in graph.leaves(x) if leaf not in known}
+    aside = [(p, p.grad) for p in (*targets, *others)]
+    try:
+        for p, _ in aside:
+            p.grad = None
+        torch.autograd.backward(outputs, grads, retain_graph=retain_graph)
+        found = [p.grad for p in targets]
+    except RuntimeError as error:
+        raise_explained(name, outputs, error)
+        raise
+    finally:
+        for p, g in aside:
+            p.grad = g
+    return [None if g is None else grad_here(g, p) for g, p in zip(found, targets, strict=True)]
+
+
+def _local(x: DTensor) -> Tensor:
+    with torch.no_grad():
+        local: Tensor = x.to_local()
+        return local.detach()
