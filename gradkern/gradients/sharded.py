@@ -5,7 +5,7 @@ come from torch's own backward pass alone, whose hooks reduce them and put them 
 """
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import Any, TypeGuard
 
@@ -26,9 +26,15 @@ def is_dtensor(x: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def has_dtensors(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of the tensors is a DTensor."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in set(map(type, tensors))
+
+
 def parts_here(params: list[Tensor]) -> list[Tensor]:
-    """Return this rank's part of each parameter, a leaf that shares its memory; ``params`` if none is a DTensor."""
-    if "torch.distributed.tensor" not in sys.modules or not any(map(is_dtensor, params)):
+    """Return this rank's part of each tensor, a leaf that shares its memory; ``params`` if none is a DTensor."""
+    if not has_dtensors(params):
         return params
     return [_local(p).requires_grad_(p.requires_grad) if is_dtensor(p) else p for p in params]
 
