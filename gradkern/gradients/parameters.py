@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gradkern.gradients.layouts import PLANS, Layouts, Reach, layouts_of, recognized
 from gradkern.gradients.plan import Arrangement, arranged
-from gradkern.gradients.sharded import parts_here
+from gradkern.gradients.sharded import parts_here, refuse_gathered
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -42,9 +42,7 @@ def parameters(params: Params) -> Parameters:
     return given
 
 
-class _Trainable(NamedTuple):
-    """The given tensors that require grad: their places, the tensors, the part of each on this rank, its layouts."""
-
+class _Trainable(NamedTuple):  # the given tensors that require grad, and the first four fields of Targets
     places: list[int]
     tensors: list[Tensor]
     here: list[Tensor]
@@ -112,6 +110,7 @@ def read(argument: str, params: Params) -> Parameters:
         ValueError: two tensors have one name.
     """
     if isinstance(params, nn.Module):
+        refuse_gathered(argument, params)
         params = params.named_parameters()
     if not isinstance(params, list) and (isinstance(params, Tensor | str) or not isinstance(params, Iterable)):
         raise TypeError(f"{argument} must be a Module, tensors or (name, tensor) pairs, got {type(params).__name__}")

@@ -10,11 +10,11 @@ from math import prod
 from typing import Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.layouts import Row
+from gradkern.gradients.layouts import Row, real_numel
 
 DTensor = Any
 """A ``torch.distributed.tensor.DTensor``, a class that builds of PyTorch without torch.distributed lack."""
@@ -65,6 +65,31 @@ def n_replicas(p: Tensor, n_ranks: int) -> int:
     return prod(n for n, placement in zip(p.device_mesh.shape, p.placements, strict=True) if placement.is_replicate())
 
 
+def start_here(p: Tensor) -> int | None:
+    """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
+    if not is_dtensor(p):
+        return 0
+    cut = [(k, placement) for k, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if not cut:
+        return 0
+    from torch.distributed.tensor import Shard
+
+    k, placement = cut[0]
+    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0 or not p.is_contiguous():
+        return None
+    size, n, coordinate = p.shape[0], p.device_mesh.shape[k], p.device_mesh.get_coordinate()
+    row = min(coordinate[k] * -(-size // n), size)
+    return row * (real_numel(p) // size) if size else 0
+
+
+def is_first_replica(p: Tensor, rank: int) -> bool:
+    """Return whether this rank, whose number is ``rank``, is the first of those that hold its part of a parameter."""
+    if not is_dtensor(p):
+        return rank == 0
+    coordinate = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
+    return all(k == 0 for k, placement in coordinate if placement.is_replicate())
+
+
 def refuse_meshes(params: Sequence[tuple[str, Tensor]], ranks: Collection[int]) -> None:
     """Raise unless each DTensor lies on the ranks of a step, and is whole there.
 
@@ -92,6 +117,17 @@ def refuse_meshes(params: Sequence[tuple[str, Tensor]], ranks: Collection[int]) 
             )
 
 
+def refuse_gathered(argument: str, module: nn.Module) -> None:
+    """Raise ValueError if a Module shows weights that ``fully_shard`` has gathered, which get no ``.grad``."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for m in () if fsdp is None else module.modules():
+        if isinstance(m, getattr(fsdp, "FSDPModule", ())) and not all(map(is_dtensor, m.parameters())):
+            raise ValueError(
+                f"{argument} is a Module with tensors under fully_shard that are no DTensors: its weights are gathered "
+                "between forward and backward pass. Take list(model.named_parameters()) before the first forward pass"
+            )
+
+
 def differentiated_by_hooks(
     name: str, outputs: tuple[Tensor, ...], targets: Sequence[Tensor], retain_graph: bool, grads: tuple[Tensor, ...]
 ) -> Row:
@@ -103,9 +139,8 @@ def differentiated_by_hooks(
     for x in outputs:
         if is_dtensor(x):
             raise TypeError(f"{name} must not be a DTensor: pass its full_tensor()")
-    known = set(targets)
-    others = {leaf for x in outputs for leaf in graph.leaves(x) if leaf not in known}
-    aside = [(p, p.grad) for p in (*targets, *others)]
+    leaves = {leaf for x in outputs for leaf in graph.leaves(x)}
+    aside = [(p, p.grad) for p in {*targets, *leaves}]
     try:
         for p, _ in aside:
             p.grad = None
@@ -117,6 +152,11 @@ def differentiated_by_hooks(
     finally:
         for p, g in aside:
             p.grad = g
+    if any(g is None and p in leaves and not is_dtensor(p) for g, p in zip(found, targets, strict=True)):
+        raise ValueError(
+            "params holds weights that fully_shard has gathered, whose gradients it takes away: take the parameters "
+            "before the first forward pass"
+        )
     return [None if g is None else grad_here(g, p) for g, p in zip(found, targets, strict=True)]
 
 

@@ -17,7 +17,7 @@ from gradkern.gradients.graph import refuse_static_graph
 from gradkern.gradients.layouts import grad_dtype, make_room, real_numel
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.sharded import is_dtensor, refuse_meshes
+from gradkern.gradients.sharded import is_dtensor, refuse_meshes, start_here
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
 
@@ -66,8 +66,10 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         _refuse_targets(targets)
         if targets.has_dtensors:
             _refuse_with_dtensors(comm, targets, options)
-        if _is_new(comm, targets) and isinstance(source, Losses):
-            _watch_for_static_graphs(source)
+        if _is_new(comm, targets):
+            _refuse_freed(targets)
+            if isinstance(source, Losses):
+                _watch_for_static_graphs(source)
         return targets, second
 
     def facts(made: Opened) -> Facts:
@@ -125,18 +127,42 @@ def _refuse_targets(targets: Targets) -> None:
         raise NotImplementedError("a step on several ranks cannot be captured in a CUDA graph: its hosts talk")
 
 
+def _refuse_freed(targets: Targets) -> None:
+    """Raise ValueError for a tensor without its memory: reading it would end the process."""
+    for k, p in enumerate(targets.here):
+        if p.numel() and not p.untyped_storage().nbytes():
+            raise ValueError(
+                f"{targets.name(k)} in params has no memory, as a weight that fully_shard has gathered and freed: take "
+                "the parameters before the first forward pass"
+            )
+
+
 def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> None:
     """Raise for what does not work with DTensors among the parameters."""
     refuse_meshes([(targets.name(k), p) for k, p in enumerate(targets.tensors)], comm.ranks)
+    method = options.aggregator
     refused = {
         "memory=True": options.memory is not None,
-        f"{options.aggregator!r}, which needs whole rows on every rank,": options.needs_whole_rows,
-        "GradAttention": isinstance(options.aggregator, GradAttention),
-        "Suppression": options.suppression is not None,
+        f"{method!r}, which needs whole rows on every rank,": options.needs_whole_rows,
+        "GradAttention(update='subset')": isinstance(method, GradAttention) and method.update == "subset",
     }
     for what, is_used in refused.items():
         if is_used:
             raise NotImplementedError(f"with DTensors in params there is no {what} yet")
+    needs_starts = {"GradAttention": isinstance(method, GradAttention), "Suppression": options.suppression is not None}
+    for what, is_used in needs_starts.items():
+        if is_used:
+            _refuse_scattered(what, targets)
+
+
+def _refuse_scattered(what: str, targets: Targets) -> None:
+    """Raise NotImplementedError unless the numbers of this rank's parts are neighbours in their parameters."""
+    for k, p in enumerate(targets.tensors):
+        if start_here(p) is None:
+            raise NotImplementedError(
+                f"{what} is for DTensors that are cut along dimension 0 alone; {targets.name(k)} in params has the "
+                f"placements {p.placements}"  # type: ignore[attr-defined]
+            )
 
 
 def _refuse_absent(of_tasks: Sequence[Sequence[bool]]) -> None:

@@ -145,10 +145,10 @@ def open_source(source: Source, targets: Targets) -> None:
 
 def _refuse_dtensors(targets: Targets) -> None:
     if targets.has_dtensors:
-        k = next(k for k, p in enumerate(targets.tensors) if is_dtensor(p))
+        name = next(targets.given.name(k) for k in targets.places if is_dtensor(targets.given.tensors[k]))
         raise TypeError(
-            f"params must not be DTensors; {targets.name(k)} is one, and this step is of one rank alone: give "
-            "process_group= two or more ranks, all of the DTensors' device mesh"
+            f"params must not be DTensors; {name} is one, and this step is of one rank alone: give process_group= two "
+            "or more ranks, all of the DTensors' device mesh"
         )
 
 

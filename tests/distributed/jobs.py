@@ -75,6 +75,7 @@ OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
     "shared": lambda model: {"shared": list(model.trunk[2].parameters())},
     "suppression": lambda _: {"suppression": gk.Suppression(0.4, seed=3)},
     "suppression of all": lambda _: {"suppression": gk.Suppression(0.4, block=2, scope="all", seed=3)},
+    "suppression in blocks": lambda _: {"suppression": gk.Suppression(0.4, block=4, seed=3)},
     "conflict_lr": lambda _: {"conflict_lr": gk.ConflictLR()},
 }
 

@@ -1,11 +1,13 @@
 """Runs with sharded parameters on several ranks, compared with one process that has the whole batch."""
 
-from typing import Any
+import re
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from tests.distributed.jobs import Run
+import gradkern as gk
+from tests.distributed.jobs import Net, Run, T, mesh_of, sharded
 from tests.distributed.pool import Pool
 from tests.distributed.test_equal import check
 
@@ -29,7 +31,7 @@ def test_float32(pool: Pool, method: str) -> None:
     check(pool, Run(method, torch.float32, sharding="resharded"), 2)
 
 
-@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad"])
+@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad", "GradAttention"])
 def test_other_methods(pool: Pool, method: str) -> None:
     check(pool, Run(method, sharding="resharded"), 2)
 
@@ -41,6 +43,85 @@ def test_every_way_to_take_a_step(pool: Pool, method: str, kind: str) -> None:
     check(pool, Run(method, sharding="resharded", **kinds), 2)
 
 
-@pytest.mark.parametrize("options", ["parameter", "module", "shared", "conflict_lr"])
+@pytest.mark.parametrize(
+    "options", ["parameter", "module", "shared", "conflict_lr", "suppression", "suppression of all"]
+)
 def test_groups_and_modifiers(pool: Pool, options: str) -> None:
     check(pool, Run("GradVac" if options == "parameter" else "PCGrad", options=options, sharding="resharded"), 2)
+
+
+@pytest.mark.parametrize("options", ["suppression", "suppression in blocks", "suppression of all"])
+@pytest.mark.parametrize("sharding", ["resharded", "replicas"])
+def test_masks_lie_where_one_process_has_them(pool: Pool, options: str, sharding: str) -> None:
+    check(pool, Run("PCGrad", options=options, sharding=sharding), 4)
+
+
+def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
+    check(pool, Run("GradAttention", sharding="replicas"), 4)
+
+
+class Refused(NamedTuple):
+    """What a step has raised, and whether every ``.grad`` is as before."""
+
+    text: str
+    untouched: bool
+
+
+def refused(rank: int, group: Any, name: str) -> Refused | None:
+    """Take a step that a rank refuses, by the name of its kind."""
+    torch.manual_seed(0)
+    model = Net(T).double()
+    sharded(model, mesh_of(group, 2, "resharded"))
+    params: Any = list(model.named_parameters())
+    options: dict[str, Any] = {"aggregator": gk.PCGrad(), "process_group": group}
+    tensors = [p for _, p in params]
+    for p in tensors:
+        p.grad = torch.ones_like(p)
+    torch.manual_seed(rank)
+    *losses, h = model(torch.randn(8, 6).double(), torch.randn(T, 8).double())
+    if name == "absent on one rank" and rank == 1:
+        losses[1] = None
+    if name == "alone":
+        options["process_group"] = False
+    if name == "features":
+        options["features"] = h
+    if name == "whole rows":
+        options["aggregator"] = gk.MoCo()
+    if name == "subset":
+        options["aggregator"] = gk.GradAttention(update="subset")
+    if name == "gathered module":
+        params = model
+    if name == "gathered list":
+        params = list(model.named_parameters())
+    if name == "hook":
+        tensors[0].register_post_accumulate_grad_hook(lambda p: None)
+    try:
+        gk.backward(losses, params, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        untouched = all(p.grad is not None and bool((p.grad.full_tensor() == 1).all()) for p in tensors)
+        return Refused(str(error), untouched)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("absent on one rank", r"losses\[1\] is None on rank 1 and not on rank 0"),
+        ("alone", "params must not be DTensors; 'trunk.0.weight' is one, and this step is of one rank alone"),
+        ("features", "features= is not for DTensors in params"),
+        ("whole rows", r"with DTensors in params there is no MoCo\(.*\), which needs whole rows"),
+        ("subset", r"with DTensors in params there is no GradAttention\(update='subset'\)"),
+        ("gathered module", "params is a Module with tensors under fully_shard that are no DTensors"),
+        ("hook", "'trunk.0.weight' of shape .* has a post-accumulate hook|with a post-accumulate hook"),
+    ],
+)
+def test_what_is_refused_by_name(pool: Pool, name: str, text: str) -> None:
+    for raised in pool.run(refused, name, ranks=2):
+        assert raised is not None
+        assert re.search(text, raised.text), raised.text
+        assert raised.untouched
+
+
+def test_gathered_weights_in_a_list(pool: Pool) -> None:
+    for raised in pool.run(refused, "gathered list", ranks=2):
+        assert "params holds weights that fully_shard has gathered" in raised.text
