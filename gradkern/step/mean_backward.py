@@ -79,6 +79,8 @@ class MeanBackwardSink(WeightedBackwardSink):
         return found
 
     def _graphs(self) -> dict[int, Tensor]:
+        if self._targets.has_dtensors:  # as in agreed_reach
+            return super()._graphs()
         graphs, _ = together(self.comm, super()._graphs, lambda _: {})
         return graphs
 

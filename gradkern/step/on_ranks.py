@@ -150,9 +150,12 @@ def agreed_reach(comm: Comm, targets: Targets, work: Callable[[], list[tuple[boo
     Args:
         comm: the ranks.
         targets: the n parameters.
-        work: returns for each row and parameter whether this rank has a gradient.
+        work: returns for each row and parameter whether this rank has a gradient. With DTensors a rank that raises in
+            it does so at once: the others wait for messages of the backward pass, and must get no other ones.
     """
-    rows, of_ranks = together(comm, work, lambda reached: {"reach": digest(*reached)})
+    made = work() if targets.has_dtensors else None
+    ready = work if made is None else lambda: made
+    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest(*reached)})
     if len({of_rank["reach"] for of_rank in of_ranks}) > 1:
         n = len(targets.tensors)
         flags = [any(f) for f in zip(*comm.exchange_flags([f for row in rows for f in row]), strict=True)]

@@ -1,10 +1,14 @@
 """Runs with sharded parameters on several ranks, compared with one process that has the whole batch."""
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkern as gk
 from tests.distributed.jobs import Net, Run, T, mesh_of, sharded
@@ -125,3 +129,65 @@ def test_what_is_refused_by_name(pool: Pool, name: str, text: str) -> None:
 def test_gathered_weights_in_a_list(pool: Pool) -> None:
     for raised in pool.run(refused, "gathered list", ranks=2):
         assert "params holds weights that fully_shard has gathered" in raised.text
+
+
+def one_raises(rank: int, group: Any, name: str) -> tuple[str, list[Tensor | None]]:
+    """Take a step in which rank 1 raises between backward passes; return the error and every ``.grad``."""
+    model = Net(T)
+    sharded(model, mesh_of(group, 2, "resharded"))
+    params = list(model.named_parameters())
+    x, y = torch.randn(8, 6), torch.randn(T, 8)
+    losses: list[Any] = [lambda t=t: model.loss(t, x, y) for t in range(T)]
+
+    def raising() -> Tensor:
+        raise KeyError("the batch of rank 1")
+
+    if rank == 1:
+        losses[1] = raising
+    try:
+        gk.backward(losses, params, aggregator=gk.aggregator(name), process_group=group)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", [p.grad for _, p in params]
+    return "", []
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_a_rank_that_raises_between_passes_does_so_at_once(tmp_path: Path, method: str) -> None:
+    """The others raise by the timeout of the process group, and every ``.grad`` is as before."""
+    pool = Pool(2, tmp_path, timeout=4)
+    try:
+        (other, *grads), (own, *own_grads) = pool.run(one_raises, method, ranks=2, seconds=40)
+    finally:
+        pool.close()
+    assert own == "KeyError: 'the batch of rank 1'"
+    assert other.startswith(("RuntimeError", "DistBackendError"))
+    assert all(g is None for g in (*grads[0], *own_grads[0]))
+
+
+def counted(rank: int, group: Any, kept: bool, name: str) -> dict[str, int]:
+    """Return how many messages of each kind a step of one sharded group sends, its forward pass included."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    fully_shard(model, mesh=mesh_of(group, 2, ""), reshard_after_forward=True)
+    model.set_reshard_after_backward(not kept)
+    params = list(model.parameters())
+    x = torch.randn(4, 8, requires_grad=True)
+    counts: dict[str, int] = {}
+    for _ in range(2):
+        with CommDebugMode() as mode:
+            y = model(x).clone()
+            losses = [(y * (t + 1)).square().mean() for t in range(T)]
+            gk.backward(losses, params, aggregator=gk.aggregator(name), process_group=group)
+            model.reshard()
+        counts = {str(op): n for op, n in mode.get_comm_counts().items()}
+    return counts
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_messages(pool: Pool, kept: bool) -> None:
+    """Beside FSDP2's own there are two of the hosts, the losses and the dot products."""
+    for counts in pool.run(counted, kept, "pcgrad", ranks=2):
+        assert counts["c10d._reduce_scatter_base_"] == T
+        assert counts["c10d._allgather_base_"] == 4 + (2 if kept else 1 + T)
+    for counts in pool.run(counted, kept, "sum", ranks=2):
+        assert counts["c10d._reduce_scatter_base_"] == 1
+        assert counts["c10d._allgather_base_"] == 3 + 2
