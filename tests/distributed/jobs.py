@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,6 +105,12 @@ def sharded(model: nn.Module, mesh: DeviceMesh, **kwargs: Any) -> None:
     register_fsdp_forward_method(model, "loss")
 
 
+def kept_gathered(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the model, whose weights stay gathered until the step's end."""
+    sharded(model, mesh)
+    model.set_reshard_after_backward(False)
+
+
 def of_root(model: nn.Module, mesh: DeviceMesh) -> None:
     """Shard the model as one."""
     fully_shard(model, mesh=mesh)
@@ -121,20 +127,29 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(model.trunk, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
+def tensor_parallel_shards(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the trunk's layers along one dimension of the mesh, and shard all parameters along the other."""
+    tensor_parallel(model, mesh["parts"])
+    sharded(model, mesh["shards"])
+
+
 SHARDINGS: dict[str, Callable[[nn.Module, DeviceMesh], None]] = {
     "resharded": sharded,
     "kept": lambda model, mesh: sharded(model, mesh, reshard_after_forward=False),
+    "gathered": kept_gathered,
     "of root": of_root,
     "heads left out": heads_left_out,
     "replicas": sharded,
+    "columns": lambda model, mesh: sharded(model, mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1)),
+    "tensor parallel shards": tensor_parallel_shards,
     "tensor parallel": tensor_parallel,
 }
-ONE_BATCH = ("tensor parallel",)
-"""The shardings whose ranks all have the whole batch."""
 
 
 def mesh_of(group: Any, ranks: int, sharding: str) -> DeviceMesh:
     """Return a mesh of the ranks of a group; with replicas it has two rows."""
+    if sharding == "tensor parallel shards":
+        return init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shards", "parts"))
     if sharding == "replicas":
         return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicas", "shards"))
     return DeviceMesh.from_group(group or torch.distributed.group.WORLD, "cpu")
@@ -164,8 +179,13 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     infos = []
     for x, y in batches:
         own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
-        own = slice(0, BATCH) if run.sharding in ONE_BATCH else own
+        own = slice(0, BATCH) if run.sharding == "tensor parallel" else own
+        if run.sharding == "tensor parallel shards":  # pairs of ranks have the same part
+            own = slice(rank // 2 * 2 * BATCH // ranks, (rank // 2 + 1) * 2 * BATCH // ranks)
         infos.append(_step(run, opt, model, forward, x[own], y[:, own]))
+        for module in model.modules():
+            if run.sharding == "gathered" and isinstance(module, FSDPModule):
+                module.reshard()
     state = opt.state_dict() if not run.sharding else {"surgery": opt.state_dict()["surgery"]}
     return Result([whole(p.detach()) for _, p in params], infos, state)
 

@@ -18,14 +18,16 @@ from tests.distributed.test_equal import check
 METHODS = ["Sum", "PCGrad", "GradVac", "MGDA"]
 
 
-@pytest.mark.parametrize("sharding", ["resharded", "kept", "of root", "heads left out", "tensor parallel"])
+@pytest.mark.parametrize(
+    "sharding", ["resharded", "kept", "gathered", "of root", "heads left out", "columns", "tensor parallel"]
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_sharding_is_that_of_one_process(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 2)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sharding", ["resharded", "replicas"])
+@pytest.mark.parametrize("sharding", ["resharded", "replicas", "tensor parallel shards"])
 def test_four_ranks(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 4)
 
@@ -41,10 +43,11 @@ def test_other_methods(pool: Pool, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["Sum", "PCGrad"])
+@pytest.mark.parametrize("sharding", ["resharded", "heads left out", "columns"])
 @pytest.mark.parametrize("kind", ["update", "callables", "accumulate"])
-def test_every_way_to_take_a_step(pool: Pool, method: str, kind: str) -> None:
+def test_every_way_to_take_a_step(pool: Pool, method: str, sharding: str, kind: str) -> None:
     kinds: dict[str, Any] = {kind: True}
-    check(pool, Run(method, sharding="resharded", **kinds), 2)
+    check(pool, Run(method, sharding=sharding, **kinds), 2)
 
 
 @pytest.mark.parametrize(
