@@ -59,10 +59,11 @@ def as_dtensor(g: Tensor, p: Tensor) -> Tensor:
 
 
 def n_replicas(p: Tensor, n_ranks: int) -> int:
-    """Return how many ranks hold this rank's part of a parameter: all ranks if it is no DTensor."""
+    """Return how many of the ranks hold this rank's part of a parameter: all of them if it is no DTensor."""
     if not is_dtensor(p):
         return n_ranks
-    return prod(n for n, placement in zip(p.device_mesh.shape, p.placements, strict=True) if placement.is_replicate())
+    along = zip(p.device_mesh.shape, p.placements, strict=True)
+    return n_ranks // prod(n for n, placement in along if not placement.is_replicate())
 
 
 def start_here(p: Tensor) -> int | None:
@@ -91,24 +92,24 @@ def is_first_replica(p: Tensor, rank: int) -> bool:
 
 
 def refuse_meshes(params: Sequence[tuple[str, Tensor]], ranks: Collection[int]) -> None:
-    """Raise unless each DTensor lies on the ranks of a step, and is whole there.
+    """Raise unless DTensors lie on the ranks of a step, and are whole there.
+
+    Some may lie on a part of the mesh that others lie on, and on each such part alike.
 
     Args:
         params: parameters with their names.
         ranks: the global numbers of the ranks.
     """
-    known: set[Any] = set()
-    for name, p in params:
-        if not is_dtensor(p):
-            continue
-        if p.device_mesh not in known:
-            known.add(p.device_mesh)
-            of_mesh = p.device_mesh.mesh.flatten().tolist()
-            if set(of_mesh) != set(ranks):
-                raise ValueError(
-                    f"process_group has the ranks {sorted(ranks)}, but {name} in params is a DTensor on the ranks "
-                    f"{sorted(of_mesh)}: give the group of its device mesh, or make it on all ranks of the step"
-                )
+    dtensors = [(name, p) for name, p in params if is_dtensor(p)]
+    meshes = {p.device_mesh: set(p.device_mesh.mesh.flatten().tolist()) for _, p in dtensors}
+    covered = set().union(*meshes.values())
+    for name, p in dtensors:
+        of_mesh = meshes[p.device_mesh]
+        if covered != set(ranks) or (of_mesh != covered and covered not in meshes.values()):
+            raise ValueError(
+                f"process_group has the ranks {sorted(ranks)}, but {name} in params is a DTensor on the ranks "
+                f"{sorted(of_mesh)}: give the group of its device mesh, or make it on all ranks of the step"
+            )
         if any(placement.is_partial() for placement in p.placements):
             raise ValueError(f"{name} in params is a DTensor of sums that are not added up, {p.placements}")
         if p._post_accumulate_grad_hooks:

@@ -152,16 +152,16 @@ def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> Non
     needs_starts = {"GradAttention": isinstance(method, GradAttention), "Suppression": options.suppression is not None}
     for what, is_used in needs_starts.items():
         if is_used:
-            _refuse_scattered(what, targets)
+            _refuse_scattered(what, targets, comm)
 
 
-def _refuse_scattered(what: str, targets: Targets) -> None:
-    """Raise NotImplementedError unless the numbers of this rank's parts are neighbours in their parameters."""
+def _refuse_scattered(what: str, targets: Targets, comm: Comm) -> None:
+    """Raise NotImplementedError unless the numbers of parts are neighbours in their parameters, on all ranks alike."""
     for k, p in enumerate(targets.tensors):
-        if start_here(p) is None:
+        if start_here(p) is None or (is_dtensor(p) and p.device_mesh.size() < comm.size):
             raise NotImplementedError(
-                f"{what} is for DTensors that are cut along dimension 0 alone; {targets.name(k)} in params has the "
-                f"placements {p.placements}"  # type: ignore[attr-defined]
+                f"{what} is for DTensors that are cut along dimension 0 alone, on a mesh of all ranks; {targets.name(k)} "
+                f"in params is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
             )
 
 
