@@ -160,8 +160,8 @@ def _refuse_scattered(what: str, targets: Targets, comm: Comm) -> None:
     for k, p in enumerate(targets.tensors):
         if start_here(p) is None or (is_dtensor(p) and p.device_mesh.size() < comm.size):
             raise NotImplementedError(
-                f"{what} is for DTensors that are cut along dimension 0 alone, on a mesh of all ranks; {targets.name(k)} "
-                f"in params is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
+                f"{what} is for DTensors that are cut along dimension 0 alone, on a mesh of all ranks; in params "
+                f"{targets.name(k)} is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
             )
 
 
