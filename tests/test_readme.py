@@ -180,6 +180,12 @@ def accelerated(names: Names) -> None:
     names["accelerator"] = accelerate.Accelerator(cpu=True)
 
 
+def on_one_rank(names: Names) -> None:
+    """Let nothing be sharded, which needs several processes; tests/distributed trains in this way there."""
+    names["fully_shard"], names["FSDPModule"] = lambda model: None, ()
+    names["model"].set_reshard_after_backward = lambda value: None
+
+
 def acting(names: Names) -> None:
     names["actor"], names["critic"] = names["model"], MultiHead()
     names["batches"] = [(names["x"], names["y"]), None, (2 * names["x"], names["y"])]
@@ -197,6 +203,7 @@ GIVEN: dict[str, Callable[[Names], None]] = {
     "Hugging Face Accelerate": accelerated,
     "Hugging Face Trainer": lambda names: pytest.importorskip("transformers"),
     "conflictfree": lambda names: pytest.importorskip("conflictfree"),
+    "Several ranks": on_one_rank,
     "Multi-task reinforcement learning": acting,
 }
 """Functions that add the names a section needs besides the common ones."""

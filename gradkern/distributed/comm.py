@@ -50,6 +50,11 @@ class Comm:
         assert group is not None, "whoever found the ranks by their group holds it"
         return group
 
+    @property
+    def ranks(self) -> list[int]:
+        """The numbers of the ranks in the default group."""
+        return dist.get_process_group_ranks(self.group)
+
     def keep(self, key: Any, memory: Any) -> None:
         """Keep memory for a later step."""
         self._kept[key] = memory

@@ -56,7 +56,7 @@ class Accumulation:
         for i, grads in losses.passes(targets.tensors):
             self._broken = True  # if a later pass raises, only some tasks' gradients have been added
             with torch.no_grad():
-                _add(self._rows[i], targets.tensors, readable(grads, targets.tensors, targets.layouts))
+                _add(self._rows[i], targets.tensors, readable(grads, targets.here, targets.layouts))
                 if thawed := losses.frozen_grads.pop(i, None):
                     of_thawed = readable([*thawed.values()], [*thawed], layouts_of([*thawed]))
                     _add(self._rows[i], [*thawed], of_thawed)

@@ -63,6 +63,7 @@ class Losses:
         present: as for :class:`Source`.
         values: as for :class:`Source`.
         loss_scale: as for :class:`Source`.
+        differentiate: runs a backward pass, and returns the gradients.
         frozen: parameters that do not require grad when the step begins, and that a callable may let require it.
         frozen_grads: as for :class:`Source`.
     """
@@ -79,6 +80,7 @@ class Losses:
         self.values: list[Tensor | None] = []
         self.loss_scale: Tensor | None = None
         self.device = torch.device("cpu")
+        self.differentiate = differentiated
         self.frozen: Sequence[Tensor] = ()
         self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
 
@@ -125,7 +127,7 @@ class Losses:
             seed = torch.ones_like(value) if weights is None else _filled(value, weights[i])
             thawed = [p for p in self.frozen if p.requires_grad] if self.frozen else []
             reached = [*targets, *thawed] if thawed else targets
-            grads = differentiated(f"losses[{i}]", (value,), reached, self.retain_graph or not free[i], (seed,))
+            grads = self.differentiate(f"losses[{i}]", (value,), reached, self.retain_graph or not free[i], (seed,))
             if not self._refuse_reentrant(i, value, key, grads):
                 raise unreached(i)
             if keep or thawed:

@@ -1,6 +1,5 @@
 """The parameters of a step: checked, named, numbered into groups, and shared between tasks or not."""
 
-import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from gradkern.gradients.layouts import PLANS, Layouts, Reach, layouts_of, recognized
 from gradkern.gradients.plan import Arrangement, arranged
+from gradkern.gradients.sharded import parts_here, refuse_gathered
 from gradkern.ops.dtypes import DTYPES
 
 Params = nn.Module | Iterable[Tensor] | Iterable[tuple[str, Tensor]]
@@ -42,11 +42,18 @@ def parameters(params: Params) -> Parameters:
     return given
 
 
-def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
-    """Return the places of the tensors that require grad, these tensors, and their layouts.
+class _Trainable(NamedTuple):  # the given tensors that require grad, and the first four fields of Targets
+    places: list[int]
+    tensors: list[Tensor]
+    here: list[Tensor]
+    layouts: Layouts
+
+
+def _trainable(given: Parameters) -> _Trainable:
+    """Return the tensors that require grad.
 
     Raises:
-        TypeError: a tensor has a dtype that gradient surgery does not support, or is a DTensor.
+        TypeError: a tensor has a dtype that gradient surgery does not support.
         ValueError: no tensor is given, or none requires grad; a tensor is given twice, or is not a leaf; trainable
             tensors are on several devices, or nothing can be added to a ``.grad``.
     """
@@ -55,15 +62,16 @@ def _trainable(given: Parameters) -> tuple[list[int], list[Tensor], Layouts]:
         raise ValueError("params is empty; an iterator is, once it has been used")
     known = recognized(tensors)
     if known is not None and known.checked:  # distinct leaves that require grad
-        places, trainable, layouts = list(range(len(tensors))), tensors, known
+        found = _Trainable(list(range(len(tensors))), tensors, tensors, known)
     else:
         places, trainable = _requiring_grad(given)
-        layouts = layouts_of(trainable)
-    _check_grads(given, places)
-    if not layouts.checked:
-        _check(given, places)
-        layouts.checked = True
-    return places, trainable, layouts
+        here = parts_here(trainable)
+        found = _Trainable(places, trainable, here, layouts_of(here))
+    _check_grads(given, found.places)
+    if not found.layouts.checked:
+        _check(given, found.places)
+        found.layouts.checked = True
+    return found
 
 
 def _requiring_grad(given: Parameters) -> tuple[list[int], list[Tensor]]:
@@ -102,6 +110,7 @@ def read(argument: str, params: Params) -> Parameters:
         ValueError: two tensors have one name.
     """
     if isinstance(params, nn.Module):
+        refuse_gathered(argument, params)
         params = params.named_parameters()
     if not isinstance(params, list) and (isinstance(params, Tensor | str) or not isinstance(params, Iterable)):
         raise TypeError(f"{argument} must be a Module, tensors or (name, tensor) pairs, got {type(params).__name__}")
@@ -146,18 +155,12 @@ def subset(shared: Params, given: Parameters) -> set[Tensor]:
 
 def _check(given: Parameters, places: Sequence[int]) -> None:
     """Raise unless the layouts of the parameters at ``places`` are permitted."""
-    dtensor = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
     device = given.tensors[places[0]].device
     for k in places:
         p, name = given.tensors[k], given.name(k)
         if p.dtype not in TRAINABLE:
             raise TypeError(
                 f"params must be float32, float64, bfloat16, float16, complex64 or complex128; {name} is {p.dtype}"
-            )
-        if dtensor is not None and isinstance(p, dtensor.DTensor):
-            raise TypeError(
-                f"params must not be DTensors; {name} is one: the dot products of its shards would be "
-                "combined on each rank alone, and the ranks would drift apart"
             )
         if p.device != device:
             raise ValueError(f"params must be on one device; {name} is on {p.device}, others on {device}")
@@ -242,8 +245,10 @@ class Targets(NamedTuple):
     """All parameters given, frozen ones too."""
     tensors: list[Tensor]
     """n parameters that require grad."""
+    here: list[Tensor]
+    """The part of each on this rank: the shard of a DTensor; ``tensors`` themselves if there is none."""
     layouts: Layouts
-    """Their layouts."""
+    """The layouts of these parts."""
     places: list[int]
     """The index of each among all given parameters."""
     grouping: Grouping
@@ -263,25 +268,27 @@ class Targets(NamedTuple):
             TypeError, ValueError: as :func:`parameters`, :func:`grouping` and :func:`subset`.
         """
         given = read("params", params)
-        places, tensors, layouts = _trainable(given)
-        return cls._at(
-            places, tensors, layouts, given, grouping(given, groups), None if shared is None else subset(shared, given)
-        )
+        found = _trainable(given)
+        return cls._at(found, given, grouping(given, groups), None if shared is None else subset(shared, given))
 
     @classmethod
     def _at(
         cls,
-        places: list[int],
-        tensors: list[Tensor],
-        layouts: Layouts,
+        found: _Trainable,
         given: Parameters,
         grouping: Grouping,
         chosen: set[Tensor] | None,
     ) -> "Targets":
+        places, tensors, here, layouts = found
         named = None if chosen is None else tuple([p in chosen for p in tensors])
         numbers = grouping.numbers
         groups = tuple(numbers if len(places) == len(numbers) else [numbers[k] for k in places])
-        return cls(given, tensors, layouts, places, grouping, chosen, groups, named)
+        return cls(given, tensors, here, layouts, places, grouping, chosen, groups, named)
+
+    @property
+    def has_dtensors(self) -> bool:
+        """Whether any of the parameters is a DTensor."""
+        return self.here is not self.tensors
 
     @property
     def device(self) -> torch.device:
@@ -318,7 +325,8 @@ class Targets(NamedTuple):
         _check(self.given, places)
         _check_grads(self.given, places)
         tensors = [self.given.tensors[k] for k in places]
-        return self._at(places, tensors, layouts_of(tensors), self.given, self.grouping, self.chosen)
+        found = _Trainable(places, tensors, tensors, layouts_of(tensors))
+        return self._at(found, self.given, self.grouping, self.chosen)
 
     def are_shared(self, reach: Reach) -> tuple[bool, ...]:
         """Return whether each parameter is shared: named, or if none are named, reached by at least two tasks.

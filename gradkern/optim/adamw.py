@@ -15,6 +15,7 @@ from gradkern.arguments import listed, shown
 from gradkern.gradients.layouts import layouts_of, new_grad_stride
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged
+from gradkern.gradients.sharded import parts_here
 from gradkern.ops import operators
 from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
@@ -202,9 +203,9 @@ class AdamW(torch.optim.AdamW):
             lr = group["lr"].reshape(()).to(device)
             lr_scale = lr if lr_scale is None else lr * lr_scale
         operators.adamw(
-            TaskGrads(batch.of(rows.grads), batch.segments, len(w)),
+            TaskGrads(parts_here(batch.of(rows.grads)), batch.segments, len(w)),
             w,
-            AdamWState(params, moments, steps),
+            AdamWState(parts_here(params), parts_here(moments), steps),
             AdamWStep(found_inf, lr_scale, hyperparameters),
             mask_over(batch.columns, rows.mask),
             direction.kept,

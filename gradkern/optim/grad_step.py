@@ -1,6 +1,7 @@
 """The second half of an update by ``.grad``: clipping and the step."""
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gradkern.gradients.sharded import has_dtensors, is_dtensor, parts_here
 from gradkern.info import SurgeryInfo
 
 
@@ -73,4 +75,18 @@ def _clip(params: Sequence[Tensor], max_norm: float) -> Tensor:
                 f"max_norm cannot clip the sparse gradient of a parameter of shape {tuple(p.shape)}: give no max_norm, "
                 "or make the layer with sparse=False"
             )
-    return torch.nn.utils.clip_grad_norm_(given, max_norm)
+    if not has_dtensors(given):
+        return torch.nn.utils.clip_grad_norm_(given, max_norm)
+    grads = [p.grad for p in given if p.grad is not None]
+    norm = _norm(grads)
+    torch._foreach_mul_(parts_here(grads), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm over whole gradients, of which some are DTensors; torch has none over several meshes."""
+    alike: dict[Any, list[Tensor]] = defaultdict(list)
+    for g in grads:
+        alike[(g.device_mesh, g.placements) if is_dtensor(g) else None].append(g)
+    norms = [torch.nn.utils.get_total_norm(of_kind) for of_kind in alike.values()]
+    return torch.linalg.vector_norm(torch.stack([n.full_tensor() if is_dtensor(n) else n for n in norms]))

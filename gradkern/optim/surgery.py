@@ -17,6 +17,7 @@ from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source, entries_of
 from gradkern.gradients.memory import Memory
 from gradkern.gradients.parameters import Groups, Params, Targets
+from gradkern.gradients.sharded import parts_here
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR, rescale
@@ -261,7 +262,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._refuse_within_accumulate("step()")
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
-        params = [p for p in self._tensors() if closure is not None or p.grad is not None]
+        params = parts_here([p for p in self._tensors() if closure is not None or p.grad is not None])
         before = [torch.empty_like(p) for p in params]
         torch._foreach_copy_(before, [p.detach() for p in params])
         result = self._inner_step(closure)

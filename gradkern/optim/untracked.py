@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.losses import Loss
+from gradkern.gradients.sharded import has_dtensors
 from gradkern.warn import warn_user
 
 
@@ -24,6 +25,9 @@ class Untracked:
         if self._done:
             return losses
         known, found = set(tracked()), dict[Tensor, None]()
+        if has_dtensors(known):  # the leaves of a graph through fully_shard are not the parameters
+            self._done = True
+            return losses
         still_to_run = sum(map(callable, losses))
 
         def look(value: object) -> None:

@@ -50,8 +50,9 @@ def backward(
             ``requires_grad``: its task trains what requires grad when it returns. Callables enter autocast themselves
             if they need it.
         params: a Module, tensors, or (name, tensor) pairs: dense leaf tensors on one device; float32, float64,
-            bfloat16, float16, complex64 or complex128, also mixed. Complex gradients count as pairs of real numbers.
-            Names are distinct. Those that do not require grad are skipped, and so are lazy ones without a shape.
+            bfloat16, float16, complex64 or complex128, also mixed. Complex gradients count as pairs of real numbers. On
+            several ranks they may be DTensors. Names are distinct. Those that do not require grad are skipped, and so
+            are lazy ones without a shape.
         aggregator: the method, such as ``gradkern.PCGrad()``.
         groups: the groups of parameters, each with its own Gramian and weights: "model", one group of all parameters;
             "parameter", one group for each; "module", one group for each module that owns parameters; or a function
@@ -75,7 +76,8 @@ def backward(
         process_group: the ranks of torch.distributed that take the step together, each with its part of the batch: a
             process group; None for the default one if there is one; False for this rank alone. The task gradients are
             means over the ranks, and all ranks get the same result. So all must give the same ``params``, with the same
-            values, and as many losses; a task that a rank lacks counts there with a loss of 0.
+            values, and as many losses; a task that a rank lacks counts there with a loss of 0. If ``params`` holds
+            DTensors, the ranks are those of their device mesh, and all ranks give losses of the same tasks.
 
     Returns:
         The step's losses, Gramian and weights, as tensors that stay on the device. On several ranks ``losses`` are

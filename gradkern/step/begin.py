@@ -1,7 +1,7 @@
 """The agreement of the ranks: facts that must be equal on all of them before the first backward pass of a step."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 from weakref import ref
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
+from gradkern.aggregators import GradAttention
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.refused import refuse_join, refuse_marked
 from gradkern.gradients.graph import leaves, refuse_static_graph
-from gradkern.gradients.layouts import make_room
+from gradkern.gradients.layouts import grad_dtype, make_room, real_numel
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
+from gradkern.gradients.sharded import is_dtensor, refuse_meshes, start_here
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
 
@@ -63,7 +65,10 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         targets, second = opened()
         _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
+        if targets.has_dtensors:
+            _refuse_with_dtensors(comm, targets, options)
         if _is_new(comm, targets):
+            _refuse_freed(targets)
             _refuse_wrappers(source, targets)
         return targets, second
 
@@ -76,7 +81,7 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "method": _method_digest(options),
             "tasks": len(source.present),
             "parameters": len(targets.tensors),
-            "numbers": targets.layouts.numel,
+            "numbers": sum(map(real_numel, targets.tensors)) if targets.has_dtensors else targets.layouts.numel,
             "layout": _layout_digest(targets),
             "groups": digest(targets.groups, targets.named),
             "first step": is_new,
@@ -89,7 +94,10 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
     _note(comm, targets)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
-        present = [any(flags) for flags in zip(*comm.exchange_flags(source.present), strict=True)]
+        of_tasks = list(zip(*comm.exchange_flags(source.present), strict=True))
+        present = [any(flags) for flags in of_tasks]
+        if targets.has_dtensors:
+            _refuse_absent(of_tasks)
     plan = plans_of(comm, targets).get(tuple(present))
     if len({of_rank["plans"] for of_rank in of_ranks}) > 1:
         plan = None
@@ -117,6 +125,54 @@ def _refuse_targets(targets: Targets) -> None:
         raise NotImplementedError("params have no shapes yet: on several ranks run lazy modules once before the step")
     if capturing(targets.device):
         raise NotImplementedError("a step on several ranks cannot be captured in a CUDA graph: its hosts talk")
+
+
+def _refuse_freed(targets: Targets) -> None:
+    """Raise ValueError for a tensor without its memory: reading it would end the process."""
+    for k, p in enumerate(targets.here):
+        if p.numel() and not p.untyped_storage().nbytes():
+            raise ValueError(
+                f"{targets.name(k)} in params has no memory, as a weight that fully_shard has gathered and freed: take "
+                "the parameters before the first forward pass"
+            )
+
+
+def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> None:
+    """Raise for what does not work with DTensors among the parameters."""
+    refuse_meshes([(targets.name(k), p) for k, p in enumerate(targets.tensors)], comm.ranks)
+    method = options.aggregator
+    refused = {
+        "memory=True": options.memory is not None,
+        f"{method!r}, which needs whole rows on every rank,": options.needs_whole_rows,
+        "GradAttention(update='subset')": isinstance(method, GradAttention) and method.update == "subset",
+    }
+    for what, is_used in refused.items():
+        if is_used:
+            raise NotImplementedError(f"with DTensors in params there is no {what} yet")
+    needs_starts = {"GradAttention": isinstance(method, GradAttention), "Suppression": options.suppression is not None}
+    for what, is_used in needs_starts.items():
+        if is_used:
+            _refuse_scattered(what, targets, comm)
+
+
+def _refuse_scattered(what: str, targets: Targets, comm: Comm) -> None:
+    """Raise NotImplementedError unless the numbers of parts are neighbours in their parameters, on all ranks alike."""
+    for k, p in enumerate(targets.tensors):
+        if start_here(p) is None or (is_dtensor(p) and p.device_mesh.size() < comm.size):
+            raise NotImplementedError(
+                f"{what} is for DTensors that are cut along dimension 0 alone, on a mesh of all ranks; in params "
+                f"{targets.name(k)} is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
+            )
+
+
+def _refuse_absent(of_tasks: Sequence[Sequence[bool]]) -> None:
+    """Raise ValueError, on all ranks, if only some of them have a task: their backward passes wait for each other."""
+    for t, flags in enumerate(of_tasks):
+        if any(flags) and not all(flags):
+            raise ValueError(
+                f"losses[{t}] is None on rank {flags.index(False)} and not on rank {flags.index(True)}: with DTensors "
+                "in params all ranks run the same backward passes, so give a loss that is multiplied by 0"
+            )
 
 
 def _refuse_wrappers(source: Source, targets: Targets) -> None:
@@ -171,6 +227,9 @@ def _method_digest(options: Options) -> int:
 
 def _layout_digest(targets: Targets) -> int:
     layouts = targets.layouts
+    if targets.has_dtensors:  # the layouts are of parts
+        placements = tuple([repr(getattr(p, "placements", None)) for p in targets.tensors])
+        return digest(tuple([(*p.shape, *p.stride(), str(grad_dtype(p))) for p in targets.tensors]), placements)
     return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
 
 
@@ -178,7 +237,8 @@ def _layout_digest(targets: Targets) -> int:
 def _checksum(targets: Targets) -> int:
     """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it, once."""
     total = torch.zeros((), dtype=torch.int64, device=targets.device)
-    for k, p in enumerate(p for p in targets.given.tensors if not is_lazy(p)):
+    given = [p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)]
+    for k, p in enumerate(given):
         x = (torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().view(-1)
         total += (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
     return int(total)

@@ -11,9 +11,9 @@ from gradkern.distributed.agreement import together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.draws import same_draws
 from gradkern.distributed.reduction import mean_row
-from gradkern.gradients.engine import differentiated
 from gradkern.gradients.losses import Losses
 from gradkern.gradients.param_grads import added, readable
+from gradkern.gradients.sharded import as_dtensor, is_dtensor
 from gradkern.step.on_ranks import agreed_reach, mean_losses, refuse_sparse, refuse_switched
 from gradkern.step.shard_rows import buckets_for, results_of
 from gradkern.step.sinks import WeightedBackwardSink, accumulate
@@ -39,9 +39,11 @@ class MeanBackwardSink(WeightedBackwardSink):
         (reach,) = agreed_reach(self.comm, targets, self._differentiate)
         own = self._observed()
         places = [k for k, kind in enumerate(reach) if kind is not None]
+        plain = [k for k in places if not is_dtensor(targets.tensors[k])]
         with torch.no_grad():
-            vectors = mean_row(self.comm, buckets_for(places, targets.layouts, self.comm, 1), self._row, targets.device)
-        accumulate([*results_of(vectors, targets), *own])
+            vectors = mean_row(self.comm, buckets_for(plain, targets.layouts, self.comm, 1), self._row, targets.device)
+            means = dict(results_of(vectors, targets)) | self._of_dtensors()
+        accumulate([*((p, means[p]) for p in targets.tensors if p in means), *own])
         return None
 
     def mean_losses(self) -> Tensor:
@@ -61,14 +63,24 @@ class MeanBackwardSink(WeightedBackwardSink):
         else:
             total = self._sum(self._present)
             one = torch.ones_like(total)
-            sums = differentiated("one of losses", (total,), targets.tensors, self._retain_graph, (one,))
+            sums = self.losses.differentiate("one of losses", (total,), targets.tensors, self._retain_graph, (one,))
         refuse_switched(self.losses, targets)
         with torch.no_grad():
-            self._row = readable(sums, targets.tensors, targets.layouts)
+            self._row = readable(sums, targets.here, targets.layouts)
         refuse_sparse(0, self._row, targets)
         return [tuple([g is not None for g in self._row])]
 
+    def _of_dtensors(self) -> dict[Tensor, Tensor]:
+        """Return the DTensors' gradients, which the backward pass has averaged."""
+        found: dict[Tensor, Tensor] = {}
+        for p, here, g in zip(self._targets.tensors, self._targets.here, self._row, strict=True):
+            if g is not None and is_dtensor(p):
+                found[p] = as_dtensor(torch.view_as_complex(g) if here.is_complex() else g, p)
+        return found
+
     def _graphs(self) -> dict[int, Tensor]:
+        if self._targets.has_dtensors:  # as in agreed_reach
+            return super()._graphs()
         graphs, _ = together(self.comm, super()._graphs, lambda _: {})
         return graphs
 

@@ -15,6 +15,7 @@ from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
+from gradkern.gradients.sharded import parts_here
 from gradkern.step.begin import Start, plans_of
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import rows_of, tells_absent, units_of
@@ -149,9 +150,12 @@ def agreed_reach(comm: Comm, targets: Targets, work: Callable[[], list[tuple[boo
     Args:
         comm: the ranks.
         targets: the n parameters.
-        work: returns for each row and parameter whether this rank has a gradient.
+        work: returns for each row and parameter whether this rank has a gradient. With DTensors a rank that raises in
+            it does so at once: the others wait for messages of the backward pass, and must get no other ones.
     """
-    rows, of_ranks = together(comm, work, lambda reached: {"reach": digest(*reached)})
+    made = work() if targets.has_dtensors else None
+    ready = work if made is None else lambda: made
+    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest(*reached)})
     if len({of_rank["reach"] for of_rank in of_ranks}) > 1:
         n = len(targets.tensors)
         flags = [any(f) for f in zip(*comm.exchange_flags([f for row in rows for f in row]), strict=True)]
@@ -182,7 +186,7 @@ def refuse_sparse(t: int, row: Row, targets: Targets) -> None:
 
 def refuse_switched(source: Source, targets: Targets) -> None:
     """Raise NotImplementedError if a callable has changed which parameters require grad, or their layouts."""
-    if source.frozen_grads or layouts_of(targets.tensors) is not targets.layouts:
+    if source.frozen_grads or layouts_of(parts_here(targets.tensors)) is not targets.layouts:
         raise NotImplementedError(
             "a callable of losses has switched requires_grad or changed a parameter's form: on several ranks do so "
             "before the step"

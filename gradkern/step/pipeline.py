@@ -15,8 +15,10 @@ from gradkern.aggregators.base import Aggregator
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.distributed.comm import comm_of
 from gradkern.distributed.draws import same_draws
+from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
+from gradkern.gradients.sharded import differentiated_by_hooks, is_dtensor
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.averages import averaged
@@ -26,6 +28,7 @@ from gradkern.step.gather import gathered
 from gradkern.step.notices import look
 from gradkern.step.on_ranks import gathered_on_ranks
 from gradkern.step.options import Options
+from gradkern.step.part_rows import part_rows
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
 from gradkern.step.sinks import Sink, WeightedBackwardSink
@@ -62,6 +65,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     if comm is None:
         targets, second_losses = _opened(source, options, params, second)
         present = source.present
+        _refuse_dtensors(targets)
     else:
         begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second))
         targets, second_losses, present = begun.targets, None, begun.present
@@ -74,6 +78,8 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
         return _info(sink.mean_losses(), targets, outcome, kept=None, step_scale=None)
     if begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
+    elif targets.has_dtensors:
+        new, rows = [], part_rows(source, options, begun)
     else:
         targets, new, rows = gathered_on_ranks(source, options, begun)
     if second_losses is not None:
@@ -127,8 +133,23 @@ def _opened(source: Source, options: Options, params: Params, second: Second) ->
 def open_source(source: Source, targets: Targets) -> None:
     """Open a source for the targets of a step."""
     source.open(targets.device)
-    if isinstance(source, Losses) and source.has_callables:
+    if not isinstance(source, Losses):
+        return
+    if source.has_callables:
         source.frozen = targets.frozen
+    if targets.has_dtensors:
+        if isinstance(source, LossesOnFeatures):
+            raise NotImplementedError("features= is not for DTensors in params: leave it out, with the same result")
+        source.differentiate = differentiated_by_hooks
+
+
+def _refuse_dtensors(targets: Targets) -> None:
+    if targets.has_dtensors:
+        name = next(targets.given.name(k) for k in targets.places if is_dtensor(targets.given.tensors[k]))
+        raise TypeError(
+            f"params must not be DTensors; {name} is one, and this step is of one rank alone: give process_group= two "
+            "or more ranks, all of the DTensors' device mesh"
+        )
 
 
 def _check_present(present: Sequence[bool], aggregator: Aggregator) -> None:

@@ -16,6 +16,7 @@ from gradkern.gradients.losses import Losses, stacked, unreached, unscaled
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
+from gradkern.gradients.sharded import is_dtensor
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.surgery import Outcome, of_optimizer
 
@@ -195,10 +196,10 @@ class WeightedBackwardSink(GradSink):
 
     def _sum(self, present: dict[int, Tensor]) -> Tensor:
         """Return the weighted sum of the losses; raise for graphs whose backward pass would raise halfway."""
-        reachable = set(self._targets.tensors)
+        targets, reachable = self._targets, set(self._targets.tensors)
         for i, loss in present.items():
             graph.refuse_reentrant(f"losses[{i}]", loss)  # it would raise halfway
-            if not any(leaf in reachable for leaf in graph.leaves(loss)):
+            if not (targets.has_dtensors or any(leaf in reachable for leaf in graph.leaves(loss))):
                 raise unreached(i)
         with torch.enable_grad():
             terms = [self._weights[i] * loss for i, loss in present.items()]
@@ -240,21 +241,21 @@ def write(results: Sequence[tuple[Tensor, Tensor]]) -> None:
 
     All memory is there before the first ``.grad`` is written.
     """
-    new, sparse, totals, terms = [], [], [], []
+    new, singly, totals, terms = [], [], [], []
     for p, g in results:
         total = p.grad
         if total is None:
             new.append((p, g if g._base is None else g.detach()))  # autograd may return a view, and .grad must be none
         elif total.is_sparse:
             new.append((p, added(total, g)))
-        elif g.is_sparse:
-            sparse.append((total, g))
+        elif g.is_sparse or is_dtensor(g):  # foreach takes no tensors of several kinds
+            singly.append((total, g))
         else:
             totals.append(total)
             terms.append(g)
     for p, g in new:
         p.grad = g
-    for total, g in sparse:
+    for total, g in singly:
         total += g
     if totals:
         torch._foreach_add_(totals, terms)

@@ -5,6 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
@@ -47,6 +51,7 @@ class Run(NamedTuple):
         features: whether the trunk's output is given.
         second: whether steps have a second batch, the first one with other targets.
         options: more arguments of the optimizer; a name of ``OPTIONS``.
+        sharding: a name of ``SHARDINGS``.
     """
 
     method: str = "PCGrad"
@@ -60,6 +65,7 @@ class Run(NamedTuple):
     features: bool = False
     second: bool = False
     options: str = ""
+    sharding: str = ""
 
 
 OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
@@ -69,6 +75,7 @@ OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
     "shared": lambda model: {"shared": list(model.trunk[2].parameters())},
     "suppression": lambda _: {"suppression": gk.Suppression(0.4, seed=3)},
     "suppression of all": lambda _: {"suppression": gk.Suppression(0.4, block=2, scope="all", seed=3)},
+    "suppression in blocks": lambda _: {"suppression": gk.Suppression(0.4, block=4, seed=3)},
     "conflict_lr": lambda _: {"conflict_lr": gk.ConflictLR()},
 }
 
@@ -91,24 +98,96 @@ class Net(MultiHead):
         return (*losses, h)
 
 
+def sharded(model: nn.Module, mesh: DeviceMesh, **kwargs: Any) -> None:
+    """Shard the trunk's layers, a head and the rest, each by itself; a part of some parameters is empty."""
+    for module in (model.trunk[0], model.trunk[2], model.heads[0], model):
+        fully_shard(module, mesh=mesh, **kwargs)
+    register_fsdp_forward_method(model, "loss")
+
+
+def kept_gathered(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the model, whose weights stay gathered until the step's end."""
+    sharded(model, mesh)
+    model.set_reshard_after_backward(False)
+
+
+def of_root(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the model as one."""
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+
+
+def heads_left_out(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard the trunk alone."""
+    fully_shard(model.trunk, mesh=mesh)
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the trunk's first layer by columns and its second by rows; the heads are whole on all ranks."""
+    parallelize_module(model.trunk, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+
+
+def tensor_parallel_shards(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Cut the trunk's layers along one dimension of the mesh, and shard all parameters along the other."""
+    tensor_parallel(model, mesh["parts"])
+    sharded(model, mesh["shards"])
+
+
+SHARDINGS: dict[str, Callable[[nn.Module, DeviceMesh], None]] = {
+    "resharded": sharded,
+    "kept": lambda model, mesh: sharded(model, mesh, reshard_after_forward=False),
+    "gathered": kept_gathered,
+    "of root": of_root,
+    "heads left out": heads_left_out,
+    "replicas": sharded,
+    "columns": lambda model, mesh: sharded(model, mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1)),
+    "tensor parallel shards": tensor_parallel_shards,
+    "tensor parallel": tensor_parallel,
+}
+
+
+def mesh_of(group: Any, ranks: int, sharding: str) -> DeviceMesh:
+    """Return a mesh of the ranks of a group; with replicas it has two rows."""
+    if sharding == "tensor parallel shards":
+        return init_device_mesh("cpu", (ranks // 2, 2), mesh_dim_names=("shards", "parts"))
+    if sharding == "replicas":
+        return init_device_mesh("cpu", (2, ranks // 2), mesh_dim_names=("replicas", "shards"))
+    return DeviceMesh.from_group(group or torch.distributed.group.WORLD, "cpu")
+
+
+def whole(p: Tensor) -> Tensor:
+    """Return a whole tensor of a DTensor's parts."""
+    return p.full_tensor() if isinstance(p, DTensor) else p
+
+
 def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     """Return the result of a run with this rank's part of each batch; the whole batch with one rank."""
     torch.manual_seed(0)
     model = Net(T).to(run.dtype)
     method = METHODS[run.method]() if run.method in METHODS else TABLE[run.method].seeded(7)
     params = [*model.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
+    forward: nn.Module = model
+    if run.sharding and ranks > 1:
+        SHARDINGS[run.sharding](model, mesh_of(group, ranks, run.sharding))
+        params = [*model.named_parameters(), *params[len(list(model.parameters())) :]]
     inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
     opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
     batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
-    forward: nn.Module = model
     if (run.ddp or run.unused) and ranks > 1:
         forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)
     torch.manual_seed(5 if rank == 0 else 100 + rank)  # the numbers drawn are those of rank 0
     infos = []
     for x, y in batches:
         own = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
+        own = slice(0, BATCH) if run.sharding == "tensor parallel" else own
+        if run.sharding == "tensor parallel shards":  # pairs of ranks have the same part
+            own = slice(rank // 2 * 2 * BATCH // ranks, (rank // 2 + 1) * 2 * BATCH // ranks)
         infos.append(_step(run, opt, model, forward, x[own], y[:, own]))
-    return Result([p.detach() for _, p in params], infos, opt.state_dict())
+        for module in model.modules():
+            if run.sharding == "gathered" and isinstance(module, FSDPModule):
+                module.reshard()
+    state = opt.state_dict() if not run.sharding else {"surgery": opt.state_dict()["surgery"]}
+    return Result([whole(p.detach()) for _, p in params], infos, state)
 
 
 def _step(run: Run, opt: gk.SurgeryOptimizer, model: Net, forward: nn.Module, x: Tensor, y: Tensor) -> gk.SurgeryInfo:

@@ -7,21 +7,27 @@ import pytest
 import torch
 
 import gradkern as gk
+from tests.distributed.jobs import Net, mesh_of, sharded, whole
 from tests.distributed.pool import Pool
 from tests.models import MultiHead
 
 
-def scaled(rank: int, group: Any, fused: bool, update: bool) -> list[tuple[float, list[torch.Tensor]]]:
+def scaled(
+    rank: int, group: Any, fused: bool, update: bool, is_sharded: bool = False
+) -> list[tuple[float, list[torch.Tensor]]]:
     """Return the scale and the parameters after each of three steps; a loss of rank 1 overflows in the second."""
     torch.manual_seed(0)
-    model = MultiHead()
-    inner = (gk.optim.AdamW if fused else torch.optim.AdamW)(model.parameters(), lr=1e-2)
+    model = Net(3)
+    if is_sharded:
+        sharded(model, mesh_of(group, 2, ""))
+    params = list(model.parameters())
+    inner = (gk.optim.AdamW if fused else torch.optim.AdamW)(params, lr=1e-2)
     opt = gk.SurgeryOptimizer(inner, gk.PCGrad(), process_group=group)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     torch.manual_seed(rank)
     results = []
     for step in range(3):
-        losses = list(scaler.scale(model.losses(torch.randn(8, 6), torch.randn(3, 8))))
+        losses = list(scaler.scale(model(torch.randn(8, 6), torch.randn(3, 8))[:3]))
         if step == 1 and rank == 1:
             losses[0] = losses[0] * torch.inf
         if update:
@@ -31,14 +37,15 @@ def scaled(rank: int, group: Any, fused: bool, update: bool) -> list[tuple[float
             opt.backward(losses)
             scaler.step(opt)
         scaler.update()
-        results.append((scaler.get_scale(), [p.detach().clone() for p in model.parameters()]))
+        results.append((scaler.get_scale(), [whole(p.detach()).clone() for p in params]))
     return results
 
 
+@pytest.mark.parametrize("is_sharded", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("update", [False, True])
-def test_an_overflow_on_one_rank_is_all_ranks_overflow(pool: Pool, fused: bool, update: bool) -> None:
-    of_ranks = pool.run(scaled, fused, update, ranks=2)
+def test_an_overflow_on_one_rank_is_all_ranks_overflow(pool: Pool, fused: bool, update: bool, is_sharded: bool) -> None:
+    of_ranks = pool.run(scaled, fused, update, is_sharded, ranks=2)
     for results in of_ranks:
         scales = [scale for scale, _ in results]
         assert scales == [64.0, 32.0, 32.0]

@@ -1,0 +1,167 @@
+"""DTensors: parameters of which each rank holds a part, and the backward passes that reach them.
+
+The leaves of a graph through ``fully_shard`` are gathered weights, which are its own. So gradients of the parameters
+come from torch's own backward pass alone, whose hooks reduce them and put them into ``.grad``.
+"""
+
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from math import prod
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from gradkern.gradients import graph
+from gradkern.gradients.engine import raise_explained
+from gradkern.gradients.layouts import Row, real_numel
+
+DTensor = Any
+"""A ``torch.distributed.tensor.DTensor``, a class that builds of PyTorch without torch.distributed lack."""
+
+
+def is_dtensor(x: object) -> TypeGuard[DTensor]:
+    """Return whether ``x`` is a DTensor."""
+    module: Any = sys.modules.get("torch.distributed.tensor")  # no DTensor exists before this is imported
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def has_dtensors(tensors: Iterable[Tensor]) -> bool:
+    """Return whether any of the tensors is a DTensor."""
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and module.DTensor in set(map(type, tensors))
+
+
+def parts_here(params: list[Tensor]) -> list[Tensor]:
+    """Return this rank's part of each tensor, a leaf that shares its memory; ``params`` if none is a DTensor."""
+    if not has_dtensors(params):
+        return params
+    return [_local(p).requires_grad_(p.requires_grad) if is_dtensor(p) else p for p in params]
+
+
+def grad_here(g: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's part of a gradient, placed as its parameter is."""
+    if not is_dtensor(p):
+        return g
+    assert is_dtensor(g), "it is a DTensor's gradient"
+    with torch.no_grad():
+        return _local(g if g.placements == p.placements else g.redistribute(p.device_mesh, p.placements))
+
+
+def as_dtensor(g: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of ``p`` of which this rank's part is ``g``."""
+    if not is_dtensor(p):
+        return g
+    from torch.distributed.tensor import DTensor
+
+    placed = {"device_mesh": p.device_mesh, "placements": p.placements, "shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(g, run_check=False, **placed)
+
+
+def n_replicas(p: Tensor, n_ranks: int) -> int:
+    """Return how many of the ranks hold this rank's part of a parameter: all of them if it is no DTensor."""
+    if not is_dtensor(p):
+        return n_ranks
+    along = zip(p.device_mesh.shape, p.placements, strict=True)
+    return n_ranks // prod(n for n, placement in along if not placement.is_replicate())
+
+
+def start_here(p: Tensor) -> int | None:
+    """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
+    if not is_dtensor(p):
+        return 0
+    cut = [(k, placement) for k, placement in enumerate(p.placements) if not placement.is_replicate()]
+    if not cut:
+        return 0
+    from torch.distributed.tensor import Shard
+
+    k, placement = cut[0]
+    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0 or not p.is_contiguous():
+        return None
+    size, n, coordinate = p.shape[0], p.device_mesh.shape[k], p.device_mesh.get_coordinate()
+    row = min(coordinate[k] * -(-size // n), size)
+    return row * (real_numel(p) // size) if size else 0
+
+
+def is_first_replica(p: Tensor, rank: int) -> bool:
+    """Return whether this rank, whose number is ``rank``, is the first of those that hold its part of a parameter."""
+    if not is_dtensor(p):
+        return rank == 0
+    coordinate = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
+    return all(k == 0 for k, placement in coordinate if placement.is_replicate())
+
+
+def refuse_meshes(params: Sequence[tuple[str, Tensor]], ranks: Collection[int]) -> None:
+    """Raise unless DTensors lie on the ranks of a step, and are whole there.
+
+    Some may lie on a part of the mesh that others lie on, and on each such part alike.
+
+    Args:
+        params: parameters with their names.
+        ranks: the global numbers of the ranks.
+    """
+    dtensors = [(name, p) for name, p in params if is_dtensor(p)]
+    meshes = {p.device_mesh: set(p.device_mesh.mesh.flatten().tolist()) for _, p in dtensors}
+    covered = set().union(*meshes.values())
+    for name, p in dtensors:
+        of_mesh = meshes[p.device_mesh]
+        if covered != set(ranks) or (of_mesh != covered and covered not in meshes.values()):
+            raise ValueError(
+                f"process_group has the ranks {sorted(ranks)}, but {name} in params is a DTensor on the ranks "
+                f"{sorted(of_mesh)}: give the group of its device mesh, or make it on all ranks of the step"
+            )
+        if any(placement.is_partial() for placement in p.placements):
+            raise ValueError(f"{name} in params is a DTensor of sums that are not added up, {p.placements}")
+        if p._post_accumulate_grad_hooks:
+            raise NotImplementedError(
+                f"{name} in params is a DTensor with a post-accumulate hook, which would see each task's gradient"
+            )
+
+
+def refuse_gathered(argument: str, module: nn.Module) -> None:
+    """Raise ValueError if a Module shows weights that ``fully_shard`` has gathered, which get no ``.grad``."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for m in () if fsdp is None else module.modules():
+        if isinstance(m, getattr(fsdp, "FSDPModule", ())) and not all(map(is_dtensor, m.parameters())):
+            raise ValueError(
+                f"{argument} is a Module with tensors under fully_shard that are no DTensors: its weights are gathered "
+                "between forward and backward pass. Take list(model.named_parameters()) before the first forward pass"
+            )
+
+
+def differentiated_by_hooks(
+    name: str, outputs: tuple[Tensor, ...], targets: Sequence[Tensor], retain_graph: bool, grads: tuple[Tensor, ...]
+) -> Row:
+    """Return this rank's parts of the gradients that torch's own backward pass puts into ``.grad``.
+
+    Every ``.grad`` is as before then, whatever raises. Arguments are those of
+    :func:`gradkern.gradients.engine.differentiated`.
+    """
+    for x in outputs:
+        if is_dtensor(x):
+            raise TypeError(f"{name} must not be a DTensor: pass its full_tensor()")
+    leaves = {leaf for x in outputs for leaf in graph.leaves(x)}
+    aside = [(p, p.grad) for p in {*targets, *leaves}]
+    try:
+        for p, _ in aside:
+            p.grad = None
+        torch.autograd.backward(outputs, grads, retain_graph=retain_graph)
+        found = [p.grad for p in targets]
+    except RuntimeError as error:
+        raise_explained(name, outputs, error)
+        raise
+    finally:
+        for p, g in aside:
+            p.grad = g
+    if any(g is None and p in leaves and not is_dtensor(p) for g, p in zip(found, targets, strict=True)):
+        raise ValueError(
+            "params holds weights that fully_shard has gathered, whose gradients it takes away: take the parameters "
+            "before the first forward pass"
+        )
+    return [None if g is None else grad_here(g, p) for g, p in zip(found, targets, strict=True)]
+
+
+def _local(x: DTensor) -> Tensor:
+    with torch.no_grad():
+        local: Tensor = x.to_local()
+        return local.detach()

@@ -1,0 +1,196 @@
+"""Runs with sharded parameters on several ranks, compared with one process that has the whole batch."""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+import gradkern as gk
+from tests.distributed.jobs import Net, Run, T, mesh_of, sharded
+from tests.distributed.pool import Pool
+from tests.distributed.test_equal import check
+
+METHODS = ["Sum", "PCGrad", "GradVac", "MGDA"]
+
+
+@pytest.mark.parametrize(
+    "sharding", ["resharded", "kept", "gathered", "of root", "heads left out", "columns", "tensor parallel"]
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_sharding_is_that_of_one_process(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, sharding=sharding), 2)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("sharding", ["resharded", "replicas", "tensor parallel shards"])
+def test_four_ranks(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, sharding=sharding), 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_float32(pool: Pool, method: str) -> None:
+    check(pool, Run(method, torch.float32, sharding="resharded"), 2)
+
+
+@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad", "GradAttention"])
+def test_other_methods(pool: Pool, method: str) -> None:
+    check(pool, Run(method, sharding="resharded"), 2)
+
+
+@pytest.mark.parametrize("method", ["Sum", "PCGrad"])
+@pytest.mark.parametrize("sharding", ["resharded", "heads left out", "columns"])
+@pytest.mark.parametrize("kind", ["update", "callables", "accumulate"])
+def test_every_way_to_take_a_step(pool: Pool, method: str, sharding: str, kind: str) -> None:
+    kinds: dict[str, Any] = {kind: True}
+    check(pool, Run(method, sharding=sharding, **kinds), 2)
+
+
+@pytest.mark.parametrize(
+    "options", ["parameter", "module", "shared", "conflict_lr", "suppression", "suppression of all"]
+)
+def test_groups_and_modifiers(pool: Pool, options: str) -> None:
+    check(pool, Run("GradVac" if options == "parameter" else "PCGrad", options=options, sharding="resharded"), 2)
+
+
+@pytest.mark.parametrize("options", ["suppression", "suppression in blocks", "suppression of all"])
+@pytest.mark.parametrize("sharding", ["resharded", "replicas"])
+def test_masks_lie_where_one_process_has_them(pool: Pool, options: str, sharding: str) -> None:
+    check(pool, Run("PCGrad", options=options, sharding=sharding), 4)
+
+
+def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
+    check(pool, Run("GradAttention", sharding="replicas"), 4)
+
+
+class Refused(NamedTuple):
+    """What a step has raised, and whether every ``.grad`` is as before."""
+
+    text: str
+    untouched: bool
+
+
+def refused(rank: int, group: Any, name: str) -> Refused | None:
+    """Take a step that a rank refuses, by the name of its kind."""
+    torch.manual_seed(0)
+    model = Net(T).double()
+    sharded(model, mesh_of(group, 2, "resharded"))
+    params: Any = list(model.named_parameters())
+    options: dict[str, Any] = {"aggregator": gk.PCGrad(), "process_group": group}
+    tensors = [p for _, p in params]
+    for p in tensors:
+        p.grad = torch.ones_like(p)
+    torch.manual_seed(rank)
+    *losses, h = model(torch.randn(8, 6).double(), torch.randn(T, 8).double())
+    if name == "absent on one rank" and rank == 1:
+        losses[1] = None
+    if name == "alone":
+        options["process_group"] = False
+    if name == "features":
+        options["features"] = h
+    if name == "whole rows":
+        options["aggregator"] = gk.MoCo()
+    if name == "subset":
+        options["aggregator"] = gk.GradAttention(update="subset")
+    if name == "gathered module":
+        params = model
+    if name == "gathered list":
+        params = list(model.named_parameters())
+    if name == "hook":
+        tensors[0].register_post_accumulate_grad_hook(lambda p: None)
+    try:
+        gk.backward(losses, params, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        untouched = all(p.grad is not None and bool((p.grad.full_tensor() == 1).all()) for p in tensors)
+        return Refused(str(error), untouched)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("absent on one rank", r"losses\[1\] is None on rank 1 and not on rank 0"),
+        ("alone", "params must not be DTensors; 'trunk.0.weight' is one, and this step is of one rank alone"),
+        ("features", "features= is not for DTensors in params"),
+        ("whole rows", r"with DTensors in params there is no MoCo\(.*\), which needs whole rows"),
+        ("subset", r"with DTensors in params there is no GradAttention\(update='subset'\)"),
+        ("gathered module", "params is a Module with tensors under fully_shard that are no DTensors"),
+        ("hook", "'trunk.0.weight' of shape .* has a post-accumulate hook|with a post-accumulate hook"),
+    ],
+)
+def test_what_is_refused_by_name(pool: Pool, name: str, text: str) -> None:
+    for raised in pool.run(refused, name, ranks=2):
+        assert raised is not None
+        assert re.search(text, raised.text), raised.text
+        assert raised.untouched
+
+
+def test_gathered_weights_in_a_list(pool: Pool) -> None:
+    for raised in pool.run(refused, "gathered list", ranks=2):
+        assert "params holds weights that fully_shard has gathered" in raised.text
+
+
+def one_raises(rank: int, group: Any, name: str) -> tuple[str, list[Tensor | None]]:
+    """Take a step in which rank 1 raises between backward passes; return the error and every ``.grad``."""
+    model = Net(T)
+    sharded(model, mesh_of(group, 2, "resharded"))
+    params = list(model.named_parameters())
+    x, y = torch.randn(8, 6), torch.randn(T, 8)
+    losses: list[Any] = [lambda t=t: model.loss(t, x, y) for t in range(T)]
+
+    def raising() -> Tensor:
+        raise KeyError("the batch of rank 1")
+
+    if rank == 1:
+        losses[1] = raising
+    try:
+        gk.backward(losses, params, aggregator=gk.aggregator(name), process_group=group)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", [p.grad for _, p in params]
+    return "", []
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "sum"])
+def test_a_rank_that_raises_between_passes_does_so_at_once(tmp_path: Path, method: str) -> None:
+    """The others raise by the timeout of the process group, and every ``.grad`` is as before."""
+    pool = Pool(2, tmp_path, timeout=4)
+    try:
+        (other, *grads), (own, *own_grads) = pool.run(one_raises, method, ranks=2, seconds=40)
+    finally:
+        pool.close()
+    assert own == "KeyError: 'the batch of rank 1'"
+    assert other.startswith(("RuntimeError", "DistBackendError"))
+    assert all(g is None for g in (*grads[0], *own_grads[0]))
+
+
+def counted(rank: int, group: Any, kept: bool, name: str) -> dict[str, int]:
+    """Return how many messages of each kind a step of one sharded group sends, its forward pass included."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    fully_shard(model, mesh=mesh_of(group, 2, ""), reshard_after_forward=True)
+    model.set_reshard_after_backward(not kept)
+    params = list(model.parameters())
+    x = torch.randn(4, 8, requires_grad=True)
+    counts: dict[str, int] = {}
+    for _ in range(2):
+        with CommDebugMode() as mode:
+            y = model(x).clone()
+            losses = [(y * (t + 1)).square().mean() for t in range(T)]
+            gk.backward(losses, params, aggregator=gk.aggregator(name), process_group=group)
+            model.reshard()
+        counts = {str(op): n for op, n in mode.get_comm_counts().items()}
+    return counts
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_messages(pool: Pool, kept: bool) -> None:
+    """Beside FSDP2's own there are two of the hosts, the losses and the dot products."""
+    for counts in pool.run(counted, kept, "pcgrad", ranks=2):
+        assert counts["c10d._reduce_scatter_base_"] == T
+        assert counts["c10d._allgather_base_"] == 4 + (2 if kept else 1 + T)
+    for counts in pool.run(counted, kept, "sum", ranks=2):
+        assert counts["c10d._reduce_scatter_base_"] == 1
+        assert counts["c10d._allgather_base_"] == 3 + 2
