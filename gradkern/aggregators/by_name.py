@@ -40,7 +40,7 @@ def aggregator(name: str, **options: Any) -> Aggregator:
 
 
 def one_of(names: Iterable[str], given: str, argument: str) -> str:
-    """Return the name that ``given`` stands for; case does not matter, and "_" is the same as "-".
+    """Return the name that ``given`` stands for; case, "_" and "-" do not matter: "NashMTL" is "nash-mtl".
 
     Args:
         names: the names, in lower case and with "-".
@@ -53,8 +53,9 @@ def one_of(names: Iterable[str], given: str, argument: str) -> str:
     """
     written = instance(argument, given, str, "a string").strip().lower().replace("_", "-")
     known = list(names)
-    if written in known:
-        return written
+    for name in known:
+        if name.replace("-", "") == written.replace("-", ""):
+            return name
     close = get_close_matches(written, known, n=1)
     hint = f" (the closest is {close[0]!r})" if close else ""
     raise ValueError(f"{argument} must be one of {', '.join(known)}; got {shown(given)}{hint}")

@@ -66,6 +66,12 @@ def test_options_come_before_the_rows_arguments() -> None:
     assert torch.equal(gk.aggregator("Constant", weights=[2.0, 3.0])(J), gk.combine(J, torch.tensor([2.0, 3.0])))
 
 
+@pytest.mark.parametrize("name", ["NashMTL", "nash_mtl", " Nash-MTL", "IMTLG", "AlignedMTL", "MoCo"])
+def test_the_name_of_the_class_is_a_name(name: str) -> None:
+    wanted = getattr(gk, name.replace("_", "").replace("-", "").strip(), gk.NashMTL)
+    assert type(gk.aggregator(name)) is wanted
+
+
 def test_an_unknown_name_has_the_names_and_the_closest_one() -> None:
     with pytest.raises(ValueError, match=r"name must be one of sum, mean, .*; got 'pcgrd' \(the closest is 'pcgrad'\)"):
         gk.aggregator("pcgrd")
