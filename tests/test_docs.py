@@ -31,7 +31,8 @@ def test_every_page_is_of_a_class() -> None:
 @each_class
 def test_a_page_has_its_parts(name: str) -> None:
     text = page(name)
-    assert text.startswith(f"# {name}\n")
+    arguments = [p.replace(annotation=p.empty) for p in inspect.signature(CLASSES[name]).parameters.values()]
+    assert text.startswith(f"# {name}\n\n`gradkern.{name}{inspect.Signature(arguments)}`\n\n")
     assert re.findall(r"^## (.*)$", text, re.MULTILINE) == ["When to use it", "Arguments", "Example", "Source"]
     for argument in inspect.signature(CLASSES[name]).parameters:
         assert f"- `{argument}" in text, argument
