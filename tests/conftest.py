@@ -25,8 +25,8 @@ SLOW = {"bench", "check", "compat", "demo", "distributed", "examples", "kernels"
 SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
 SLOW |= {"solvers", "gramian", "history", "wrappers", "arguments", "test_out.py"}
 SLOW |= {"test_every_method.py", "test_no_host_reads.py"}
-"""Folders and files of tests that run whole programs, other libraries, kernels in Triton's interpreter, or all methods in
-many cases."""
+"""Folders and files of tests that run whole programs, other libraries, kernels in Triton's interpreter, or many cases
+of all methods."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
