@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,19 +78,28 @@ def _shards(source: Source, options: Options, begun: Start) -> ShardRows:
         [],
         own,
         Arrangement([], 0, whole.n_segments),
-        mask=None if suppression is None else suppression.mask(targets.device),
-        products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if tells_absent(present, options) else None,
-        losses=unscaled(mean_losses(comm, source.values, present, targets), source),
-        loss_scale=source.loss_scale,
-        comm=comm,
-        targets=targets,
-        whole=whole,
+        **told(source, options, begun, whole),
         reductions=reductions,
         own=own,
         unit=unit,
     )
     return shard_rows(rows)
+
+
+def told(source: Source, options: Options, begun: Start, whole: Arrangement) -> dict[str, Any]:
+    """Return what the rows of a step on several ranks have besides gradients, by the names of their attributes."""
+    comm, targets, present, _, _ = begun
+    suppression = options.suppression
+    return {
+        "mask": None if suppression is None else suppression.mask(targets.device),
+        "products_masked": suppression is not None and suppression.scope == "all",
+        "present": bools_on(present, targets.device) if tells_absent(present, options) else None,
+        "losses": unscaled(mean_losses(comm, source.values, present, targets), source),
+        "loss_scale": source.loss_scale,
+        "comm": comm,
+        "targets": targets,
+        "whole": whole,
+    }
 
 
 def whole_rows(source: Source, begun: Start) -> list[Row]:

@@ -11,8 +11,7 @@ from torch import Tensor
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.reduction import in_memory, mean_row
 from gradkern.gradients.layouts import PLANS, Row, real_numel
-from gradkern.gradients.losses import Losses, Source, unscaled
-from gradkern.gradients.memory import bools_on
+from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.param_grads import as_real, new_grad, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Column
@@ -20,10 +19,11 @@ from gradkern.gradients.sharded import as_dtensor, is_dtensor, is_first_replica,
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.begin import Start
-from gradkern.step.gather import tells_absent, units_of
-from gradkern.step.on_ranks import agreed_reach, mean_losses, refuse_sparse, refuse_switched
+from gradkern.step.gather import units_of
+from gradkern.step.on_ranks import agreed_reach, refuse_sparse, refuse_switched, told
 from gradkern.step.options import Options
-from gradkern.step.rows import Combined, Results, Rows, eps_of, gathered, kept_share, mask_over
+from gradkern.step.rank_rows import RankRows
+from gradkern.step.rows import Combined, Results, gathered, kept_share, mask_over
 from gradkern.step.shard_rows import buckets_for, laid_like
 
 
@@ -36,43 +36,25 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartRows(Rows):
+class PartRows(RankRows):
     """The parts of T rows that this rank holds. The Gramian is that of whole rows.
 
     ``params``, ``grads`` and ``arrangement`` are of the pieces of these parts. What several ranks hold counts once.
 
     Attributes:
-        comm: the ranks.
-        targets: the n parameters.
-        whole: the columns of the n parameters; their numbers of elements are those of the parts.
+        comm, targets: as for :class:`RankRows`.
+        whole: as there; the columns' numbers of elements are those of the parts.
         pieces: the pieces, in the order of parameters. An empty part has none.
         replicas: for each parameter, the number of ranks that hold this part of it.
     """
 
-    comm: Comm
-    targets: Targets
-    whole: Arrangement
     pieces: Sequence[Piece]
     replicas: Sequence[int]
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.targets.device
-
-    @property
-    def eps(self) -> tuple[float, ...] | None:
-        """As for :class:`Rows`, of whole rows: some groups may have no part here."""
-        return eps_of(self.whole)
 
     @property
     def of_params(self) -> Arrangement:
         """The columns of whole parameters, with their numbers of elements."""
         return _with_numels(self.whole, tuple(map(real_numel, self.targets.tensors)))
-
-    def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
-        """Yield nothing: no rank has whole gradients."""
-        return iter(())
 
     def only(self, columns: Iterable[Column]) -> "PartRows":
         """Return the rows of some of the whole columns."""
@@ -178,14 +160,7 @@ def part_rows(source: Source, options: Options, begun: Start) -> PartRows:
         [_piece(as_real(targets.here[piece.place]), piece) for piece in pieces],
         [[None if (g := row[piece.place]) is None else _piece(g, piece) for piece in pieces] for row in grads],
         arrangement,
-        mask=None if suppression is None else suppression.mask(targets.device),
-        products_masked=suppression is not None and suppression.scope == "all",
-        present=bools_on(present, targets.device) if tells_absent(present, options) else None,
-        losses=unscaled(mean_losses(comm, source.values, present, targets), source),
-        loss_scale=source.loss_scale,
-        comm=comm,
-        targets=targets,
-        whole=whole,
+        **told(source, options, begun, whole),
         pieces=pieces,
         replicas=[n_replicas(p, comm.size) for p in targets.tensors],
     )

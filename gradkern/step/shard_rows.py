@@ -1,6 +1,6 @@
 """The rows of a step on several ranks: this rank's shards of the means over all ranks."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,7 +17,8 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.step.rows import Combined, Results, Rows, eps_of, gathered, kept_share, mask_over
+from gradkern.step.rank_rows import RankRows
+from gradkern.step.rows import Combined, Results, Rows, gathered, kept_share, mask_over
 
 
 class Place(NamedTuple):
@@ -30,46 +31,27 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRows(Rows):
+class ShardRows(RankRows):
     """The shards of T rows that this rank has. The Gramian is that of whole rows, and so are the results.
 
     ``params``, ``grads`` and ``arrangement`` are of the pieces in the shards. Parameters that are not under surgery are
     not in shards: each rank combines its own gradients of them, and the ranks' results are averaged.
 
     Attributes:
-        comm: the ranks.
-        targets: the n parameters.
-        whole: the columns of the n parameters, with the tasks that reach them on any rank.
+        comm, targets, whole: as for :class:`RankRows`.
         reductions: what the shards belong to.
         own: T rows of n gradients of this rank, of the parameters in no shard.
         unit: as for :func:`gradkern.distributed.buckets.buckets_of`.
     """
 
-    comm: Comm
-    targets: Targets
-    whole: Arrangement
     reductions: Sequence[Reduction]
     own: Sequence[Row]
     unit: int
 
     @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.targets.device
-
-    @property
-    def eps(self) -> tuple[float, ...] | None:
-        """The spacing of numbers at 1 for each group of whole rows, S numbers: some groups may have no piece here."""
-        return eps_of(self.whole)
-
-    @property
     def of_params(self) -> Arrangement:
         """The columns of whole parameters, as for :class:`Rows`."""
         return self.whole
-
-    def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
-        """Yield nothing: no rank has whole gradients."""
-        return iter(())
 
     def only(self, columns: Iterable[Column]) -> "ShardRows":
         """Return the rows of some of the whole columns."""
