@@ -22,6 +22,7 @@ from gradkern.gradients.parameters import Targets
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.optim import SurgeryOptimizer
+from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.undo import grads_of, scale_of
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
@@ -105,8 +106,8 @@ class PCGrad(SurgeryOptimizer):
     def _grad_sink(self, source: Source) -> Sink:
         return super()._grad_sink(source) if self.compat is None else _ReductionSink(self.reduction)
 
-    def _is_fused(self, measured: bool) -> bool:
-        return self.compat is None and super()._is_fused(measured)
+    def _sink(self, max_norm: float | None, scaler: torch.amp.GradScaler | None) -> FusedAdamWSink | None:
+        return super()._sink(max_norm, scaler) if self.compat is None else None
 
     def __reduce__(self) -> tuple[Any, ...]:  # the arguments are not those of SurgeryOptimizer
         self._refuse_within_accumulate("a copy")
@@ -145,6 +146,7 @@ class _ReductionSink(GradSink):
 
     needs_tensors = True
     takes_combination = False
+    takes_rows = False
 
     def __init__(self, reduction: str) -> None:
         self.reduction = reduction

@@ -28,6 +28,7 @@ UNEQUAL: dict[str, str] = {
     "numbers": "the number of elements in params: {values}",
     "layout": "the shapes, strides or dtypes of params, or their order: {ranks}",
     "groups": "the groups of params, or which of them are shared: {ranks}",
+    "shard_optimizer": "shard_optimizer, True on some ranks alone: {ranks}",
     "first step": "whether they have taken a step with these params before: {values}",
     "values": "the values of params: {ranks}. Broadcast them from one rank before the first step, as "
     "DistributedDataParallel does, or build the model from the same seed",

@@ -1,8 +1,9 @@
 """Buckets: flat memory for rows, which is cut into one shard for each rank.
 
-A bucket holds whole parameters of one dtype, one after another, as the numbers lie in their memory. Each starts at a
-multiple of ``align`` elements, and so does each shard. So kernels load whole vectors, and no unit of a mask is cut.
-Gaps are zeros.
+A bucket holds whole parameters of one dtype, as the numbers lie in their memory: one after another, or cut by rows such
+that each rank's shard has some rows of each. Runs start at multiples of ``align`` elements, and so does each shard. So
+kernels load whole vectors, and the shards of parameters that lie one after another cut no unit of a mask. Gaps are
+zeros.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +19,24 @@ ALIGNED = 8
 """Starts are multiples of so many elements, 16 bytes of the shortest dtype."""
 
 
-class Span(NamedTuple):
-    """A parameter in a bucket: its place among n parameters, its first element's position, its number of elements."""
+class Run(NamedTuple):
+    """Neighbouring elements of a parameter in a bucket.
+
+    Attributes:
+        place: the parameter's place among n parameters.
+        offset: the position of the first of them in the parameter.
+        start: its position in the bucket.
+        numel: their number.
+    """
 
     place: int
+    offset: int
     start: int
     numel: int
 
 
 class Piece(NamedTuple):
-    """The part of a parameter that is in one rank's shard.
+    """The part of a run that is in one rank's shard.
 
     Attributes:
         place: the parameter's place.
@@ -49,28 +58,25 @@ class Bucket:
 
     Args:
         dtype: their gradients' dtype.
-        params: the place and the number of elements of each.
+        runs: where their elements lie, in order of parameters, and of positions in each.
+        shard: the number of elements of each rank's shard.
         R: the number of ranks.
-        align: the number of elements of whose multiples positions are.
+        by_rows: whether each rank's shard has some rows of each parameter.
 
     Attributes:
-        spans: the parameters.
-        shard: the number of elements of each rank's shard.
-        size: R times as many.
-        gaps: the positions between the parameters, and behind them.
+        dtype, runs, shard, by_rows: as given.
+        size: the number of elements of all shards.
+        gaps: the positions between the runs, and behind them.
     """
 
-    def __init__(self, dtype: torch.dtype, params: Iterable[tuple[int, int]], R: int, align: int) -> None:
+    def __init__(self, dtype: torch.dtype, runs: Sequence[Run], shard: int, R: int, by_rows: bool) -> None:
         self.dtype = dtype
-        self.spans: list[Span] = []
-        end = 0
-        for place, numel in params:
-            self.spans.append(Span(place, end, numel))
-            end += -(-numel // align) * align
-        self.shard = -(-end // (R * align)) * align
-        self.size = R * self.shard
-        starts = [span.start for span in self.spans[1:]] + [self.size]
-        ends = [span.start + span.numel for span in self.spans]
+        self.runs = runs
+        self.shard = shard
+        self.by_rows = by_rows
+        self.size = R * shard
+        lie = sorted((run.start, run.start + run.numel) for run in runs)
+        starts, ends = [first for first, _ in lie] + [self.size], [0] + [last for _, last in lie]
         self.gaps = [(end, start) for end, start in zip(ends, starts, strict=True) if end < start]
 
 
@@ -79,23 +85,32 @@ class Buckets:
 
     Args:
         places: the parameters' places among all n.
-        numels: the numbers of elements of all n.
+        sizes: the numbers of elements of all n.
         dtypes: the dtypes of all n gradients.
+        rows: the numbers of rows of all n that are cut by rows; 0 for the others, which lie one after another.
         R: the number of ranks.
-        align: as for :class:`Bucket`.
+        align: the number of elements of whose multiples runs start, but for rows within a rank's shard.
 
     Attributes:
         places: as given.
     """
 
     def __init__(
-        self, places: Sequence[int], numels: Sequence[int], dtypes: Sequence[torch.dtype], R: int, align: int
+        self,
+        places: Sequence[int],
+        sizes: Sequence[int],
+        dtypes: Sequence[torch.dtype],
+        rows: Sequence[int],
+        R: int,
+        align: int,
     ) -> None:
         self.places = places
         self._buckets: list[Bucket] = []
-        for dtype in dict.fromkeys(dtypes[k] for k in places):
-            of_dtype = [(k, numels[k]) for k in places if dtypes[k] == dtype]
-            self._buckets += [Bucket(dtype, full, R, align) for full in _filled(of_dtype, BYTES // dtype.itemsize)]
+        for dtype, by_rows in dict.fromkeys((dtypes[k], rows[k] > 0) for k in places):
+            alike = [(k, sizes[k]) for k in places if (dtypes[k], rows[k] > 0) == (dtype, by_rows)]
+            for full in _filled(alike, BYTES // dtype.itemsize):
+                cut = _cut_by_rows(full, rows, R, align) if by_rows else _end_to_end(full, R, align)
+                self._buckets.append(Bucket(dtype, *cut, R, by_rows))
 
     def __iter__(self) -> Iterator[Bucket]:
         return iter(self._buckets)
@@ -106,13 +121,41 @@ class Buckets:
     def pieces(self, rank: int) -> list[Piece]:
         """Return the pieces in a rank's shards, in order."""
         return [
-            Piece(span.place, number, first - rank * bucket.shard, last - first, first - span.start)
+            Piece(run.place, number, first - rank * bucket.shard, last - first, run.offset + first - run.start)
             for number, bucket in enumerate(self._buckets)
-            for span in bucket.spans
-            for first in [max(span.start, rank * bucket.shard)]
-            for last in [min(span.start + span.numel, (rank + 1) * bucket.shard)]
+            for run in bucket.runs
+            for first in [max(run.start, rank * bucket.shard)]
+            for last in [min(run.start + run.numel, (rank + 1) * bucket.shard)]
             if first < last
         ]
+
+
+def _end_to_end(params: Iterable[tuple[int, int]], R: int, align: int) -> tuple[list[Run], int]:
+    """Return where parameters lie one after another, and the number of elements of a shard."""
+    runs, end = [], 0
+    for place, numel in params:
+        runs.append(Run(place, 0, end, numel))
+        end += _up_to(align, numel)
+    return runs, _up_to(align, -(-end // R))
+
+
+def _cut_by_rows(params: Sequence[tuple[int, int]], rows: Sequence[int], R: int, align: int) -> tuple[list[Run], int]:
+    """Return where parameters lie of whose rows each rank has as many, the last ones fewer; and the size of a shard."""
+    starts, shard = [], 0
+    sizes = [numel // rows[place] * -(-rows[place] // R) for place, numel in params]
+    for size in sizes:
+        starts.append(shard)
+        shard += _up_to(align, size)
+    return [
+        Run(place, offset, offset // size * shard + start, min(size, numel - offset))
+        for (place, numel), size, start in zip(params, sizes, starts, strict=True)
+        for offset in range(0, numel, size)
+    ], shard
+
+
+def _up_to(multiple: int, n: int) -> int:
+    """Return the first multiple of a number from ``n`` on."""
+    return -(-n // multiple) * multiple
 
 
 def _filled(params: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple[int, int]]]:
@@ -131,7 +174,12 @@ def _filled(params: Sequence[tuple[int, int]], most: int) -> Iterator[list[tuple
 
 @lru_cache(maxsize=64)
 def buckets_of(
-    places: tuple[int, ...], numels: tuple[int, ...], dtypes: tuple[torch.dtype, ...], R: int, unit: int
+    places: tuple[int, ...],
+    numels: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    rows: tuple[int, ...],
+    R: int,
+    unit: int,
 ) -> Buckets:
     """Return the buckets of parameters whose masks have units of ``unit`` elements, 1 without a mask."""
-    return Buckets(places, numels, dtypes, R, lcm(ALIGNED, 4 * unit))
+    return Buckets(places, numels, dtypes, rows, R, lcm(ALIGNED, 4 * unit))

@@ -76,16 +76,29 @@ class Reduction:
         self.skip([t for t in range(self._next, self._T) if t not in self._rows])
         self._wait()
 
-    def gathered(self, shards: Sequence[Tensor]) -> list[Tensor]:
-        """Return vectors of the buckets' sizes, put together from the ranks' shards.
+    def combined(self, t: int = 0) -> dict[int, Tensor]:
+        """Return row ``t``: vectors by the parameters' places, put together from the ranks' shards.
 
-        Their memory, and the shards', serves until there is another such call, or another reduction of these buckets.
+        Of parameters that are cut by rows they are those of this rank's rows. The memory of the vectors, and of the
+        shards, serves until there is another such call, or another reduction of these buckets.
         """
-        self._works = [self.comm.all_gather(whole, shard) for whole, shard in zip(self._staged, shards, strict=True)]
+        for k, bucket in enumerate(self.buckets):
+            if not bucket.by_rows:
+                self._works[k] = self.comm.all_gather(self._staged[k], self.shards[k][t])
         self._wait()
         if self.shards and self.shards[0].device.type == "cpu":  # nothing writes to it any more
             self.comm.keep(self._key, self._memory)
-        return self._staged
+        vectors: dict[int, Tensor] = {}
+        for bucket, whole, shards in zip(self.buckets, self._staged, self.shards, strict=True):
+            for place, _, start, numel in bucket.runs:
+                at = start - self.comm.rank * bucket.shard
+                if not bucket.by_rows:
+                    vectors[place] = whole[start : start + numel]
+                elif 0 <= at < bucket.shard:
+                    vectors[place] = shards[t, at : at + numel]
+                else:
+                    vectors.setdefault(place, shards[t, :0])
+        return vectors
 
     def _reduce(self, row: Row) -> None:
         t, self._next = self._next, self._next + 1
@@ -111,14 +124,18 @@ def _filled(staged: Tensor, bucket: Bucket, row: Row) -> Tensor:
     """
     if not row:
         return staged.zero_()
-    if len(bucket.spans) == 1 and not bucket.gaps and (g := row[bucket.spans[0].place]) is not None:
+    if len(bucket.runs) == 1 and not bucket.gaps and (g := row[bucket.runs[0].place]) is not None:
         return in_memory(g)
-    for place, start, numel in bucket.spans:
-        g, into = row[place], staged[start : start + numel]
+    into, numbers = [], []
+    for run in bucket.runs:
+        g, part = row[run.place], staged[run.start : run.start + run.numel]
         if g is None:
-            into.zero_()
+            part.zero_()
         else:
-            into.copy_(in_memory(g))
+            into.append(part)
+            numbers.append(in_memory(g)[run.offset : run.offset + run.numel])
+    if into:
+        torch._foreach_copy_(into, numbers)
     return staged
 
 
@@ -128,17 +145,11 @@ def in_memory(g: Tensor) -> Tensor:
 
 
 def mean_row(comm: Comm, buckets: Buckets, row: Row, device: torch.device) -> dict[int, Tensor]:
-    """Return the means over the ranks of a row's gradients, zeros for missing ones, as vectors by their places."""
+    """Return the means over the ranks of a row's gradients, zeros for missing ones, as vectors by their places.
+
+    Of parameters that are cut by rows they are those of this rank's rows.
+    """
     reduction = Reduction(comm, buckets, 1, device)
     reduction.take(0, row)
     reduction.finish()
-    return by_place(buckets, reduction.gathered([shard[0] for shard in reduction.shards]))
-
-
-def by_place(buckets: Buckets, vectors: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Return the parameters' parts of the buckets' vectors, as views by the parameters' places."""
-    return {
-        place: vector[start : start + numel]
-        for bucket, vector in zip(buckets, vectors, strict=True)
-        for place, start, numel in bucket.spans
-    }
+    return reduction.combined()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import listed, shown
+from gradkern.distributed.by_rows import ByRows
 from gradkern.gradients.layouts import layouts_of, new_grad_stride
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import Batch, Column, arranged
@@ -21,10 +22,9 @@ from gradkern.ops.arguments import AdamWState, AdamWStep, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, check_dtype, refuse_unfused, state_entry
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
+from gradkern.optim.moments import MOMENTS, states_of
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.rows import Rows, mask_over
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass
@@ -76,6 +76,8 @@ class AdamW(torch.optim.AdamW):
     # A class attribute, because copies are made without __init__.
     combination: Combination | None = None
     """The direction of the next step, in place of ``.grad``; :meth:`check` has accepted its columns."""
+    by_rows: ByRows | None = None
+    """The cut of the moments among ranks; None if each has them whole. Directions are of this rank's rows then."""
 
     def __init__(
         self,
@@ -159,13 +161,14 @@ class AdamW(torch.optim.AdamW):
         params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         if not params:
             return None
-        rows = _one_row(params, [p.grad for p in params])
+        rows = _one_row(params, readable([p.grad for p in params], params, layouts_of(params)))
         self.check(rows)
-        w = torch.ones((1, 1), dtype=torch.float32, device=params[0].device)
+        direction = Combination(replace(rows, grads=[self._here(list(rows.grads[0]), params)]), _one(params))
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # GradScaler sets this and found_inf
-        return Combination(
-            rows, w if grad_scale is None else w / grad_scale, found_inf=getattr(self, "found_inf", None)
-        )
+        if grad_scale is not None:
+            direction.w = direction.w / grad_scale
+        direction.found_inf = getattr(self, "found_inf", None)
+        return direction
 
     def _step_along(self, direction: Combination) -> None:
         direction = _of_tensors(direction)
@@ -186,6 +189,8 @@ class AdamW(torch.optim.AdamW):
             direction.kept = rows.mask.state.new_zeros(())
         for group, hyperparameters, batch in batches:
             self._step_batch(group, hyperparameters, batch, direction)
+        if self.by_rows is not None:
+            self.by_rows.gather([p for _, _, batch in batches for p in batch.of([rows.params])])
 
     def _step_batch(
         self, group: dict[str, Any], hyperparameters: list[float], batch: Batch, direction: Combination
@@ -194,7 +199,8 @@ class AdamW(torch.optim.AdamW):
         assert isinstance(rows, Rows)
         params: list[Tensor] = batch.of([rows.params])
         device = params[0].device
-        steps, moments = self._states_of(params, MOMENTS[: 3 if group["amsgrad"] else 2])
+        names = MOMENTS[: 3 if group["amsgrad"] else 2]
+        steps, moments = states_of([self.state[p] for p in params], params, names, self.by_rows)
         found_inf = None if direction.found_inf is None else direction.found_inf.to(device)
         _count(steps, 1.0 if found_inf is None else (found_inf == 0).float())
         w = (-direction.w if group["maximize"] else direction.w).to(device, moments[0].dtype)
@@ -205,42 +211,18 @@ class AdamW(torch.optim.AdamW):
         operators.adamw(
             TaskGrads(parts_here(batch.of(rows.grads)), batch.segments, len(w)),
             w,
-            AdamWState(parts_here(params), parts_here(moments), steps),
+            AdamWState(parts_here(self._here(params, params)), parts_here(moments), steps),
             AdamWStep(found_inf, lr_scale, hyperparameters),
             mask_over(batch.columns, rows.mask),
             direction.kept,
         )
         torch.autograd.graph.increment_version(params)  # for backward passes that have saved one
 
-    def _states_of(self, params: Sequence[Tensor], names: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the steps, and the moments of each name, of parameters of one dtype on one device.
-
-        States are created if missing, and moved to the device and the layout of their parameters.
-        """
-        states: list[dict[str, Tensor]] = [self.state[p] for p in params]
-        device, dtype = params[0].device, arithmetic_dtype(params[0].dtype)
-        if not all(map({"step", *names}.issubset, states)):
-            new_steps = torch.zeros(len(params), dtype=torch.float32, device=device).unbind()
-            for p, state, new_step in zip(params, states, new_steps, strict=True):
-                state.setdefault("step", new_step)
-                for name in names:
-                    if name not in state:
-                        state[name] = torch.zeros_like(p, dtype=dtype)
-        steps = [state["step"] for state in states]
-        if not _are(steps, torch.float32, device):
-            for state in states:
-                state["step"] = state["step"].to(device, torch.float32)
-            steps = [state["step"] for state in states]
-        strides, moments = [p.stride() for p in params], []
-        for name in names:
-            of_name = [state[name] for state in states]
-            if not _are(of_name, dtype, device) or [m.stride() for m in of_name] != strides:
-                for p, state, m in zip(params, states, of_name, strict=True):
-                    if (m.dtype, m.device, m.stride()) != (dtype, device, p.stride()):
-                        state[name] = torch.empty_like(p, dtype=dtype).copy_(m)
-                of_name = [state[name] for state in states]
-            moments += of_name
-        return steps, moments
+    def _here(self, tensors: list[Any], params: Sequence[Tensor]) -> list[Any]:
+        """Return this rank's rows of tensors like parameters, where the moments are cut among ranks."""
+        if self.by_rows is None:
+            return tensors
+        return [self.by_rows.here(x, p) for x, p in zip(tensors, params, strict=True)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not.
@@ -284,8 +266,12 @@ def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combinati
     """Return the direction of a step along the combination of ``rows``, each parameter with its gradient."""
     of_param = {id(p): g for p, g in results}
     row = [of_param.get(id(p)) for p in rows.params]
-    w = torch.ones((1, 1), dtype=torch.float32, device=rows.device)
-    return Combination(Rows(rows.params, [row], rows.arrangement.combined), w)
+    return Combination(Rows(rows.params, [row], rows.arrangement.combined), _one(rows.params))
+
+
+def along_parts(params: Sequence[Tensor], parts: Sequence[Tensor]) -> Combination:
+    """Return the direction of a step along gradients of which this rank has ``parts``."""
+    return Combination(_one_row(params, parts), _one(parts))
 
 
 def _of_tensors(direction: Combination) -> Combination:
@@ -297,11 +283,16 @@ def _of_tensors(direction: Combination) -> Combination:
     return replace(along(rows, results), lr_scale=direction.lr_scale, found_inf=direction.found_inf)
 
 
-def _one_row(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> Rows:
+def _one_row(params: Sequence[Tensor], row: Sequence[Tensor | None]) -> Rows:
     """Return the rows of one task; all parameters are unshared."""
     layouts = layouts_of(params)
-    row = readable(grads, params, layouts)
     return Rows(params, [row], arranged(layouts, (layouts.reach_of(row),), (0,) * len(params), 0, None, None))
+
+
+def _one(row: Sequence[Tensor]) -> Tensor:
+    """Return the weight of a single row; a factor of it is float64 if any gradient is."""
+    dtype = torch.float64 if any(g.dtype == torch.float64 for g in row) else torch.float32
+    return torch.ones((1, 1), dtype=dtype, device=row[0].device)
 
 
 def _check(c: Column, p: Tensor) -> None:
@@ -333,8 +324,3 @@ def _count(steps: list[Tensor], by: float | Tensor) -> None:
 
 def _named(p: Tensor) -> str:
     return f"a parameter of shape {tuple(p.shape)}"
-
-
-def _are(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether all tensors have the dtype and are on the device."""
-    return {t.dtype for t in tensors} == {dtype} and {t.device for t in tensors} == {device}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import boolean, number, shown
+from gradkern.gradients.sharded import is_dtensor
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.optim.arguments import check_state
 
@@ -100,4 +101,6 @@ def state_entry(name: str, value: Any, p: Tensor) -> Tensor:
         raise TypeError(f"state_dict has {name} of {value.dtype}, which must be floating")
     if value.shape != p.shape:
         raise ValueError(f"state_dict has {name} of shape {tuple(value.shape)} for a parameter of {tuple(p.shape)}")
+    if is_dtensor(value) and not is_dtensor(p):  # the step has it whole, or cut among ranks
+        return value.to(arithmetic_dtype(p.dtype), copy=True)
     return torch.empty_like(p, dtype=arithmetic_dtype(p.dtype)).copy_(value)

@@ -131,6 +131,7 @@ def restored(
         suppression=options.suppression,
         conflict_lr=options.conflict_lr,
         process_group=options.process_group,
+        shard_optimizer=options.shard_optimizer,
     )
     made._memory = options.memory
     made._pending.step_scale = step_scale

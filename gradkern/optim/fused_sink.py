@@ -29,13 +29,19 @@ def can_fuse(optimizer: Optimizer, options: Options, params: Sequence[Tensor], m
     return (
         type(optimizer) is AdamW
         and comm_of(options.process_group) is None
-        and not options.is_weighted_backward
         and not isinstance(method, Entrywise)
         and not method.is_trained
         and not (isinstance(method, GradAttention) and method.update == "subset")
         and not (measured and suppression is not None and suppression.scope == "update")
-        and not [p for p in params if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)]
+        and needs_no_grad(options, params)
     )
+
+
+def needs_no_grad(options: Options, params: Sequence[Tensor]) -> bool:
+    """Return whether a step can leave out ``.grad``: no torch backward pass writes it, and nobody else looks at it."""
+    return not options.is_weighted_backward and not [
+        p for p in params if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)
+    ]
 
 
 class FusedAdamWSink:
@@ -54,6 +60,7 @@ class FusedAdamWSink:
 
     needs_tensors = False
     takes_combination = False
+    takes_rows = False
 
     def __init__(
         self,
@@ -68,8 +75,12 @@ class FusedAdamWSink:
         self.scaler_proxy = scaler_proxy
         self.max_norm = max_norm
         self.scaler = scaler
-        self.needs_unshared = max_norm is not None or scaler is not None
         self.total_norm: Tensor | None = None
+
+    @property
+    def needs_unshared(self) -> bool:
+        """Whether the norm, or whether all numbers are finite, has to follow from dot products."""
+        return self.max_norm is not None or self.scaler is not None
 
     def check(self, rows: StepRows) -> None:
         """Raise if the step would, before anything has changed."""
@@ -103,7 +114,7 @@ class FusedAdamWSink:
 
     def _step(self, direction: Combination) -> None:
         if self.max_norm is not None:
-            self.total_norm = norm = self._norm(direction.w)
+            self.total_norm = norm = self._norm(direction)
             factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
             # NaN and not 0: with a weight of 0 the step would skip rows that are not finite.
             direction.w = direction.w * torch.where(norm.isfinite(), factor, math.nan).to(direction.w.dtype)
@@ -124,9 +135,8 @@ class FusedAdamWSink:
                 direction.w = direction.w / grad_scale
             self._step(direction)
 
-        finite = self._products().isfinite().all() & direction.w.isfinite().all()
         number = torch.zeros((), device=direction.w.device)
-        number.grad = torch.where(finite, number, math.inf)
+        number.grad = torch.where(self._is_finite(direction), number, math.inf)
         proxy.param_groups, proxy.step = [{"params": [number]}], step
         try:
             scaler.step(proxy)  # type: ignore[arg-type]
@@ -134,10 +144,14 @@ class FusedAdamWSink:
             vars(proxy).clear()  # including attributes that a scaler leaves if a step raises
             proxy._step_supports_amp_scaling = True
 
-    def _norm(self, w: Tensor) -> Tensor:
+    def _is_finite(self, direction: Combination) -> Tensor:
+        """Return whether all numbers of the direction are finite, ()."""
+        return self._products().isfinite().all() & direction.w.isfinite().all()
+
+    def _norm(self, direction: Combination) -> Tensor:
         """Return ‖wᵀJ‖ over all parameters, ()."""
         M = self._products()
-        w64, M64 = w.double(), M.double()
+        w64, M64 = direction.w.double(), M.double()
         return torch.einsum("si,sij,sj->", w64, M64, w64).clamp(min=0).sqrt().to(M.dtype)
 
     def _products(self) -> Tensor:

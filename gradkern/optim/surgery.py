@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean, instance, number
+from gradkern.distributed.by_rows import ByRows
 from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
@@ -26,8 +27,9 @@ from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.optim.checkpoint import Remembered, load, restored, with_surgery, without_surgery
-from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse
+from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse, needs_no_grad
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
+from gradkern.optim.shard_sink import ShardedAdamWSink
 from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
@@ -60,6 +62,10 @@ class SurgeryOptimizer(OptimizerWrapper):
             to step, and are part of ``state_dict``. Methods that leave absent tasks out, such as ``MGDA``, do so with
             a memory too.
         process_group: as in :func:`gradkern.backward`.
+        shard_optimizer: whether each of several ranks keeps AdamW's moments of some rows of every parameter alone, as
+            ZeRO 1 does; ``optimizer`` is a :class:`gradkern.optim.AdamW` then. A parameter with fewer rows than ranks
+            has its moments on all. ``update`` sends no more than without. ``step`` sends the parameters, once more as
+            much as a combined gradient.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -76,10 +82,16 @@ class SurgeryOptimizer(OptimizerWrapper):
         conflict_lr: ConflictLR | None = None,
         memory: bool = False,
         process_group: ProcessGroup | bool | None = None,
+        shard_optimizer: bool = False,
     ) -> None:
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
         boolean("memory", memory)
         super().__init__(optimizer)
+        if boolean("shard_optimizer", shard_optimizer) and type(optimizer) is not AdamW:
+            raise TypeError(
+                f"optimizer must be a gradkern.optim.AdamW with shard_optimizer=True, got {type(optimizer).__name__}; "
+                "torch.distributed.optim.ZeroRedundancyOptimizer shards others"
+            )
         self.aggregator = aggregator
         self.groups = groups
         # Every step iterates over it, and an iterator would be exhausted after the first.
@@ -87,6 +99,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self.process_group = process_group
+        self.shard_optimizer = shard_optimizer
         self._memory = Memory() if memory else None
         # κ of the last backward pass, until a step uses it, and within accumulate() the sums of gradients. Lightning's
         # wrapper runs these methods with itself as self, whose attributes a step does not see, so an object has them.
@@ -218,7 +231,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._refuse_within_accumulate("update()")
         source = from_losses(self._listed(losses), features, batched, retain_graph)
         source.loss_scale = loss_scale(scaler, self._tensors())
-        if not self._is_fused(measured=max_norm is not None or scaler is not None):
+        sink = self._sink(max_norm, scaler)
+        if sink is None:
             refuse_closure(self.optimizer)
             grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
             states = self._options().snapshot()
@@ -226,13 +240,26 @@ class SurgeryOptimizer(OptimizerWrapper):
             with Undo(*states, grads, scale, stage_of(scaler, self)), skipped:
                 info = self._backward(source, second)
                 return step_by_grad(self, self._tensors(), info, max_norm, scaler)
-        sink = FusedAdamWSink(self.optimizer, self.step, self._scaler_proxy, max_norm, scaler)
         info = self._run(source, sink, second)
         self._pending.step_scale = None
         return replace(info, total_norm=sink.total_norm)
 
-    def _is_fused(self, measured: bool) -> bool:
-        return can_fuse(self.optimizer, self._options(), self._tensors(), measured)
+    def _sink(self, max_norm: float | None, scaler: torch.amp.GradScaler | None) -> FusedAdamWSink | None:
+        """Return what takes an update's step without ``.grad``; None if that has to be written."""
+        options, params = self._options(), self._tensors()
+        step = self.optimizer, self.step, self._scaler_proxy, max_norm, scaler
+        if self._cut() is not None:
+            return ShardedAdamWSink(*step) if needs_no_grad(options, params) else None
+        is_measured = max_norm is not None or scaler is not None
+        return FusedAdamWSink(*step) if can_fuse(self.optimizer, options, params, is_measured) else None
+
+    def _cut(self) -> ByRows | None:
+        """Return the cut of the optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
+        if not self.shard_optimizer:
+            return None
+        comm = comm_of(self.process_group)
+        self.optimizer.by_rows = None if comm is None else ByRows(comm)
+        return self.optimizer.by_rows
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
         """Return ``losses`` as a list; those of the first step look for untracked parameters."""
@@ -246,7 +273,7 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _options(self) -> Options:
         modifiers = self.suppression, self.conflict_lr, self._memory
-        return Options(self.aggregator, self.groups, self.shared, *modifiers, self.process_group)
+        return Options(self.aggregator, self.groups, self.shared, *modifiers, self.process_group, self.shard_optimizer)
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
@@ -260,6 +287,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         """
         check_closure(closure)
         self._refuse_within_accumulate("step()")
+        self._cut()
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
         params = parts_here([p for p in self._tensors() if closure is not None or p.grad is not None])

@@ -84,6 +84,7 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "numbers": sum(map(real_numel, targets.tensors)) if targets.has_dtensors else targets.layouts.numel,
             "layout": _layout_digest(targets),
             "groups": digest(targets.groups, targets.named),
+            "shard_optimizer": options.shard_optimizer,
             "first step": is_new,
             "values": _checksum(targets) if is_new else 0,
             "all present": all(source.present),

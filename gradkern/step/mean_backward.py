@@ -41,7 +41,7 @@ class MeanBackwardSink(WeightedBackwardSink):
         places = [k for k, kind in enumerate(reach) if kind is not None]
         plain = [k for k in places if not is_dtensor(targets.tensors[k])]
         with torch.no_grad():
-            vectors = mean_row(self.comm, buckets_for(plain, targets.layouts, self.comm, 1), self._row, targets.device)
+            vectors = mean_row(self.comm, buckets_for(plain, targets.layouts, self.comm), self._row, targets.device)
             means = dict(results_of(vectors, targets)) | self._of_dtensors()
         accumulate([*((p, means[p]) for p in targets.tensors if p in means), *own])
         return None

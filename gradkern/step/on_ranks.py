@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradkern.distributed.agreement import digest, together
+from gradkern.distributed.by_rows import n_rows
 from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import Reduction, by_place
+from gradkern.distributed.reduction import Reduction
 from gradkern.gradients.layouts import Reach, Row, layouts_of, make_room
 from gradkern.gradients.losses import Source, losses_named, stacked, unscaled
 from gradkern.gradients.memory import bools_on
@@ -24,17 +25,20 @@ from gradkern.step.options import Options
 from gradkern.step.shard_rows import ShardRows, buckets_for, laid_like, shard_rows
 
 
-def gathered_on_ranks(source: Source, options: Options, begun: Start) -> tuple[Targets, list[Row], StepRows]:
+def gathered_on_ranks(
+    source: Source, options: Options, begun: Start, by_rows: bool
+) -> tuple[Targets, list[Row], StepRows]:
     """Return what :func:`gradkern.step.gather.gathered` returns: the rows are shards, unless the step needs them whole.
 
     Args:
         source: the source, opened.
         options: the method and its modifiers.
         begun: what the ranks have agreed on.
+        by_rows: whether the step takes each combined gradient's rows of this rank, where the ranks cut it by rows.
     """
     comm, targets, present, _, second = begun
     if not options.needs_whole_rows:
-        return targets, [], _shards(source, options, begun)
+        return targets, [], _shards(source, options, begun, by_rows)
     with torch.no_grad():
         new = whole_rows(source, begun)
         losses = unscaled(mean_losses(comm, source.values, present, targets), source)
@@ -45,16 +49,17 @@ def gathered_on_ranks(source: Source, options: Options, begun: Start) -> tuple[T
         return targets, new, replace(rows, second=whole_rows(second, begun))
 
 
-def _shards(source: Source, options: Options, begun: Start) -> ShardRows:
+def _shards(source: Source, options: Options, begun: Start, by_rows: bool) -> ShardRows:
     """Return the shards of the step's rows."""
     comm, targets, present, plan, _ = begun
     units = units_of(options, targets)
     suppression, T = options.suppression, len(present)
     unit = 1 if suppression is None else suppression.block
     own: list[Row] = [[None] * len(targets.tensors)] * T
+    cut = [n_rows(p, comm.size) if by_rows else 0 for p in targets.tensors]
 
     def reduction_of(places: Sequence[int]) -> Reduction:
-        return Reduction(comm, buckets_for(places, targets.layouts, comm, unit), T, targets.device)
+        return Reduction(comm, buckets_for(places, targets.layouts, comm, unit, cut), T, targets.device)
 
     early = reduction_of(plan) if plan else None
     reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own, early))
@@ -82,6 +87,7 @@ def _shards(source: Source, options: Options, begun: Start) -> ShardRows:
         reductions=reductions,
         own=own,
         unit=unit,
+        rows=cut,
     )
     return shard_rows(rows)
 
@@ -111,7 +117,7 @@ def whole_rows(source: Source, begun: Start) -> list[Row]:
     """
     comm, targets, present, _, _ = begun
     n, T = len(targets.tensors), len(present)
-    buckets = buckets_for(range(n), targets.layouts, comm, 1)
+    buckets = buckets_for(range(n), targets.layouts, comm)
     reduction = Reduction(comm, buckets, T, targets.device)
     own: list[Row] = [[None] * n] * T
     reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own, reduction))
@@ -119,7 +125,7 @@ def whole_rows(source: Source, begun: Start) -> list[Row]:
     for t, kinds in enumerate(reach):
         row: list[Tensor | None] = [None] * n
         if set(kinds) != {None}:
-            vectors = by_place(buckets, reduction.gathered([shards[t] for shards in reduction.shards]))
+            vectors = reduction.combined(t)
             row = [None if kind is None else laid_like(k, vectors[k], targets) for k, kind in enumerate(kinds)]
         rows.append(row)
     return rows

@@ -20,6 +20,7 @@ class Options:
     Attributes:
         memory: lets absent tasks take part with their last gradients; None for no memory.
         process_group: the ranks that take the step together; see :func:`gradkern.distributed.comm.comm_of`.
+        shard_optimizer: whether each rank has the optimizer's state of some rows of the parameters alone.
     """
 
     aggregator: Aggregator
@@ -29,6 +30,7 @@ class Options:
     conflict_lr: ConflictLR | None = None
     memory: Memory | None = None
     process_group: ProcessGroup | bool | None = None
+    shard_optimizer: bool = False
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""

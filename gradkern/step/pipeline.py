@@ -81,7 +81,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     elif targets.has_dtensors:
         new, rows = [], part_rows(source, options, begun)
     else:
-        targets, new, rows = gathered_on_ranks(source, options, begun)
+        targets, new, rows = gathered_on_ranks(source, options, begun, sink.takes_rows)
     if second_losses is not None:
         rows = with_second(rows, second_losses, targets)
     with torch.set_grad_enabled(False):  # three calls; no_grad makes seven

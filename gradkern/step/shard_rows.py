@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradkern.distributed.buckets import Buckets, Piece, buckets_of
+from gradkern.distributed.by_rows import like_rows
 from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import Reduction, by_place, in_memory, mean_row
+from gradkern.distributed.reduction import Reduction, in_memory, mean_row
 from gradkern.gradients.layouts import PLANS, Layouts, Row
 from gradkern.gradients.param_grads import as_real, new_grad
 from gradkern.gradients.parameters import Targets
@@ -42,11 +43,13 @@ class ShardRows(RankRows):
         reductions: what the shards belong to.
         own: T rows of n gradients of this rank, of the parameters in no shard.
         unit: as for :func:`gradkern.distributed.buckets.buckets_of`.
+        rows: the number of rows of each of the n parameters that the step leaves cut by rows, 0 for the others.
     """
 
     reductions: Sequence[Reduction]
     own: Sequence[Row]
     unit: int
+    rows: Sequence[int]
 
     @property
     def of_params(self) -> Arrangement:
@@ -84,7 +87,10 @@ class ShardRows(RankRows):
         return M if in_float64 else M.float()
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
-        """Return each parameter with its combination, whole; see :meth:`Rows.combine`."""
+        """Return each parameter with its combination; see :meth:`Rows.combine`.
+
+        Each is whole, but of a parameter that is cut by rows it is that of this rank's rows.
+        """
         ones = torch.ones_like(w[0]) if unshared_weights is None else unshared_weights.to(w.dtype)
         ws, kept = torch.cat((w, ones.unsqueeze(0))), self._count()
         for batch in self.arrangement.products_of_all:
@@ -94,9 +100,8 @@ class ShardRows(RankRows):
         vectors: dict[int, Tensor] = {}
         reached = {c.place for c in self.whole.columns}
         for reduction in self.reductions:
-            if reached.isdisjoint(reduction.buckets.places):
-                continue
-            vectors |= by_place(reduction.buckets, reduction.gathered([shards[0] for shards in reduction.shards]))
+            if not reached.isdisjoint(reduction.buckets.places):
+                vectors |= reduction.combined()
         vectors |= self._means_of_own(w, unshared_weights)
         share = None if kept is None else kept_share(self.comm.summed(kept).long(), self.whole.columns)
         return results_of({c.place: vectors[c.place] for c in self.whole.columns}, self.targets), share
@@ -116,7 +121,7 @@ class ShardRows(RankRows):
         places = tuple([c.place for c in self.whole.columns if c.place not in sharded])
         if not places:
             return {}
-        buckets = buckets_for(places, self.targets.layouts, self.comm, 1)
+        buckets = buckets_for(places, self.targets.layouts, self.comm, rows=self.rows)
         columns = [_of_tasks(_by_place(self.whole)[k], self.own) for k in places]
         arrangement = self.whole.of(c for c in columns if c.tasks)
         rows = Rows(self.targets.tensors, self.own, arrangement, overwrite=True)
@@ -133,17 +138,28 @@ def shard_rows(rows: ShardRows) -> ShardRows:
     return replace(rows, params=grads[0], grads=grads, arrangement=arrangement)
 
 
-def buckets_for(places: Sequence[int], layouts: Layouts, comm: Comm, unit: int) -> Buckets:
-    """Return the buckets of the parameters at ``places``."""
-    return buckets_of(tuple(places), tuple(layouts.numels), tuple(layouts.dtypes), comm.size, unit)
+def buckets_for(
+    places: Sequence[int], layouts: Layouts, comm: Comm, unit: int = 1, rows: Sequence[int] | None = None
+) -> Buckets:
+    """Return the buckets of the parameters at ``places``; see :func:`gradkern.distributed.buckets.buckets_of`."""
+    numels = tuple(layouts.numels)
+    cut = (0,) * len(numels) if rows is None else tuple(rows)
+    return buckets_of(tuple(places), numels, tuple(layouts.dtypes), cut, comm.size, unit)
 
 
 def results_of(vectors: Mapping[int, Tensor], targets: Targets) -> list[tuple[Tensor, Tensor]]:
-    """Return the parameters at some places with their gradients, in memory of their own, in the order of parameters."""
+    """Return the parameters at some places with their gradients, in the order of parameters.
+
+    Each is in memory of its own, but this rank's rows of one are a view of their vector.
+    """
     results = []
     for place in sorted(vectors):
-        p, g = targets.tensors[place], laid_like(place, vectors[place], targets)
-        results.append((p, torch.view_as_complex(g) if p.is_complex() else g))
+        p, vector = targets.tensors[place], vectors[place]
+        if vector.numel() < targets.layouts.numels[place]:
+            results.append((p, like_rows(vector, p)))
+        else:
+            g = laid_like(place, vector, targets)
+            results.append((p, torch.view_as_complex(g) if p.is_complex() else g))
     return results
 
 
@@ -171,13 +187,14 @@ def _arranged(
             c = of_params.get(piece.place)
             if c is None:
                 continue
-            last = places[-1] if places else None
-            if last is not None and last[:2] == (i, piece.bucket) and _are_alike(columns[-1], c):
-                numel = piece.at + piece.numel - last.at
-                places[-1], columns[-1] = last._replace(numel=numel), columns[-1]._replace(numel=numel)
-            else:
-                places.append(Place(i, piece.bucket, piece.at, piece.numel))
-                columns.append(_column(len(columns), piece, c, T, unit))
+            for part in _at_units(piece, unit if c.unit >= 0 else 1):
+                last = places[-1] if places else None
+                if last is not None and last[:2] == (i, part.bucket) and _are_alike(columns[-1], c):
+                    numel = part.at + part.numel - last.at
+                    places[-1], columns[-1] = last._replace(numel=numel), columns[-1]._replace(numel=numel)
+                else:
+                    places.append(Place(i, part.bucket, part.at, part.numel))
+                    columns.append(_column(len(columns), part, c, T, unit))
     return Arrangement(columns, len(columns), whole.n_segments), places
 
 
@@ -197,6 +214,18 @@ def _runs(columns: tuple[Column, ...], buckets: tuple[Buckets, ...], rank: int) 
             Place(-1, 0, 0, c.numel - end),
         ]
     return [run for run in runs if run.numel]
+
+
+def _at_units(piece: Piece, unit: int) -> list[Piece]:
+    """Return a piece, in two if it starts within a unit of a mask and goes on behind it."""
+    within = -piece.offset % unit
+    if not 0 < within < piece.numel:
+        return [piece]
+    place, bucket, at, numel, offset = piece
+    return [
+        Piece(place, bucket, at, within, offset),
+        Piece(place, bucket, at + within, numel - within, offset + within),
+    ]
 
 
 def _are_alike(c: Column, other: Column) -> bool:

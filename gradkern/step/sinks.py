@@ -30,14 +30,18 @@ class Sink(Protocol):
     A step whose sink is a :class:`WeightedBackwardSink` without rows calls ``weigh`` in place of the first two.
 
     Attributes:
-        needs_unshared: whether it needs dot products over unshared parameters too.
         needs_tensors: whether it needs each gradient as a tensor.
         takes_combination: whether it takes the combination itself, and not only the weights.
+        takes_rows: whether it takes this rank's rows of combined gradients that several ranks cut by rows.
     """
 
-    needs_unshared: bool
+    @property
+    def needs_unshared(self) -> bool:
+        """Whether it needs dot products over unshared parameters too."""
+
     needs_tensors: bool
     takes_combination: bool
+    takes_rows: bool
 
     def check(self, rows: StepRows) -> None:
         """Raise unless it can take the rows."""
@@ -62,6 +66,7 @@ class GradSink:
     needs_unshared = False
     needs_tensors = False
     takes_combination = True
+    takes_rows = False
 
     def check(self, rows: StepRows) -> None:
         """Accept all rows."""

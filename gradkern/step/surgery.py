@@ -18,9 +18,9 @@ from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.notices import warn_once
+from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
-from gradkern.step.shard_rows import ShardRows
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def surgery(
     fused = None
     if isinstance(rows, FlatRows):
         fused = None if unshared else _in_one_call(rows, aggregator)
-    elif takes_combination and rows.present is None and not isinstance(rows, ShardRows):
+    elif takes_combination and rows.present is None and not isinstance(rows, RankRows):
         fused = _in_one_launch(rows, aggregator)
     if fused is not None:
         return fused

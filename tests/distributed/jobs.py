@@ -52,6 +52,8 @@ class Run(NamedTuple):
         second: whether steps have a second batch, the first one with other targets.
         options: more arguments of the optimizer; a name of ``OPTIONS``.
         sharding: a name of ``SHARDINGS``.
+        fused: whether the inner optimizer is gradkern's, as with ``update``.
+        shard: whether each rank has the state of some rows alone.
     """
 
     method: str = "PCGrad"
@@ -66,6 +68,8 @@ class Run(NamedTuple):
     second: bool = False
     options: str = ""
     sharding: str = ""
+    fused: bool = False
+    shard: bool = False
 
 
 OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
@@ -170,8 +174,9 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     if run.sharding and ranks > 1:
         SHARDINGS[run.sharding](model, mesh_of(group, ranks, run.sharding))
         params = [*model.named_parameters(), *params[len(list(model.parameters())) :]]
-    inner = (gk.optim.AdamW if run.update else torch.optim.AdamW)(params, lr=1e-2)
-    opt = gk.SurgeryOptimizer(inner, method, process_group=group if ranks > 1 else False, **OPTIONS[run.options](model))
+    inner = (gk.optim.AdamW if run.update or run.fused else torch.optim.AdamW)(params, lr=1e-2)
+    ranked = {"process_group": group if ranks > 1 else False, "shard_optimizer": run.shard}
+    opt = gk.SurgeryOptimizer(inner, method, **ranked, **OPTIONS[run.options](model))
     batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
     if (run.ddp or run.unused) and ranks > 1:
         forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)
@@ -186,7 +191,7 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
         for module in model.modules():
             if run.sharding == "gathered" and isinstance(module, FSDPModule):
                 module.reshard()
-    state = opt.state_dict() if not run.sharding else {"surgery": opt.state_dict()["surgery"]}
+    state = opt.state_dict() if not run.sharding and not run.shard else {"surgery": opt.state_dict()["surgery"]}
     return Result([whole(p.detach()) for _, p in params], infos, state)
 
 

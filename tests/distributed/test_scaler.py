@@ -13,7 +13,7 @@ from tests.models import MultiHead
 
 
 def scaled(
-    rank: int, group: Any, fused: bool, update: bool, is_sharded: bool = False
+    rank: int, group: Any, fused: bool, update: bool, is_sharded: bool = False, shard: bool = False
 ) -> list[tuple[float, list[torch.Tensor]]]:
     """Return the scale and the parameters after each of three steps; a loss of rank 1 overflows in the second."""
     torch.manual_seed(0)
@@ -22,7 +22,7 @@ def scaled(
         sharded(model, mesh_of(group, 2, ""))
     params = list(model.parameters())
     inner = (gk.optim.AdamW if fused else torch.optim.AdamW)(params, lr=1e-2)
-    opt = gk.SurgeryOptimizer(inner, gk.PCGrad(), process_group=group)
+    opt = gk.SurgeryOptimizer(inner, gk.PCGrad(), process_group=group, shard_optimizer=shard)
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     torch.manual_seed(rank)
     results = []
@@ -41,11 +41,15 @@ def scaled(
     return results
 
 
-@pytest.mark.parametrize("is_sharded", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    ("fused", "is_sharded", "shard"),
+    [(fused, is_sharded, False) for fused in (False, True) for is_sharded in (False, True)] + [(True, False, True)],
+)
 @pytest.mark.parametrize("update", [False, True])
-def test_an_overflow_on_one_rank_is_all_ranks_overflow(pool: Pool, fused: bool, update: bool, is_sharded: bool) -> None:
-    of_ranks = pool.run(scaled, fused, update, is_sharded, ranks=2)
+def test_an_overflow_on_one_rank_is_all_ranks_overflow(
+    pool: Pool, fused: bool, update: bool, is_sharded: bool, shard: bool
+) -> None:
+    of_ranks = pool.run(scaled, fused, update, is_sharded, shard, ranks=2)
     for results in of_ranks:
         scales = [scale for scale, _ in results]
         assert scales == [64.0, 32.0, 32.0]

@@ -1,0 +1,71 @@
+"""The sink of a step of AdamW on several ranks, each of which has the moments of some rows of the parameters.
+
+Each rank combines its rows of the gradients and steps its rows of the parameters; then all get the rows of all. So a
+step moves as many words as one that puts whole gradients together.
+"""
+
+import torch
+from torch import Tensor
+
+from gradkern.distributed.by_rows import ByRows
+from gradkern.gradients.parameters import Targets
+from gradkern.gradients.sharded import parts_here
+from gradkern.optim.adamw import Combination, along_parts
+from gradkern.optim.fused_sink import FusedAdamWSink
+from gradkern.step.flat_rows import StepRows
+from gradkern.step.rank_rows import RankRows
+from gradkern.step.rows import Rows
+from gradkern.step.surgery import Outcome
+
+
+class ShardedAdamWSink(FusedAdamWSink):
+    """Steps along the combination, of which each rank has a part. Each instance serves one update.
+
+    Its arguments and attributes are those of :class:`FusedAdamWSink`, whose ``adamw`` has a cut by rows.
+    """
+
+    takes_combination = True
+    takes_rows = True
+
+    @property
+    def needs_unshared(self) -> bool:
+        """False: the combination itself is there."""
+        return False
+
+    def check(self, rows: StepRows) -> None:
+        """Raise if the step would, before anything has changed."""
+        if isinstance(rows, RankRows):
+            rows = Rows(rows.targets.tensors, (), rows.whole)
+        super().check(rows)
+
+    def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
+        """Combine the rows."""
+        results, self._kept = outcome.combine()
+        self._params = [p for p, _ in results]
+        self._parts = parts_here([self._cut.here(g, p) for p, g in results])
+
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Step along the combination; return the share of entries that the mask kept."""
+        super().commit(step_scale)
+        return self._kept
+
+    @property
+    def _cut(self) -> ByRows:
+        cut = self.adamw.by_rows
+        assert cut is not None, "its optimizer's state is cut"
+        return cut
+
+    def _direction(self) -> Combination:
+        return along_parts(self._params, self._parts)
+
+    def _is_finite(self, direction: Combination) -> Tensor:
+        finite = torch.stack([g.isfinite().all() for g in self._parts]).all()
+        return self._cut.comm.summed((~finite).to(torch.float32)) == 0
+
+    def _norm(self, direction: Combination) -> Tensor:
+        """Return the norm of the combination over all parameters, (); what several ranks have counts once."""
+        squares = [
+            torch.linalg.vector_norm(g, dtype=torch.float64).square() / self._cut.replicas(p)
+            for p, g in zip(self._params, self._parts, strict=True)
+        ]
+        return self._cut.comm.summed(torch.stack(squares).sum()).sqrt().to(direction.w.dtype)
