@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradkern.distributed.buckets import Buckets, buckets_of
-from gradkern.distributed.comm import Comm
+from gradkern.distributed.comm import Comm, ProcessGroup, comm_of
 from gradkern.distributed.reduction import in_memory
 from gradkern.gradients.sharded import is_dtensor, n_replicas
 
@@ -30,6 +30,12 @@ def like_rows(vector: Tensor, p: Tensor) -> Tensor:
     """Return the numbers of some rows of a parameter, laid out as they are there."""
     per_row = p.numel() // p.shape[0]
     return vector.as_strided((vector.numel() // per_row, *p.shape[1:]), p.stride(), vector.storage_offset())
+
+
+def cut_of(process_group: ProcessGroup | bool | None) -> "ByRows | None":
+    """Return the cut among the ranks that :func:`gradkern.distributed.comm.comm_of` finds; None for one rank."""
+    comm = comm_of(process_group)
+    return None if comm is None else ByRows(comm)
 
 
 class ByRows:

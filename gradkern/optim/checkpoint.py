@@ -13,6 +13,7 @@ from gradkern.arguments import shown
 from gradkern.ops.undo import PutBack, Undo
 from gradkern.optim.arguments import check_mapping, check_state
 from gradkern.optim.untracked import Untracked
+from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.options import Options
 
 
@@ -56,7 +57,34 @@ class Remembered:
             own_memory.load_state_dict(memory, self.params)
 
 
-def with_surgery(state: Mapping[str, Any], surgery: dict[str, Any]) -> dict[str, Any]:
+def save_with_surgery(optimizer: OptimizerWrapper, remembered: Remembered) -> dict[str, Any]:
+    """Return the state of the wrapped optimizer with that of its surgery. The hooks are those of the wrapper."""
+    for hook in optimizer._optimizer_state_dict_pre_hooks.values():
+        hook(optimizer)
+    state = _with_surgery(optimizer.optimizer.state_dict(), remembered.state_dict())
+    for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
+        replaced = post_hook(optimizer, state)
+        state = state if replaced is None else replaced
+    return state
+
+
+def load_with_surgery(optimizer: OptimizerWrapper, remembered: Remembered, state_dict: Any) -> None:
+    """Load what :func:`save_with_surgery` returns, or an ordinary optimizer's state; or nothing, and raise."""
+    check_mapping(state_dict)
+    state = dict(state_dict)
+    for hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        replaced = hook(optimizer, state)
+        state = state if replaced is None else replaced
+    state, surgery = _without_surgery(state)
+    with Undo(*remembered.options.snapshot()):
+        if surgery is not None:
+            remembered.load_state_dict(surgery)
+        load(optimizer.optimizer, state)
+    for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
+        post_hook(optimizer)
+
+
+def _with_surgery(state: Mapping[str, Any], surgery: dict[str, Any]) -> dict[str, Any]:
     """Return an optimizer's state with that of its surgery, as the entry "surgery" and within the first group.
 
     ``torch.distributed.checkpoint`` keeps the states of parameters and the groups, and drops other entries. In the
@@ -71,8 +99,8 @@ def with_surgery(state: Mapping[str, Any], surgery: dict[str, Any]) -> dict[str,
     return {**state, "param_groups": groups, "surgery": surgery}
 
 
-def without_surgery(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
-    """Return the optimizer's part of what :func:`with_surgery` returns, and the surgery's; None if it has none."""
+def _without_surgery(state_dict: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Return the optimizer's part of what :func:`_with_surgery` returns, and the surgery's; None if it has none."""
     state = dict(state_dict)
     surgery, groups = state.pop("surgery", None), state.get("param_groups")
     if isinstance(groups, Sequence) and all(isinstance(group, Mapping) for group in groups):

@@ -6,16 +6,27 @@ step moves as many words as one that puts whole gradients together.
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from gradkern.arguments import boolean
 from gradkern.distributed.by_rows import ByRows
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import parts_here
-from gradkern.optim.adamw import Combination, along_parts
+from gradkern.optim.adamw import AdamW, Combination, along_parts
 from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import Rows
 from gradkern.step.surgery import Outcome
+
+
+def refuse_uncut(optimizer: Optimizer, shard_optimizer: bool) -> None:
+    """Raise TypeError if an optimizer is to have its state cut among ranks, and cannot."""
+    if boolean("shard_optimizer", shard_optimizer) and type(optimizer) is not AdamW:
+        raise TypeError(
+            f"optimizer must be a gradkern.optim.AdamW with shard_optimizer=True, got {type(optimizer).__name__}; "
+            "torch.distributed.optim.ZeroRedundancyOptimizer shards others"
+        )
 
 
 class ShardedAdamWSink(FusedAdamWSink):

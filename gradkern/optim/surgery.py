@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean, instance, number
-from gradkern.distributed.by_rows import ByRows
+from gradkern.distributed.by_rows import ByRows, cut_of
 from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
@@ -25,11 +25,11 @@ from gradkern.modifiers.conflict_lr import ConflictLR, rescale
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
-from gradkern.optim.arguments import check_closure, check_mapping, checked_group
-from gradkern.optim.checkpoint import Remembered, load, restored, with_surgery, without_surgery
+from gradkern.optim.arguments import check_closure, checked_group
+from gradkern.optim.checkpoint import Remembered, load_with_surgery, restored, save_with_surgery
 from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse, needs_no_grad
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
-from gradkern.optim.shard_sink import ShardedAdamWSink
+from gradkern.optim.shard_sink import ShardedAdamWSink, refuse_uncut
 from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
@@ -54,18 +54,16 @@ class SurgeryOptimizer(OptimizerWrapper):
         optimizer: the optimizer that takes the step, over leaf tensors as in :func:`gradkern.backward`; not another
             SurgeryOptimizer. Give it ``model.named_parameters()`` where ``groups`` needs names.
         aggregator: the method, such as ``gradkern.PCGrad()``.
-        groups, shared: as in :func:`gradkern.backward`.
+        groups, shared, process_group: as in :func:`gradkern.backward`.
         suppression: as in :func:`gradkern.backward`; its step is part of ``state_dict``.
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
             to step, and are part of ``state_dict``. Methods that leave absent tasks out, such as ``MGDA``, do so with
             a memory too.
-        process_group: as in :func:`gradkern.backward`.
-        shard_optimizer: whether each of several ranks keeps AdamW's moments of some rows of every parameter alone, as
-            ZeRO 1 does; ``optimizer`` is a :class:`gradkern.optim.AdamW` then. A parameter with fewer rows than ranks
-            has its moments on all. ``update`` sends no more than without. ``step`` sends the parameters, once more as
-            much as a combined gradient.
+        shard_optimizer: whether each of several ranks keeps the moments of some rows of every parameter alone, as ZeRO
+            1 does. ``optimizer`` is a :class:`gradkern.optim.AdamW` then. ``update`` sends as much as without it;
+            ``backward`` and ``step`` send one vector of all parameters more.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -87,11 +85,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
         boolean("memory", memory)
         super().__init__(optimizer)
-        if boolean("shard_optimizer", shard_optimizer) and type(optimizer) is not AdamW:
-            raise TypeError(
-                f"optimizer must be a gradkern.optim.AdamW with shard_optimizer=True, got {type(optimizer).__name__}; "
-                "torch.distributed.optim.ZeroRedundancyOptimizer shards others"
-            )
+        refuse_uncut(optimizer, shard_optimizer)
         self.aggregator = aggregator
         self.groups = groups
         # Every step iterates over it, and an iterator would be exhausted after the first.
@@ -152,9 +146,9 @@ class SurgeryOptimizer(OptimizerWrapper):
         So surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One
         gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
         ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
-        sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block,
-        ``step`` and ``state_dict`` after it. On several ranks its end is one step of all of them, and what ``backward``
-        returns within it is of this rank.
+        sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block, ``step`` and
+        ``state_dict`` after it. On several ranks its end is one step of all of them, and what ``backward`` returns is
+        this rank's.
 
         Yields:
             The sums, whose ``info`` is the step's once the block has ended.
@@ -198,8 +192,9 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
-        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. Around other optimizers, on
-        several ranks, and if the norm of a suppressed update is needed, ``.grad`` is written in between.
+        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. ``.grad`` is written in
+        between around other optimizers, on several ranks without ``shard_optimizer``, and if a suppressed update's norm
+        is needed.
 
         Whatever raises, a hook or a lack of memory too, everything is as before the call and it can be repeated: every
         ``.grad``, the state of the method, the masks and the memory, κ of an earlier ``backward``, and what ``scaler``
@@ -257,9 +252,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Return the cut of the optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
         if not self.shard_optimizer:
             return None
-        comm = comm_of(self.process_group)
-        self.optimizer.by_rows = None if comm is None else ByRows(comm)
-        return self.optimizer.by_rows
+        self.optimizer.by_rows = cut = cut_of(self.process_group)
+        return cut
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
         """Return ``losses`` as a list; those of the first step look for untracked parameters."""
@@ -333,13 +327,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
         """
         self._refuse_within_accumulate("state_dict()")
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        state = with_surgery(self.optimizer.state_dict(), self._remembered().state_dict())
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            replaced = post_hook(self, state)
-            state = state if replaced is None else replaced
-        return state
+        return save_with_surgery(self, self._remembered())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`, or an ordinary optimizer's, which leaves the method's state unchanged.
@@ -348,18 +336,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             TypeError, ValueError: ``state_dict`` has another form, the checkpoint belongs to another method, or its
                 state does not fit this one. Nothing has been loaded then.
         """
-        check_mapping(state_dict)
-        state = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            replaced = hook(self, state)
-            state = state if replaced is None else replaced
-        state, surgery = without_surgery(state)
-        with Undo(*self._options().snapshot()):
-            if surgery is not None:
-                self._remembered().load_state_dict(surgery)
-            load(self.optimizer, state)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        load_with_surgery(self, self._remembered(), state_dict)
 
     def _remembered(self) -> Remembered:
         return Remembered(self._options(), self._tensors())
