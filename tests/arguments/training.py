@@ -142,6 +142,7 @@ def optimizers() -> Iterator[Call]:
             "optimizer": partial(values.of_class, torch.optim.Optimizer, False),
             "conflict_lr": partial(values.of_class, gk.ConflictLR, True),
             "memory": values.flags,
+            "shard_optimizer": values.flags,
         },
     )
     yield from _adamw()
