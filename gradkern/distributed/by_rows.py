@@ -83,25 +83,26 @@ class ByRows:
         params = [p.detach() for p in params if self.cuts(p)]
         if not params:
             return
-        for bucket, whole in zip(self._buckets_of(params), self._gathered(params), strict=True):
-            torch._foreach_copy_(
-                [in_memory(params[run.place])[run.offset : run.offset + run.numel] for run in bucket.runs],
-                [whole[run.start : run.start + run.numel] for run in bucket.runs],
-            )
-
-    def _gathered(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return the buckets of the parameters, with the rows of all ranks."""
-        rank, buckets = self.comm.rank, self._buckets_of(params)
-        shards = [torch.zeros(b.shard, dtype=b.dtype, device=params[0].device) for b in buckets]
-        pieces = buckets.pieces(rank)
+        device, buckets = params[0].device, self._buckets_of(params)
+        key = "rows", buckets, device
+        own, whole = self.comm.taken(key) or (
+            [torch.empty(b.shard, dtype=b.dtype, device=device) for b in buckets],
+            [torch.empty(b.size, dtype=b.dtype, device=device) for b in buckets],
+        )
+        pieces = buckets.pieces(self.comm.rank)
         torch._foreach_copy_(
-            [shards[piece.bucket][piece.at : piece.at + piece.numel] for piece in pieces],
+            [own[piece.bucket][piece.at : piece.at + piece.numel] for piece in pieces],
             [in_memory(params[piece.place])[piece.offset : piece.offset + piece.numel] for piece in pieces],
         )
-        wholes = [shard.new_empty(b.size) for b, shard in zip(buckets, shards, strict=True)]
-        for work in [self.comm.all_gather(whole, shard) for whole, shard in zip(wholes, shards, strict=True)]:
+        for work in [self.comm.all_gather(x, shard) for x, shard in zip(whole, own, strict=True)]:
             work.wait()
-        return wholes
+        for bucket, x in zip(buckets, whole, strict=True):
+            torch._foreach_copy_(
+                [in_memory(params[run.place])[run.offset : run.offset + run.numel] for run in bucket.runs],
+                [x[run.start : run.start + run.numel] for run in bucket.runs],
+            )
+        if device.type == "cpu":  # as in Reduction
+            self.comm.keep(key, (own, whole))
 
     def _buckets_of(self, params: Sequence[Tensor]) -> Buckets:
         R = self.comm.size

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 import gradkern as gk
 from tests.distributed.jobs import Run, T
 from tests.distributed.pool import Pool
-from tests.distributed.test_equal import check
+from tests.distributed.test_equal import assert_equal, check, in_small_buckets
 from tests.distributed.test_words import Counted
 from tests.models import MultiHead
 
@@ -63,6 +63,13 @@ def test_groups_and_modifiers(pool: Pool, options: str, ranks: int) -> None:
 @pytest.mark.parametrize("sharding", ["resharded", "heads left out", "tensor parallel"])
 def test_beside_sharded_parameters(pool: Pool, sharding: str) -> None:
     check(pool, Run("PCGrad", sharding=sharding, **SHARD), 2)
+
+
+@pytest.mark.parametrize("options", ["", "suppression of all"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_many_buckets(pool: Pool, options: str, ranks: int) -> None:
+    run = Run("GradVac", options=options, **SHARD)
+    assert_equal(pool.run(in_small_buckets, run, ranks, ranks=ranks), run)
 
 
 def test_float32(pool: Pool) -> None:
