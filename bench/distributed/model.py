@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
 
-PLAIN, SURGERY, ONE_PASS, T_PASSES = "DDP, Σ L", "surgery", "one pass", "T passes"
+PLAIN, SURGERY, CUT, ONE_PASS, T_PASSES = "DDP, Σ L", "surgery", "surgery, AdamW cut", "one pass", "T passes"
 
 
 class Size(NamedTuple):
@@ -67,13 +67,15 @@ class Steps:
         self._ddp.register_comm_hook(None, self._counting)
         self._adamw = torch.optim.AdamW(self.model.parameters(), fused=True)
         self._surgery = gk.SurgeryOptimizer(self._adamw, gk.PCGrad())
+        self._cut = gk.SurgeryOptimizer(gk.optim.AdamW(self.model.parameters()), gk.PCGrad(), shard_optimizer=True)
         torch.manual_seed(rank)
         self._x = torch.randint(size.words, (size.batch, size.length))
         self._y = torch.randint(2, (size.T, size.batch))
 
     def of(self, name: str) -> Callable[[], None]:
         """Return a way to take a step, or a part of one, by its name."""
-        return {PLAIN: self._plain, SURGERY: self._by_surgery, ONE_PASS: self._one_pass, T_PASSES: self._t_passes}[name]
+        ways = {PLAIN: self._plain, SURGERY: self._by_surgery, CUT: self._by_rows}
+        return (ways | {ONE_PASS: self._one_pass, T_PASSES: self._t_passes})[name]
 
     def _plain(self) -> None:
         self._adamw.zero_grad()
@@ -84,6 +86,10 @@ class Steps:
         self._adamw.zero_grad()
         self._surgery.backward(self.model(self._x, self._y))
         self._surgery.step()
+
+    def _by_rows(self) -> None:
+        self._adamw.zero_grad()
+        self._cut.update(self.model(self._x, self._y))
 
     def _one_pass(self) -> None:
         torch.autograd.grad(torch.stack(self.model(self._x, self._y)).sum(), list(self.model.parameters()))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from bench.distributed.model import ONE_PASS, PLAIN, SURGERY, T_PASSES, Size, Steps
+from bench.distributed.model import CUT, ONE_PASS, PLAIN, SURGERY, T_PASSES, Size, Steps
 from gradkern.distributed import comm
 
 WARM_UP = 2
@@ -27,7 +27,7 @@ def _run(rank: int, R: int, size: Size, rounds: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=R)
     steps = Steps(size, rank)
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (PLAIN, SURGERY, ONE_PASS, T_PASSES)}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in (PLAIN, SURGERY, CUT, ONE_PASS, T_PASSES)}
     for n in range(WARM_UP + rounds):
         for name, of_name in seconds.items():
             taken = _timed(steps, name)
@@ -38,7 +38,7 @@ def _run(rank: int, R: int, size: Size, rounds: int, folder: str) -> None:
         **size._asdict(),
         "shared": steps.shared,
         "own": steps.own,
-        "words": {PLAIN: _words_of_ddp(steps), SURGERY: _words_of_surgery(steps)},
+        "words": {PLAIN: _words_of_ddp(steps)} | {name: _words_of_ours(steps, name) for name in (SURGERY, CUT)},
         "wall": {name: statistics.median(wall for wall, _ in of_name) for name, of_name in seconds.items()},
         "processor": {name: statistics.median(used for _, used in of_name) for name, of_name in seconds.items()},
     }
@@ -63,7 +63,7 @@ def _words_of_ddp(steps: Steps) -> int:
     return 2 * steps.reduced
 
 
-def _words_of_surgery(steps: Steps) -> int:
+def _words_of_ours(steps: Steps, name: str) -> int:
     """Return the float32 words of a step times R / (R - 1); all messages beside them are of other dtypes."""
     count = 0
     gather, to_all = comm._all_gather, comm._all_to_all
@@ -82,7 +82,7 @@ def _words_of_surgery(steps: Steps) -> int:
 
     comm._all_gather, comm._all_to_all = all_gather, all_to_all
     try:
-        steps.of(SURGERY)()
+        steps.of(name)()
     finally:
         comm._all_gather, comm._all_to_all = gather, to_all
     return count

@@ -2,29 +2,30 @@
 
 from typing import Any
 
-from bench.distributed.model import ONE_PASS, PLAIN, SURGERY, T_PASSES
+from bench.distributed.model import CUT, ONE_PASS, PLAIN, SURGERY, T_PASSES
 
 
 def table(results: dict[str, Any]) -> str:
     """Return one line for each number of ranks, in Markdown."""
     lines = [
-        "| ranks | P | words, DDP | words, surgery | (T + 1) P + 2 P of heads | CPU s, DDP | CPU s, surgery "
-        "| T - 1 passes | beyond them, of DDP's | clock s, DDP | clock s, surgery |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "| ranks | P | words, DDP | words, surgery | words, AdamW cut | (T + 1) P + 2 P of heads | T - 1 passes "
+        "| CPU s, DDP | CPU s, surgery | beyond them, of DDP's | CPU s, AdamW cut "
+        "| clock s, DDP | clock s, surgery | beyond them, of DDP's | clock s, AdamW cut |",
+        f"|{'--:|' * 15}",
     ]
     for row in results["rows"]:
         P = row["shared"] + row["own"]
-        words = [f"{row['words'][name] / P:.3f} P" for name in (PLAIN, SURGERY)]
+        words = [f"{row['words'][name] / P:.3f} P" for name in (PLAIN, SURGERY, CUT)]
         law = ((row["T"] + 1) * row["shared"] + 2 * row["own"]) / P
-        used = row["processor"]
-        passes = used[T_PASSES] - used[ONE_PASS]
-        times = [f"{x:.2f}" for x in (used[PLAIN], used[SURGERY], passes, beyond(row))]
-        clock = [f"{row['wall'][name]:.2f}" for name in (PLAIN, SURGERY)]
-        lines.append(f"| {' | '.join([str(row['ranks']), f'{P:,}', *words, f'{law:.3f} P', *times, *clock])} |")
+        times = [passes(row["processor"])]
+        for kind in ("processor", "wall"):
+            taken = row[kind]
+            times += [taken[PLAIN], taken[SURGERY], (taken[SURGERY] - passes(taken)) / taken[PLAIN], taken[CUT]]
+        numbers = [*words, f"{law:.3f} P", *(f"{x:.2f}" for x in times)]
+        lines.append(f"| {' | '.join([str(row['ranks']), f'{P:,}', *numbers])} |")
     return "\n".join(lines)
 
 
-def beyond(row: dict[str, Any]) -> float:
-    """Return the processor's time of a step without the T - 1 more backward passes, relative to DDP's step."""
-    used = row["processor"]
-    return (used[SURGERY] - (used[T_PASSES] - used[ONE_PASS])) / used[PLAIN]
+def passes(taken: dict[str, float]) -> float:
+    """Return the time of T - 1 more backward passes."""
+    return taken[T_PASSES] - taken[ONE_PASS]

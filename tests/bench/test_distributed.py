@@ -14,11 +14,12 @@ def test_words_are_those_of_the_law(tmp_path: Path, capsys: pytest.CaptureFixtur
     main(["distributed", *SMALL.split(), "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     (row,) = json.loads((tmp_path / "distributed.json").read_text())["rows"]
-    plain, surgery = row["words"].values()
+    plain, surgery, cut = row["words"].values()
     assert plain == 2 * (row["shared"] + row["own"])
     law = (row["T"] + 1) * row["shared"] + 2 * row["own"]
     # Parameters start at multiples of 8, and so do the shards of two ranks.
     assert law <= surgery <= law + 8 * 2 * (row["T"] + 1) * 40
+    assert law <= cut <= law + 8 * 2 * (row["T"] + 1) * 40
     assert all(seconds >= 0 for kind in ("wall", "processor") for seconds in row[kind].values())
     main(["distributed", "--show", str(tmp_path / "distributed.json")])
     assert capsys.readouterr().out.strip() in printed
