@@ -1,7 +1,7 @@
 """AdamW's moments cut among ranks: the steps of one process, with a part of its memory."""
 
 import copy
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,6 @@ def test_as_many_words_and_a_part_of_the_memory(pool: Pool, ranks: int) -> None:
 
 
 STEPS, STOP = 6, 3
-Kind = Callable[[Any], dict[str, Any]]
 
 
 class Training:
@@ -293,6 +292,29 @@ def refused(rank: int, group: Any, name: str) -> str:
 def test_all_ranks_cut_or_none(pool: Pool) -> None:
     for text in pool.run(refused, "", ranks=2):
         assert "shard_optimizer, True on some ranks alone: those of rank 1" in text
+
+
+def by_zero(rank: int, group: Any) -> list[list[Tensor]]:
+    """Return the parameters by torch's optimizer that cuts any other one's state, and by that one whole."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # its import takes seconds
+
+    results = []
+    for cut in (True, False):
+        torch.manual_seed(0)
+        model = MultiHead(T).double()
+        args: dict[str, Any] = {"process_group": group} if cut else {}
+        kind = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.RMSprop) if cut else torch.optim.RMSprop
+        opt = gk.SurgeryOptimizer(kind(model.parameters(), lr=1e-2, **args), gk.UPGrad(), process_group=group)
+        torch.manual_seed(rank)
+        for _ in range(3):
+            opt.update(model.losses(torch.randn(8, 6).double(), torch.randn(T, 8).double()), max_norm=1.0)
+        results.append([p.detach() for p in model.parameters()])
+    return results
+
+
+def test_torchs_own_optimizer_cuts_others(pool: Pool) -> None:
+    for cut, whole in pool.run(by_zero, ranks=2):
+        assert all(map(torch.equal, cut, whole))
 
 
 def test_only_an_adamw_of_ours_is_cut() -> None:
