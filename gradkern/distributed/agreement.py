@@ -23,14 +23,19 @@ Facts = Mapping[str, int]
 UNEQUAL: dict[str, str] = {
     "steps": "the number of steps so far: {values}. One of them has left out a step, or has taken one alone",
     "method": "the method or its modifiers: {ranks}. Give all ranks the same method, with the same seed= if it has one",
+    "callables": "whether losses are callables: {ranks}. This method weighs losses: give it callables on all ranks, or "
+    "tensors on all",
     "tasks": "the number of losses: {values}. Pass None for a task that a rank lacks",
     "parameters": "the number of params that require grad: {values}",
+    "trained": "which of params require grad: {ranks}. Freeze the same parameters on all ranks",
     "numbers": "the number of elements in params: {values}",
     "layout": "the shapes, strides or dtypes of params, or their order: {ranks}",
     "groups": "the groups of params, or which of them are shared: {ranks}",
-    "first step": "whether they have taken a step with these params before: {values}",
+    "first step": "whether they have taken a step with these params, in this order, before: {ranks}",
     "values": "the values of params: {ranks}. Broadcast them from one rank before the first step, as "
     "DistributedDataParallel does, or build the model from the same seed",
+    "state": "the parameters or the state of the method: {ranks}. Make it from the same seed on all ranks, or load the "
+    "same checkpoint on all",
 }
 """The facts that all ranks must have in common, and how an error tells of them."""
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class Comm:
         rank: the number of this rank in the group.
         size: the number of ranks, R.
         steps: the number of steps that this rank has begun with the others.
-        plans, params: what the ranks know of their next steps; see ``gradkern.step.begin``.
+        plans, params, methods: what the ranks know of their next steps; see ``gradkern.step.begin``.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -38,6 +38,7 @@ class Comm:
         self.steps = 0
         self.plans: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
+        self.methods: WeakSet[Any] = WeakSet()
         self._kept: dict[Any, Any] = {}
         pairs = dist.get_backend_config(group).split(",")
         self._backends: dict[str, str] = dict(pair.split(":", 1) for pair in pairs)

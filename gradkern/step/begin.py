@@ -1,8 +1,9 @@
 """The agreement of the ranks: facts that must be equal on all of them before the first backward pass of a step."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import is_
 from typing import NamedTuple
 from weakref import ref
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import GradAttention
+from gradkern.aggregators import Aggregator, GradAttention, Scalarization
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.refused import refuse_join, refuse_marked
@@ -21,6 +22,7 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import is_dtensor, refuse_meshes, start_here
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
+from gradkern.step.sinks import runs_one_by_one
 
 LARGEST_UNIT = 4096
 """The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
@@ -60,38 +62,41 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         opened: checks the arguments on this rank.
     """
 
-    def open_here() -> Opened:
+    def open_here() -> tuple[Targets, Losses | None, bool]:
         comm.steps += 1
         targets, second = opened()
         _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
         if targets.has_dtensors:
             _refuse_with_dtensors(comm, targets, options)
-        if _is_new(comm, targets):
+        is_new = _is_new(comm, targets)
+        if is_new:
             _refuse_freed(targets)
             _refuse_wrappers(source, targets)
-        return targets, second
+        return targets, second, is_new
 
-    def facts(made: Opened) -> Facts:
-        targets, _ = made
-        is_new = _is_new(comm, targets)
+    def facts(made: tuple[Targets, Losses | None, bool]) -> Facts:
+        targets, _, is_new = made
         plans = plans_of(comm, targets)
         return {
             "steps": comm.steps,
             "method": _method_digest(options),
+            "callables": _runs_one_by_one(source, options),
             "tasks": len(source.present),
             "parameters": len(targets.tensors),
+            "trained": digest(tuple(targets.places), len(targets.given.tensors)),
             "numbers": sum(map(real_numel, targets.tensors)) if targets.has_dtensors else targets.layouts.numel,
             "layout": _layout_digest(targets),
             "groups": digest(targets.groups, targets.named),
             "first step": is_new,
             "values": _checksum(targets) if is_new else 0,
+            "state": _state(comm, options.aggregator),
             "all present": all(source.present),
             "plans": digest(*sorted(plans.items())),
         }
 
-    (targets, second), of_ranks = together(comm, open_here, facts)
-    _note(comm, targets)
+    (targets, second, _), of_ranks = together(comm, open_here, facts)
+    _note(comm, targets, options.aggregator)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
         of_tasks = list(zip(*comm.exchange_flags(source.present), strict=True))
@@ -209,14 +214,29 @@ def plans_of(comm: Comm, targets: Targets) -> dict[tuple[bool, ...], tuple[int, 
 
 
 def _is_new(comm: Comm, targets: Targets) -> bool:
-    first = targets.tensors[0]
-    known = comm.params.get(id(first))
-    return known is None or known() is not first
+    """Return whether this rank has taken no step with these parameters in this order."""
+    own = targets.given.tensors
+    known = comm.params.get(id(own[0]), ())
+    return len(known) != len(own) or not all(map(is_, [one() for one in known], own))
 
 
-def _note(comm: Comm, targets: Targets) -> None:
+def _note(comm: Comm, targets: Targets, method: Aggregator) -> None:
     make_room(comm.params)
-    comm.params[id(targets.tensors[0])] = ref(targets.tensors[0])
+    own = targets.given.tensors
+    comm.params[id(own[0])] = list(map(ref, own))
+    comm.methods.add(method)
+
+
+def _state(comm: Comm, method: Aggregator) -> int:
+    """Return what :func:`_bits` returns for a method in its first step, and 0 in later ones."""
+    return 0 if method in comm.methods else _bits((*method.parameters(), *method.buffers()))
+
+
+def _runs_one_by_one(source: Source, options: Options) -> bool:
+    method = options.aggregator
+    if not (isinstance(source, Losses) and isinstance(method, Scalarization) and options.is_weighted_backward):
+        return False
+    return runs_one_by_one(source, method)
 
 
 def _method_digest(options: Options) -> int:
@@ -233,15 +253,20 @@ def _layout_digest(targets: Targets) -> int:
     return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
 
 
-@torch.no_grad()
 def _checksum(targets: Targets) -> int:
-    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it, once."""
-    total = torch.zeros((), dtype=torch.int64, device=targets.device)
-    given = [p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)]
-    for k, p in enumerate(given):
+    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it."""
+    return _bits([p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)])
+
+
+@torch.no_grad()
+def _bits(tensors: Iterable[Tensor]) -> int:
+    """Return the sum of the tensors' bits as integers, each tensor's times its place."""
+    totals: dict[torch.device, Tensor] = {}
+    for k, p in enumerate(tensors):
         x = (torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().view(-1)
-        total += (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
-    return int(total)
+        total = (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+        totals[p.device] = totals[p.device] + total if p.device in totals else total
+    return int(sum(map(int, totals.values()))) % 2**63
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
