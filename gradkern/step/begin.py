@@ -19,7 +19,7 @@ from gradkern.gradients.graph import leaves, refuse_static_graph
 from gradkern.gradients.layouts import grad_dtype, make_room, real_numel
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.sharded import is_dtensor, refuse_meshes, start_here
+from gradkern.gradients.sharded import is_dtensor, parts_here, place_here, refuse_meshes, start_here
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
 from gradkern.step.sinks import runs_one_by_one
@@ -89,13 +89,16 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "layout": _layout_digest(targets),
             "groups": digest(targets.groups, targets.named),
             "first step": is_new,
-            "values": _checksum(targets) if is_new else 0,
+            "values": _bits(_whole(targets)) if is_new else 0,
             "state": _state(comm, options.aggregator),
+            "part": digest(*map(place_here, targets.given.tensors)) if is_new and targets.has_dtensors else 0,
+            "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
             "plans": digest(*sorted(plans.items())),
         }
 
     (targets, second, _), of_ranks = together(comm, open_here, facts)
+    _refuse_other_replicas(of_ranks)
     _note(comm, targets, options.aggregator)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
@@ -180,6 +183,18 @@ def _refuse_absent(of_tasks: Sequence[Sequence[bool]]) -> None:
             )
 
 
+def _refuse_other_replicas(of_ranks: Sequence[Facts]) -> None:
+    """Raise ValueError, on all ranks, if two of them hold the same parts of DTensors with other values."""
+    first: dict[int, int] = {}
+    for r, of_rank in enumerate(of_ranks):
+        holder = first.setdefault(of_rank["part"], r)
+        if of_ranks[holder]["values of part"] != of_rank["values of part"]:
+            raise ValueError(
+                f"ranks {holder} and {r} hold the same parts of DTensors in params, with other values: build the model "
+                "from the same seed, or broadcast its parameters, before it is sharded"
+            )
+
+
 def _refuse_wrappers(source: Source, targets: Targets) -> None:
     """Raise ValueError if a wrapper of the model reduces gradients in its own way; callables do so when they run.
 
@@ -253,9 +268,14 @@ def _layout_digest(targets: Targets) -> int:
     return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
 
 
-def _checksum(targets: Targets) -> int:
-    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it."""
-    return _bits([p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)])
+def _whole(targets: Targets) -> list[Tensor]:
+    """Return the given parameters that every rank has whole."""
+    return [p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)]
+
+
+def _parts(targets: Targets) -> list[Tensor]:
+    """Return this rank's parts of the DTensors among the given parameters."""
+    return parts_here([p for p in targets.given.tensors if is_dtensor(p)])
 
 
 @torch.no_grad()
