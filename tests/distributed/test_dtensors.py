@@ -37,7 +37,10 @@ def test_float32(pool: Pool, method: str) -> None:
     check(pool, Run(method, torch.float32, sharding="resharded"), 2)
 
 
-@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad", "GradAttention"])
+@pytest.mark.parametrize(
+    "method",
+    ["Sum, report", "RLW", "Uncertainty", "Uncertainty, report", "GeometricMean", "UPGrad", "GradAttention"],
+)
 def test_other_methods(pool: Pool, method: str) -> None:
     check(pool, Run(method, sharding="resharded"), 2)
 
