@@ -59,7 +59,7 @@ def together(comm: Comm, work: Callable[[], Made], facts: Callable[[Made], Facts
             comm.exchange(_message(FAILED))
             comm.exchange_texts(f"{type(error).__name__}: {error}")
         raise
-    messages = comm.exchange(_message(digest(*own), *own.values()))
+    messages = comm.exchange(_message(digest("facts", *own), *own.values()))
     failed = [r for r, (kind, *_) in enumerate(messages) if kind == FAILED]
     if failed:
         text = comm.exchange_texts("")[failed[0]]
@@ -89,6 +89,12 @@ def _compare(values: Sequence[int], text: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def digest(*values: object) -> int:
-    """Return 63 bits that differ for different values; equal in all processes for equal numbers, strings and tuples."""
+def digest(name: str, *values: object) -> int:
+    """Return 63 bits that differ for different values; equal in all processes for equal numbers, strings and tuples.
+
+    Args:
+        name: whose values they are. Its values have the same types at each call: the cache takes True for 1, whose bits
+            are others.
+        values: the values.
+    """
     return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 1

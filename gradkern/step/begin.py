@@ -84,17 +84,17 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "callables": _runs_one_by_one(source, options),
             "tasks": len(source.present),
             "parameters": len(targets.tensors),
-            "trained": digest(tuple(targets.places), len(targets.given.tensors)),
+            "trained": digest("trained", tuple(targets.places), len(targets.given.tensors)),
             "numbers": sum(map(real_numel, targets.tensors)) if targets.has_dtensors else targets.layouts.numel,
             "layout": _layout_digest(targets),
-            "groups": digest(targets.groups, targets.named),
+            "groups": digest("groups", targets.groups, targets.named),
             "first step": is_new,
             "values": _bits(_whole(targets)) if is_new else 0,
             "state": _state(comm, options.aggregator),
-            "part": digest(*map(place_here, targets.given.tensors)) if is_new and targets.has_dtensors else 0,
+            "part": digest("part", *map(place_here, targets.given.tensors)) if is_new and targets.has_dtensors else 0,
             "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
-            "plans": digest(*sorted(plans.items())),
+            "plans": digest("plans", *sorted(plans.items())),
         }
 
     (targets, second, _), of_ranks = together(comm, open_here, facts)
@@ -257,15 +257,16 @@ def _runs_one_by_one(source: Source, options: Options) -> bool:
 def _method_digest(options: Options) -> int:
     memory = None if options.memory is None else options.memory.counts
     said = repr((options.aggregator, options.suppression, options.conflict_lr, memory))
-    return digest(re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
+    return digest("method", re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
 
 
 def _layout_digest(targets: Targets) -> int:
     layouts = targets.layouts
     if targets.has_dtensors:  # the layouts are of parts
         placements = tuple([repr(getattr(p, "placements", None)) for p in targets.tensors])
-        return digest(tuple([(*p.shape, *p.stride(), str(grad_dtype(p))) for p in targets.tensors]), placements)
-    return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
+        shapes = tuple([(*p.shape, *p.stride(), str(grad_dtype(p))) for p in targets.tensors])
+        return digest("layout of parts", shapes, placements)
+    return digest("layout", tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
 
 
 def _whole(targets: Targets) -> list[Tensor]:
