@@ -1,7 +1,9 @@
 """Ranks that cannot take a step, or take different ones: all raise, nothing hangs, and nothing has changed."""
 
+import gc
 import os
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -313,6 +315,21 @@ def unsupported(rank: int, group: Any, name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_several_ranks_lack_is_refused_by_name(pool: Pool, name: str) -> None:
     pool.run(unsupported, name, ranks=2)
+
+
+def group_left(rank: int, group: Any) -> bool:
+    own = torch.distributed.new_group([0, 1])
+    Step(rank).take(own)
+    held = weakref.ref(own)
+    torch.distributed.destroy_process_group(own)
+    del own
+    gc.collect()
+    return held() is None
+
+
+def test_a_group_that_is_destroyed_is_not_held(pool: Pool) -> None:
+    """Its threads end with it, and not while the process does."""
+    assert pool.run(group_left, ranks=2) == [True, True]
 
 
 def with_static_graph(rank: int, group: Any, callables: bool) -> str:
