@@ -23,20 +23,25 @@ Facts = Mapping[str, int]
 UNEQUAL: dict[str, str] = {
     "steps": "the number of steps so far: {values}. One of them has left out a step, or has taken one alone",
     "method": "the method or its modifiers: {ranks}. Give all ranks the same method, with the same seed= if it has one",
+    "callables": "whether losses are callables: {ranks}. This method weighs losses: give it callables on all ranks, or "
+    "tensors on all",
     "tasks": "the number of losses: {values}. Pass None for a task that a rank lacks",
     "parameters": "the number of params that require grad: {values}",
+    "trained": "which of params require grad: {ranks}. Freeze the same parameters on all ranks",
     "numbers": "the number of elements in params: {values}",
     "layout": "the shapes, strides or dtypes of params, or their order: {ranks}",
     "groups": "the groups of params, or which of them are shared: {ranks}",
     "shard_optimizer": "shard_optimizer, True on some ranks alone: {ranks}",
-    "first step": "whether they have taken a step with these params before: {values}",
+    "first step": "whether they have taken a step with these params, in this order, before: {ranks}",
     "values": "the values of params: {ranks}. Broadcast them from one rank before the first step, as "
     "DistributedDataParallel does, or build the model from the same seed",
+    "state": "the parameters or the state of the method: {ranks}. Make it from the same seed on all ranks, or load the "
+    "same checkpoint on all",
 }
 """The facts that all ranks must have in common, and how an error tells of them."""
 
 
-WORDS = 16
+WORDS = 20
 """The number of integers in a message, which is as long for a rank that has failed."""
 
 
@@ -55,7 +60,7 @@ def together(comm: Comm, work: Callable[[], Made], facts: Callable[[Made], Facts
             comm.exchange(_message(FAILED))
             comm.exchange_texts(f"{type(error).__name__}: {error}")
         raise
-    messages = comm.exchange(_message(digest(*own), *own.values()))
+    messages = comm.exchange(_message(digest("facts", *own), *own.values()))
     failed = [r for r, (kind, *_) in enumerate(messages) if kind == FAILED]
     if failed:
         text = comm.exchange_texts("")[failed[0]]
@@ -85,6 +90,12 @@ def _compare(values: Sequence[int], text: str) -> None:
 
 
 @lru_cache(maxsize=256)
-def digest(*values: object) -> int:
-    """Return 63 bits that differ for different values; equal in all processes for equal numbers, strings and tuples."""
+def digest(name: str, *values: object) -> int:
+    """Return 63 bits that differ for different values; equal in all processes for equal numbers, strings and tuples.
+
+    Args:
+        name: whose values they are. Its values have the same types at each call: the cache takes True for 1, whose bits
+            are others.
+        values: the values.
+    """
     return int.from_bytes(blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 1

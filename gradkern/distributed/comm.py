@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class Comm:
         rank: the number of this rank in the group.
         size: the number of ranks, R.
         steps: the number of steps that this rank has begun with the others.
-        plans, params: what the ranks know of their next steps; see ``gradkern.step.begin``.
+        plans, params, methods: what the ranks know of their next steps; see ``gradkern.step.begin``.
     """
 
     def __init__(self, group: ProcessGroup) -> None:
@@ -38,11 +38,12 @@ class Comm:
         self.steps = 0
         self.plans: dict[Any, Any] = {}
         self.params: dict[int, Any] = {}
+        self.methods: WeakSet[Any] = WeakSet()
         self._kept: dict[Any, Any] = {}
         self._meshes: dict[str, Any] = {}
         pairs = dist.get_backend_config(group).split(",")
         self._backends: dict[str, str] = dict(pair.split(":", 1) for pair in pairs)
-        self._host: tuple[ProcessGroup, torch.device] | None = None
+        self._host: tuple[ProcessGroup | None, torch.device] | None = None
 
     @property
     def group(self) -> ProcessGroup:
@@ -80,15 +81,16 @@ class Comm:
         It is the CPU, so that the hosts wait for no other device, unless there is no group for it: only the default
         group gets one made, because all processes must take part in that.
         """
-        if self._host is None:
+        if self._host is None:  # a group of its own is held; the other one must end with whoever holds it
             cpu = torch.device("cpu")
             if self._backend(cpu):
-                self._host = self.group, cpu
+                self._host = None, cpu
             elif self.group is dist.group.WORLD:
                 self._host = dist.new_group(backend="gloo"), cpu
             else:
-                self._host = self.group, torch.device(next(iter(self._backends)))
-        return self._host
+                self._host = None, torch.device(next(iter(self._backends)))
+        made, device = self._host
+        return (self.group if made is None else made), device
 
     def _backend(self, device: torch.device) -> str | None:
         """Return the backend for tensors on a device; None if there is none."""

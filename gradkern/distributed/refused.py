@@ -45,8 +45,8 @@ def refuse_join(tensors: Sequence[Tensor]) -> None:
         if module._join_config.enable and not params.isdisjoint(module.parameters()):
             raise ValueError(
                 "losses are computed within torch.distributed.algorithms.Join, whose ranks without batches do not "
-                "take steps: give all ranks as many batches, as DistributedSampler does, or None for each task of a "
-                "batch that a rank lacks"
+                "take steps: give all ranks as many batches, as DistributedSampler does, or losses that are multiplied "
+                "by 0 for a batch that a rank lacks"
             )
 
 

@@ -66,6 +66,14 @@ def n_replicas(p: Tensor, n_ranks: int) -> int:
     return n_ranks // prod(n for n, placement in along if not placement.is_replicate())
 
 
+def place_here(p: Tensor) -> tuple[int, ...]:
+    """Return numbers that tell which part of a parameter this rank holds; they are equal where the part is."""
+    if not is_dtensor(p):
+        return ()
+    along = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
+    return tuple([k for k, placement in along if not placement.is_replicate()])
+
+
 def start_here(p: Tensor) -> int | None:
     """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
     if not is_dtensor(p):

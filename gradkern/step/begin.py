@@ -1,8 +1,9 @@
 """The agreement of the ranks: facts that must be equal on all of them before the first backward pass of a step."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from operator import is_
 from typing import NamedTuple
 from weakref import ref
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from gradkern.aggregators import GradAttention
+from gradkern.aggregators import Aggregator, GradAttention, Scalarization
 from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.refused import refuse_join, refuse_marked
@@ -18,9 +19,10 @@ from gradkern.gradients.graph import leaves, refuse_static_graph
 from gradkern.gradients.layouts import grad_dtype, make_room, real_numel
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.sharded import is_dtensor, refuse_meshes, start_here
+from gradkern.gradients.sharded import is_dtensor, parts_here, place_here, refuse_meshes, start_here
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
+from gradkern.step.sinks import runs_one_by_one
 
 LARGEST_UNIT = 4096
 """The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
@@ -60,39 +62,45 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
         opened: checks the arguments on this rank.
     """
 
-    def open_here() -> Opened:
+    def open_here() -> tuple[Targets, Losses | None, bool]:
         comm.steps += 1
         targets, second = opened()
         _refuse_unsupported(options, needs_tensors)
         _refuse_targets(targets)
         if targets.has_dtensors:
             _refuse_with_dtensors(comm, targets, options)
-        if _is_new(comm, targets):
+        is_new = _is_new(comm, targets)
+        if is_new:
             _refuse_freed(targets)
             _refuse_wrappers(source, targets)
-        return targets, second
+        return targets, second, is_new
 
-    def facts(made: Opened) -> Facts:
-        targets, _ = made
-        is_new = _is_new(comm, targets)
+    def facts(made: tuple[Targets, Losses | None, bool]) -> Facts:
+        targets, _, is_new = made
         plans = plans_of(comm, targets)
         return {
             "steps": comm.steps,
             "method": _method_digest(options),
+            "callables": _runs_one_by_one(source, options),
             "tasks": len(source.present),
             "parameters": len(targets.tensors),
+            "trained": digest("trained", tuple(targets.places), len(targets.given.tensors)),
             "numbers": sum(map(real_numel, targets.tensors)) if targets.has_dtensors else targets.layouts.numel,
             "layout": _layout_digest(targets),
-            "groups": digest(targets.groups, targets.named),
+            "groups": digest("groups", targets.groups, targets.named),
             "shard_optimizer": options.shard_optimizer,
             "first step": is_new,
-            "values": _checksum(targets) if is_new else 0,
+            "values": _bits(_whole(targets)) if is_new else 0,
+            "state": _state(comm, options.aggregator),
+            "part": digest("part", *map(place_here, targets.given.tensors)) if is_new and targets.has_dtensors else 0,
+            "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
-            "plans": digest(*sorted(plans.items())),
+            "plans": digest("plans", *sorted(plans.items())),
         }
 
-    (targets, second), of_ranks = together(comm, open_here, facts)
-    _note(comm, targets)
+    (targets, second, _), of_ranks = together(comm, open_here, facts)
+    _refuse_other_replicas(of_ranks)
+    _note(comm, targets, options.aggregator)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
         of_tasks = list(zip(*comm.exchange_flags(source.present), strict=True))
@@ -176,6 +184,18 @@ def _refuse_absent(of_tasks: Sequence[Sequence[bool]]) -> None:
             )
 
 
+def _refuse_other_replicas(of_ranks: Sequence[Facts]) -> None:
+    """Raise ValueError, on all ranks, if two of them hold the same parts of DTensors with other values."""
+    first: dict[int, int] = {}
+    for r, of_rank in enumerate(of_ranks):
+        holder = first.setdefault(of_rank["part"], r)
+        if of_ranks[holder]["values of part"] != of_rank["values of part"]:
+            raise ValueError(
+                f"ranks {holder} and {r} hold the same parts of DTensors in params, with other values: build the model "
+                "from the same seed, or broadcast its parameters, before it is sharded"
+            )
+
+
 def _refuse_wrappers(source: Source, targets: Targets) -> None:
     """Raise ValueError if a wrapper of the model reduces gradients in its own way; callables do so when they run.
 
@@ -210,39 +230,65 @@ def plans_of(comm: Comm, targets: Targets) -> dict[tuple[bool, ...], tuple[int, 
 
 
 def _is_new(comm: Comm, targets: Targets) -> bool:
-    first = targets.tensors[0]
-    known = comm.params.get(id(first))
-    return known is None or known() is not first
+    """Return whether this rank has taken no step with these parameters in this order."""
+    own = targets.given.tensors
+    known = comm.params.get(id(own[0]), ())
+    return len(known) != len(own) or not all(map(is_, [one() for one in known], own))
 
 
-def _note(comm: Comm, targets: Targets) -> None:
+def _note(comm: Comm, targets: Targets, method: Aggregator) -> None:
     make_room(comm.params)
-    comm.params[id(targets.tensors[0])] = ref(targets.tensors[0])
+    own = targets.given.tensors
+    comm.params[id(own[0])] = list(map(ref, own))
+    comm.methods.add(method)
+
+
+def _state(comm: Comm, method: Aggregator) -> int:
+    """Return what :func:`_bits` returns for a method in its first step, and 0 in later ones."""
+    return 0 if method in comm.methods else _bits((*method.parameters(), *method.buffers()))
+
+
+def _runs_one_by_one(source: Source, options: Options) -> bool:
+    method = options.aggregator
+    if not (isinstance(source, Losses) and isinstance(method, Scalarization) and options.is_weighted_backward):
+        return False
+    return runs_one_by_one(source, method)
 
 
 def _method_digest(options: Options) -> int:
     memory = None if options.memory is None else options.memory.counts
     said = repr((options.aggregator, options.suppression, options.conflict_lr, memory))
-    return digest(re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
+    return digest("method", re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
 
 
 def _layout_digest(targets: Targets) -> int:
     layouts = targets.layouts
     if targets.has_dtensors:  # the layouts are of parts
         placements = tuple([repr(getattr(p, "placements", None)) for p in targets.tensors])
-        return digest(tuple([(*p.shape, *p.stride(), str(grad_dtype(p))) for p in targets.tensors]), placements)
-    return digest(tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
+        shapes = tuple([(*p.shape, *p.stride(), str(grad_dtype(p))) for p in targets.tensors])
+        return digest("layout of parts", shapes, placements)
+    return digest("layout", tuple(layouts.numels), tuple(layouts.strides), tuple(layouts.dtypes))
+
+
+def _whole(targets: Targets) -> list[Tensor]:
+    """Return the given parameters that every rank has whole."""
+    return [p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)]
+
+
+def _parts(targets: Targets) -> list[Tensor]:
+    """Return this rank's parts of the DTensors among the given parameters."""
+    return parts_here([p for p in targets.given.tensors if is_dtensor(p)])
 
 
 @torch.no_grad()
-def _checksum(targets: Targets) -> int:
-    """Return a number of 63 bits that differs if a parameter's bits do; the host reads the device for it, once."""
-    total = torch.zeros((), dtype=torch.int64, device=targets.device)
-    given = [p for p in targets.given.tensors if not is_lazy(p) and not is_dtensor(p)]
-    for k, p in enumerate(given):
+def _bits(tensors: Iterable[Tensor]) -> int:
+    """Return the sum of the tensors' bits as integers, each tensor's times its place."""
+    totals: dict[torch.device, Tensor] = {}
+    for k, p in enumerate(tensors):
         x = (torch.view_as_real(p) if p.is_complex() else p).detach().contiguous().view(-1)
-        total += (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
-    return int(total)
+        total = (2 * k + 1) * x.view(_INTEGERS[x.element_size()]).sum(dtype=torch.int64)
+        totals[p.device] = totals[p.device] + total if p.device in totals else total
+    return int(sum(map(int, totals.values()))) % 2**63
 
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

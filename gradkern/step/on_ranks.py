@@ -171,7 +171,7 @@ def agreed_reach(comm: Comm, targets: Targets, work: Callable[[], list[tuple[boo
     """
     made = work() if targets.has_dtensors else None
     ready = work if made is None else lambda: made
-    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest(*reached)})
+    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest("reach", *reached)})
     if len({of_rank["reach"] for of_rank in of_ranks}) > 1:
         n = len(targets.tensors)
         flags = [any(f) for f in zip(*comm.exchange_flags([f for row in rows for f in row]), strict=True)]

@@ -1,6 +1,6 @@
 """The rows of a step on several ranks, of which each rank holds a part."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +25,11 @@ class RankRows(Rows):
     comm: Comm
     targets: Targets
     whole: Arrangement
+
+    @property
+    def of_step(self) -> Sequence[Tensor]:
+        """The n parameters of the step."""
+        return self.targets.tensors
 
     @property
     def device(self) -> torch.device:

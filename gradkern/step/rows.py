@@ -78,6 +78,11 @@ class Rows:
         return self.params[0].device
 
     @property
+    def of_step(self) -> Sequence[Tensor]:
+        """The parameters of the step, which ``params`` are."""
+        return self.params
+
+    @property
     def of_params(self) -> Arrangement:
         """The columns of whole parameters, which these are."""
         return self.arrangement

@@ -112,14 +112,13 @@ class WeightedBackwardSink(GradSink):
             targets: the parameters.
             present: a flag for each task: whether any rank has a loss of it.
         """
-        losses, method = self.losses, self.method
-        one_by_one = losses.one_graph_each and losses.has_callables and not method.weighs_known_losses
+        one_by_one = runs_one_by_one(self.losses, self.method)
         self._targets, self._told = targets, present
         self._present = None if one_by_one else self._graphs()
         tasks = self._tasks(known=not one_by_one)
         with torch.set_grad_enabled(False):  # three calls; no_grad makes seven
             w = tasks.among_present(self._weigh(tasks), 0.0)
-        self._weights = method.multipliers(w)
+        self._weights = self.method.multipliers(w)
         return Outcome(None, None, Solution(w.clone()), None, lambda: ([], None))
 
     def prepare(self, rows: StepRows | None, outcome: Outcome, targets: Targets) -> None:
@@ -232,6 +231,11 @@ class WeightedBackwardSink(GradSink):
                 raise ValueError(
                     f"losses[{i}], a callable{where}, has switched requires_grad of {given.name(k)}: {remedy}"
                 )
+
+
+def runs_one_by_one(losses: Losses, method: Scalarization) -> bool:
+    """Return whether a :class:`WeightedBackwardSink` runs callables one by one, and not before its backward pass."""
+    return losses.one_graph_each and losses.has_callables and not method.weighs_known_losses
 
 
 def accumulate(results: Sequence[tuple[Tensor, Tensor]]) -> None:

@@ -76,7 +76,7 @@ def surgery(
     M = _usable(products[: rows.n_segments], rows.present)
     solution = _solution(aggregator, M, rows) if sampled is None else sampled.solution(M)
     w = _checked_weights(aggregator, solution.weights, M)
-    own = of_optimizer(aggregator, solution.own, rows.params, rows.loss_scale)
+    own = of_optimizer(aggregator, solution.own, rows.of_step, rows.loss_scale)
 
     def combine() -> Combined:
         results, kept = used_rows.combine(w, solution.unshared)

@@ -24,6 +24,7 @@ METHODS: dict[str, Callable[[], gk.Aggregator]] = {
     "Sum, report": lambda: gk.Sum(report=True),
     "RLW": gk.RLW,
     "Uncertainty": lambda: gk.Uncertainty(T),
+    "Uncertainty, report": lambda: gk.Uncertainty(T, report=True),
     "GeometricMean": gk.GeometricMean,
     "PCGrad": gk.PCGrad,
     "PCGrad, generator": lambda: gk.PCGrad(generator=torch.Generator().manual_seed(7)),

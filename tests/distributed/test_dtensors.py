@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkern as gk
-from tests.distributed.jobs import Net, Run, T, mesh_of, sharded
+from tests.distributed.jobs import SHARDINGS, Net, Run, T, mesh_of, sharded
 from tests.distributed.pool import Pool
 from tests.distributed.test_equal import check
 
@@ -37,7 +37,10 @@ def test_float32(pool: Pool, method: str) -> None:
     check(pool, Run(method, torch.float32, sharding="resharded"), 2)
 
 
-@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad", "GradAttention"])
+@pytest.mark.parametrize(
+    "method",
+    ["Sum, report", "RLW", "Uncertainty", "Uncertainty, report", "GeometricMean", "UPGrad", "GradAttention"],
+)
 def test_other_methods(pool: Pool, method: str) -> None:
     check(pool, Run(method, sharding="resharded"), 2)
 
@@ -65,6 +68,34 @@ def test_masks_lie_where_one_process_has_them(pool: Pool, options: str, sharding
 
 def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
     check(pool, Run("GradAttention", sharding="replicas"), 4)
+
+
+def with_other_replicas(rank: int, group: Any, sharding: str, ranks: int) -> list[str]:
+    """Take two steps with a model of another seed on each rank, and one with a model of one seed; return the errors."""
+    errors = []
+    for seed in (rank, rank, 0):
+        torch.manual_seed(seed)
+        model = Net(T)
+        SHARDINGS[sharding](model, mesh_of(group, ranks, sharding))
+        params = list(model.named_parameters())
+        torch.manual_seed(1)
+        losses = model(torch.randn(8, 6), torch.randn(T, 8))[:T]
+        try:
+            gk.backward(losses, params, aggregator=gk.PCGrad(), process_group=group)
+            errors.append("")
+        except ValueError as error:
+            errors.append(str(error))
+            assert all(p.grad is None for _, p in params)
+    return errors
+
+
+def test_replicas_with_other_values_are_found(pool: Pool) -> None:
+    """Parts of two ranks that hold the same one must be alike; those of the others are of other parameters."""
+    for first, second, same in pool.run(with_other_replicas, "replicas", 4, ranks=4):
+        assert first.startswith("ranks 0 and 2 hold the same parts of DTensors in params")
+        assert (second, same) == (first, "")
+    for first, _, same in pool.run(with_other_replicas, "resharded", 2, ranks=2):
+        assert (first, same) == ("", "")
 
 
 class Refused(NamedTuple):

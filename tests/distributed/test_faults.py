@@ -1,7 +1,9 @@
 """Ranks that cannot take a step, or take different ones: all raise, nothing hangs, and nothing has changed."""
 
+import gc
 import os
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -136,6 +138,35 @@ def one_has_frozen_a_layer(step: Step) -> None:
         step.model.trunk[0].requires_grad_(False)
 
 
+def one_has_frozen_another_head(step: Step) -> None:
+    step.model.heads[step.rank].requires_grad_(False)
+
+
+def one_has_two_params_of_one_shape_in_another_order(step: Step) -> None:
+    params = list(step.model.parameters())
+    if step.rank == 1:
+        params[4], params[6] = params[6], params[4]
+    step.params = params
+
+
+def one_has_another_new_param(step: Step) -> None:
+    torch.manual_seed(step.rank)
+    new = nn.Parameter(torch.randn(()))
+    step.params = [*step.model.parameters(), new]
+    step.losses[0] = lambda: new * step.model.loss(0, step.x, step.y)
+
+
+def one_has_a_method_of_another_seed(step: Step) -> None:
+    torch.manual_seed(step.rank)
+    step.method = gk.GradAttention(subset=50)
+
+
+def one_has_tensors_in_place_of_callables(step: Step) -> None:
+    step.method = gk.DWA()
+    if step.rank == 1:
+        step.losses = [loss() for loss in step.losses]
+
+
 def one_has_other_values(step: Step) -> None:
     if step.rank == 1:
         with torch.no_grad():
@@ -183,6 +214,11 @@ SAME = {
     "one_has_another_order": r"ValueError: .*the shapes, strides or dtypes of params, or their order",
     "one_has_a_wider_layer": r"ValueError: .*the number of elements in params: rank 0 has 185, rank 1 has 200",
     "one_has_frozen_a_layer": r"ValueError: .*the number of params that require grad: rank 0 has 10, rank 1 has 8",
+    "one_has_frozen_another_head": r"ValueError: .*which of params require grad: those of rank 1",
+    "one_has_two_params_of_one_shape_in_another_order": r"ValueError: .*(the values of params|in this order)",
+    "one_has_another_new_param": r"ValueError: .*the values of params: those of rank 1",
+    "one_has_a_method_of_another_seed": r"ValueError: .*the parameters or the state of the method: those of rank 1",
+    "one_has_tensors_in_place_of_callables": r"ValueError: .*whether losses are callables",
     "one_has_another_method": r"ValueError: .*the method or its modifiers: those of rank 1",
     "one_has_another_seed": r"ValueError: .*the method or its modifiers: .*seed=",
     "one_has_other_groups": r"ValueError: .*the groups of params",
@@ -279,6 +315,21 @@ def unsupported(rank: int, group: Any, name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_several_ranks_lack_is_refused_by_name(pool: Pool, name: str) -> None:
     pool.run(unsupported, name, ranks=2)
+
+
+def group_left(rank: int, group: Any) -> bool:
+    own = torch.distributed.new_group([0, 1])
+    Step(rank).take(own)
+    held = weakref.ref(own)
+    torch.distributed.destroy_process_group(own)
+    del own
+    gc.collect()
+    return held() is None
+
+
+def test_a_group_that_is_destroyed_is_not_held(pool: Pool) -> None:
+    """Its threads end with it, and not while the process does."""
+    assert pool.run(group_left, ranks=2) == [True, True]
 
 
 def with_static_graph(rank: int, group: Any, callables: bool) -> str:

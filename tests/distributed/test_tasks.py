@@ -219,3 +219,24 @@ def test_a_loss_that_is_not_finite_on_one_rank(pool: Pool, method: str) -> None:
         for grads, expected_grads in zip(results, expected, strict=True):
             for g, e in zip(grads, expected_grads, strict=True):
                 torch.testing.assert_close(g, e, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
+def shared_after_reach(rank: int, group: Any) -> Tensor | None:
+    """Take a step that names shared parameters, after one in which rank 1 alone has no first task."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+
+    def losses() -> list[Tensor | None]:
+        return [params[0].sum() + params[1].sum(), params[0].square().sum()]
+
+    gk.backward([None, losses()[1]] if rank == 1 else losses(), params, aggregator=gk.PCGrad(), process_group=group)
+    gk.backward(losses(), params, aggregator=gk.PCGrad(), shared=params[:1], process_group=group)
+    return params[0].grad
+
+
+@pytest.mark.filterwarnings("ignore:there is no surgery")
+def test_a_rank_knows_shared_parameters_from_what_its_tasks_reach(pool: Pool) -> None:
+    """On rank 1 the flags of both tasks, ((False, False), (True, False)), equal the numbers of groups and the flags of
+    shared parameters, ((0, 0), (True, False)), and must not be taken for them."""
+    for grad in pool.run(shared_after_reach, ranks=2):
+        assert grad is not None  # the tasks' gradients agree, so each step adds their sum
+        assert torch.equal(grad, torch.full((3,), 0.5 + 2 + 1 + 2))
