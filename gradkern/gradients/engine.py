@@ -1,18 +1,23 @@
 """Backward passes by autograd's engine, and what its errors mean."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from gradkern.gradients import graph
 from gradkern.gradients.layouts import Row
+
+Target = Tensor | GradientEdge
+"""What a pass differentiates by: a leaf, or a place within the graph."""
 
 _run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.run_backward
 
 
 def differentiated(
-    name: str, outputs: tuple[Tensor, ...], targets: Sequence[Tensor], retain_graph: bool, grads: tuple[Tensor, ...]
+    name: str, outputs: tuple[Tensor, ...], targets: Sequence[Target], retain_graph: bool, grads: tuple[Tensor, ...]
 ) -> Row:
     """Return the gradients of ``outputs`` with respect to ``targets``, None for a target not reached.
 
@@ -56,16 +61,20 @@ def differentiated_together(
     return _of_trainable(targets, lambda on: differentiated_together(name, outputs, on, retain_graph, grads))
 
 
-def _are_frozen(targets: Sequence[Tensor]) -> bool:
+def _are_frozen(targets: Sequence[Target]) -> bool:
     """Return whether a callable has frozen any of ``targets``, which autograd refuses before it runs anything."""
-    return False in [p.requires_grad for p in targets]
+    return not all(map(_is_on, targets))
 
 
-def _of_trainable(targets: Sequence[Tensor], run: Callable[[Sequence[Tensor]], Row]) -> Row:
+def _is_on(target: Target) -> bool:
+    return isinstance(target, GradientEdge) or target.requires_grad
+
+
+def _of_trainable(targets: Sequence[Any], run: Callable[[Sequence[Any]], Row]) -> Row:
     """Return what ``run`` returns for the targets that require grad, with None for the others."""
-    on = [p for p in targets if p.requires_grad]
+    on = [p for p in targets if _is_on(p)]
     grads = iter(run(on) if on else ())
-    return [next(grads) if p.requires_grad else None for p in targets]
+    return [next(grads) if _is_on(p) else None for p in targets]
 
 
 def raise_explained(name: str, outputs: Iterable[Tensor], error: Exception) -> None:

@@ -145,7 +145,7 @@ class LossesOnFeatures(Losses):
                 for i in tasks:
                     output_grads = tuple([_not_none(feature_grads[i][k]) for k in indices])
                     retain_graph = not (last and i == tasks[-1])
-                    grads = differentiated(f"losses[{i}]", outputs, targets, retain_graph, output_grads)
+                    grads = self.differentiate(f"losses[{i}]", outputs, targets, retain_graph, output_grads)
                     yield i, aliasing.copies(grads)
                     del grads  # free them before the next task's pass
 

@@ -102,6 +102,20 @@ def leaves(loss: Tensor, cut: Collection[Edge] = ()) -> Iterator[Tensor]:
     return (leaf for node in _Search(loss, cut) if (leaf := _leaf(node)) is not None)
 
 
+def uses(outputs: Sequence[Tensor]) -> Iterator[tuple[Node, int, Tensor]]:
+    """Yield each use of a leaf tensor that requires grad: the node, the number of its argument, and the leaf."""
+    known: set[Node] = set()
+    for x in outputs:
+        for node in _Search(x, known=known):
+            if node in known:
+                continue
+            known.add(node)
+            for number, (below, _) in enumerate(node.next_functions):
+                leaf = None if below is None else _leaf(below)
+                if leaf is not None:
+                    yield node, number, leaf
+
+
 def edge(x: Tensor) -> Edge:
     """Return the edge that ``x`` is in its graph: a node, and the number of the node's output."""
     found = get_gradient_edge(x)

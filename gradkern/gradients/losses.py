@@ -80,7 +80,7 @@ class Losses:
         self.values: list[Tensor | None] = []
         self.loss_scale: Tensor | None = None
         self.device = torch.device("cpu")
-        self.differentiate = differentiated
+        self.differentiate: Callable[..., Row] = differentiated
         self.frozen: Sequence[Tensor] = ()
         self.frozen_grads: dict[int, dict[Tensor, Tensor]] = {}
 

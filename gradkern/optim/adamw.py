@@ -144,11 +144,11 @@ class AdamW(torch.optim.AdamW):
 
     def check(self, rows: StepRows) -> None:
         """Raise the errors of :meth:`step` unless it can step along ``rows``."""
-        arrangement = rows.arrangement
-        params = [rows.params[c.place] for c in arrangement.columns]
+        params = [rows.params[c.place] for c in rows.arrangement.columns]
+        arrangement = _split(rows)[0].arrangement
         if not arrangement.steppable:
-            for c, p in zip(arrangement.columns, params, strict=True):
-                _check(c, p)
+            for c in arrangement.columns:
+                _check(c, rows.params[c.place])
             arrangement.steppable = True
         states = [(p, self.state[p]) for p in params if p in self.state]
         for name in MOMENTS:
@@ -172,6 +172,19 @@ class AdamW(torch.optim.AdamW):
 
     def _step_along(self, direction: Combination) -> None:
         direction = _of_tensors(direction)
+        rows, compact = _split(direction.rows)
+        if compact is None:
+            self._step_along_dense(direction)
+            return
+        self._step_along_dense(replace(direction, rows=rows))
+        del rows
+        assert isinstance(direction.rows, Rows)
+        direction.rows.release()
+        results, _ = compact.combine(direction.w[:-1], direction.w[-1])
+        of_compact = along_parts([p for p, _ in results], [g for _, g in results])
+        self._step_along_dense(replace(of_compact, lr_scale=direction.lr_scale, found_inf=direction.found_inf))
+
+    def _step_along_dense(self, direction: Combination) -> None:
         rows = direction.rows
         numbers = {id(rows.params[c.place]): k for k, c in enumerate(rows.arrangement.columns)}
         batches: list[tuple[dict[str, Any], list[float], Batch]] = []
@@ -267,6 +280,15 @@ def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combinati
     of_param = {id(p): g for p, g in results}
     row = [of_param.get(id(p)) for p in rows.params]
     return Combination(Rows(rows.params, [row], rows.arrangement.combined), _one(rows.params))
+
+
+def _split(rows: StepRows) -> tuple[StepRows, Rows | None]:
+    """Return the rows of dense gradients, and those of sparse ones whose combination is dense; None without any."""
+    if not isinstance(rows, Rows) or not rows.compact:
+        return rows, None
+    columns = rows.arrangement.columns
+    compact = [c for c in columns if rows.is_compact(c)]
+    return (rows.only(c for c in columns if not rows.is_compact(c)), rows.only(compact)) if compact else (rows, None)
 
 
 def along_parts(params: Sequence[Tensor], parts: Sequence[Tensor]) -> Combination:

@@ -1,6 +1,7 @@
 """The first half of a step: it takes the gradients from the source, and arranges them as rows."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from gradkern.aggregators.history.averaged import Averaged
 from gradkern.gradients import aliasing
+from gradkern.gradients.embeddings import Compact
 from gradkern.gradients.layouts import Row, real_numel
 from gradkern.gradients.losses import Losses, Source, stacked, unscaled
 from gradkern.gradients.memory import Memory, bools_on
@@ -37,6 +39,10 @@ def gathered(
     """
     may_be_flat = not needs_tensors and _may_be_flat(options) and not tells_absent(source.present, options)
     flat = may_be_flat and fits(targets.layouts, len(source.present))
+    compact = None
+    if may_be_flat and not flat and isinstance(source, Losses):
+        compact = Compact(targets.tensors)
+        source.differentiate = compact.differentiate
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
     if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
         targets, taken = _as_now(source, targets, taken)
@@ -45,7 +51,10 @@ def gathered(
     with torch.no_grad():
         new = [_row(one, targets) for one in taken]
         losses = _losses(source, targets, options)
-        return targets, new, rows_of(source.present, (losses, source.loss_scale), targets, new, options)
+        rows = rows_of(source.present, (losses, source.loss_scale), targets, new, options)
+        if compact is not None and compact.params:
+            rows = replace(rows, compact=frozenset(k for k, p in enumerate(targets.tensors) if p in compact.params))
+        return targets, new, rows
 
 
 def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[Targets, list[Flat | Row]]:

@@ -17,6 +17,7 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.philox import dropped_at
+from gradkern.step.occurring import added_up, rows_that_occur
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
 """Each parameter with its gradient, to which nothing else refers; and the share of entries that suppression kept, a
@@ -48,6 +49,7 @@ class Rows:
         loss_scale: (), what a gradient scaler has multiplied all gradients by; None for nothing.
         overwrite: whether gradients may be overwritten once they are combined.
         second: T rows of n dense gradients of a second batch; None without one.
+        compact: the places of parameters whose gradients the step has made sparse; their results are dense.
     """
 
     params: Sequence[Tensor]
@@ -60,6 +62,7 @@ class Rows:
     loss_scale: Tensor | None = None
     overwrite: bool = False
     second: Sequence[Row] | None = None
+    compact: frozenset[int] = frozenset()
     _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -91,6 +94,10 @@ class Rows:
     def eps(self) -> tuple[float, ...] | None:
         """The spacing of numbers at 1 in the arithmetic of each group's rows, S numbers; None if all rows have one."""
         return eps_of(self.arrangement)
+
+    def is_compact(self, c: Column) -> bool:
+        """Return whether a column's gradients are sparse and its result is dense."""
+        return c.sparse and c.place in self.compact
 
     def only(self, columns: Iterable[Column]) -> "Rows":
         """Return the rows of ``columns``."""
@@ -146,8 +153,8 @@ class Rows:
         M = parts[0].to(dtype) if len(parts) == 1 else sum(parts[1:], parts[0]).to(dtype)
         mask = self.mask if self.products_masked else None
         for c in arrangement.sparse if unshared else [c for c in arrangement.sparse if c.segment is not None]:
-            # One parameter at a time is dense, while its dot products are computed.
-            rows = TaskGrads(self.dense(c), [0], 1)
+            # One parameter at a time is dense, or has the rows that occur, while its dot products are computed.
+            rows = TaskGrads(rows_that_occur(self.column(c)) if mask is None else self.dense(c), [0], 1)
             M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
         return M
 
@@ -198,22 +205,32 @@ class Rows:
             w = torch.cat((w, torch.ones_like(w[:1])))
         kept = None if self.mask is None else self.mask.state.new_zeros(())
         for batch in batches:
-            out = results.memory(batch.columns)
-            rows = self.task_grads(batch, len(w))
-            ws = w.to(arithmetic_dtype(batch.dtype))
-            operators.combine_tensors(rows, ws, out, _mask(batch.units, self.mask), kept)
+            out, ws = results.memory(batch.columns), w.to(arithmetic_dtype(batch.dtype))
+            mask = _mask(batch.units, self.mask)
+            operators.combine_tensors(self.task_grads(batch, len(w)), ws, out, mask, kept)
+        self.release()
         for c in arrangement.sparse:
             if results.lacks(c):
                 results.put(c, self._combine_sparse(c, w[-1 if c.segment is None else c.segment]))
         share = kept_share(kept, arrangement.columns) if kept is not None and batches else None
         return results.pairs(), share
 
+    def release(self) -> None:
+        """Forget all dense gradients, if nothing else will read them: results of embeddings take their place."""
+        if not (self.compact and self.overwrite):
+            return
+        self._given.clear()
+        for row in self.grads:
+            assert isinstance(row, list), "the step has made it"
+            row[:] = [g if g is not None and g.is_sparse else None for g in row]
+
     def _combine_sparse(self, c: Column, w: Tensor) -> Tensor:
         """Return the scaled entries of all tasks, concatenated; torch adds up equal indices when it coalesces."""
         p = self.params[c.place]
         present = [(t, g) for t, g in enumerate(self.column(c)) if g is not None]
         indices = torch.cat([g._indices() for _, g in present], 1)
-        values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values()).to(g.dtype) for t, g in present])
+        dtype = arithmetic_dtype(c.dtype) if self.is_compact(c) else c.dtype
+        values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values().to(dtype)).to(dtype) for t, g in present])
         if self.mask is not None and c.unit >= 0:
             units = c.unit + _places(indices, p) // self.mask.block
             values = values.masked_fill(dropped_at(units, self.mask.state), 0.0)
@@ -252,10 +269,13 @@ class Results:
             assert c.own is not None
             g = self._rows.grads[c.own][c.place]
             assert g is not None
-            self.put(c, owned(g, self._rows.params[c.place]) if c.sparse or self._free(c) is None else g)
+            is_free = self._rows.is_compact(c) or (not c.sparse and self._free(c) is not None)
+            self.put(c, g if is_free else owned(g, self._rows.params[c.place]))
 
     def put(self, c: Column, g: Tensor) -> None:
         """Set the result of a column."""
+        if self._rows.is_compact(c):
+            g = added_up(g._indices()[0], g._values(), len(g)).to(c.dtype)
         self._results[c.place] = g
 
     def lacks(self, c: Column) -> bool:
