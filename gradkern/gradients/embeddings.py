@@ -50,7 +50,6 @@ class Compact:
         """Return the gradients of ``targets``, those of embeddings as sparse tensors; see :func:`differentiated`."""
         layers = _layers(outputs, self._large) if self._large else {}
         if not layers:
-            self._note()
             return differentiated(name, outputs, targets, retain_graph, grads)
         nodes = [node for of_param in layers.values() for node in of_param]
         ids = _ids(name, outputs, nodes)
@@ -65,8 +64,8 @@ class Compact:
         self.params.update(layers)
         return [row[p] for p in targets]
 
-    def _note(self) -> None:
-        """Note that a graph has no embedding, so that later steps with these parameters search none."""
+    def note(self) -> None:
+        """Let later steps search no graphs if none of this one's has an embedding of these parameters."""
         if self._large and not self.params:
             make_room(_in_vain, 64 * PLANS)
             _in_vain.add(self._key)

@@ -44,6 +44,8 @@ def gathered(
         compact = Compact(targets.tensors)
         source.differentiate = compact.differentiate
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
+    if compact is not None:
+        compact.note()
     if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
         targets, taken = _as_now(source, targets, taken)
     if flat and list(map(type, taken)).count(Flat) == source.present.count(True):
