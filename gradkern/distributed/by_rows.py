@@ -5,6 +5,7 @@ kept as DTensors. ``torch.distributed.checkpoint`` saves their parts, puts them 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,17 @@ def like_rows(vector: Tensor, p: Tensor) -> Tensor:
     return vector.as_strided((vector.numel() // per_row, *p.shape[1:]), p.stride(), vector.storage_offset())
 
 
-def cut_of(process_group: ProcessGroup | bool | None) -> "ByRows | None":
-    """Return the cut among the ranks that :func:`gradkern.distributed.comm.comm_of` finds; None for one rank."""
+def cut_of(process_group: ProcessGroup | bool | None, last: "ByRows | None") -> "ByRows | None":
+    """Return the cut among the ranks that :func:`gradkern.distributed.comm.comm_of` finds; None for one rank.
+
+    Args:
+        process_group: as there.
+        last: the cut of the last step, which is returned if the ranks are the same.
+    """
     comm = comm_of(process_group)
-    return None if comm is None else ByRows(comm)
+    if comm is None:
+        return None
+    return last if last is not None and last.comm is comm else ByRows(comm)
 
 
 class ByRows:
@@ -47,6 +55,7 @@ class ByRows:
 
     def __init__(self, comm: Comm) -> None:
         self.comm = comm
+        self._meshes: dict[str, Any] = {}  # they hold the process group, and the optimizer holds them
 
     def cuts(self, p: Tensor) -> bool:
         """Return whether a parameter's state is cut."""
@@ -69,14 +78,22 @@ class ByRows:
         """Return the DTensor like ``p`` of which this rank has the rows ``part``."""
         from torch.distributed.tensor import DTensor, Shard
 
-        mesh = self.comm.mesh(p.device.type)
+        mesh = self._mesh(p.device.type)
         return DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
     def fits(self, x: Tensor, p: Tensor) -> bool:
         """Return whether ``x``, a tensor like ``p``, is cut as :meth:`placed` cuts it, or whole if ``p`` is not cut."""
         if not self.cuts(p):
             return is_dtensor(x) == is_dtensor(p)
-        return is_dtensor(x) and x.device_mesh == self.comm.mesh(p.device.type) and x.placements[0].is_shard(0)
+        return is_dtensor(x) and x.device_mesh == self._mesh(p.device.type) and x.placements[0].is_shard(0)
+
+    def _mesh(self, device: str) -> Any:
+        """Return the ranks as a ``DeviceMesh`` of devices of a type."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if device not in self._meshes:
+            self._meshes[device] = DeviceMesh.from_group(self.comm.group, device)
+        return self._meshes[device]
 
     def gather(self, params: Sequence[Tensor]) -> None:
         """Write the rows of all ranks to those of the parameters that are cut."""

@@ -40,7 +40,6 @@ class Comm:
         self.params: dict[int, Any] = {}
         self.methods: WeakSet[Any] = WeakSet()
         self._kept: dict[Any, Any] = {}
-        self._meshes: dict[str, Any] = {}
         pairs = dist.get_backend_config(group).split(",")
         self._backends: dict[str, str] = dict(pair.split(":", 1) for pair in pairs)
         self._host: tuple[ProcessGroup | None, torch.device] | None = None
@@ -56,14 +55,6 @@ class Comm:
     def ranks(self) -> list[int]:
         """The numbers of the ranks in the default group."""
         return dist.get_process_group_ranks(self.group)
-
-    def mesh(self, device: str) -> Any:
-        """Return the ranks as a ``DeviceMesh`` of devices of a type."""
-        from torch.distributed.device_mesh import DeviceMesh
-
-        if device not in self._meshes:
-            self._meshes[device] = DeviceMesh.from_group(self.group, device)
-        return self._meshes[device]
 
     def keep(self, key: Any, memory: Any) -> None:
         """Keep memory for a later step."""

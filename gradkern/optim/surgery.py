@@ -252,7 +252,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         """Return the cut of the optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
         if not self.shard_optimizer:
             return None
-        self.optimizer.by_rows = cut = cut_of(self.process_group)
+        self.optimizer.by_rows = cut = cut_of(self.process_group, self.optimizer.by_rows)
         return cut
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:

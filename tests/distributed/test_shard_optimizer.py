@@ -1,6 +1,8 @@
 """AdamW's moments cut among ranks: the steps of one process, with a part of its memory."""
 
 import copy
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +113,7 @@ def of_layouts(rank: int, group: Any, ranks: int, absent: list[int | None]) -> t
     return [p.detach() for p in model.parameters()], {n: adamw.state[p] for n, p in model.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:there is no surgery")  # of a step with one task
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_layouts_and_steps_with_other_tasks(pool: Pool, ranks: int) -> None:
     """Which parameters are shared changes from step to step, and so do the messages; the moments stay."""
@@ -292,6 +295,22 @@ def refused(rank: int, group: Any, name: str) -> str:
 def test_all_ranks_cut_or_none(pool: Pool) -> None:
     for text in pool.run(refused, "", ranks=2):
         assert "shard_optimizer, True on some ranks alone: those of rank 1" in text
+
+
+def group_left(rank: int, group: Any) -> bool:
+    """Return whether a group is gone that is destroyed after the optimizer that took steps with it."""
+    own = torch.distributed.new_group([0, 1])
+    run = Training(own, True, 0)
+    run.take(0, 2, rank, 2)
+    held = weakref.ref(own)
+    torch.distributed.destroy_process_group(own)
+    del own, run
+    gc.collect()
+    return held() is None
+
+
+def test_a_group_that_is_destroyed_is_not_held(pool: Pool) -> None:
+    assert pool.run(group_left, ranks=2) == [True, True]
 
 
 def by_zero(rank: int, group: Any) -> list[list[Tensor]]:
