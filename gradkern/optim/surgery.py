@@ -59,8 +59,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
         memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
-            to step, and are part of ``state_dict``. Methods that leave absent tasks out, such as ``MGDA``, do so with
-            a memory too.
+            to step, and are part of ``state_dict``. Methods that leave absent tasks out, as ``MGDA``, still do so.
         shard_optimizer: whether each of several ranks keeps the moments of some rows of every parameter alone, as ZeRO
             1 does. ``optimizer`` is a :class:`gradkern.optim.AdamW` then. ``update`` sends as much as without it;
             ``backward`` and ``step`` send one vector of all parameters more.

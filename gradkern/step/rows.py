@@ -9,15 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gradkern.gradients.layouts import PLANS, Row, new_grad_stride
+from gradkern.gradients.layouts import PLANS, Row
 from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_storage
 from gradkern.gradients.plan import Arrangement, Batch, Column
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.ops.philox import dropped_at
-from gradkern.step.occurring import added_up, rows_that_occur
+from gradkern.step.sparse_rows import added_up, combine_sparse, drop_masked, rows_that_occur
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
 """Each parameter with its gradient, to which nothing else refers; and the share of entries that suppression kept, a
@@ -225,16 +224,11 @@ class Rows:
             row[:] = [g if g is not None and g.is_sparse else None for g in row]
 
     def _combine_sparse(self, c: Column, w: Tensor) -> Tensor:
-        """Return the scaled entries of all tasks, concatenated; torch adds up equal indices when it coalesces."""
-        p = self.params[c.place]
-        present = [(t, g) for t, g in enumerate(self.column(c)) if g is not None]
-        indices = torch.cat([g._indices() for _, g in present], 1)
         dtype = arithmetic_dtype(c.dtype) if self.is_compact(c) else c.dtype
-        values = torch.cat([torch.where(w[t] == 0, 0.0, w[t] * g._values().to(dtype)).to(dtype) for t, g in present])
+        combined = combine_sparse(self.column(c), w, self.params[c.place], dtype)
         if self.mask is not None and c.unit >= 0:
-            units = c.unit + _places(indices, p) // self.mask.block
-            values = values.masked_fill(dropped_at(units, self.mask.state), 0.0)
-        return torch.sparse_coo_tensor(indices, values, p.shape, device=values.device, check_invariants=False)
+            drop_masked(combined, self.params[c.place], c.unit, self.mask)
+        return combined
 
 
 class Results:
@@ -341,13 +335,3 @@ def mask_over(columns: Sequence[Column], mask: MaskState | None) -> Mask | None:
 
 def _mask(units: Sequence[int], mask: MaskState | None) -> Mask | None:
     return None if mask is None else Mask(units, mask.block, mask.state)
-
-
-def _places(indices: Tensor, p: Tensor) -> Tensor:
-    """Return the positions of a sparse gradient's entries in a dense one's memory, in the shape of its values."""
-    strides = new_grad_stride(p)
-    n = len(indices)
-    places = sum((i * stride for i, stride in zip(indices, strides[:n], strict=True)), torch.zeros_like(indices[0]))
-    for size, stride in zip(p.shape[n:], strides[n:], strict=True):
-        places = places.unsqueeze(-1) + stride * torch.arange(size, device=indices.device)
-    return places
