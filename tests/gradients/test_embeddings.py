@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -310,3 +311,19 @@ def test_a_model_without_embeddings_is_searched_once(monkeypatch: pytest.MonkeyP
     for _ in range(3):
         gk.backward(losses_of(model, False), model, aggregator=gk.PCGrad())
     assert len(searches) == T
+
+
+def test_the_host_reads_no_numbers(compacted: list[set[Tensor]]) -> None:
+    """Tensors of FakeTensorMode have none."""
+    with FakeTensorMode():
+        model = Model(padding_idx=0)
+        opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.parameters()), gk.UPGrad())
+        for update in (False, True):
+            losses = [model.loss(t, torch.zeros(4, 3, dtype=torch.long)) for t in range(T)]
+            if update:
+                opt.update(losses, max_norm=1.0)
+            else:
+                opt.backward(losses)
+                assert model.words.weight.grad.shape == (V, D)
+                opt.zero_grad()
+    assert compacted == [{model.words.weight}] * 2
