@@ -16,6 +16,7 @@ from gradkern.aggregators import Aggregator
 from gradkern.aggregators import methods as _methods
 from gradkern.aggregators.by_name import aggregator
 from gradkern.aggregators.methods import *  # noqa: F403  # the methods' classes: a new one needs no edit here
+from gradkern.gradients.masked_mean import masked_mean
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR
 from gradkern.modifiers.suppression import Suppression
@@ -35,6 +36,7 @@ __all__ = [
     "backward",
     "combine",
     "gramian",
+    "masked_mean",
     "project",
 ]
 __all__ += _methods.__all__

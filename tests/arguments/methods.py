@@ -27,6 +27,20 @@ def operators() -> Iterator[Call]:
     yield Call("project", lambda: Prepared(gk.project, {"J": J, "W": W.expand(2, 2, 3)} | right), offsets, "segments")
 
 
+def losses() -> Iterator[Call]:
+    def masks() -> values.Values:
+        return [None, 1, True, [True] * 4, torch.ones(4), torch.ones(3, dtype=torch.bool), torch.tensor(True)]
+
+    def of_examples() -> values.Values:
+        return [None, 1.0, [1.0] * 4, torch.ones(4, dtype=torch.int64), torch.ones(4).to_sparse(), torch.ones(3)]
+
+    def prepare() -> Prepared:
+        right = {"values": torch.ones(4), "present": torch.tensor([True, False, True, True])}
+        return Prepared(gk.masked_mean, right)
+
+    yield Call("masked_mean", prepare, {"values": of_examples, "present": masks})
+
+
 def constructors() -> Iterator[Call]:
     order: Wrong = {"order": values.orders, "reduction": values.strings, "generator": values.generators}
     attention: Wrong = {

@@ -20,7 +20,7 @@ from tests.arguments import methods, training
 from tests.arguments.call import Call
 from tests.arguments.values import shortened
 
-TABLE = [*methods.operators(), *methods.constructors(), *methods.methods(), *training.steps()]
+TABLE = [*methods.operators(), *methods.losses(), *methods.constructors(), *methods.methods(), *training.steps()]
 TABLE += [*training.optimizers(), *training.samplers(), *training.other_interfaces()]
 CALLS = {f"{call.name} {call.variant}".strip(): call for call in TABLE}
 
