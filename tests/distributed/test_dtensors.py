@@ -15,29 +15,33 @@ from tests.distributed.jobs import Net, Run, T, mesh_of, sharded
 from tests.distributed.pool import Pool
 from tests.distributed.test_equal import check
 
-METHODS = ["Sum", "PCGrad", "GradVac", "MGDA"]
+METHODS = {"Sum": "", "PCGrad": "", "GradVac": "parameter", "MGDA": "", "UPGrad": "", "GradAttention": ""}
+"""Methods, and the groups of parameters on which they work."""
+LAYOUTS = [(sharding, ranks) for sharding in ("resharded", "kept", "tensor parallel") for ranks in (2, 3, 4)]
+LAYOUTS += [("replicas", 4), ("tensor parallel shards", 4)]
 
 
 @pytest.mark.parametrize(
-    "sharding", ["resharded", "kept", "gathered", "of root", "heads left out", "columns", "tensor parallel"]
+    ("method", "sharding", "ranks"),
+    [(m, *layout) for m in METHODS for layout in LAYOUTS if m != "GradAttention" or "tensor" not in layout[0]],
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_every_sharding_is_that_of_one_process(pool: Pool, method: str, sharding: str) -> None:
+def test_every_layout_is_that_of_one_process(pool: Pool, method: str, sharding: str, ranks: int) -> None:
+    check(pool, Run(method, options=METHODS[method], sharding=sharding), ranks)
+
+
+@pytest.mark.parametrize("sharding", ["gathered", "of root", "heads left out", "columns"])
+@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA"])
+def test_every_way_to_shard(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sharding", ["resharded", "replicas", "tensor parallel shards"])
-def test_four_ranks(pool: Pool, method: str, sharding: str) -> None:
-    check(pool, Run(method, sharding=sharding), 4)
+@pytest.mark.parametrize(("sharding", "ranks"), [("resharded", 2), ("kept", 3), ("tensor parallel", 2), ("replicas", 4)])
+@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])
+def test_float32(pool: Pool, method: str, sharding: str, ranks: int) -> None:
+    check(pool, Run(method, torch.float32, options=METHODS[method], sharding=sharding), ranks)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_float32(pool: Pool, method: str) -> None:
-    check(pool, Run(method, torch.float32, sharding="resharded"), 2)
-
-
-@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean", "UPGrad", "GradAttention"])
+@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "GeometricMean"])
 def test_other_methods(pool: Pool, method: str) -> None:
     check(pool, Run(method, sharding="resharded"), 2)
 
