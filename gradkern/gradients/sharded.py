@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.layouts import Row, real_numel
+from gradkern.gradients.layouts import Row
 
 DTensor = Any
 """A ``torch.distributed.tensor.DTensor``, a class that builds of PyTorch without torch.distributed lack."""
@@ -66,21 +66,45 @@ def n_replicas(p: Tensor, n_ranks: int) -> int:
     return n_ranks // prod(n for n, placement in along if not placement.is_replicate())
 
 
+def box_here(p: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where this rank's part begins in each dimension of a DTensor, and its size there."""
+    (chunk,) = p.__create_chunk_list__()  # what torch.distributed.checkpoint asks it for
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
 def start_here(p: Tensor) -> int | None:
     """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
     if not is_dtensor(p):
         return 0
-    cut = [(k, placement) for k, placement in enumerate(p.placements) if not placement.is_replicate()]
+    firsts, sizes = box_here(p)
+    cut = [k for k, (size, whole) in enumerate(zip(sizes, p.shape, strict=True)) if size != whole]
     if not cut:
         return 0
-    from torch.distributed.tensor import Shard
-
-    k, placement = cut[0]
-    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0 or not p.is_contiguous():
+    if not p.is_contiguous() or prod(sizes[: cut[-1]]) > 1:
         return None
-    size, n, coordinate = p.shape[0], p.device_mesh.shape[k], p.device_mesh.get_coordinate()
-    row = min(coordinate[k] * -(-size // n), size)
-    return row * (real_numel(p) // size) if size else 0
+    start = sum(first * step for first, step in zip(firsts, p.stride(), strict=True))
+    return 2 * start if p.is_complex() else start
+
+
+def whole_grad(g: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of ``p`` of which this rank's part is ``g``. All ranks of a DTensor must call it.
+
+    The gradient of a complex parameter is pairs of real numbers, and so is its part.
+    """
+    if not is_dtensor(p):
+        return g
+    dtensor: DTensor = as_dtensor(torch.view_as_complex(g) if p.is_complex() else g, p)
+    whole: Tensor = dtensor.full_tensor()
+    return torch.view_as_real(whole) if p.is_complex() else whole
+
+
+def part_of(g: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's part of a whole gradient of ``p``, as :func:`whole_grad` returns it."""
+    if not is_dtensor(p):
+        return g
+    for k, (first, size) in enumerate(zip(*box_here(p), strict=True)):
+        g = g.narrow(k, first if size else 0, size)
+    return g.clone()
 
 
 def is_first_replica(p: Tensor, rank: int) -> bool:

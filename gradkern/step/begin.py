@@ -142,17 +142,15 @@ def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> Non
     refuse_meshes([(targets.name(k), p) for k, p in enumerate(targets.tensors)], comm.ranks)
     method = options.aggregator
     refused = {
-        "memory=True": options.memory is not None,
-        f"{method!r}, which needs whole rows on every rank,": options.needs_whole_rows,
+        f"{method!r}, which keeps means of the task gradients,": method.averages_rows,
         "GradAttention(update='subset')": isinstance(method, GradAttention) and method.update == "subset",
     }
     for what, is_used in refused.items():
         if is_used:
             raise NotImplementedError(f"with DTensors in params there is no {what} yet")
-    needs_starts = {"GradAttention": isinstance(method, GradAttention), "Suppression": options.suppression is not None}
-    for what, is_used in needs_starts.items():
-        if is_used:
-            _refuse_scattered(what, targets, comm)
+    if options.looks_at_positions:
+        what = "Suppression" if options.suppression is not None else type(method).__name__
+        _refuse_scattered(what, targets, comm)
 
 
 def _refuse_scattered(what: str, targets: Targets, comm: Comm) -> None:

@@ -1,6 +1,6 @@
 """The rows of a step with DTensors among its parameters: of each gradient the part that this rank holds."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.reduction import in_memory, mean_row
-from gradkern.gradients.layouts import PLANS, Row, real_numel
-from gradkern.gradients.losses import Losses, Source
+from gradkern.gradients.layouts import PLANS, Reach, Row, real_numel
+from gradkern.gradients.losses import Losses, Source, losses_named
 from gradkern.gradients.param_grads import as_real, new_grad, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Column
@@ -19,11 +19,11 @@ from gradkern.gradients.sharded import as_dtensor, is_dtensor, is_first_replica,
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.begin import Start
-from gradkern.step.gather import units_of
+from gradkern.step.gather import recalled, units_of
 from gradkern.step.on_ranks import agreed_reach, refuse_sparse, refuse_switched, told
 from gradkern.step.options import Options
 from gradkern.step.rank_rows import RankRows
-from gradkern.step.rows import Combined, Results, gathered, kept_share, mask_over
+from gradkern.step.rows import Combined, Results, Rows, gathered, kept_share, mask_over
 from gradkern.step.shard_rows import buckets_for, laid_like
 
 
@@ -46,10 +46,12 @@ class PartRows(RankRows):
         whole: as there; the columns' numbers of elements are those of the parts.
         pieces: the pieces, in the order of parameters. An empty part has none.
         replicas: for each parameter, the number of ranks that hold this part of it.
+        starts: for each parameter, the position of this part in it; 0 if the step does not look at positions.
     """
 
     pieces: Sequence[Piece]
     replicas: Sequence[int]
+    starts: Sequence[int]
 
     @property
     def of_params(self) -> Arrangement:
@@ -63,21 +65,37 @@ class PartRows(RankRows):
         pieces = frozenset(k for k, piece in enumerate(self.pieces) if piece.place in places)
         return replace(self, whole=whole, arrangement=_of_places(self.arrangement, pieces))
 
-    def results(self) -> Results:
-        """Raise NotImplementedError: whole results are on no rank."""
-        raise NotImplementedError("with DTensors in params there is no GradAttention(update='subset') yet")
+    def results(self) -> "PartResults":
+        """Return what takes the results of the pieces."""
+        return PartResults(self)
+
+    def by_replicas(self) -> Iterator[tuple[int, Rows]]:
+        """Yield each number of ranks that hold a part, and the rows of the parameters with so many."""
+        for n in sorted({self.replicas[c.place] for c in self.whole.columns}):
+            yield n, self.only(c for c in self.whole.columns if self.replicas[c.place] == n)
+
+    def origin(self, c: Column) -> tuple[int, int]:
+        """Return the place of a piece's parameter, and the position of its first number in the whole parameter."""
+        piece = self.pieces[c.place]
+        return piece.place, self.starts[piece.place] + piece.first
+
+    def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
+        """Return the share of whole parameters' entries that the mask kept; see :meth:`Rows.share_of`."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for n, count in kept:
+            total += count / n
+        return kept_share(self.comm.summed(total).round().long(), self.of_params.columns)
 
     def entries(self, columns: Sequence[Column], numels: Sequence[int], index: Tensor) -> Tensor:
         """Return some entries of whole rows, the same on all ranks; see :meth:`Rows.entries`."""
         dtypes = {arithmetic_dtype(c.dtype) for c in columns}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         X = torch.zeros((self.n_tasks, len(index)), dtype=dtype, device=self.device)
-        starts = _starts(self.targets)
         runs: list[tuple[Piece | None, int]] = []
         for c, numel in zip(columns, numels, strict=True):
             at = 0
             for piece in self._held(c.place):
-                first, last = starts[c.place] + piece.first, starts[c.place] + piece.last
+                first, last = self.starts[c.place] + piece.first, self.starts[c.place] + piece.last
                 runs += [(None, first - at), (piece, last - first)]
                 at = last
             runs.append((None, numel - at))
@@ -91,40 +109,35 @@ class PartRows(RankRows):
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of whole rows, (S, T, T), the same bits on all ranks; see :meth:`Rows.gramian`."""
         assert not unshared, "the optimizer's own step is for one rank"
+        return self._summed(lambda rows: Rows.gramian(rows, False))
+
+    def cross(self) -> Tensor:
+        """Return the dot products of whole rows with those of the second batch; see :meth:`Rows.cross`."""
+        return self._summed(Rows.cross)
+
+    def _summed(self, products: Callable[[Rows], Tensor]) -> Tensor:
+        """Return the sum over all parts of their dot products, in which a part counts once."""
         in_float64 = any(c.dtype == torch.float64 for c in self.whole.shared or self.whole.columns)
         total = torch.zeros((self.n_segments, self.n_tasks, self.n_tasks), dtype=torch.float64, device=self.device)
-        for n, rows in self._by_replicas():
-            total += super(PartRows, rows).gramian(False).double() / n
+        for n, rows in self.by_replicas():
+            total += products(rows).double() / n
         M = self.comm.summed(total)
         return M if in_float64 else M.float()
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
         """Return each parameter with its combination, a DTensor with a DTensor; see :meth:`Rows.combine`."""
         ones = torch.ones_like(w[0]) if unshared_weights is None else unshared_weights.to(w.dtype)
-        ws = torch.cat((w, ones.unsqueeze(0)))
-        results = {c.place: new_grad(self.targets.here[c.place], c.dtype) for c in self.whole.columns}
-        kept = torch.zeros((), dtype=torch.float64, device=self.device)
-        for n, rows in self._by_replicas():
-            count = None if self.mask is None else self.mask.state.new_zeros(())
+        ws, results = torch.cat((w, ones.unsqueeze(0))), self.results()
+        counts: list[tuple[int, Tensor]] = []
+        for n, rows in self.by_replicas():
+            kept = None if self.mask is None else self.mask.state.new_zeros(())
             for batch in rows.arrangement.products_of_all:
                 grads, mask = rows.task_grads(batch, len(ws)), mask_over(batch.columns, self.mask)
-                out = [_piece(results[self.pieces[c.place].place], self.pieces[c.place]) for c in batch.columns]
-                operators.combine_tensors(grads, ws.to(arithmetic_dtype(batch.dtype)), out, mask, count)
-            if count is not None:
-                kept += count / n
-        share = None
-        if self.mask is not None:
-            share = kept_share(self.comm.summed(kept).round().long(), self.of_params.columns)
-        pairs = []
-        for c in self.whole.columns:
-            p, g = self.targets.tensors[c.place], results[c.place]
-            pairs.append((p, as_dtensor(torch.view_as_complex(g) if c.complex else g, p)))
-        return pairs, share
-
-    def _by_replicas(self) -> Iterator[tuple[int, "PartRows"]]:
-        """Yield each number of ranks that hold a part, and the rows of the parameters with so many."""
-        for n in sorted({self.replicas[c.place] for c in self.whole.columns}):
-            yield n, self.only(c for c in self.whole.columns if self.replicas[c.place] == n)
+                out = results.memory(batch.columns)
+                operators.combine_tensors(grads, ws.to(arithmetic_dtype(batch.dtype)), out, mask, kept)
+            if kept is not None:
+                counts.append((n, kept))
+        return results.pairs(), None if self.mask is None else self.share_of(counts)
 
     def _held(self, place: int) -> list[Piece]:
         """Return the pieces of a parameter, if this rank counts for it among those that hold them."""
@@ -132,38 +145,77 @@ class PartRows(RankRows):
         return [piece for piece in self.pieces if piece.place == place and is_first]
 
 
-def _starts(targets: Targets) -> list[int]:
-    """Return the position of this rank's part in each parameter; the ranks have agreed that there is one."""
-    return [start_here(p) or 0 for p in targets.tensors]
+class PartResults(Results):
+    """The results of a combination of parts: memory for each parameter's part, of which the columns are pieces.
+
+    Args:
+        rows: the rows.
+    """
+
+    def __init__(self, rows: PartRows) -> None:
+        self._parts = rows
+        targets = rows.targets
+        self._of_params = {c.place: new_grad(targets.here[c.place], c.dtype) for c in rows.whole.columns}
+
+    def memory(self, columns: Sequence[Column]) -> list[Tensor]:
+        """Return memory for the results of pieces."""
+        pieces = [self._parts.pieces[c.place] for c in columns]
+        return [_piece(self._of_params[piece.place], piece) for piece in pieces]
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each parameter with its result, a DTensor with a DTensor."""
+        pairs = []
+        for c in self._parts.whole.columns:
+            p, g = self._parts.targets.tensors[c.place], self._of_params[c.place]
+            pairs.append((p, as_dtensor(torch.view_as_complex(g) if c.complex else g, p)))
+        return pairs
 
 
-def part_rows(source: Source, options: Options, begun: Start) -> PartRows:
-    """Return the parts of the step's rows that this rank holds.
+def part_rows(source: Source, options: Options, begun: Start) -> tuple[list[Row], PartRows]:
+    """Return the parts of the step's gradients that this rank holds, T rows of n, and the rows that it combines.
 
     Args:
         source: the source, opened.
         options: the method and its modifiers.
         begun: what the ranks have agreed on.
     """
-    comm, targets, present, _, _ = begun
-    own: list[Row] = [[None] * len(targets.tensors)] * len(present)
-    reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own))
-    whole = targets.arranged(reach, None, units_of(options, targets))
+    comm, targets, present, _, second = begun
+    new, reach = _parts(source, begun)
+    taken, shared = (new, None) if options.memory is None else recalled(present, targets, new, options.memory)
+    if options.memory is not None:
+        reach = tuple(map(targets.layouts.reach_of, taken))
+    whole = targets.arranged(reach, shared, units_of(options, targets))
     if not whole.columns:
         raise ValueError("no task has a gradient for any parameter that requires grad")
     suppression = options.suppression
     block = 1 if suppression is None else suppression.block
-    starts = [0] * len(own[0]) if suppression is None else _starts(targets)
+    starts = [start_here(p) or 0 if options.looks_at_positions else 0 for p in targets.tensors]
     arrangement, pieces = _cut(whole, tuple(starts), block)
-    grads = [_with_means(comm, targets, row, kinds) for row, kinds in zip(own, reach, strict=True)]
-    return PartRows(
+    rows = PartRows(
         [_piece(as_real(targets.here[piece.place]), piece) for piece in pieces],
-        [[None if (g := row[piece.place]) is None else _piece(g, piece) for piece in pieces] for row in grads],
+        _of_pieces(taken, pieces),
         arrangement,
         **told(source, options, begun, whole),
         pieces=pieces,
         replicas=[n_replicas(p, comm.size) for p in targets.tensors],
+        starts=starts,
     )
+    if second is None:
+        return new, rows
+    with losses_named("second"):
+        return new, replace(rows, second=_of_pieces(_parts(second, begun)[0], pieces))
+
+
+def _of_pieces(rows: Sequence[Row], pieces: Sequence[Piece]) -> list[Row]:
+    return [[None if (g := row[piece.place]) is None else _piece(g, piece) for piece in pieces] for row in rows]
+
+
+def _parts(source: Source, begun: Start) -> tuple[list[Row], Reach]:
+    """Return this rank's parts of the means over the ranks of a source's gradients, T rows of n, and their layouts."""
+    comm, targets, present, _, _ = begun
+    own: list[Row] = [[None] * len(targets.tensors)] * len(present)
+    reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own))
+    return [_with_means(comm, targets, row, kinds) for row, kinds in zip(own, reach, strict=True)], reach
 
 
 def _passes(source: Source, targets: Targets, own: list[Row]) -> list[tuple[bool, ...]]:

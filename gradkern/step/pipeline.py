@@ -79,7 +79,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     if begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     elif targets.has_dtensors:
-        new, rows = [], part_rows(source, options, begun)
+        new, rows = part_rows(source, options, begun)
     else:
         targets, new, rows = gathered_on_ranks(source, options, begun)
     if second_losses is not None:

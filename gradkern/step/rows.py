@@ -117,6 +117,19 @@ class Rows:
         """Return what takes a combination's results, one for each parameter."""
         return Results(self)
 
+    def by_replicas(self) -> Iterator[tuple[int, "Rows"]]:
+        """Yield each number of ranks that hold the same numbers, and the rows of the columns with so many."""
+        yield 1, self
+
+    def origin(self, c: Column) -> tuple[int, int]:
+        """Return the place of a column's parameter, and the position of the column's first number in it."""
+        return c.place, 0
+
+    def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
+        """Return the share of entries that the mask kept, from their counts in :meth:`by_replicas`."""
+        ((_, count),) = kept
+        return kept_share(count, self.arrangement.columns)
+
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each dense column under surgery, and the gradients of the tasks that reach it."""
         for c in self.arrangement.shared:

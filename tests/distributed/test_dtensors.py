@@ -35,7 +35,9 @@ def test_every_way_to_shard(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 2)
 
 
-@pytest.mark.parametrize(("sharding", "ranks"), [("resharded", 2), ("kept", 3), ("tensor parallel", 2), ("replicas", 4)])
+@pytest.mark.parametrize(
+    ("sharding", "ranks"), [("resharded", 2), ("kept", 3), ("tensor parallel", 2), ("replicas", 4)]
+)
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])
 def test_float32(pool: Pool, method: str, sharding: str, ranks: int) -> None:
     check(pool, Run(method, torch.float32, options=METHODS[method], sharding=sharding), ranks)
@@ -71,6 +73,28 @@ def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
     check(pool, Run("GradAttention", sharding="replicas"), 4)
 
 
+@pytest.mark.parametrize("options", ["", "parameter", "conflict_lr", "suppression", "suppression in blocks"])
+@pytest.mark.parametrize("method", ["graddrop", "trimmed-mean"])
+def test_methods_that_work_entry_by_entry(pool: Pool, method: str, options: str) -> None:
+    """Parts begin within four random numbers, and within blocks of a mask."""
+    check(pool, Run(method, options=options, sharding="resharded"), 3)
+
+
+@pytest.mark.parametrize("method", ["graddrop", "trimmed-mean"])
+def test_entries_of_replicas(pool: Pool, method: str) -> None:
+    check(pool, Run(method, options="suppression", sharding="replicas"), 4)
+
+
+def test_the_trimmed_mean_of_every_part(pool: Pool) -> None:
+    check(pool, Run("trimmed-mean", sharding="columns"), 2)
+
+
+@pytest.mark.parametrize("sharding", ["resharded", "tensor parallel", "heads left out"])
+@pytest.mark.parametrize("method", ["modo", "sdmgrad"])
+def test_a_second_batch(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, second=True, sharding=sharding), 2)
+
+
 class Refused(NamedTuple):
     """What a step has raised, and whether every ``.grad`` is as before."""
 
@@ -96,7 +120,7 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         options["process_group"] = False
     if name == "features":
         options["features"] = h
-    if name == "whole rows":
+    if name == "means":
         options["aggregator"] = gk.MoCo()
     if name == "subset":
         options["aggregator"] = gk.GradAttention(update="subset")
@@ -120,7 +144,7 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         ("absent on one rank", r"losses\[1\] is None on rank 1 and not on rank 0"),
         ("alone", "params must not be DTensors; 'trunk.0.weight' is one, and this step is of one rank alone"),
         ("features", "features= is not for DTensors in params"),
-        ("whole rows", r"with DTensors in params there is no MoCo\(.*\), which needs whole rows"),
+        ("means", r"with DTensors in params there is no MoCo\(.*\), which keeps means"),
         ("subset", r"with DTensors in params there is no GradAttention\(update='subset'\)"),
         ("gathered module", "params is a Module with tensors under fully_shard that are no DTensors"),
         ("hook", "'trunk.0.weight' of shape .* has a post-accumulate hook|with a post-accumulate hook"),

@@ -18,6 +18,7 @@ TOLERANCE = 1e-12
 Grads = list[Tensor | None]
 
 METHODS = {
+    "GradDrop": lambda: gk.GradDrop(seed=7),
     "Sum": gk.Sum,
     "DWA": gk.DWA,
     "Uncertainty": lambda: gk.Uncertainty(T),
@@ -142,6 +143,15 @@ def test_absent_tasks_are_remembered(pool: Pool, method: str, absent: str) -> No
     """Each rank remembers the whole gradients, so that any rank's checkpoint is complete."""
     expected = absent_ones(0, False, method, 2, ABSENT[absent], True)
     for results in pool.run(absent_ones, method, 2, ABSENT[absent], True, ranks=2):
+        assert_near(results, expected)
+
+
+@pytest.mark.parametrize("absent", ["on all ranks", "on all ranks, two of three"])
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "GradDrop"])
+def test_parts_of_absent_tasks_are_remembered(pool: Pool, method: str, absent: str) -> None:
+    """Each rank remembers its parts, and a checkpoint has whole gradients."""
+    expected = absent_ones(0, False, method, 2, ABSENT[absent], True)
+    for results in pool.run(absent_ones, method, 2, ABSENT[absent], True, True, ranks=2):
         assert_near(results, expected)
 
 
