@@ -141,13 +141,8 @@ def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> Non
     """Raise for what does not work with DTensors among the parameters."""
     refuse_meshes([(targets.name(k), p) for k, p in enumerate(targets.tensors)], comm.ranks)
     method = options.aggregator
-    refused = {
-        f"{method!r}, which keeps means of the task gradients,": method.averages_rows,
-        "GradAttention(update='subset')": isinstance(method, GradAttention) and method.update == "subset",
-    }
-    for what, is_used in refused.items():
-        if is_used:
-            raise NotImplementedError(f"with DTensors in params there is no {what} yet")
+    if isinstance(method, GradAttention) and method.update == "subset":
+        raise NotImplementedError("with DTensors in params there is no GradAttention(update='subset') yet")
     if options.looks_at_positions:
         what = "Suppression" if options.suppression is not None else type(method).__name__
         _refuse_scattered(what, targets, comm)

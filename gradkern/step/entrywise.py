@@ -68,7 +68,7 @@ class EntrywiseRows:
         """Write the results of some columns."""
         rows, n = self.rows, len(columns)
         origins = [rows.origin(c) for c in columns]
-        positions = [self._positions[place] + first for place, first in origins]
+        positions = [self._positions[place] + first for place, _, first in origins]
         if not self.method.looks_at_positions or not any(position % 4 for position in positions):
             given, mask = TaskGrads(grads, [0] * n, 1), mask_over(columns, rows.mask)
             self.method.combine_entries(Entries(given, positions, out, rows.present, mask, kept))

@@ -138,7 +138,7 @@ def rows_of(
     units = units_of(options, targets)
     reach = tuple(map(targets.layouts.reach_of, taken))
     if isinstance(options.aggregator, Averaged):
-        shared = _with_means(options.aggregator, targets, shared or targets.are_shared(reach))
+        shared = with_means(options.aggregator, targets, shared or targets.are_shared(reach))
     arrangement = targets.arranged(reach, shared, units)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
@@ -170,7 +170,7 @@ def recalled(
     return taken, shared
 
 
-def _with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) -> tuple[bool, ...]:
+def with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) -> tuple[bool, ...]:
     """Return whether each parameter is shared: also if one task alone reaches it, but its means are kept."""
     if targets.named is not None:
         return shared

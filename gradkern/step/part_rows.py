@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.aggregators.history.averaged import Averaged
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.reduction import in_memory, mean_row
 from gradkern.gradients.layouts import PLANS, Reach, Row, real_numel
@@ -19,7 +20,7 @@ from gradkern.gradients.sharded import as_dtensor, is_dtensor, is_first_replica,
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.begin import Start
-from gradkern.step.gather import recalled, units_of
+from gradkern.step.gather import recalled, units_of, with_means
 from gradkern.step.on_ranks import agreed_reach, refuse_sparse, refuse_switched, told
 from gradkern.step.options import Options
 from gradkern.step.rank_rows import RankRows
@@ -74,10 +75,10 @@ class PartRows(RankRows):
         for n in sorted({self.replicas[c.place] for c in self.whole.columns}):
             yield n, self.only(c for c in self.whole.columns if self.replicas[c.place] == n)
 
-    def origin(self, c: Column) -> tuple[int, int]:
-        """Return the place of a piece's parameter, and the position of its first number in the whole parameter."""
-        piece = self.pieces[c.place]
-        return piece.place, self.starts[piece.place] + piece.first
+    def origin(self, c: Column) -> tuple[int, int, int]:
+        """Return a piece's parameter, and where it begins in this rank's part of it, and in all of it."""
+        place, first, _ = self.pieces[c.place]
+        return place, first, self.starts[place] + first
 
     def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
         """Return the share of whole parameters' entries that the mask kept; see :meth:`Rows.share_of`."""
@@ -184,6 +185,8 @@ def part_rows(source: Source, options: Options, begun: Start) -> tuple[list[Row]
     taken, shared = (new, None) if options.memory is None else recalled(present, targets, new, options.memory)
     if options.memory is not None:
         reach = tuple(map(targets.layouts.reach_of, taken))
+    if isinstance(options.aggregator, Averaged):
+        shared = with_means(options.aggregator, targets, shared or targets.are_shared(reach))
     whole = targets.arranged(reach, shared, units_of(options, targets))
     if not whole.columns:
         raise ValueError("no task has a gradient for any parameter that requires grad")

@@ -48,6 +48,8 @@ class Rows:
         loss_scale: (), what a gradient scaler has multiplied all gradients by; None for nothing.
         overwrite: whether gradients may be overwritten once they are combined.
         second: T rows of n dense gradients of a second batch; None without one.
+        finite: (), whether all gradients behind rows that are means are finite; None if the rows are no means. If not,
+            the Gramian shows it, for the means stay as they were.
     """
 
     params: Sequence[Tensor]
@@ -60,6 +62,7 @@ class Rows:
     loss_scale: Tensor | None = None
     overwrite: bool = False
     second: Sequence[Row] | None = None
+    finite: Tensor | None = None
     _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -121,9 +124,9 @@ class Rows:
         """Yield each number of ranks that hold the same numbers, and the rows of the columns with so many."""
         yield 1, self
 
-    def origin(self, c: Column) -> tuple[int, int]:
-        """Return the place of a column's parameter, and the position of the column's first number in it."""
-        return c.place, 0
+    def origin(self, c: Column) -> tuple[int, int, int]:
+        """Return a column's parameter, and where it begins in this rank's part of it, and in all of it."""
+        return c.place, 0, 0
 
     def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
         """Return the share of entries that the mask kept, from their counts in :meth:`by_replicas`."""
@@ -157,7 +160,7 @@ class Rows:
             # One parameter at a time is dense, while its dot products are computed.
             rows = TaskGrads(self.dense(c), [0], 1)
             M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
-        return M
+        return M if self.finite is None else torch.where(self.finite, M, torch.nan)
 
     def cross(self) -> Tensor:
         """Return the dot products within each group of the rows with those of the second batch, (S, T, T)."""

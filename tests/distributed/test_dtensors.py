@@ -95,6 +95,19 @@ def test_a_second_batch(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, second=True, sharding=sharding), 2)
 
 
+@pytest.mark.parametrize("sharding", ["resharded", "heads left out", "columns"])
+@pytest.mark.parametrize("method", ["moco", "dbmtl", "mconfig"])
+def test_means_of_parts(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, sharding=sharding), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sharding"), [("parameter", "resharded"), ("suppression in blocks", "resharded"), ("", "replicas")]
+)
+def test_means_on_four_ranks(pool: Pool, options: str, sharding: str) -> None:
+    check(pool, Run("moco", options=options, sharding=sharding), 4)
+
+
 class Refused(NamedTuple):
     """What a step has raised, and whether every ``.grad`` is as before."""
 
@@ -120,8 +133,6 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         options["process_group"] = False
     if name == "features":
         options["features"] = h
-    if name == "means":
-        options["aggregator"] = gk.MoCo()
     if name == "subset":
         options["aggregator"] = gk.GradAttention(update="subset")
     if name == "gathered module":
@@ -144,7 +155,6 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         ("absent on one rank", r"losses\[1\] is None on rank 1 and not on rank 0"),
         ("alone", "params must not be DTensors; 'trunk.0.weight' is one, and this step is of one rank alone"),
         ("features", "features= is not for DTensors in params"),
-        ("means", r"with DTensors in params there is no MoCo\(.*\), which keeps means"),
         ("subset", r"with DTensors in params there is no GradAttention\(update='subset'\)"),
         ("gathered module", "params is a Module with tensors under fully_shard that are no DTensors"),
         ("hook", "'trunk.0.weight' of shape .* has a post-accumulate hook|with a post-accumulate hook"),
