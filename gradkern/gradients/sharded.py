@@ -7,14 +7,14 @@ come from torch's own backward pass alone, whose hooks reduce them and put them 
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from math import prod
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from gradkern.gradients import graph
 from gradkern.gradients.engine import raise_explained
-from gradkern.gradients.layouts import Row
+from gradkern.gradients.layouts import Row, real_numel
 
 DTensor = Any
 """A ``torch.distributed.tensor.DTensor``, a class that builds of PyTorch without torch.distributed lack."""
@@ -66,24 +66,46 @@ def n_replicas(p: Tensor, n_ranks: int) -> int:
     return n_ranks // prod(n for n, placement in along if not placement.is_replicate())
 
 
-def box_here(p: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+class Box(NamedTuple):
+    """Where a rank's part lies in a parameter.
+
+    The numbers of both lie in order: a parameter that is not cut is a vector of its numbers as they lie in memory. The
+    numbers of a complex parameter are pairs, which are its last dimension.
+
+    Attributes:
+        shape: the parameter's shape.
+        firsts: where the part begins in each dimension.
+        sizes: the part's shape.
+    """
+
+    shape: tuple[int, ...]
+    firsts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int | None:
+        """The position of the part in the parameter; None if its numbers are not neighbours there."""
+        cut = [k for k, size in enumerate(self.sizes) if size != self.shape[k]]
+        if cut and prod(self.sizes[: cut[-1]]) > 1:
+            return None
+        return sum(first * prod(self.shape[k + 1 :]) for k, first in enumerate(self.firsts))
+
+
+def box_here(p: Tensor) -> Box | None:
+    """Return where this rank's part lies in a parameter; None if the numbers of a DTensor do not lie in order."""
+    n = real_numel(p)
+    if not is_dtensor(p) or all(placement.is_replicate() for placement in p.placements):
+        return Box((n,), (0,), (n,))
+    if not p.is_contiguous():
+        return None
+    firsts, sizes = _cut_here(p)
+    return Box((*p.shape, 2), (*firsts, 0), (*sizes, 2)) if p.is_complex() else Box(tuple(p.shape), firsts, sizes)
+
+
+def _cut_here(p: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return where this rank's part begins in each dimension of a DTensor, and its size there."""
     (chunk,) = p.__create_chunk_list__()  # what torch.distributed.checkpoint asks it for
     return tuple(chunk.offsets), tuple(chunk.sizes)
-
-
-def start_here(p: Tensor) -> int | None:
-    """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
-    if not is_dtensor(p):
-        return 0
-    firsts, sizes = box_here(p)
-    cut = [k for k, (size, whole) in enumerate(zip(sizes, p.shape, strict=True)) if size != whole]
-    if not cut:
-        return 0
-    if not p.is_contiguous() or prod(sizes[: cut[-1]]) > 1:
-        return None
-    start = sum(first * step for first, step in zip(firsts, p.stride(), strict=True))
-    return 2 * start if p.is_complex() else start
 
 
 def whole_grad(g: Tensor, p: Tensor) -> Tensor:
@@ -102,15 +124,23 @@ def part_of(g: Tensor, p: Tensor) -> Tensor:
     """Return this rank's part of a whole gradient of ``p``, as :func:`whole_grad` returns it."""
     if not is_dtensor(p):
         return g
-    for k, (first, size) in enumerate(zip(*box_here(p), strict=True)):
+    for k, (first, size) in enumerate(zip(*_cut_here(p), strict=True)):
         g = g.narrow(k, first if size else 0, size)
     return g.clone()
 
 
-def is_first_replica(p: Tensor, rank: int) -> bool:
-    """Return whether this rank, whose number is ``rank``, is the first of those that hold its part of a parameter."""
+def is_first_replica(p: Tensor, rank: int, first: int) -> bool:
+    """Return whether this rank is the first of those that hold its part of a parameter.
+
+    Args:
+        p: the parameter.
+        rank: the number of this rank among those of the step.
+        first: the number of the step's first rank in the default group. Among several meshes its own one counts.
+    """
     if not is_dtensor(p):
         return rank == 0
+    if first not in p.device_mesh.mesh:
+        return False
     coordinate = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
     return all(k == 0 for k, placement in coordinate if placement.is_replicate())
 

@@ -12,7 +12,7 @@ from gradkern.distributed.comm import Comm
 from gradkern.gradients.layouts import PLANS, new_grad_stride
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.plan import Arrangement
-from gradkern.step.rank_rows import RankRows
+from gradkern.step.part_rows import PartRows, cut
 from gradkern.step.rows import Rows
 
 
@@ -25,20 +25,19 @@ def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequ
         present: for each task, whether its gradients are of this step.
         places: the place of each of the rows' parameters among those given.
     """
-    T, arrangement = rows.n_tasks, rows.arrangement
-    there = None if all(present) else bools_on(present, rows.device)
-    of_params = rows.whole if isinstance(rows, RankRows) else arrangement
-    parts = [Part(places[c.place], c.numel, c.dtype) for c in of_params.shared]
+    T, there = rows.n_tasks, None if all(present) else bools_on(present, rows.device)
+    uncut = rows.uncut() if isinstance(rows, PartRows) else rows
+    columns = uncut.arrangement.shared
+    parts = [Part(places[c.place], c.numel, c.dtype) for c in columns]
     memory = method.rows_for(parts, T, rows.device)
     starts = {dtype: method.starts(dtype) for dtype in memory}
-    grads = [list(row) for row in rows.grads]
+    grads = [list(row) for row in uncut.grads]
     into: list[Tensor] = []
     given: list[Tensor] = []
-    for c in arrangement.shared:
-        place, first, _ = rows.origin(c)
-        p, X, start = rows.params[c.place], memory[c.dtype], starts[c.dtype][places[place]] + first
+    for c, part in zip(columns, parts, strict=True):
+        p, X, start = uncut.params[c.place], memory[c.dtype], starts[c.dtype][part.place]
         shape = (*p.shape, 2) if c.complex else tuple(p.shape)
-        for t, g in enumerate(rows.dense(c)):
+        for t, g in enumerate(uncut.dense(c)):
             part_of_row = X.as_strided(shape, new_grad_stride(p), t * X.stride(0) + start)
             if g is not None:
                 into.append(part_of_row)
@@ -46,9 +45,11 @@ def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequ
             grads[t][c.place] = part_of_row
     if into:
         torch._foreach_copy_(into, given)
-    agreed = partial(_on_all_ranks, rows.comm) if isinstance(rows, RankRows) else None
+    agreed = partial(_on_all_ranks, rows.comm) if isinstance(rows, PartRows) else None
     finite = method.move(memory, there, rows.losses, agreed)[1] if memory else None
-    of_all_tasks = _of_all_tasks(arrangement, T)
+    of_all_tasks = _of_all_tasks(uncut.arrangement, T)
+    if isinstance(rows, PartRows):
+        return cut(replace(rows, parts=grads, whole=of_all_tasks, present=there, finite=finite))
     return replace(rows, grads=grads, arrangement=of_all_tasks, present=there, overwrite=False, finite=finite)
 
 

@@ -6,13 +6,11 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gradkern.aggregators import Entries, Entrywise
 from gradkern.gradients.layouts import PLANS, Row
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops.arguments import TaskGrads
-from gradkern.ops.philox import dropped_at
 from gradkern.step.rows import Combined, Rows, mask_over
 
 
@@ -68,26 +66,9 @@ class EntrywiseRows:
         """Write the results of some columns."""
         rows, n = self.rows, len(columns)
         origins = [rows.origin(c) for c in columns]
-        positions = [self._positions[place] + first for place, _, first in origins]
-        if not self.method.looks_at_positions or not any(position % 4 for position in positions):
-            given, mask = TaskGrads(grads, [0] * n, 1), mask_over(columns, rows.mask)
-            self.method.combine_entries(Entries(given, positions, out, rows.present, mask, kept))
-            return
-        for k, c in enumerate(columns):
-            self._write_within(c, positions[k], grads[k::n], out[k], kept)
-
-    def _write_within(self, c: Column, position: int, grads: Row, out: Tensor, kept: Tensor | None) -> None:
-        """Write the results of a part that may begin within four random numbers: zeros stand for the entries before."""
-        rows, before = self.rows, position % 4
-        given = TaskGrads([None if g is None else pad(g, (before, 0)) for g in grads], [0], 1)
-        results = out.new_empty(before + c.numel)
-        self.method.combine_entries(Entries(given, [position - before], [results], rows.present))
-        out.copy_(results[before:])
-        if rows.mask is not None and kept is not None and c.unit >= 0:
-            units = c.unit + torch.arange(c.numel, device=out.device) // rows.mask.block
-            dropped = dropped_at(units, rows.mask.state)
-            out.masked_fill_(dropped, 0.0)
-            kept += c.numel - dropped.count_nonzero()
+        positions = [self._positions[place] + first for place, first in origins]
+        given, mask = TaskGrads(grads, [0] * n, 1), mask_over(columns, rows.mask)
+        self.method.combine_entries(Entries(given, positions, out, rows.present, mask, kept))
 
 
 @lru_cache(maxsize=PLANS)

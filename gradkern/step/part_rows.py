@@ -2,38 +2,41 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from gradkern.aggregators.history.averaged import Averaged
-from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import in_memory, mean_row
-from gradkern.gradients.layouts import PLANS, Reach, Row, real_numel
-from gradkern.gradients.losses import Losses, Source, losses_named
-from gradkern.gradients.param_grads import as_real, new_grad, readable
-from gradkern.gradients.parameters import Targets
+from gradkern.distributed.reduction import in_memory
+from gradkern.gradients.layouts import PLANS, Row, real_numel
+from gradkern.gradients.param_grads import as_real, new_grad
 from gradkern.gradients.plan import Arrangement, Column
-from gradkern.gradients.sharded import as_dtensor, is_dtensor, is_first_replica, n_replicas, start_here
+from gradkern.gradients.sharded import Box, as_dtensor, is_first_replica
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
-from gradkern.step.begin import Start
-from gradkern.step.gather import recalled, units_of, with_means
-from gradkern.step.on_ranks import agreed_reach, refuse_sparse, refuse_switched, told
-from gradkern.step.options import Options
+from gradkern.ops.philox import dropped_at
+from gradkern.step.located import located
 from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import Combined, Results, Rows, gathered, kept_share, mask_over
-from gradkern.step.shard_rows import buckets_for, laid_like
 
 
 class Piece(NamedTuple):
-    """Neighbouring numbers of a part as they lie in memory: the parameter's place, the first, and the end."""
+    """Neighbouring numbers of a part as they lie in memory.
+
+    Attributes:
+        place: the parameter's place.
+        first: the position of the first number in the part.
+        last: the position behind the last one.
+        before: how many zeros stand before them, so that they begin where random numbers do.
+    """
 
     place: int
     first: int
     last: int
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +48,18 @@ class PartRows(RankRows):
     Attributes:
         comm, targets: as for :class:`RankRows`.
         whole: as there; the columns' numbers of elements are those of the parts.
+        parts: T rows of n parts of gradients.
         pieces: the pieces, in the order of parameters. An empty part has none.
         replicas: for each parameter, the number of ranks that hold this part of it.
-        starts: for each parameter, the position of this part in it; 0 if the step does not look at positions.
+        boxes: for each parameter, where this part lies in it; none if the step does not look at positions.
+        align: the number of elements at whose multiples pieces of shared parameters begin.
     """
 
-    pieces: Sequence[Piece]
+    parts: Sequence[Row]
+    pieces: Sequence[Piece] = ()
     replicas: Sequence[int]
-    starts: Sequence[int]
+    boxes: Sequence[Box]
+    align: int
 
     @property
     def of_params(self) -> Arrangement:
@@ -66,6 +73,10 @@ class PartRows(RankRows):
         pieces = frozenset(k for k, piece in enumerate(self.pieces) if piece.place in places)
         return replace(self, whole=whole, arrangement=_of_places(self.arrangement, pieces))
 
+    def uncut(self) -> Rows:
+        """Return the parts as they are."""
+        return Rows(self.targets.here, self.parts, self.whole)
+
     def results(self) -> "PartResults":
         """Return what takes the results of the pieces."""
         return PartResults(self)
@@ -75,16 +86,26 @@ class PartRows(RankRows):
         for n in sorted({self.replicas[c.place] for c in self.whole.columns}):
             yield n, self.only(c for c in self.whole.columns if self.replicas[c.place] == n)
 
-    def origin(self, c: Column) -> tuple[int, int, int]:
-        """Return a piece's parameter, and where it begins in this rank's part of it, and in all of it."""
-        place, first, _ = self.pieces[c.place]
-        return place, first, self.starts[place] + first
+    def origin(self, c: Column) -> tuple[int, int]:
+        """Return the place of a piece's parameter, and where the piece begins in the whole parameter."""
+        piece = self.pieces[c.place]
+        return piece.place, self.starts[piece.place] + piece.first - piece.before
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """For each parameter, the position of this part in it; 0 if the step does not look at positions."""
+        return tuple([box.start or 0 for box in self.boxes]) or (0,) * len(self.targets.tensors)
 
     def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
         """Return the share of whole parameters' entries that the mask kept; see :meth:`Rows.share_of`."""
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for n, count in kept:
             total += count / n
+        for c in self.arrangement.columns:
+            place, _, _, before = self.pieces[c.place]
+            if before and c.unit >= 0 and self.mask is not None:
+                units = c.unit + torch.arange(before, device=self.device) // self.mask.block
+                total -= (before - dropped_at(units, self.mask.state).count_nonzero()) / self.replicas[place]
         return kept_share(self.comm.summed(total).round().long(), self.of_params.columns)
 
     def entries(self, columns: Sequence[Column], numels: Sequence[int], index: Tensor) -> Tensor:
@@ -92,20 +113,20 @@ class PartRows(RankRows):
         dtypes = {arithmetic_dtype(c.dtype) for c in columns}
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         X = torch.zeros((self.n_tasks, len(index)), dtype=dtype, device=self.device)
-        runs: list[tuple[Piece | None, int]] = []
-        for c, numel in zip(columns, numels, strict=True):
-            at = 0
-            for piece in self._held(c.place):
-                first, last = self.starts[c.place] + piece.first, self.starts[c.place] + piece.last
-                runs += [(None, first - at), (piece, last - first)]
-                at = last
-            runs.append((None, numel - at))
-        runs = [run for run in runs if run[1]]
-        numbers = {piece: k for k, piece in enumerate(self.pieces)}
-        grads = [None if piece is None else row[numbers[piece]] for row in self.grads for piece, _ in runs]
+        boxes = tuple([self._box(c.place) for c in columns])
+        held = [(c.place, prod(box.sizes)) for c, box in zip(columns, boxes, strict=True) if prod(box.sizes)]
+        grads = [None if (g := row[k]) is None else in_memory(g) for row in self.parts for k, _ in held]
         if any(g is not None for g in grads):
-            X += gathered(grads, [n for _, n in runs], index)
+            at, is_held = located(index, boxes)
+            X += gathered(grads, [n for _, n in held], at).masked_fill(~is_held, 0.0)
         return self.comm.united(X)
+
+    def _box(self, place: int) -> Box:
+        """Return where a part lies, an empty one if another rank counts for it among those that hold it."""
+        box = self.boxes[place]
+        if is_first_replica(self.targets.tensors[place], self.comm.rank, self.comm.ranks[0]):
+            return box
+        return box._replace(sizes=(0,) * len(box.sizes))
 
     def gramian(self, unshared: bool) -> Tensor:
         """Return the dot products of whole rows, (S, T, T), the same bits on all ranks; see :meth:`Rows.gramian`."""
@@ -140,11 +161,6 @@ class PartRows(RankRows):
                 counts.append((n, kept))
         return results.pairs(), None if self.mask is None else self.share_of(counts)
 
-    def _held(self, place: int) -> list[Piece]:
-        """Return the pieces of a parameter, if this rank counts for it among those that hold them."""
-        is_first = is_first_replica(self.targets.tensors[place], self.comm.rank)
-        return [piece for piece in self.pieces if piece.place == place and is_first]
-
 
 class PartResults(Results):
     """The results of a combination of parts: memory for each parameter's part, of which the columns are pieces.
@@ -157,14 +173,25 @@ class PartResults(Results):
         self._parts = rows
         targets = rows.targets
         self._of_params = {c.place: new_grad(targets.here[c.place], c.dtype) for c in rows.whole.columns}
+        self._aside: list[tuple[Tensor, Tensor]] = []
 
     def memory(self, columns: Sequence[Column]) -> list[Tensor]:
-        """Return memory for the results of pieces."""
-        pieces = [self._parts.pieces[c.place] for c in columns]
-        return [_piece(self._of_params[piece.place], piece) for piece in pieces]
+        """Return memory for the results of pieces, and of the zeros before them."""
+        out = []
+        for c in columns:
+            place, first, last, before = self._parts.pieces[c.place]
+            result = in_memory(self._of_params[place])[first:last]
+            if before:
+                aside = result.new_empty(before + len(result))
+                self._aside.append((result, aside[before:]))
+                result = aside
+            out.append(result)
+        return out
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return each parameter with its result, a DTensor with a DTensor."""
+        for result, aside in self._aside:
+            result.copy_(aside)
         pairs = []
         for c in self._parts.whole.columns:
             p, g = self._parts.targets.tensors[c.place], self._of_params[c.place]
@@ -172,101 +199,42 @@ class PartResults(Results):
         return pairs
 
 
-def part_rows(source: Source, options: Options, begun: Start) -> tuple[list[Row], PartRows]:
-    """Return the parts of the step's gradients that this rank holds, T rows of n, and the rows that it combines.
-
-    Args:
-        source: the source, opened.
-        options: the method and its modifiers.
-        begun: what the ranks have agreed on.
-    """
-    comm, targets, present, _, second = begun
-    new, reach = _parts(source, begun)
-    taken, shared = (new, None) if options.memory is None else recalled(present, targets, new, options.memory)
-    if options.memory is not None:
-        reach = tuple(map(targets.layouts.reach_of, taken))
-    if isinstance(options.aggregator, Averaged):
-        shared = with_means(options.aggregator, targets, shared or targets.are_shared(reach))
-    whole = targets.arranged(reach, shared, units_of(options, targets))
-    if not whole.columns:
-        raise ValueError("no task has a gradient for any parameter that requires grad")
-    suppression = options.suppression
-    block = 1 if suppression is None else suppression.block
-    starts = [start_here(p) or 0 if options.looks_at_positions else 0 for p in targets.tensors]
-    arrangement, pieces = _cut(whole, tuple(starts), block)
-    rows = PartRows(
-        [_piece(as_real(targets.here[piece.place]), piece) for piece in pieces],
-        _of_pieces(taken, pieces),
-        arrangement,
-        **told(source, options, begun, whole),
-        pieces=pieces,
-        replicas=[n_replicas(p, comm.size) for p in targets.tensors],
-        starts=starts,
-    )
-    if second is None:
-        return new, rows
-    with losses_named("second"):
-        return new, replace(rows, second=_of_pieces(_parts(second, begun)[0], pieces))
+def cut(rows: PartRows) -> PartRows:
+    """Return the rows with the pieces of their parts."""
+    block = 1 if rows.mask is None else rows.mask.block
+    arrangement, pieces = _cut(rows.whole, rows.starts, block, rows.align)
+    params = [_piece(as_real(rows.targets.here[piece.place]), piece) for piece in pieces]
+    return replace(rows, params=params, grads=of_pieces(rows.parts, pieces), arrangement=arrangement, pieces=pieces)
 
 
-def _of_pieces(rows: Sequence[Row], pieces: Sequence[Piece]) -> list[Row]:
-    return [[None if (g := row[piece.place]) is None else _piece(g, piece) for piece in pieces] for row in rows]
-
-
-def _parts(source: Source, begun: Start) -> tuple[list[Row], Reach]:
-    """Return this rank's parts of the means over the ranks of a source's gradients, T rows of n, and their layouts."""
-    comm, targets, present, _, _ = begun
-    own: list[Row] = [[None] * len(targets.tensors)] * len(present)
-    reach = agreed_reach(comm, targets, lambda: _passes(source, targets, own))
-    return [_with_means(comm, targets, row, kinds) for row, kinds in zip(own, reach, strict=True)], reach
-
-
-def _passes(source: Source, targets: Targets, own: list[Row]) -> list[tuple[bool, ...]]:
-    """Run the backward passes, and put the gradients into ``own``; return which parameters each task reaches."""
-    reached = [(False,) * len(own[0])] * len(own)
-    # What a pass puts into ``.grad`` is nobody else's.
-    passes = partial(source.passes, keep=False) if isinstance(source, Losses) else source.passes
-    for t, grads in passes(targets.tensors):
-        row = parts_of(grads, targets)
-        refuse_sparse(t, row, targets)
-        own[t], reached[t] = row, tuple([g is not None for g in row])
-        del grads, row  # free them before the next task's pass
-    refuse_switched(source, targets)
-    return reached
-
-
-def parts_of(grads: Row, targets: Targets) -> Row:
-    """Return one task's gradients on this rank, each laid out as a new ``.grad`` of its parameter's part."""
-    with torch.no_grad():
-        return readable(grads, targets.here, targets.layouts)
-
-
-def _with_means(comm: Comm, targets: Targets, row: Row, kinds: Sequence[object]) -> Row:
-    """Return a row with means over the ranks in place of gradients of parameters that are no DTensors."""
-    plain = [k for k, p in enumerate(targets.tensors) if kinds[k] is not None and not is_dtensor(p)]
-    if not plain:
-        return row
-    means = mean_row(comm, buckets_for(plain, targets.layouts, comm, 1), row, targets.device)
-    return [laid_like(k, means[k], targets) if k in means else g for k, g in enumerate(row)]
+def of_pieces(parts: Sequence[Row], pieces: Sequence[Piece]) -> list[Row]:
+    """Return the pieces of T rows of parts."""
+    return [[None if (g := row[piece.place]) is None else _piece(g, piece) for piece in pieces] for row in parts]
 
 
 def _piece(x: Tensor, piece: Piece) -> Tensor:
-    return in_memory(x.detach())[piece.first : piece.last]
+    numbers = in_memory(x.detach())[piece.first : piece.last]
+    return pad(numbers, (piece.before, 0)) if piece.before else numbers
 
 
 @lru_cache(maxsize=PLANS)
-def _cut(whole: Arrangement, starts: tuple[int, ...], block: int) -> tuple[Arrangement, list[Piece]]:
-    """Return the columns of the parts' pieces, and the pieces: a part that starts within a block of a mask has two."""
+def _cut(whole: Arrangement, starts: tuple[int, ...], block: int, align: int) -> tuple[Arrangement, list[Piece]]:
+    """Return the columns of the parts' pieces, and the pieces.
+
+    A part of a shared parameter has two pieces if it begins between multiples of ``align``, where random numbers do.
+    """
     columns: list[Column] = []
     pieces: list[Piece] = []
     for c in whole.columns:
-        start, is_masked = starts[c.place], c.unit >= 0
-        within = min(-start % block, c.numel) if is_masked else 0
-        for first, last in ((0, within), (within, c.numel)):
+        start = starts[c.place]
+        before = 0 if c.segment is None else start % align
+        within = min(align - before, c.numel) if before else 0
+        for first, last, zeros in ((0, within, before), (within, c.numel, 0)):
             if first < last:
-                unit = c.unit + (start + first) // block if is_masked else -1
-                columns.append(c._replace(place=len(columns), numel=last - first, unit=unit, complex=False))
-                pieces.append(Piece(c.place, first, last))
+                unit = c.unit + (start + first - zeros) // block if c.unit >= 0 else -1
+                numel = zeros + last - first
+                columns.append(c._replace(place=len(columns), numel=numel, unit=unit, complex=False))
+                pieces.append(Piece(c.place, first, last, zeros))
     return Arrangement(columns, len(columns), whole.n_segments), pieces
 
 

@@ -124,9 +124,9 @@ class Rows:
         """Yield each number of ranks that hold the same numbers, and the rows of the columns with so many."""
         yield 1, self
 
-    def origin(self, c: Column) -> tuple[int, int, int]:
-        """Return a column's parameter, and where it begins in this rank's part of it, and in all of it."""
-        return c.place, 0, 0
+    def origin(self, c: Column) -> tuple[int, int]:
+        """Return the place of a column's parameter, and where the column begins in it."""
+        return c.place, 0
 
     def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
         """Return the share of entries that the mask kept, from their counts in :meth:`by_replicas`."""
