@@ -303,6 +303,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         first parameter group holds it too, as bytes: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
         keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` its twin loads
         nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
+
+        With DTensors all ranks must call it if there is a memory or a method on means, which it has whole.
         """
         self._refuse_within_accumulate("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
