@@ -25,6 +25,7 @@ METHODS = {
     "PCGrad": lambda: gk.PCGrad(order=[2, 0, 1]),
     "GradVac": lambda: gk.GradVac(order=[2, 0, 1]),
     "MGDA": gk.MGDA,
+    "MoCo": gk.MoCo,
 }
 
 
