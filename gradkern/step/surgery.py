@@ -18,6 +18,7 @@ from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows, StepRows
 from gradkern.step.notices import warn_once
+from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
 from gradkern.step.sampled_entries import SampledRows
 from gradkern.step.shard_rows import ShardRows
@@ -76,7 +77,8 @@ def surgery(
     M = _usable(products[: rows.n_segments], rows.present)
     solution = _solution(aggregator, M, rows) if sampled is None else sampled.solution(M)
     w = _checked_weights(aggregator, solution.weights, M)
-    own = of_optimizer(aggregator, solution.own, rows.params, rows.loss_scale)
+    params = rows.targets.tensors if isinstance(rows, RankRows) else rows.params
+    own = of_optimizer(aggregator, solution.own, params, rows.loss_scale)
 
     def combine() -> Combined:
         results, kept = used_rows.combine(w, solution.unshared)
