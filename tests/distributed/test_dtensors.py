@@ -39,7 +39,7 @@ def test_every_way_to_shard(pool: Pool, method: str, sharding: str) -> None:
 @pytest.mark.parametrize(
     ("sharding", "ranks"), [("resharded", 2), ("kept", 3), ("tensor parallel", 2), ("replicas", 4)]
 )
-@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "UPGrad"])
 def test_float32(pool: Pool, method: str, sharding: str, ranks: int) -> None:
     check(pool, Run(method, torch.float32, options=METHODS[method], sharding=sharding), ranks)
 
@@ -101,7 +101,7 @@ def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
     check(pool, Run("GradAttention", sharding="replicas"), 4)
 
 
-@pytest.mark.parametrize("options", ["", "parameter", "conflict_lr", "suppression", "suppression in blocks"])
+@pytest.mark.parametrize("options", ["", "conflict_lr", "suppression", "suppression in blocks"])
 @pytest.mark.parametrize("method", ["graddrop", "trimmed-mean"])
 def test_methods_that_work_entry_by_entry(pool: Pool, method: str, options: str) -> None:
     """Parts begin within four random numbers, and within blocks of a mask."""
@@ -123,8 +123,10 @@ def test_a_second_batch(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, second=True, sharding=sharding), 2)
 
 
-@pytest.mark.parametrize("sharding", ["resharded", "heads left out", "columns"])
-@pytest.mark.parametrize("method", ["moco", "dbmtl", "mconfig"])
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [("moco", "columns"), ("moco", "tensor parallel"), ("dbmtl", "resharded"), ("mconfig", "heads left out")],
+)
 def test_means_of_parts(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 2)
 
