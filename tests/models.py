@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class MultiHead(nn.Module):
     """Model of the usual shape in multi-task learning: a trunk and one head per task."""
 
-    def __init__(self, n_tasks: int = 3) -> None:
+    def __init__(self, n_tasks: int = 3, width: int = 10) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 8))
+        self.trunk = nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 8))
         self.heads = nn.ModuleList(nn.Linear(8, 1) for _ in range(n_tasks))
 
     def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:

@@ -10,7 +10,7 @@ shard of every row, and computes dot products and combination of these shards.
 - ``reduction`` is the hook after the rows: it makes shards of them, one task's while the next task's backward runs.
 - ``Comm.summed`` is the hook after the Gramian: it adds up the dot products of all ranks' shards.
 
-DTensors need no reduction: torch's own backward passes leave shards of the means (``gradkern.step.part_rows``).
+DTensors need no reduction: torch's own backward passes leave shards of the means (``gradkern.step.on_parts``).
 
 On one rank there is no :class:`Comm`, and nothing of this runs.
 """

@@ -1,9 +1,8 @@
 """Buckets: flat memory for rows, which is cut into one shard for each rank.
 
 A bucket holds whole parameters of one dtype, as the numbers lie in their memory: one after another, or cut by rows such
-that each rank's shard has some rows of each. Runs start at multiples of ``align`` elements, and so does each shard. So
-kernels load whole vectors, and the shards of parameters that lie one after another cut no unit of a mask. Gaps are
-zeros.
+that each rank's shard has some rows of each. Parameters start at multiples of ``align`` elements, and so do shards. So
+kernels load whole vectors, and no unit of a mask is cut where parameters lie one after another. Gaps are zeros.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from gradkern.gradients.layouts import Layouts, Row
 from gradkern.gradients.param_grads import readable
+from gradkern.gradients.sharded import part_of, whole_grad
 from gradkern.ops.undo import PutBack
 
 Remembered = dict[Tensor, Tensor]
-"""The gradients of one task by parameter."""
+"""The gradients of one task by parameter; of a DTensor the part that this rank holds."""
 
 
 class Memory:
@@ -39,15 +40,28 @@ class Memory:
             )
 
     def recall(
-        self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor], layouts: Layouts
+        self,
+        present: Sequence[bool],
+        grads: Sequence[Row],
+        params: Sequence[Tensor],
+        here: Sequence[Tensor],
+        layouts: Layouts,
     ) -> list[Row]:
-        """Return ``grads``, T rows over ``params``, with remembered rows in place of those of absent tasks."""
+        """Return ``grads``, T rows over ``params``, with remembered rows in place of those of absent tasks.
+
+        Args:
+            present: for each task, whether its gradients are of this step.
+            grads: this rank's parts of the rows.
+            params: the parameters.
+            here: this rank's part of each.
+            layouts: the layouts of these parts.
+        """
         known = list(grads)
         for t, row in enumerate(self._rows):
             if not present[t]:
                 # The parameter's strides, dtype or device may have changed since.
                 old = [None if g is None else g.to(p.device) for p in params for g in (row.get(p),)]
-                known[t] = readable(old, params, layouts)
+                known[t] = readable(old, here, layouts)
         return known
 
     def remember(self, present: Sequence[bool], grads: Sequence[Row], params: Sequence[Tensor]) -> None:
@@ -67,8 +81,12 @@ class Memory:
         return put_back
 
     def state_dict(self, params: Sequence[Tensor]) -> list[list[Tensor | None]]:
-        """Return T rows, which hold a gradient or None for each of ``params``."""
-        return [[row.get(p) for p in params] for row in self._rows]
+        """Return T rows, which hold a gradient or None for each of ``params``.
+
+        Gradients of DTensors are put together from the parts of all ranks, so all of these must call it.
+        """
+        known = [[row.get(p) for p in params] for row in self._rows]
+        return [[None if g is None else whole_grad(g, p) for g, p in zip(row, params, strict=True)] for row in known]
 
     def load_state_dict(self, state: Any, params: Sequence[Tensor]) -> None:
         """Load a :meth:`state_dict`, and move it to the parameters' devices.
@@ -86,7 +104,8 @@ class Memory:
                 if g is not None and not _is_gradient(g, p):
                     got = f"{g.dtype} {tuple(g.shape)}, {g.layout}" if isinstance(g, Tensor) else type(g).__name__
                     raise ValueError(f"the memory of task {t} for parameter {k} must be {_shape(p)}, got {got}")
-            loaded.append({p: g.detach().to(p.device) for p, g in zip(params, row, strict=True) if g is not None})
+            pairs = [(p, g.detach()) for p, g in zip(params, row, strict=True) if g is not None]
+            loaded.append({p: part_of(g, p).to(p.device) for p, g in pairs})
         self._rows = loaded
 
 

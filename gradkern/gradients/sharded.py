@@ -7,7 +7,7 @@ come from torch's own backward pass alone, whose hooks reduce them and put them 
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from math import prod
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -74,27 +74,81 @@ def place_here(p: Tensor) -> tuple[int, ...]:
     return tuple([k for k, placement in along if not placement.is_replicate()])
 
 
-def start_here(p: Tensor) -> int | None:
-    """Return the position of this rank's part in the parameter; None if its numbers are not neighbours there."""
-    if not is_dtensor(p):
-        return 0
-    cut = [(k, placement) for k, placement in enumerate(p.placements) if not placement.is_replicate()]
-    if not cut:
-        return 0
-    from torch.distributed.tensor import Shard
+class Box(NamedTuple):
+    """Where a rank's part lies in a parameter.
 
-    k, placement = cut[0]
-    if len(cut) > 1 or type(placement) is not Shard or placement.dim != 0 or not p.is_contiguous():
+    The numbers of both lie in order: a parameter that is not cut is a vector of its numbers as they lie in memory. The
+    numbers of a complex parameter are pairs, which are its last dimension.
+
+    Attributes:
+        shape: the parameter's shape.
+        firsts: where the part begins in each dimension.
+        sizes: the part's shape.
+    """
+
+    shape: tuple[int, ...]
+    firsts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def start(self) -> int | None:
+        """The position of the part in the parameter; None if its numbers are not neighbours there."""
+        cut = [k for k, size in enumerate(self.sizes) if size != self.shape[k]]
+        if cut and prod(self.sizes[: cut[-1]]) > 1:
+            return None
+        return sum(first * prod(self.shape[k + 1 :]) for k, first in enumerate(self.firsts))
+
+
+def box_here(p: Tensor) -> Box | None:
+    """Return where this rank's part lies in a parameter; None if the numbers of a DTensor do not lie in order."""
+    n = real_numel(p)
+    if not is_dtensor(p) or all(placement.is_replicate() for placement in p.placements):
+        return Box((n,), (0,), (n,))
+    if not p.is_contiguous():
         return None
-    size, n, coordinate = p.shape[0], p.device_mesh.shape[k], p.device_mesh.get_coordinate()
-    row = min(coordinate[k] * -(-size // n), size)
-    return row * (real_numel(p) // size) if size else 0
+    firsts, sizes = _cut_here(p)
+    return Box((*p.shape, 2), (*firsts, 0), (*sizes, 2)) if p.is_complex() else Box(tuple(p.shape), firsts, sizes)
 
 
-def is_first_replica(p: Tensor, rank: int) -> bool:
-    """Return whether this rank, whose number is ``rank``, is the first of those that hold its part of a parameter."""
+def _cut_here(p: DTensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where this rank's part begins in each dimension of a DTensor, and its size there."""
+    (chunk,) = p.__create_chunk_list__()  # what torch.distributed.checkpoint asks it for
+    return tuple(chunk.offsets), tuple(chunk.sizes)
+
+
+def whole_grad(g: Tensor, p: Tensor) -> Tensor:
+    """Return the gradient of ``p`` of which this rank's part is ``g``. All ranks of a DTensor must call it.
+
+    The gradient of a complex parameter is pairs of real numbers, and so is its part.
+    """
+    if not is_dtensor(p):
+        return g
+    dtensor: DTensor = as_dtensor(torch.view_as_complex(g) if p.is_complex() else g, p)
+    whole: Tensor = dtensor.full_tensor()
+    return torch.view_as_real(whole) if p.is_complex() else whole
+
+
+def part_of(g: Tensor, p: Tensor) -> Tensor:
+    """Return this rank's part of a whole gradient of ``p``, as :func:`whole_grad` returns it."""
+    if not is_dtensor(p):
+        return g
+    for k, (first, size) in enumerate(zip(*_cut_here(p), strict=True)):
+        g = g.narrow(k, first if size else 0, size)
+    return g.clone()
+
+
+def is_first_replica(p: Tensor, rank: int, first: int) -> bool:
+    """Return whether this rank is the first of those that hold its part of a parameter.
+
+    Args:
+        p: the parameter.
+        rank: the number of this rank among those of the step.
+        first: the number of the step's first rank in the default group. Among several meshes its own one counts.
+    """
     if not is_dtensor(p):
         return rank == 0
+    if first not in p.device_mesh.mesh:
+        return False
     coordinate = zip(p.device_mesh.get_coordinate(), p.placements, strict=True)
     return all(k == 0 for k, placement in coordinate if placement.is_replicate())
 

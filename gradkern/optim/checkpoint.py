@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.arguments import shown
+from gradkern.gradients.sharded import has_dtensors
 from gradkern.ops.undo import PutBack, Undo
 from gradkern.optim.arguments import check_mapping, check_state
 from gradkern.optim.untracked import Untracked
+from gradkern.optim.whole_means import means_here, whole_means
 from gradkern.optim.wrapper import OptimizerWrapper
 from gradkern.step.options import Options
 
@@ -25,11 +27,15 @@ class Remembered:
     params: Sequence[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's name and state, the suppression's seed and step, and the gradients in ``memory``."""
+        """Return the method's name and state, the suppression's seed and step, and the gradients in ``memory``.
+
+        It has whole gradients and means, so all ranks must call it if these are of DTensors.
+        """
         method, suppression, memory = self.options.aggregator, self.options.suppression, self.options.memory
+        state = dict(method.state_dict())
         return {
             "method": type(method).__name__,
-            "state": dict(method.state_dict()),
+            "state": whole_means(state, self.params) if self._has_parts else state,
             "suppression": None if suppression is None else suppression.state_dict(),
             "memory": None if memory is None else memory.state_dict(self.params),
         }
@@ -50,11 +56,17 @@ class Remembered:
         for part, saved, own in (("suppression", suppression, own_suppression), ("memory", memory, own_memory)):
             if saved is not None and own is None:
                 raise ValueError(f"state_dict is of steps with {part}, but this optimizer has no {part}")
-        self.options.aggregator.load_state_dict(state_dict["state"])
+        state = state_dict["state"]
+        self.options.aggregator.load_state_dict(means_here(state, self.params) if self._has_parts else state)
         if own_suppression is not None and suppression is not None:
             own_suppression.load_state_dict(suppression)
         if own_memory is not None and memory is not None:
             own_memory.load_state_dict(memory, self.params)
+
+    @property
+    def _has_parts(self) -> bool:
+        """Whether the method's state has parts of whole means."""
+        return self.options.aggregator.averages_rows and has_dtensors(self.params)
 
 
 def save_with_surgery(optimizer: OptimizerWrapper, remembered: Remembered) -> dict[str, Any]:

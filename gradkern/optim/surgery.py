@@ -61,8 +61,8 @@ class SurgeryOptimizer(OptimizerWrapper):
             before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
             to step, and are part of ``state_dict``. Methods that leave absent tasks out, as ``MGDA``, still do so.
         shard_optimizer: whether each of several ranks keeps the moments of some rows of every parameter alone, as ZeRO
-            1 does. ``optimizer`` is a :class:`gradkern.optim.AdamW` then. ``update`` sends as much as without it;
-            ``backward`` and ``step`` send one vector of all parameters more.
+            1 does. ``optimizer`` is a :class:`gradkern.optim.AdamW` then. ``update`` sends as much as without it; with
+            suppression and in a few other cases, as ``backward`` and ``step`` do, one vector of all parameters more.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -324,6 +324,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         first parameter group holds it too, as bytes: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
         keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` its twin loads
         nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
+
+        With DTensors all ranks must call it if there is a memory or a method on means, which it has whole.
         """
         self._refuse_within_accumulate("state_dict()")
         return save_with_surgery(self, self._remembered())

@@ -1,37 +1,22 @@
 """Running means of the task gradients, in place of the gradients of a step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from gradkern.aggregators.history.averaged import Averaged, Part
+from gradkern.distributed.comm import Comm
 from gradkern.gradients.layouts import PLANS, new_grad_stride
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.plan import Arrangement
+from gradkern.step.part_rows import PartRows, cut
 from gradkern.step.rows import Rows
 
 
-@dataclass(frozen=True)
-class AveragedRows(Rows):
-    """The T running means of a step's shared parameters, and the gradients of the others.
-
-    Attributes:
-        finite: (), whether all gradients behind the means are finite. If not, the Gramian shows it, for the means stay
-            as they were.
-    """
-
-    finite: Tensor | None = None
-
-    def gramian(self, unshared: bool) -> Tensor:
-        """Return the dot products of the means; see :meth:`Rows.gramian`."""
-        M = super().gramian(unshared)
-        return M if self.finite is None else torch.where(self.finite, M, torch.nan)
-
-
-def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequence[int]) -> AveragedRows:
+def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequence[int]) -> Rows:
     """Move the means of a method by the gradients of shared parameters, and return the rows with them.
 
     Args:
@@ -40,18 +25,19 @@ def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequ
         present: for each task, whether its gradients are of this step.
         places: the place of each of the rows' parameters among those given.
     """
-    T, columns = rows.n_tasks, rows.arrangement.shared
-    there = None if all(present) else bools_on(present, rows.device)
+    T, there = rows.n_tasks, None if all(present) else bools_on(present, rows.device)
+    uncut = rows.uncut() if isinstance(rows, PartRows) else rows
+    columns = uncut.arrangement.shared
     parts = [Part(places[c.place], c.numel, c.dtype) for c in columns]
     memory = method.rows_for(parts, T, rows.device)
     starts = {dtype: method.starts(dtype) for dtype in memory}
-    grads = [list(row) for row in rows.grads]
+    grads = [list(row) for row in uncut.grads]
     into: list[Tensor] = []
     given: list[Tensor] = []
     for c, part in zip(columns, parts, strict=True):
-        p, X, start = rows.params[c.place], memory[c.dtype], starts[c.dtype][part.place]
+        p, X, start = uncut.params[c.place], memory[c.dtype], starts[c.dtype][part.place]
         shape = (*p.shape, 2) if c.complex else tuple(p.shape)
-        for t, g in enumerate(rows.dense(c)):
+        for t, g in enumerate(uncut.dense(c)):
             part_of_row = X.as_strided(shape, new_grad_stride(p), t * X.stride(0) + start)
             if g is not None:
                 into.append(part_of_row)
@@ -59,10 +45,17 @@ def averaged(rows: Rows, method: Averaged, present: Sequence[bool], places: Sequ
             grads[t][c.place] = part_of_row
     if into:
         torch._foreach_copy_(into, given)
-    finite = method.move(memory, there, rows.losses)[1] if memory else None
-    own = {f.name: getattr(rows, f.name) for f in fields(rows) if f.init}
-    changed = {"grads": grads, "arrangement": _of_all_tasks(rows.arrangement, T), "present": there, "overwrite": False}
-    return AveragedRows(**own | changed, finite=finite)
+    agreed = partial(_on_all_ranks, rows.comm) if isinstance(rows, PartRows) else None
+    finite = method.move(memory, there, rows.losses, agreed)[1] if memory else None
+    of_all_tasks = _of_all_tasks(uncut.arrangement, T)
+    if isinstance(rows, PartRows):
+        return cut(replace(rows, parts=grads, whole=of_all_tasks, present=there, finite=finite))
+    return replace(rows, grads=grads, arrangement=of_all_tasks, present=there, overwrite=False, finite=finite)
+
+
+def _on_all_ranks(comm: Comm, finite: Tensor) -> Tensor:
+    """Return whether a flag (), is set on all ranks."""
+    return comm.summed(~finite) == 0
 
 
 @lru_cache(maxsize=PLANS)

@@ -19,7 +19,7 @@ from gradkern.gradients.graph import leaves, refuse_static_graph
 from gradkern.gradients.layouts import grad_dtype, make_room, real_numel
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
-from gradkern.gradients.sharded import is_dtensor, parts_here, place_here, refuse_meshes, start_here
+from gradkern.gradients.sharded import box_here, is_dtensor, parts_here, place_here, refuse_meshes
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
 from gradkern.step.sinks import runs_one_by_one
@@ -150,27 +150,24 @@ def _refuse_with_dtensors(comm: Comm, targets: Targets, options: Options) -> Non
     """Raise for what does not work with DTensors among the parameters."""
     refuse_meshes([(targets.name(k), p) for k, p in enumerate(targets.tensors)], comm.ranks)
     method = options.aggregator
-    refused = {
-        "memory=True": options.memory is not None,
-        f"{method!r}, which needs whole rows on every rank,": options.needs_whole_rows,
-        "GradAttention(update='subset')": isinstance(method, GradAttention) and method.update == "subset",
-    }
-    for what, is_used in refused.items():
-        if is_used:
-            raise NotImplementedError(f"with DTensors in params there is no {what} yet")
-    needs_starts = {"GradAttention": isinstance(method, GradAttention), "Suppression": options.suppression is not None}
-    for what, is_used in needs_starts.items():
-        if is_used:
-            _refuse_scattered(what, targets, comm)
+    if isinstance(method, GradAttention) and method.update == "subset":
+        raise NotImplementedError("with DTensors in params there is no GradAttention(update='subset') yet")
+    if options.looks_at_positions:
+        _refuse_scattered(options, targets)
 
 
-def _refuse_scattered(what: str, targets: Targets, comm: Comm) -> None:
-    """Raise NotImplementedError unless the numbers of parts are neighbours in their parameters, on all ranks alike."""
+def _refuse_scattered(options: Options, targets: Targets) -> None:
+    """Raise NotImplementedError for parts whose numbers are not neighbours in their parameters, where they must be.
+
+    Sampled entries are found in parts that are cut along any dimension.
+    """
+    method, is_masked = options.aggregator, options.suppression is not None
     for k, p in enumerate(targets.tensors):
-        if start_here(p) is None or (is_dtensor(p) and p.device_mesh.size() < comm.size):
+        box = box_here(p)
+        if box is None or (box.start is None and (is_masked or not isinstance(method, GradAttention))):
             raise NotImplementedError(
-                f"{what} is for DTensors that are cut along dimension 0 alone, on a mesh of all ranks; in params "
-                f"{targets.name(k)} is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
+                f"{'Suppression' if is_masked else type(method).__name__} is for DTensors that are cut along dimension "
+                f"0; in params {targets.name(k)} is {p.placements} on {p.device_mesh}"  # type: ignore[attr-defined]
             )
 
 

@@ -1,16 +1,17 @@
 """A step's combination by a method that works entry by entry."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from gradkern.aggregators import Entries, Entrywise
 from gradkern.gradients.layouts import PLANS, Row
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops.arguments import TaskGrads
-from gradkern.step.rows import Combined, Results, Rows, kept_share, mask_over
+from gradkern.step.rows import Combined, Rows, mask_over
 
 
 class EntrywiseRows:
@@ -31,37 +32,43 @@ class EntrywiseRows:
     def __init__(self, rows: Rows, method: Entrywise) -> None:
         self.rows = rows
         self.method = method
-        self._tasks = _present(rows.arrangement) if rows.present is None else range(rows.n_tasks)
+        self._tasks = _present(rows.of_params) if rows.present is None else range(rows.n_tasks)
+        self._positions = _positions(rows.of_params)
         method.check_tasks(len(self._tasks))
 
     def combine(self) -> Combined:
         """Return each parameter with its combination; a result overwrites one of its gradients if one is free."""
-        rows, arrangement = self.rows, self.rows.arrangement
-        positions, present = _positions(arrangement), rows.present
-        kept = None if rows.mask is None else rows.mask.state.new_zeros(())
-        results = Results(rows)
-        for columns, grads in self._batches():
-            out = results.memory(columns)
-            given = TaskGrads(grads, [0] * len(columns), 1)
-            mask = mask_over(columns, rows.mask)
-            places = [positions[c.place] for c in columns]
-            self.method.combine_entries(Entries(given, places, out, present, mask, kept))
-        self.method.advance(rows.params[0])
-        unshared = rows.only(c for c in arrangement.columns if c.segment is None)
+        rows, shared = self.rows, self.rows.only(self.rows.of_params.shared)
+        results = shared.results()
+        counts: list[tuple[int, Tensor]] = []
+        for n, some in shared.by_replicas():
+            kept = None if rows.mask is None else rows.mask.state.new_zeros(())
+            for columns, grads in self._batches(some):
+                self._write(columns, grads, results.memory(columns), kept)
+            if kept is not None:
+                counts.append((n, kept))
         ones = torch.ones((rows.n_segments, rows.n_tasks), device=rows.device)
-        share = None if kept is None else kept_share(kept, arrangement.shared)
+        self.method.advance(ones)
+        unshared = rows.only(c for c in rows.of_params.columns if c.segment is None)
+        share = None if rows.mask is None else shared.share_of(counts)
         return [*unshared.combine(ones, None)[0], *results.pairs()], share
 
-    def _batches(self) -> list[tuple[Sequence[Column], Row]]:
-        """Return the shared columns in batches of one dtype, each with the gradients of the tasks, row by row."""
-        rows, arrangement = self.rows, self.rows.arrangement
+    def _batches(self, rows: Rows) -> Iterator[tuple[Sequence[Column], Row]]:
+        """Yield the shared columns in batches of one dtype, each with the gradients of the tasks, row by row."""
         taken = [rows.grads[t] for t in self._tasks]
-        batches: list[tuple[Sequence[Column], Row]] = [(b.columns, b.of(taken)) for b in arrangement.products]
-        for c in arrangement.shared:
-            if c.sparse:
-                dense = rows.dense(c)
-                batches.append(([c], [dense[t] for t in self._tasks]))
-        return batches
+        for batch in rows.arrangement.products:
+            yield batch.columns, batch.of(taken)
+        for c in rows.arrangement.sparse:
+            dense = rows.dense(c)
+            yield [c], [dense[t] for t in self._tasks]
+
+    def _write(self, columns: Sequence[Column], grads: Row, out: Sequence[Tensor], kept: Tensor | None) -> None:
+        """Write the results of some columns."""
+        rows, n = self.rows, len(columns)
+        origins = [rows.origin(c) for c in columns]
+        positions = [self._positions[place] + first for place, first in origins]
+        given, mask = TaskGrads(grads, [0] * n, 1), mask_over(columns, rows.mask)
+        self.method.combine_entries(Entries(given, positions, out, rows.present, mask, kept))
 
 
 @lru_cache(maxsize=PLANS)

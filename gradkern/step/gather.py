@@ -145,11 +145,11 @@ def rows_of(
         options: the method and its modifiers.
     """
     memory, suppression = options.memory, options.suppression
-    taken, shared = (new, None) if memory is None else _recalled(present, targets, new, memory)
+    taken, shared = (new, None) if memory is None else recalled(present, targets, new, memory)
     units = units_of(options, targets)
     reach = tuple(map(targets.layouts.reach_of, taken))
     if isinstance(options.aggregator, Averaged):
-        shared = _with_means(options.aggregator, targets, shared or targets.are_shared(reach))
+        shared = with_means(options.aggregator, targets, shared or targets.are_shared(reach))
     arrangement = targets.arranged(reach, shared, units)
     if not arrangement.columns:  # of sums of micro-batches, whose parameters have been frozen since
         raise ValueError("no task has a gradient for any parameter that requires grad")
@@ -166,22 +166,22 @@ def rows_of(
     )
 
 
-def _recalled(
+def recalled(
     present: Sequence[bool], targets: Targets, new: list[Row], memory: Memory
 ) -> tuple[list[Row], tuple[bool, ...]]:
     """Return the rows with remembered gradients of absent tasks, and whether each parameter is shared.
 
     Unshared parameters use no remembered gradients: an absent task's head stays unchanged.
     """
-    recalled = memory.recall(present, new, targets.tensors, targets.layouts)
-    shared = targets.are_shared(tuple(map(targets.layouts.reach_of, recalled)))
+    known = memory.recall(present, new, targets.tensors, targets.here, targets.layouts)
+    shared = targets.are_shared(tuple(map(targets.layouts.reach_of, known)))
     taken: list[Row] = [
-        [recalled[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
+        [known[t][k] if is_shared else row[k] for k, is_shared in enumerate(shared)] for t, row in enumerate(new)
     ]
     return taken, shared
 
 
-def _with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) -> tuple[bool, ...]:
+def with_means(method: Averaged, targets: Targets, shared: tuple[bool, ...]) -> tuple[bool, ...]:
     """Return whether each parameter is shared: also if one task alone reaches it, but its means are kept."""
     if targets.named is not None:
         return shared

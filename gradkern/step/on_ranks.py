@@ -56,7 +56,8 @@ def _shards(source: Source, options: Options, begun: Start, by_rows: bool) -> Sh
     suppression, T = options.suppression, len(present)
     unit = 1 if suppression is None else suppression.block
     own: list[Row] = [[None] * len(targets.tensors)] * T
-    cut = [n_rows(p, comm.size) if by_rows else 0 for p in targets.tensors]
+    # Rows begin within a mask's units, and kernels need pieces that begin with one.
+    cut = [n_rows(p, comm.size) if by_rows and suppression is None else 0 for p in targets.tensors]
 
     def reduction_of(places: Sequence[int]) -> Reduction:
         return Reduction(comm, buckets_for(places, targets.layouts, comm, unit, cut), T, targets.device)

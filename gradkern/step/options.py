@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gradkern.aggregators import Aggregator, Entrywise, Scalarization
+from gradkern.aggregators import Aggregator, Entrywise, GradAttention, Scalarization
 from gradkern.aggregators.by_name import is_aggregator
 from gradkern.arguments import instance
 from gradkern.distributed.comm import ProcessGroup
@@ -56,6 +56,13 @@ class Options:
         method = self.aggregator
         of_rows = method.averages_rows or method.needs_second or isinstance(method, Entrywise)
         return self.memory is not None or of_rows
+
+    @property
+    def looks_at_positions(self) -> bool:
+        """Whether the step looks at the positions of numbers in their parameters."""
+        method = self.aggregator
+        by_entries = isinstance(method, Entrywise) and method.looks_at_positions
+        return by_entries or isinstance(method, GradAttention) or self.suppression is not None
 
     @property
     def adds_at_once(self) -> bool:

@@ -26,9 +26,9 @@ from gradkern.step.begin import Start, start
 from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import gathered
 from gradkern.step.notices import look
+from gradkern.step.on_parts import gathered_in_parts
 from gradkern.step.on_ranks import gathered_on_ranks
 from gradkern.step.options import Options
-from gradkern.step.part_rows import part_rows
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
 from gradkern.step.sinks import Sink, WeightedBackwardSink
@@ -79,7 +79,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     if begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     elif targets.has_dtensors:
-        new, rows = [], part_rows(source, options, begun)
+        new, rows = gathered_in_parts(source, options, begun)
     else:
         targets, new, rows = gathered_on_ranks(source, options, begun, sink.takes_rows)
     if second_losses is not None:

@@ -49,6 +49,8 @@ class Rows:
         overwrite: whether gradients may be overwritten once they are combined.
         second: T rows of n dense gradients of a second batch; None without one.
         compact: the places of parameters whose gradients the step has made sparse; their results are dense.
+        finite: (), whether all gradients behind rows that are means are finite; None if the rows are no means. If not,
+            the Gramian shows it, for the means stay as they were.
     """
 
     params: Sequence[Tensor]
@@ -62,6 +64,7 @@ class Rows:
     overwrite: bool = False
     second: Sequence[Row] | None = None
     compact: frozenset[int] = frozenset()
+    finite: Tensor | None = None
     _given: dict[tuple[Batch, int], TaskGrads] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -128,6 +131,19 @@ class Rows:
         """Return what takes a combination's results, one for each parameter."""
         return Results(self)
 
+    def by_replicas(self) -> Iterator[tuple[int, "Rows"]]:
+        """Yield each number of ranks that hold the same numbers, and the rows of the columns with so many."""
+        yield 1, self
+
+    def origin(self, c: Column) -> tuple[int, int]:
+        """Return the place of a column's parameter, and where the column begins in it."""
+        return c.place, 0
+
+    def share_of(self, kept: Sequence[tuple[int, Tensor]]) -> Tensor | None:
+        """Return the share of entries that the mask kept, from their counts in :meth:`by_replicas`."""
+        ((_, count),) = kept
+        return kept_share(count, self.arrangement.columns)
+
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each dense column under surgery, and the gradients of the tasks that reach it."""
         for c in self.arrangement.shared:
@@ -155,7 +171,7 @@ class Rows:
             # One parameter at a time is dense, or has the rows that occur, while its dot products are computed.
             rows = TaskGrads(rows_that_occur(self.column(c)) if mask is None else self.dense(c), [0], 1)
             M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
-        return M
+        return M if self.finite is None else torch.where(self.finite, M, torch.nan)
 
     def cross(self) -> Tensor:
         """Return the dot products within each group of the rows with those of the second batch, (S, T, T)."""

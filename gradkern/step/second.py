@@ -34,6 +34,8 @@ def opened(second: Second, source: Source, targets: Targets) -> Losses | None:
     losses = Losses(second, retain_graph=False)
     with losses_named("second"):
         losses.open(targets.device)
+    if isinstance(source, Losses):
+        losses.differentiate = source.differentiate
     if len(losses.present) != len(source.present):
         raise ValueError(f"second must have {len(source.present)} entries as losses has, got {len(losses.present)}")
     for i, (given, present) in enumerate(zip(losses.present, source.present, strict=True)):

@@ -187,14 +187,13 @@ def _arranged(
             c = of_params.get(piece.place)
             if c is None:
                 continue
-            for part in _at_units(piece, unit if c.unit >= 0 else 1):
-                last = places[-1] if places else None
-                if last is not None and last[:2] == (i, part.bucket) and _are_alike(columns[-1], c):
-                    numel = part.at + part.numel - last.at
-                    places[-1], columns[-1] = last._replace(numel=numel), columns[-1]._replace(numel=numel)
-                else:
-                    places.append(Place(i, part.bucket, part.at, part.numel))
-                    columns.append(_column(len(columns), part, c, T, unit))
+            last = places[-1] if places else None
+            if last is not None and last[:2] == (i, piece.bucket) and _are_alike(columns[-1], c):
+                numel = piece.at + piece.numel - last.at
+                places[-1], columns[-1] = last._replace(numel=numel), columns[-1]._replace(numel=numel)
+            else:
+                places.append(Place(i, piece.bucket, piece.at, piece.numel))
+                columns.append(_column(len(columns), piece, c, T, unit))
     return Arrangement(columns, len(columns), whole.n_segments), places
 
 
@@ -214,18 +213,6 @@ def _runs(columns: tuple[Column, ...], buckets: tuple[Buckets, ...], rank: int) 
             Place(-1, 0, 0, c.numel - end),
         ]
     return [run for run in runs if run.numel]
-
-
-def _at_units(piece: Piece, unit: int) -> list[Piece]:
-    """Return a piece, in two if it starts within a unit of a mask and goes on behind it."""
-    within = -piece.offset % unit
-    if not 0 < within < piece.numel:
-        return [piece]
-    place, bucket, at, numel, offset = piece
-    return [
-        Piece(place, bucket, at, within, offset),
-        Piece(place, bucket, at + within, numel - within, offset + within),
-    ]
 
 
 def _are_alike(c: Column, other: Column) -> bool:

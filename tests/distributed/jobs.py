@@ -168,7 +168,7 @@ def whole(p: Tensor) -> Tensor:
 def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
     """Return the result of a run with this rank's part of each batch; the whole batch with one rank."""
     torch.manual_seed(0)
-    model = Net(T).to(run.dtype)
+    model = Net(T, 12 if run.sharding == "tensor parallel" else 10).to(run.dtype)  # 12 is a multiple of all numbers
     method = METHODS[run.method]() if run.method in METHODS else TABLE[run.method].seeded(7)
     params = [*model.named_parameters(), *((f"method.{name}", p) for name, p in method.named_parameters())]
     forward: nn.Module = model

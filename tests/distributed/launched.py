@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 import gradkern as gk
+from tests.distributed.jobs import whole
 
 ROOT = Path(__file__).parents[2]
 BATCH = 16
@@ -32,12 +33,12 @@ def recipe(name: str) -> Any:
         return importlib.import_module(name)
 
 
-def plain(ranks: int, ddp: bool) -> nn.Module:
+def plain(ranks: int, wrapper: str) -> nn.Module:
     r = recipe("several_ranks")
     if ranks > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
         r.DistributedSampler = partial(r.DistributedSampler, shuffle=False)
-    return r.train(1, ddp=ddp and ranks > 1)[0]
+    return r.train(1, wrapper if ranks > 1 else "none")[0]
 
 
 def accelerate(ranks: int) -> nn.Module:
@@ -87,8 +88,9 @@ def trainer(ranks: int) -> nn.Module:
 
 
 RECIPES: dict[str, Callable[[int], nn.Module]] = {
-    "plain": partial(plain, ddp=False),
-    "ddp": partial(plain, ddp=True),
+    "plain": partial(plain, wrapper="none"),
+    "ddp": partial(plain, wrapper="ddp"),
+    "fsdp": partial(plain, wrapper="fsdp"),
     "accelerate": accelerate,
     "lightning": lightning,
     "trainer": trainer,
@@ -103,7 +105,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     gk.PCGrad = partial(gk.PCGrad, order=range(3))  # type: ignore[misc]
     for name in names:
-        params = [p.detach() for p in RECIPES[name](ranks).parameters()]
+        params = [whole(p.detach()) for p in RECIPES[name](ranks).parameters()]
         torch.save(params, Path(folder) / f"{name}, {rank} of {ranks}.pt")
     if dist.is_initialized():
         dist.barrier()  # no rank ends while another one is still in a collective

@@ -1,6 +1,7 @@
 """Runs with sharded parameters on several ranks, compared with one process that has the whole batch."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,36 +12,39 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradkern as gk
-from tests.distributed.jobs import SHARDINGS, Net, Run, T, mesh_of, sharded
+from gradkern.ops import operators
+from gradkern.ops.arguments import Coins, Mask
+from tests.distributed.jobs import SHARDINGS, Net, Run, T, mesh_of, sharded, trained
 from tests.distributed.pool import Pool
 from tests.distributed.test_equal import check
 
-METHODS = ["Sum", "PCGrad", "GradVac", "MGDA"]
+METHODS = {"Sum": "", "PCGrad": "", "GradVac": "parameter", "MGDA": "", "UPGrad": "", "GradAttention": ""}
+"""Methods, and the groups of parameters on which they work."""
+LAYOUTS = [(sharding, ranks) for sharding in ("resharded", "kept", "tensor parallel") for ranks in (2, 3, 4)]
+LAYOUTS += [("replicas", 4), ("tensor parallel shards", 4)]
 
 
-@pytest.mark.parametrize(
-    "sharding", ["resharded", "kept", "gathered", "of root", "heads left out", "columns", "tensor parallel"]
-)
+@pytest.mark.parametrize(("sharding", "ranks"), LAYOUTS)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_sharding_is_that_of_one_process(pool: Pool, method: str, sharding: str) -> None:
+def test_every_layout_is_that_of_one_process(pool: Pool, method: str, sharding: str, ranks: int) -> None:
+    check(pool, Run(method, options=METHODS[method], sharding=sharding), ranks)
+
+
+@pytest.mark.parametrize("sharding", ["gathered", "of root", "heads left out", "columns"])
+@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA"])
+def test_every_way_to_shard(pool: Pool, method: str, sharding: str) -> None:
     check(pool, Run(method, sharding=sharding), 2)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("sharding", ["resharded", "replicas", "tensor parallel shards"])
-def test_four_ranks(pool: Pool, method: str, sharding: str) -> None:
-    check(pool, Run(method, sharding=sharding), 4)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_float32(pool: Pool, method: str) -> None:
-    check(pool, Run(method, torch.float32, sharding="resharded"), 2)
-
-
 @pytest.mark.parametrize(
-    "method",
-    ["Sum, report", "RLW", "Uncertainty", "Uncertainty, report", "GeometricMean", "UPGrad", "GradAttention"],
+    ("sharding", "ranks"), [("resharded", 2), ("kept", 3), ("tensor parallel", 2), ("replicas", 4)]
 )
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "UPGrad"])
+def test_float32(pool: Pool, method: str, sharding: str, ranks: int) -> None:
+    check(pool, Run(method, torch.float32, options=METHODS[method], sharding=sharding), ranks)
+
+
+@pytest.mark.parametrize("method", ["Sum, report", "RLW", "Uncertainty", "Uncertainty, report", "GeometricMean"])
 def test_other_methods(pool: Pool, method: str) -> None:
     check(pool, Run(method, sharding="resharded"), 2)
 
@@ -64,6 +68,33 @@ def test_groups_and_modifiers(pool: Pool, options: str) -> None:
 @pytest.mark.parametrize("sharding", ["resharded", "replicas"])
 def test_masks_lie_where_one_process_has_them(pool: Pool, options: str, sharding: str) -> None:
     check(pool, Run("PCGrad", options=options, sharding=sharding), 4)
+
+
+def begun_at(rank: int, group: Any, method: str) -> list[int]:
+    """Return the units and the positions of random numbers that operators get in a step."""
+    found: list[int] = []
+
+    def watched(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            for arg in args:
+                found.extend(arg.units if isinstance(arg, Mask) else arg.positions if isinstance(arg, Coins) else ())
+            return operator(*args)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gramian_tensors", "combine_tensors", "graddrop"):
+            patch.setattr(operators, name, watched(getattr(operators, name)))
+        trained(rank, group, Run(method, steps=1, options="suppression of all", sharding="resharded"), 3)
+    return found
+
+
+@pytest.mark.parametrize("method", ["PCGrad", "graddrop"])
+def test_operators_get_multiples_of_four_random_numbers(pool: Pool, method: str) -> None:
+    """Kernels draw four at a time, and parts begin anywhere."""
+    of_ranks = pool.run(begun_at, method, ranks=3)
+    assert all(number < 0 or number % 4 == 0 for found in of_ranks for number in found)
+    assert all(max(found) > 0 for found in of_ranks)
 
 
 def test_sampled_entries_of_replicas_count_once(pool: Pool) -> None:
@@ -98,6 +129,43 @@ def test_replicas_with_other_values_are_found(pool: Pool) -> None:
         assert (first, same) == ("", "")
 
 
+@pytest.mark.parametrize("options", ["", "conflict_lr", "suppression", "suppression in blocks"])
+@pytest.mark.parametrize("method", ["graddrop", "trimmed-mean"])
+def test_methods_that_work_entry_by_entry(pool: Pool, method: str, options: str) -> None:
+    """Parts begin within four random numbers, and within blocks of a mask."""
+    check(pool, Run(method, options=options, sharding="resharded"), 3)
+
+
+@pytest.mark.parametrize("method", ["graddrop", "trimmed-mean"])
+def test_entries_of_replicas(pool: Pool, method: str) -> None:
+    check(pool, Run(method, options="suppression", sharding="replicas"), 4)
+
+
+def test_the_trimmed_mean_of_every_part(pool: Pool) -> None:
+    check(pool, Run("trimmed-mean", sharding="columns"), 2)
+
+
+@pytest.mark.parametrize("sharding", ["resharded", "tensor parallel", "heads left out"])
+@pytest.mark.parametrize("method", ["modo", "sdmgrad"])
+def test_a_second_batch(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, second=True, sharding=sharding), 2)
+
+
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [("moco", "columns"), ("moco", "tensor parallel"), ("dbmtl", "resharded"), ("mconfig", "heads left out")],
+)
+def test_means_of_parts(pool: Pool, method: str, sharding: str) -> None:
+    check(pool, Run(method, sharding=sharding), 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "sharding"), [("parameter", "resharded"), ("suppression in blocks", "resharded"), ("", "replicas")]
+)
+def test_means_on_four_ranks(pool: Pool, options: str, sharding: str) -> None:
+    check(pool, Run("moco", options=options, sharding=sharding), 4)
+
+
 class Refused(NamedTuple):
     """What a step has raised, and whether every ``.grad`` is as before."""
 
@@ -109,7 +177,7 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
     """Take a step that a rank refuses, by the name of its kind."""
     torch.manual_seed(0)
     model = Net(T).double()
-    sharded(model, mesh_of(group, 2, "resharded"))
+    SHARDINGS["columns" if name.startswith("columns") else "resharded"](model, mesh_of(group, 2, ""))
     params: Any = list(model.named_parameters())
     options: dict[str, Any] = {"aggregator": gk.PCGrad(), "process_group": group}
     tensors = [p for _, p in params]
@@ -123,10 +191,12 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         options["process_group"] = False
     if name == "features":
         options["features"] = h
-    if name == "whole rows":
-        options["aggregator"] = gk.MoCo()
     if name == "subset":
         options["aggregator"] = gk.GradAttention(update="subset")
+    if name == "columns, mask":
+        options["suppression"] = gk.Suppression(0.5)
+    if name == "columns, entries":
+        options["aggregator"] = gk.GradDrop()
     if name == "gathered module":
         params = model
     if name == "gathered list":
@@ -147,8 +217,9 @@ def refused(rank: int, group: Any, name: str) -> Refused | None:
         ("absent on one rank", r"losses\[1\] is None on rank 1 and not on rank 0"),
         ("alone", "params must not be DTensors; 'trunk.0.weight' is one, and this step is of one rank alone"),
         ("features", "features= is not for DTensors in params"),
-        ("whole rows", r"with DTensors in params there is no MoCo\(.*\), which needs whole rows"),
         ("subset", r"with DTensors in params there is no GradAttention\(update='subset'\)"),
+        ("columns, mask", r"Suppression is for DTensors that are cut along dimension 0; in params 'trunk.0.weight'"),
+        ("columns, entries", r"GradDrop is for DTensors that are cut along dimension 0; in params 'trunk.0.weight'"),
         ("gathered module", "params is a Module with tensors under fully_shard that are no DTensors"),
         ("hook", "'trunk.0.weight' of shape .* has a post-accumulate hook|with a post-accumulate hook"),
     ],

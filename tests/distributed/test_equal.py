@@ -65,6 +65,12 @@ def test_every_method_of_the_table(pool: Pool, name: str) -> None:
     check(pool, Run(name, second=TABLE[name].second), 2)
 
 
+@pytest.mark.parametrize("run", [Run("Uncertainty", options="conflict_lr"), Run("Uncertainty", accumulate=True)])
+@pytest.mark.parametrize("sharding", ["", "resharded"])
+def test_parameters_of_a_method_are_trained_in_every_kind_of_step(pool: Pool, run: Run, sharding: str) -> None:
+    check(pool, run._replace(sharding=sharding), 2)
+
+
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_float32(pool: Pool, method: str, ranks: int) -> None:

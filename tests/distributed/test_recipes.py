@@ -42,7 +42,7 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
 @pytest.mark.parametrize(
     ("names", "library"),
     [
-        (["plain", "ddp"], "torch"),
+        (["plain", "ddp", "fsdp"], "torch"),
         (["accelerate"], "accelerate"),
         (["lightning"], "lightning"),
         (["trainer"], "transformers"),

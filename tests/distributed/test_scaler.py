@@ -59,6 +59,75 @@ def test_an_overflow_on_one_rank_is_all_ranks_overflow(
         assert all(torch.equal(p, q) for p, q in zip(third, of_ranks[0][2][1], strict=True))
 
 
+def spoilt(rank: int, group: Any, name: str, update: bool) -> list[tuple[float, bool, Any]]:
+    """Return of three steps the scale, whether anything has changed, and the method's state.
+
+    In the second step an entry that rank 1 alone holds has an infinite gradient.
+    """
+    torch.manual_seed(0)
+    model, method = Net(3), SPOILT[name]()
+    sharded(model, mesh_of(group, 2, ""))
+    params = list(model.parameters())
+    opt = gk.SurgeryOptimizer(torch.optim.AdamW(params, lr=1e-2), method, process_group=group)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    torch.manual_seed(rank)
+    results = []
+    for step in range(3):
+        hook = model.trunk[0].register_forward_hook(_last_is_infinite) if step == 1 else None
+        losses = list(scaler.scale(model(torch.randn(8, 6), torch.randn(3, 8))[:3]))
+        before = [whole(p.detach()).clone() for p in params], _state(opt)
+        if update:
+            opt.update(losses, scaler=scaler)
+        else:
+            opt.zero_grad()
+            opt.backward(losses)
+            scaler.step(opt)
+        scaler.update()
+        after = [whole(p.detach()).clone() for p in params], _state(opt)
+        if hook is not None:
+            hook.remove()
+        changed = not all(map(torch.equal, before[0], after[0])), not all(map(torch.equal, before[1], after[1]))
+        results.append((scaler.get_scale(), changed, after))
+    return results
+
+
+def _last_is_infinite(module: torch.nn.Module, given: Any, y: torch.Tensor) -> torch.Tensor:
+    """Let the gradient of the last number of each row be infinite."""
+    factor = torch.ones(y.shape[-1])
+    factor[-1] = torch.inf
+    y.register_hook(lambda g: g * factor)
+    return y
+
+
+def _state(opt: gk.SurgeryOptimizer) -> list[torch.Tensor]:
+    """Return the tensors of the method's state."""
+    state = opt.state_dict()["surgery"]["state"]
+    return [x.clone() for x in state.values() if isinstance(x, torch.Tensor)]
+
+
+SPOILT: dict[str, Callable[[], gk.Aggregator]] = {
+    "Sum": gk.Sum,
+    "TrimmedMean": lambda: gk.TrimmedMean(1),
+    "GradDrop": lambda: gk.GradDrop(seed=3),
+    "GradVac": gk.GradVac,
+    "MoCo": gk.MoCo,
+}
+
+
+@pytest.mark.parametrize("update", [False, True])
+@pytest.mark.parametrize("name", SPOILT)
+def test_an_overflow_in_one_shard_is_all_ranks_overflow(pool: Pool, name: str, update: bool) -> None:
+    """An update that is skipped leaves the method's state as it was."""
+    of_ranks = pool.run(spoilt, name, update, ranks=2)
+    for results in of_ranks:
+        assert [scale for scale, _, _ in results] == [64.0, 32.0, 32.0]
+        assert [params for _, (params, _), _ in results] == [True, False, True]
+        if update:
+            assert not results[1][1][1]
+        for (_, _, (params, state)), (_, _, others) in zip(results, of_ranks[0], strict=True):
+            assert all(map(torch.equal, [*params, *state], [*others[0], *others[1]]))
+
+
 def looking_at_losses(rank: int, group: Any, name: str, scale: float | None) -> list[list[torch.Tensor]]:
     """Return the parameters, those of the method too, and the losses after each of three updates.
 

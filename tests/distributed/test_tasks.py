@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gradkern as gk
+from tests.distributed.jobs import Net, mesh_of, sharded, whole
 from tests.distributed.pool import Pool
 from tests.models import MultiHead
 
@@ -17,12 +18,14 @@ TOLERANCE = 1e-12
 Grads = list[Tensor | None]
 
 METHODS = {
+    "GradDrop": lambda: gk.GradDrop(seed=7),
     "Sum": gk.Sum,
     "DWA": gk.DWA,
     "Uncertainty": lambda: gk.Uncertainty(T),
     "PCGrad": lambda: gk.PCGrad(order=[2, 0, 1]),
     "GradVac": lambda: gk.GradVac(order=[2, 0, 1]),
     "MGDA": gk.MGDA,
+    "MoCo": gk.MoCo,
 }
 
 
@@ -53,7 +56,13 @@ def part(rank: int, ranks: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def absent_ones(
-    rank: int, group: Any, name: str, ranks: int, absent: list[list[tuple[int, int]]], memory: bool = False
+    rank: int,
+    group: Any,
+    name: str,
+    ranks: int,
+    absent: list[list[tuple[int, int]]],
+    memory: bool = False,
+    is_sharded: bool = False,
 ) -> list[Any]:
     """Return the gradients, losses and weights of some steps, and the gradients that are remembered.
 
@@ -64,9 +73,12 @@ def absent_ones(
         ranks: the number of ranks.
         absent: for each step, the pairs of a rank and a task that it lacks.
         memory: whether absent tasks take part with their last gradients.
+        is_sharded: whether parameters are DTensors on several ranks.
     """
     torch.manual_seed(0)
-    model, method = MultiHead(T).double(), METHODS[name]()
+    model, method = Net(T).double(), METHODS[name]()
+    if is_sharded and group is not False:
+        sharded(model, mesh_of(group, ranks, ""))
     params = [*model.parameters(), *method.parameters()]
     opt = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=0.1), method, memory=memory, process_group=group)
     results = []
@@ -84,7 +96,8 @@ def absent_ones(
             p.grad = None
         info = opt.backward(losses)
         remembered = opt.state_dict()["surgery"]["memory"] or []
-        results.append(([p.grad for p in params] + [g for row in remembered for g in row], info.losses, info.weights))
+        grads = [*(p.grad for p in params), *(g for row in remembered for g in row)]
+        results.append(([None if g is None else whole(g) for g in grads], info.losses, info.weights))
         if step == 1:  # what is remembered can be loaded
             opt.load_state_dict(opt.state_dict())
     return results
@@ -116,12 +129,30 @@ def test_a_task_that_ranks_lack_counts_there_with_zero(pool: Pool, method: str, 
         assert_near(results, expected)
 
 
+@pytest.mark.parametrize("absent", ["on all ranks", "on all ranks, two of three"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:there is no surgery with one task")
+def test_a_task_that_all_ranks_lack_with_dtensors(pool: Pool, method: str, absent: str) -> None:
+    expected = absent_ones(0, False, method, 2, ABSENT[absent])
+    for results in pool.run(absent_ones, method, 2, ABSENT[absent], False, True, ranks=2):
+        assert_near(results, expected)
+
+
 @pytest.mark.parametrize("absent", ABSENT)
 @pytest.mark.parametrize("method", ["PCGrad", "GradVac", "MGDA"])
 def test_absent_tasks_are_remembered(pool: Pool, method: str, absent: str) -> None:
     """Each rank remembers the whole gradients, so that any rank's checkpoint is complete."""
     expected = absent_ones(0, False, method, 2, ABSENT[absent], True)
     for results in pool.run(absent_ones, method, 2, ABSENT[absent], True, ranks=2):
+        assert_near(results, expected)
+
+
+@pytest.mark.parametrize("absent", ["on all ranks", "on all ranks, two of three"])
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "GradDrop"])
+def test_parts_of_absent_tasks_are_remembered(pool: Pool, method: str, absent: str) -> None:
+    """Each rank remembers its parts, and a checkpoint has whole gradients."""
+    expected = absent_ones(0, False, method, 2, ABSENT[absent], True)
+    for results in pool.run(absent_ones, method, 2, ABSENT[absent], True, True, ranks=2):
         assert_near(results, expected)
 
 

@@ -43,6 +43,8 @@ class Entrywise(Aggregator):
 
     needs_gramian = False
     needs_entries = True
+    looks_at_positions = False
+    """Whether an entry's result depends on its position, and not only on the gradients there."""
 
     @abstractmethod
     def check_tasks(self, n_tasks: int) -> None:

@@ -36,6 +36,7 @@ class GradDrop(Entrywise):
         seed: from 0 to 2⁶⁴ - 1; None to draw one from torch's default generator.
     """
 
+    looks_at_positions = True
     _stream: Tensor
 
     def __init__(self, leak: float | Sequence[float] | Tensor = 0.0, seed: int | None = None) -> None:

@@ -5,7 +5,7 @@ and they take the old ones' place. So a step that raises puts the old ones back,
 """
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +119,11 @@ class Averaged(TaskState):
         return starts
 
     def move(
-        self, rows: Mapping[torch.dtype, Tensor], present: Tensor | None, losses: Tensor | None
+        self,
+        rows: Mapping[torch.dtype, Tensor],
+        present: Tensor | None,
+        losses: Tensor | None,
+        agreed: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[dict[torch.dtype, Tensor], Tensor]:
         """Move the means by a step's gradients, and return them, and whether the step is finite, ().
 
@@ -128,6 +132,8 @@ class Averaged(TaskState):
                 them.
             present: (T,) bool, the tasks with gradients in this step; None for all.
             losses: (T,); None on a matrix, whose rows are scaled already.
+            agreed: returns from whether this rank's parts of the rows are finite, (), whether those of all ranks are;
+                None if the rows are whole.
         """
         first = next(iter(rows.values()))
         steps = torch.zeros(len(first), dtype=torch.float64, device=first.device)
@@ -141,6 +147,7 @@ class Averaged(TaskState):
         # A scale may be too much for a dtype; the largest entry of each row tells it.
         tops = [_largest(X.detach()).double() * scale for X in rows.values()]
         finite = (torch.stack([*tops, scale]).isfinite() | ~there).all()
+        finite = finite if agreed is None else agreed(finite)
         moves = there & finite
         steps = steps + moves
         rate = torch.where(moves, self.rates(steps), 0.0)
@@ -213,7 +220,7 @@ class Averaged(TaskState):
         """Do nothing: the means are loaded with it."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        sizes = _checked(state_dict.get(f"{prefix}_extra_state"))
+        sizes = checked(state_dict.get(f"{prefix}_extra_state"))
         steps = state_dict.get(f"{prefix}steps")
         tasks = None if steps is None else len(tensor("steps in state_dict", steps, (torch.float64,)))
         if (tasks is None) != (not sizes):
@@ -250,7 +257,7 @@ def _largest(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, torch.inf, 1) if X.shape[1] else X.new_zeros(len(X))
 
 
-def _checked(state: object) -> Sizes:
+def checked(state: object) -> Sizes:
     """Return which parameters' means a ``state_dict`` holds; raise unless it says so."""
     name = "_extra_state in state_dict"
     if not isinstance(state, Mapping) or not set(state) <= set(NAMES):
