@@ -322,10 +322,8 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         That entry is the method's name and state, the suppression's seed and step, and the gradients in ``memory``. The
         first parameter group holds it too, as bytes: ``get_optimizer_state_dict`` of ``torch.distributed.checkpoint``
-        keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` its twin loads
-        nothing that a new optimizer's groups lack; save the entry "surgery" beside it then.)
-
-        With DTensors all ranks must call it if there is a memory or a method on means, which it has whole.
+        keeps nothing but parameters' states and groups. (With ``flatten_optimizer_state_dict=True`` save the entry
+        beside it.) With DTensors all ranks must call it if there is a memory or a method on means, which are whole.
         """
         self._refuse_within_accumulate("state_dict()")
         return save_with_surgery(self, self._remembered())
