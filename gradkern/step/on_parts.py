@@ -102,5 +102,5 @@ def _with_means(comm: Comm, targets: Targets, row: Row, kinds: Sequence[object])
     plain = [k for k, p in enumerate(targets.tensors) if kinds[k] is not None and not is_dtensor(p)]
     if not plain:
         return row
-    means = mean_row(comm, buckets_for(plain, targets.layouts, comm, 1), row, targets.device)
+    means = mean_row(comm, buckets_for(plain, targets.layouts, comm), row, targets.device)
     return [laid_like(k, means[k], targets) if k in means else g for k, g in enumerate(row)]
