@@ -91,7 +91,7 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "shard_optimizer": options.shard_optimizer,
             "first step": is_new,
             "values": _bits(_whole(targets)) if is_new else 0,
-            "state": _state(comm, options.aggregator),
+            "state": _state(comm, options.aggregator, targets),
             "part": digest("part", *map(place_here, targets.given.tensors)) if is_new and targets.has_dtensors else 0,
             "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
@@ -240,9 +240,13 @@ def _note(comm: Comm, targets: Targets, method: Aggregator) -> None:
     comm.methods.add(method)
 
 
-def _state(comm: Comm, method: Aggregator) -> int:
-    """Return what :func:`_bits` returns for a method in its first step, and 0 in later ones."""
-    return 0 if method in comm.methods else _bits((*method.parameters(), *method.buffers()))
+def _state(comm: Comm, method: Aggregator, targets: Targets) -> int:
+    """Return what :func:`_bits` returns for a method in its first step, and 0 in later ones.
+
+    It is 0 too if the state is means of this rank's parts of DTensors.
+    """
+    is_of_parts = method.averages_rows and targets.has_dtensors
+    return 0 if method in comm.methods or is_of_parts else _bits((*method.parameters(), *method.buffers()))
 
 
 def _runs_one_by_one(source: Source, options: Options) -> bool:

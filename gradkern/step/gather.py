@@ -40,7 +40,7 @@ def gathered(
     may_be_flat = not needs_tensors and _may_be_flat(options) and not tells_absent(source.present, options)
     flat = may_be_flat and fits(targets.layouts, len(source.present))
     compact = None
-    if may_be_flat and not flat and isinstance(source, Losses):
+    if may_be_flat and not flat and not targets.layouts.lazy and isinstance(source, Losses):
         compact = Compact(targets.tensors)
         source.differentiate = compact.differentiate
     taken: list[Flat | Row] = _flat_gradients(source, targets) if flat else _gradients(source, targets)
