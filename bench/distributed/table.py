@@ -7,25 +7,19 @@ from bench.distributed.model import CUT, ONE_PASS, PLAIN, SURGERY, T_PASSES
 
 def table(results: dict[str, Any]) -> str:
     """Return one line for each number of ranks, in Markdown."""
-    lines = [
-        "| ranks | P | words, DDP | words, surgery | words, AdamW cut | (T + 1) P + 2 P of heads | T - 1 passes "
-        "| CPU s, DDP | CPU s, surgery | beyond them, of DDP's | CPU s, AdamW cut "
-        "| clock s, DDP | clock s, surgery | beyond them, of DDP's | clock s, AdamW cut |",
-        f"|{'--:|' * 15}",
-    ]
+    times = ("DDP", "surgery", "T - 1 passes", "beyond them, of DDP's", "AdamW cut")
+    kinds = ("DDP", "surgery", "AdamW cut", "(T + 1) P + 2 P of heads")
+    heads = ["ranks, batch of each", *(f"words, {name}" for name in kinds)]
+    heads += [f"{clock}, {name}" for clock in ("clock s", "CPU s") for name in times]
+    lines = [f"| {' | '.join(heads)} |", f"|{'--:|' * len(heads)}"]
     for row in results["rows"]:
         P = row["shared"] + row["own"]
         words = [f"{row['words'][name] / P:.3f} P" for name in (PLAIN, SURGERY, CUT)]
         law = ((row["T"] + 1) * row["shared"] + 2 * row["own"]) / P
-        times = [passes(row["processor"])]
-        for kind in ("processor", "wall"):
-            taken = row[kind]
-            times += [taken[PLAIN], taken[SURGERY], (taken[SURGERY] - passes(taken)) / taken[PLAIN], taken[CUT]]
-        numbers = [*words, f"{law:.3f} P", *(f"{x:.2f}" for x in times)]
-        lines.append(f"| {' | '.join([str(row['ranks']), f'{P:,}', *numbers])} |")
+        numbers = [f"{row['ranks']}, {row['batch']} × {row['length']}", *words, f"{law:.3f} P"]
+        for taken in (row["wall"], row["processor"]):
+            passes = taken[T_PASSES] - taken[ONE_PASS]
+            beyond = (taken[SURGERY] - passes) / taken[PLAIN]
+            numbers += [f"{x:.2f}" for x in (taken[PLAIN], taken[SURGERY], passes, beyond, taken[CUT])]
+        lines.append(f"| {' | '.join(numbers)} |")
     return "\n".join(lines)
-
-
-def passes(taken: dict[str, float]) -> float:
-    """Return the time of T - 1 more backward passes."""
-    return taken[T_PASSES] - taken[ONE_PASS]
