@@ -60,6 +60,12 @@ def test_every_method_is_that_of_one_process(pool: Pool, method: str, ranks: int
     check(pool, Run(method), ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad", "GradAttention"])
+def test_in_distributed_data_parallel(pool: Pool, method: str, ranks: int) -> None:
+    check(pool, Run(method, ddp=True, options="parameter" if method == "GradVac" else ""), ranks)
+
+
 @pytest.mark.parametrize("name", [name for name, method in TABLE.items() if method.tasks in (None, T)])
 def test_every_method_of_the_table(pool: Pool, name: str) -> None:
     check(pool, Run(name, second=TABLE[name].second), 2)
@@ -72,13 +78,13 @@ def test_parameters_of_a_method_are_trained_in_every_kind_of_step(pool: Pool, ru
 
 
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad"])
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_float32(pool: Pool, method: str, ranks: int) -> None:
     check(pool, Run(method, torch.float32), ranks)
 
 
 @pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac"])
-@pytest.mark.parametrize("kind", ["ddp", "unused", "update", "callables", "accumulate", "features"])
+@pytest.mark.parametrize("kind", ["unused", "update", "callables", "accumulate", "features"])
 def test_every_way_to_take_a_step(pool: Pool, method: str, kind: str) -> None:
     kinds: dict[str, Any] = {kind: True}
     check(pool, Run(method, **kinds), 2)

@@ -31,7 +31,7 @@ SHARD = {"update": True, "shard": True}
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "UPGrad", "GradAttention"])
+@pytest.mark.parametrize("method", ["Sum", "PCGrad", "GradVac", "MGDA", "UPGrad", "GradAttention"])
 def test_updates_are_those_of_one_process(pool: Pool, method: str, ranks: int) -> None:
     check(pool, Run(method, **SHARD), ranks)
 
