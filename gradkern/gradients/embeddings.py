@@ -108,8 +108,10 @@ def _ids(name: str, outputs: Sequence[Tensor], nodes: Sequence[Any]) -> dict[Any
 
 
 def _looks_up(node: Any) -> bool:
-    is_embedding = node.name() == "EmbeddingBackward0"
-    return is_embedding and not (node._saved_sparse or node._saved_scale_grad_by_freq)
+    """Return whether a node looks up rows of a dense tensor of numbers, and its gradient by the rows is dense."""
+    if node.name() != "EmbeddingBackward0" or node._input_metadata[0].is_nested_tensor:
+        return False
+    return not (node._saved_sparse or node._saved_scale_grad_by_freq)
 
 
 def _n_rows(node: Any) -> int:

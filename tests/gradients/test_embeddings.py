@@ -269,6 +269,20 @@ def test_a_weight_that_is_turned(compacted: list[set[Tensor]], update: bool) -> 
     assert compacted[0] == set()
 
 
+def test_nested_ids(compacted: list[set[Tensor]]) -> None:
+    words, heads = nn.Embedding(V, D), [nn.Linear(D, 1) for _ in range(T)]
+
+    def losses() -> list[Tensor]:
+        nested = [torch.nested.nested_tensor([batch(t)[0], batch(0)[1, :2]], layout=torch.jagged) for t in range(T)]
+        return [head(words(ids).values()).square().mean() for head, ids in zip(heads, nested, strict=True)]
+
+    params = [words.weight, *(p for head in heads for p in head.parameters())]
+    J = torch.stack([flat(row, [words.weight]) for row in task_gradients(losses(), [words.weight])])
+    info = gk.backward(losses(), params, aggregator=gk.UPGrad())
+    torch.testing.assert_close(info.gramian, J @ J.T, rtol=TOLERANCE, atol=TOLERANCE)
+    assert compacted == [set()]
+
+
 def test_a_weight_with_gaps_is_refused_by_adamw() -> None:
     model = Model()
     model.words.weight = nn.Parameter(torch.randn(V, 2 * D)[:, :D])
