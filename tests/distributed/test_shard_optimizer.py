@@ -281,6 +281,29 @@ def test_a_state_of_one_process(pool: Pool) -> None:
                 torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE)
 
 
+def of_rank_0(rank: int, group: Any, path: str) -> str | None:
+    """Return the error of a rank that loads what the first one has saved, if there is one."""
+    run = Training(group, True, 0)
+    run.take(0, 2, rank, 2)
+    if rank == 0:
+        torch.save(run.opt.state_dict(), path)
+    torch.distributed.barrier(group)
+    before = dict(run.adamw.state)
+    try:
+        run.opt.load_state_dict(torch.load(path, weights_only=False))
+    except ValueError as error:
+        assert all(run.adamw.state[p] is state for p, state in before.items())
+        return str(error)
+    return None
+
+
+def test_a_rank_refuses_the_moments_of_another(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(of_rank_0, str(tmp_path / "state.pt"), ranks=2)
+    assert first is None
+    assert second is not None
+    assert "another rank's part" in second
+
+
 def refused(rank: int, group: Any, what: str) -> str:
     """Return the error of an update whose ranks differ in something."""
     torch.manual_seed(0)
