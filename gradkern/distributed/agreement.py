@@ -32,6 +32,8 @@ UNEQUAL: dict[str, str] = {
     "layout": "the shapes, strides or dtypes of params, or their order: {ranks}",
     "groups": "the groups of params, or which of them are shared: {ranks}",
     "shard_optimizer": "shard_optimizer, True on some ranks alone: {ranks}",
+    "update": "what update() finds or gets, a .grad or a post-accumulate hook, max_norm or scaler: {ranks}. "
+    "Call zero_grad() on all ranks, and give all of them the same",
     "first step": "whether they have taken a step with these params, in this order, before: {ranks}",
     "values": "the values of params: {ranks}. Broadcast them from one rank before the first step, as "
     "DistributedDataParallel does, or build the model from the same seed",

@@ -34,7 +34,8 @@ class Compact:
 
     def __init__(self, targets: Sequence[Tensor]) -> None:
         self.params: set[Tensor] = set()
-        self._large = [p for p in targets if p.dim() == 2 and p.numel() >= LEAST and not p._backward_hooks]
+        large = [p for p in targets if p.dim() == 2 and p.numel() >= LEAST and p.is_contiguous()]
+        self._large = [p for p in large if _takes_rows(p)]
         self._key = hash(tuple(map(id, self._large)))
         if self._key in _in_vain:
             self._large = []
@@ -48,7 +49,8 @@ class Compact:
         grads: tuple[Tensor, ...],
     ) -> Row:
         """Return the gradients of ``targets``, those of embeddings as sparse tensors; see :func:`differentiated`."""
-        layers = _layers(outputs, self._large) if self._large else {}
+        large = [p for p in self._large if _takes_rows(p)]  # a callable may have frozen one, or added a hook
+        layers = _layers(outputs, large) if large else {}
         if not layers:
             return differentiated(name, outputs, targets, retain_graph, grads)
         nodes = [node for of_param in layers.values() for node in of_param]
@@ -73,6 +75,11 @@ class Compact:
 
 _in_vain: set[int] = set()
 """Hashes of the identities of large parameters under whose losses no embedding was found."""
+
+
+def _takes_rows(p: Tensor) -> bool:
+    """Return whether a parameter has a gradient, and no hook that sees it whole."""
+    return p.requires_grad and not p._backward_hooks
 
 
 def _layers(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> dict[Tensor, list[Any]]:
@@ -101,8 +108,10 @@ def _ids(name: str, outputs: Sequence[Tensor], nodes: Sequence[Any]) -> dict[Any
 
 
 def _looks_up(node: Any) -> bool:
-    is_embedding = node.name() == "EmbeddingBackward0"
-    return is_embedding and not (node._saved_sparse or node._saved_scale_grad_by_freq)
+    """Return whether a node looks up rows of a dense tensor of numbers, and its gradient by the rows is dense."""
+    if node.name() != "EmbeddingBackward0" or node._input_metadata[0].is_nested_tensor:
+        return False
+    return not (node._saved_sparse or node._saved_scale_grad_by_freq)
 
 
 def _n_rows(node: Any) -> int:

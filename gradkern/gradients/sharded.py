@@ -58,6 +58,12 @@ def as_dtensor(g: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(g, run_check=False, **placed)
 
 
+def is_of_this_rank(x: DTensor) -> bool:
+    """Return whether a DTensor's part is this rank's. One that another rank has pickled keeps that rank's place."""
+    places = (x.device_mesh.mesh == torch.distributed.get_rank()).nonzero().tolist()
+    return places == [list(x.device_mesh.get_coordinate() or ())]
+
+
 def n_replicas(p: Tensor, n_ranks: int) -> int:
     """Return how many of the ranks hold this rank's part of a parameter: all of them if it is no DTensor."""
     if not is_dtensor(p):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import boolean, number, shown
-from gradkern.gradients.sharded import is_dtensor
+from gradkern.gradients.sharded import is_dtensor, is_of_this_rank
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.optim.arguments import check_state
 
@@ -92,6 +92,11 @@ def state_entry(name: str, value: Any, p: Tensor) -> Tensor:
     """Return a copy of a state's entry, converted to the dtype and layout of the state of ``p``."""
     if not isinstance(value, Tensor):
         value = torch.tensor(number(f"{name} in state_dict", value), device=p.device)
+    if is_dtensor(value) and not is_of_this_rank(value):  # before it is detached: torch may then take an equal mesh
+        raise ValueError(
+            f"state_dict has {name} with another rank's part of a parameter of {tuple(p.shape)}: load on each rank the "
+            "file that it has saved, or save and load with torch.distributed.checkpoint"
+        )
     value = value.detach()
     if name == "step":
         if value.numel() != 1:

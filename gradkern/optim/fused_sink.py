@@ -82,6 +82,11 @@ class FusedAdamWSink:
         """Whether the norm, or whether all numbers are finite, has to follow from dot products."""
         return self.max_norm is not None or self.scaler is not None
 
+    @property
+    def common(self) -> tuple[object, ...]:
+        """Nothing: it takes the steps of one process."""
+        return ()
+
     def check(self, rows: StepRows) -> None:
         """Raise if the step would, before anything has changed."""
         self.adamw.check(rows)

@@ -43,6 +43,11 @@ class ShardedAdamWSink(FusedAdamWSink):
         """False: the combination itself is there."""
         return False
 
+    @property
+    def common(self) -> tuple[object, ...]:
+        """What decides on the messages of its step, and on the length of that."""
+        return "rows", self.max_norm, self.scaler is not None
+
     def check(self, rows: StepRows) -> None:
         """Raise if the step would, before anything has changed."""
         if isinstance(rows, RankRows):
@@ -79,4 +84,5 @@ class ShardedAdamWSink(FusedAdamWSink):
             torch.linalg.vector_norm(g, dtype=torch.float64).square() / self._cut.replicas(p)
             for p, g in zip(self._params, self._parts, strict=True)
         ]
-        return self._cut.comm.summed(torch.stack(squares).sum()).sqrt().to(direction.w.dtype)
+        norm = self._cut.comm.summed(torch.stack(squares).sum()).sqrt()
+        return (norm * direction.w.abs().squeeze()).to(direction.w.dtype)

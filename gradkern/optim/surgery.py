@@ -249,9 +249,9 @@ class SurgeryOptimizer(OptimizerWrapper):
 
     def _cut(self) -> ByRows | None:
         """Return the cut of the optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
-        if not self.shard_optimizer:
-            return None
-        self.optimizer.by_rows = cut = cut_of(self.process_group, self.optimizer.by_rows)
+        cut = cut_of(self.process_group, self.optimizer.by_rows) if self.shard_optimizer else None
+        if isinstance(self.optimizer, AdamW):  # another wrapper of it may cut
+            self.optimizer.by_rows = cut
         return cut
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:

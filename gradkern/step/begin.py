@@ -22,7 +22,7 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import box_here, is_dtensor, parts_here, place_here, refuse_meshes
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
-from gradkern.step.sinks import runs_one_by_one
+from gradkern.step.sinks import Sink, runs_one_by_one
 
 LARGEST_UNIT = 4096
 """The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
@@ -51,21 +51,21 @@ class Start(NamedTuple):
     second: Losses | None
 
 
-def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, opened: Callable[[], Opened]) -> Start:
+def start(comm: Comm, source: Source, options: Options, sink: Sink, opened: Callable[[], Opened]) -> Start:
     """Let all ranks open the step, and raise on all of them unless it is the same step everywhere.
 
     Args:
         comm: the ranks.
         source: the source of task gradients, which ``opened`` opens.
         options: the options.
-        needs_tensors: whether the step needs each gradient as a tensor.
+        sink: the sink.
         opened: checks the arguments on this rank.
     """
 
     def open_here() -> tuple[Targets, Losses | None, bool]:
         comm.steps += 1
         targets, second = opened()
-        _refuse_unsupported(options, needs_tensors)
+        _refuse_unsupported(options, sink.needs_tensors)
         _refuse_targets(targets)
         if targets.has_dtensors:
             _refuse_with_dtensors(comm, targets, options)
@@ -89,6 +89,7 @@ def start(comm: Comm, source: Source, options: Options, needs_tensors: bool, ope
             "layout": _layout_digest(targets),
             "groups": digest("groups", targets.groups, targets.named),
             "shard_optimizer": options.shard_optimizer,
+            "update": digest("update", *sink.common),
             "first step": is_new,
             "values": _bits(_whole(targets)) if is_new else 0,
             "state": _state(comm, options.aggregator, targets),

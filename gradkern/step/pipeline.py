@@ -67,7 +67,7 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
         present = source.present
         _refuse_dtensors(targets)
     else:
-        begun = start(comm, source, options, sink.needs_tensors, lambda: _opened(source, options, params, second))
+        begun = start(comm, source, options, sink, lambda: _opened(source, options, params, second))
         targets, second_losses, present = begun.targets, None, begun.present
     _check_present(present, options.aggregator)
     if isinstance(sink, WeightedBackwardSink) and not sink.needs_rows:

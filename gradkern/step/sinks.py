@@ -43,6 +43,10 @@ class Sink(Protocol):
     takes_combination: bool
     takes_rows: bool
 
+    @property
+    def common(self) -> tuple[object, ...]:
+        """What it has in common on all ranks, besides the options of the step: numbers and strings."""
+
     def check(self, rows: StepRows) -> None:
         """Raise unless it can take the rows."""
 
@@ -67,6 +71,7 @@ class GradSink:
     needs_tensors = False
     takes_combination = True
     takes_rows = False
+    common: tuple[object, ...] = ()
 
     def check(self, rows: StepRows) -> None:
         """Accept all rows."""

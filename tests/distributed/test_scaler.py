@@ -59,6 +59,35 @@ def test_an_overflow_on_one_rank_is_all_ranks_overflow(
         assert all(torch.equal(p, q) for p, q in zip(third, of_ranks[0][2][1], strict=True))
 
 
+def clipped(rank: int, group: Any, shard: bool, scale: float | None) -> list[torch.Tensor]:
+    """Return the parameters after three updates, and the norms before clipping, without a scaler's scale."""
+    torch.manual_seed(0)
+    model = MultiHead().double()
+    adamw = gk.optim.AdamW(model.parameters(), lr=1e-2)
+    opt = gk.SurgeryOptimizer(adamw, gk.PCGrad(order=range(3)), process_group=group, shard_optimizer=shard)
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    own = slice(None) if group is False else slice(8 * rank, 8 * rank + 8)
+    norms = []
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((16, 6), (3, 16)))
+        losses = model.losses(x[own], 3 * y[:, own])
+        info = opt.update(losses if scaler is None else scaler.scale(losses), max_norm=1.0, scaler=scaler)
+        if scaler is not None:
+            scaler.update()
+        assert info.total_norm is not None
+        norms.append(info.total_norm)
+    return [*(p.detach() for p in model.parameters()), *norms]
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_the_norm_is_that_of_gradients_without_the_scale(pool: Pool, shard: bool) -> None:
+    expected = clipped(0, False, False, None)
+    for results in pool.run(clipped, shard, 1024.0, ranks=2):
+        for x, y in zip(results, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)  # float64, and another order of sums
+
+
 def spoilt(rank: int, group: Any, name: str, update: bool) -> list[tuple[float, bool, Any]]:
     """Return of three steps the scale, whether anything has changed, and the method's state.
 

@@ -281,20 +281,70 @@ def test_a_state_of_one_process(pool: Pool) -> None:
                 torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE)
 
 
-def refused(rank: int, group: Any, name: str) -> str:
-    """Return the error of a step that ranks take with different arguments."""
+def of_rank_0(rank: int, group: Any, path: str) -> str | None:
+    """Return the error of a rank that loads what the first one has saved, if there is one."""
+    run = Training(group, True, 0)
+    run.take(0, 2, rank, 2)
+    if rank == 0:
+        torch.save(run.opt.state_dict(), path)
+    torch.distributed.barrier(group)
+    before = dict(run.adamw.state)
+    try:
+        run.opt.load_state_dict(torch.load(path, weights_only=False))
+    except ValueError as error:
+        assert all(run.adamw.state[p] is state for p, state in before.items())
+        return str(error)
+    return None
+
+
+def test_a_rank_refuses_the_moments_of_another(pool: Pool, tmp_path: Path) -> None:
+    first, second = pool.run(of_rank_0, str(tmp_path / "state.pt"), ranks=2)
+    assert first is None
+    assert second is not None
+    assert "another rank's part" in second
+
+
+def refused(rank: int, group: Any, what: str) -> str:
+    """Return the error of an update whose ranks differ in something."""
+    torch.manual_seed(0)
     model = MultiHead(T)
     adamw = gk.optim.AdamW(model.parameters())
-    opt = gk.SurgeryOptimizer(adamw, gk.PCGrad(), process_group=group, shard_optimizer=rank == 0)
+    cut = what != "shard_optimizer" or rank == 0
+    opt = gk.SurgeryOptimizer(adamw, gk.PCGrad(), process_group=group, shard_optimizer=cut)
+    p, max_norm, scaler = next(model.parameters()), 1.0, None
+    if rank == 1:
+        p.grad = torch.ones_like(p) if what == "grad" else None
+        max_norm = 2.0 if what == "max_norm" else 1.0
+        scaler = torch.amp.GradScaler("cpu", init_scale=1.0) if what == "scaler" else None
+    if rank == 1 and what == "hook":
+        p.register_post_accumulate_grad_hook(lambda p: None)
+    losses = model.losses(torch.randn(8, 6), torch.randn(T, 8))
     with pytest.raises(ValueError, match="differ") as info:
-        opt.update(model.losses(torch.randn(8, 6), torch.randn(T, 8)))
+        opt.update(losses if scaler is None else scaler.scale(losses), max_norm=max_norm, scaler=scaler)
     assert not adamw.state
     return str(info.value)
 
 
-def test_all_ranks_cut_or_none(pool: Pool) -> None:
-    for text in pool.run(refused, "", ranks=2):
-        assert "shard_optimizer, True on some ranks alone: those of rank 1" in text
+@pytest.mark.parametrize("what", ["shard_optimizer", "grad", "hook", "max_norm", "scaler"])
+def test_all_ranks_take_the_same_update(pool: Pool, what: str) -> None:
+    told = "shard_optimizer, True on some ranks alone: " if what == "shard_optimizer" else "max_norm or scaler: "
+    for text in pool.run(refused, what, ranks=2):
+        assert told + "those of rank 1" in text
+
+
+def alone_in_the_end(rank: int, group: Any, ranks: int) -> list[Tensor]:
+    """Return the parameters after updates of two wrappers of one AdamW, the last one of each rank by itself."""
+    run = Training(group, True, 0)
+    run.take(0, 2, rank, ranks)
+    run.opt = gk.SurgeryOptimizer(run.adamw, gk.PCGrad(order=range(T)), process_group=False)
+    return run.take(2, 4, 0, 1)
+
+
+def test_another_wrapper_of_the_optimizer_does_not_cut(pool: Pool) -> None:
+    expected = alone_in_the_end(0, False, 1)
+    for params in pool.run(alone_in_the_end, 2, ranks=2):
+        for p, q in zip(params, expected, strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=TOLERANCE)
 
 
 def group_left(rank: int, group: Any) -> bool:

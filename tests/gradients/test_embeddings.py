@@ -219,6 +219,78 @@ def test_a_hook_on_the_parameter_sees_whole_gradients(compacted: list[set[Tensor
     assert compacted == [set()]
 
 
+def test_a_callable_adds_a_hook(compacted: list[set[Tensor]]) -> None:
+    model = Model()
+
+    def loss(t: int) -> Tensor:
+        if t == 1:
+            model.words.weight.register_hook(lambda g: -g)
+        return model.loss(t, batch(t))
+
+    signs = [1.0, -1.0, -1.0]
+    rows = [torch.autograd.grad(loss, model.words.weight)[0] for loss in losses_of(model, False)]
+    gk.backward([lambda t=t: loss(t) for t in range(T)], model, aggregator=gk.UPGrad(), shared=[model.layer.weight])
+    expected = sum(sign * g for sign, g in zip(signs, rows, strict=True))
+    torch.testing.assert_close(model.words.weight.grad, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert compacted == [{model.words.weight}]
+
+
+def test_a_callable_freezes_after_its_forward_pass() -> None:
+    """Torch has no gradient of a parameter that is frozen when the backward pass runs."""
+    model = Model()
+    rows = [torch.autograd.grad(loss, model.words.weight)[0] for loss in losses_of(model, False)]
+
+    def loss(t: int) -> Tensor:
+        value = model.loss(t, batch(t))
+        model.words.weight.requires_grad_(t < 2)
+        return value
+
+    gk.backward([lambda t=t: loss(t) for t in range(T)], model, aggregator=gk.UPGrad(), shared=[model.layer.weight])
+    torch.testing.assert_close(model.words.weight.grad, rows[0] + rows[1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_weight_that_is_turned(compacted: list[set[Tensor]], update: bool) -> None:
+    """Its numbers lie column by column, and so do those of ``.grad``."""
+    model, copy = Model(), Model()
+    copy.load_state_dict(model.state_dict())
+    model.words.weight = nn.Parameter(torch.randn(D, V).t())
+    copy.words.weight = nn.Parameter(model.words.weight.detach().contiguous())
+    for m, inner in ((model, gk.optim.AdamW), (copy, torch.optim.AdamW)):
+        opt = gk.SurgeryOptimizer(inner(m.parameters(), lr=0.1), gk.PCGrad(order=range(T)))
+        if update:
+            opt.update(losses_of(m, False))
+        else:
+            opt.backward(losses_of(m, False))
+            assert m.words.weight.grad.stride() == m.words.weight.stride()
+            opt.step()
+    for p, q in zip(model.parameters(), copy.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-9)  # AdamW's step multiplies rounding errors
+    assert compacted[0] == set()
+
+
+def test_nested_ids(compacted: list[set[Tensor]]) -> None:
+    words, heads = nn.Embedding(V, D), [nn.Linear(D, 1) for _ in range(T)]
+
+    def losses() -> list[Tensor]:
+        nested = [torch.nested.nested_tensor([batch(t)[0], batch(0)[1, :2]], layout=torch.jagged) for t in range(T)]
+        return [head(words(ids).values()).square().mean() for head, ids in zip(heads, nested, strict=True)]
+
+    params = [words.weight, *(p for head in heads for p in head.parameters())]
+    J = torch.stack([flat(row, [words.weight]) for row in task_gradients(losses(), [words.weight])])
+    info = gk.backward(losses(), params, aggregator=gk.UPGrad())
+    torch.testing.assert_close(info.gramian, J @ J.T, rtol=TOLERANCE, atol=TOLERANCE)
+    assert compacted == [set()]
+
+
+def test_a_weight_with_gaps_is_refused_by_adamw() -> None:
+    model = Model()
+    model.words.weight = nn.Parameter(torch.randn(V, 2 * D)[:, :D])
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.parameters()), gk.PCGrad())
+    with pytest.raises(ValueError, match="gaps between its numbers"):
+        opt.update(losses_of(model, False))
+
+
 @pytest.mark.parametrize("options", ["suppression", "memory", "entries", "averages"])
 def test_steps_that_need_whole_gradients(compacted: list[set[Tensor]], options: str) -> None:
     model = Model()
