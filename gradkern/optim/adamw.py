@@ -24,7 +24,8 @@ from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, che
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.optim.moments import MOMENTS, states_of
 from gradkern.step.flat_rows import FlatRows, StepRows
-from gradkern.step.rows import Rows, mask_over
+from gradkern.step.masked import mask_over
+from gradkern.step.rows import Rows
 
 
 @dataclass

@@ -18,8 +18,8 @@ from gradkern.distributed.comm import comm_of
 from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination, along
 from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.masked import kept_share
 from gradkern.step.options import Options
-from gradkern.step.rows import kept_share
 from gradkern.step.surgery import Outcome
 
 

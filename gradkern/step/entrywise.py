@@ -11,7 +11,8 @@ from gradkern.aggregators import Entries, Entrywise
 from gradkern.gradients.layouts import PLANS, Row
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops.arguments import TaskGrads
-from gradkern.step.rows import Combined, Rows, mask_over
+from gradkern.step.masked import mask_over
+from gradkern.step.rows import Combined, Rows
 
 
 class EntrywiseRows:

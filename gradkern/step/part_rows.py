@@ -19,8 +19,9 @@ from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.philox import dropped_at
 from gradkern.step.located import located
+from gradkern.step.masked import kept_share, mask_over
 from gradkern.step.rank_rows import RankRows
-from gradkern.step.rows import Combined, Results, Rows, gathered, kept_share, mask_over
+from gradkern.step.rows import Combined, Results, Rows, gathered
 
 
 class Piece(NamedTuple):

@@ -14,8 +14,9 @@ from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_s
 from gradkern.gradients.plan import Arrangement, Batch, Column
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
-from gradkern.ops.arguments import Mask, TaskGrads
+from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.step.masked import kept_share, mask_of
 from gradkern.step.sparse_rows import added_up, combine_sparse, drop_masked, rows_that_occur
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
@@ -170,7 +171,7 @@ class Rows:
         for c in arrangement.sparse if unshared else [c for c in arrangement.sparse if c.segment is not None]:
             # One parameter at a time is dense, or has the rows that occur, while its dot products are computed.
             rows = TaskGrads(rows_that_occur(self.column(c)) if mask is None else self.dense(c), [0], 1)
-            M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, _mask([c.unit], mask))[0]
+            M[S - 1 if c.segment is None else c.segment] += operators.gramian_tensors(rows, mask_of([c.unit], mask))[0]
         return M if self.finite is None else torch.where(self.finite, M, torch.nan)
 
     def cross(self) -> Tensor:
@@ -182,17 +183,17 @@ class Rows:
         M = torch.zeros((S, T, T), dtype=dtype, device=self.device)
         for batch in arrangement.products:
             rows = self.task_grads(batch, S)
-            M += operators.cross_tensors(rows, batch.of(self.second), _mask(batch.units, mask))
+            M += operators.cross_tensors(rows, batch.of(self.second), mask_of(batch.units, mask))
         for c in arrangement.sparse:
             others = [row[c.place] for row in self.second]
             if c.segment is not None and any(g is not None for g in others):
                 rows = TaskGrads(self.dense(c), [0], 1)
-                M[c.segment] += operators.cross_tensors(rows, others, _mask([c.unit], mask))[0]
+                M[c.segment] += operators.cross_tensors(rows, others, mask_of([c.unit], mask))[0]
         return M
 
     def _products(self, batch: Batch, n_segments: int) -> Tensor:
         mask = self.mask if self.products_masked else None
-        return operators.gramian_tensors(self.task_grads(batch, n_segments), _mask(batch.units, mask))
+        return operators.gramian_tensors(self.task_grads(batch, n_segments), mask_of(batch.units, mask))
 
     def task_grads(self, batch: Batch, n_segments: int) -> TaskGrads:
         """Return the gradients of a batch as operators take them; those of equal arguments are one object."""
@@ -221,7 +222,7 @@ class Rows:
         kept = None if self.mask is None else self.mask.state.new_zeros(())
         for batch in batches:
             out, ws = results.memory(batch.columns), w.to(arithmetic_dtype(batch.dtype))
-            mask = _mask(batch.units, self.mask)
+            mask = mask_of(batch.units, self.mask)
             operators.combine_tensors(self.task_grads(batch, len(w)), ws, out, mask, kept)
         self.release()
         for c in arrangement.sparse:
@@ -333,21 +334,3 @@ def eps_of(arrangement: Arrangement) -> tuple[float, ...] | None:
         assert c.segment is not None, "it is shared"
         of_groups[c.segment] = max(of_groups[c.segment], torch.finfo(arithmetic_dtype(c.dtype)).eps)
     return tuple(of_groups)
-
-
-def kept_share(kept: Tensor, columns: Sequence[Column]) -> Tensor | None:
-    """Return the share of entries of masked ``columns`` that the mask kept; None if no column is masked.
-
-    Sparse gradients do not count, because most of their entries are absent anyway.
-    """
-    n_masked = sum(c.numel for c in columns if c.unit >= 0 and not c.sparse)
-    return kept / n_masked if n_masked else None
-
-
-def mask_over(columns: Sequence[Column], mask: MaskState | None) -> Mask | None:
-    """Return the mask of ``columns`` in the form that the operators take."""
-    return _mask([c.unit for c in columns], mask)
-
-
-def _mask(units: Sequence[int], mask: MaskState | None) -> Mask | None:
-    return None if mask is None else Mask(units, mask.block, mask.state)

@@ -18,8 +18,9 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
+from gradkern.step.masked import kept_share, mask_over
 from gradkern.step.rank_rows import RankRows
-from gradkern.step.rows import Combined, Results, Rows, gathered, kept_share, mask_over
+from gradkern.step.rows import Combined, Results, Rows, gathered
 
 
 class Place(NamedTuple):

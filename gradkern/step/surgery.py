@@ -17,9 +17,10 @@ from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.masked import kept_share, mask_over
 from gradkern.step.notices import warn_once
 from gradkern.step.rank_rows import RankRows
-from gradkern.step.rows import AnyRows, Combined, Results, Rows, kept_share, mask_over
+from gradkern.step.rows import AnyRows, Combined, Results, Rows
 from gradkern.step.sampled_entries import SampledRows
 
 
