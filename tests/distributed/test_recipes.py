@@ -1,5 +1,6 @@
 """The recipes under torchrun: two ranks train the model of one process with the whole batches."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 
 from tests.distributed.launched import ROOT
 
-SECONDS = 90
+SECONDS = 150
 """After which a launch counts as hanging: imports take ten."""
 TOLERANCE = 1e-10
 """Of parameters of about one, in float64: Adam amplifies the roundings of its first steps."""
@@ -39,26 +40,33 @@ def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
     return printed
 
 
-@pytest.mark.parametrize(
-    ("names", "library"),
-    [
-        (["plain", "ddp", "fsdp"], "torch"),
-        (["accelerate"], "accelerate"),
-        (["lightning"], "lightning"),
-        (["trainer"], "transformers"),
-    ],
-)
-def test_two_ranks_train_the_model_of_one_process(names: list[str], library: str, tmp_path: Path) -> None:
-    pytest.importorskip(library)
-    module = ["-m", "tests.distributed.launched", str(tmp_path), *names]
+LIBRARIES = dict.fromkeys(("plain", "ddp", "fsdp"), "torch")
+LIBRARIES |= {"accelerate": "accelerate", "lightning": "lightning", "trainer": "transformers"}
+"""The recipes, and what each needs."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give the folder where the models are that two ranks have trained, and one process beside them.
+
+    All recipes that can run take one launch, most of which are imports.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    names = [name for name, library in LIBRARIES.items() if importlib.util.find_spec(library)]
+    module = ["-m", "tests.distributed.launched", str(folder), *names]
     ended([started(*LAUNCH, *module), started(*module)])
-    for name in names:
-        files = [torch.load(tmp_path / f"{name}, {file}.pt") for file in ("0 of 2", "1 of 2", "0 of 1")]
-        assert len(files[0]) > 4
-        for p, q, r in zip(*files, strict=True):
-            assert p.dtype == torch.float64
-            assert torch.equal(p, q)
-            torch.testing.assert_close(p, r, rtol=0, atol=TOLERANCE)
+    return folder
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_two_ranks_train_the_model_of_one_process(name: str, trained: Path) -> None:
+    pytest.importorskip(LIBRARIES[name])
+    files = [torch.load(trained / f"{name}, {file}.pt") for file in ("0 of 2", "1 of 2", "0 of 1")]
+    assert len(files[0]) > 4
+    for p, q, r in zip(*files, strict=True):
+        assert p.dtype == torch.float64
+        assert torch.equal(p, q)
+        torch.testing.assert_close(p, r, rtol=0, atol=TOLERANCE)
 
 
 def test_the_script_of_several_ranks() -> None:
