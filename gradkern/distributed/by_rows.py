@@ -70,6 +70,10 @@ class ByRows:
         first = min(self.comm.rank * each, rows)
         return x.detach()[first : min(first + each, rows)]
 
+    def all_here(self, tensors: Sequence[Any], params: Sequence[Tensor]) -> list[Tensor]:
+        """Return :meth:`here` of each tensor and its parameter."""
+        return [self.here(x, p) for x, p in zip(tensors, params, strict=True)]
+
     def replicas(self, p: Tensor) -> int:
         """Return the number of ranks that have this rank's part of a parameter's state."""
         return 1 if self.cuts(p) else n_replicas(p, self.comm.size)

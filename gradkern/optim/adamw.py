@@ -164,7 +164,9 @@ class AdamW(torch.optim.AdamW):
             return None
         rows = _one_row(params, readable([p.grad for p in params], params, layouts_of(params)))
         self.check(rows)
-        direction = Combination(replace(rows, grads=[self._here(list(rows.grads[0]), params)]), _one(params))
+        if self.by_rows is not None:
+            rows = replace(rows, grads=[self.by_rows.all_here(rows.grads[0], params)])
+        direction = Combination(rows, _one(rows.device))
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)  # GradScaler sets this and found_inf
         if grad_scale is not None:
             direction.w = direction.w / grad_scale
@@ -212,6 +214,7 @@ class AdamW(torch.optim.AdamW):
         rows = direction.rows
         assert isinstance(rows, Rows)
         params: list[Tensor] = batch.of([rows.params])
+        here = params if self.by_rows is None else self.by_rows.all_here(params, params)
         device = params[0].device
         names = MOMENTS[: 3 if group["amsgrad"] else 2]
         steps, moments = states_of([self.state[p] for p in params], params, names, self.by_rows)
@@ -225,18 +228,12 @@ class AdamW(torch.optim.AdamW):
         operators.adamw(
             TaskGrads(parts_here(batch.of(rows.grads)), batch.segments, len(w)),
             w,
-            AdamWState(parts_here(self._here(params, params)), parts_here(moments), steps),
+            AdamWState(parts_here(here), parts_here(moments), steps),
             AdamWStep(found_inf, lr_scale, hyperparameters),
             mask_over(batch.columns, rows.mask),
             direction.kept,
         )
         torch.autograd.graph.increment_version(params)  # for backward passes that have saved one
-
-    def _here(self, tensors: list[Any], params: Sequence[Tensor]) -> list[Any]:
-        """Return this rank's rows of tensors like parameters, where the moments are cut among ranks."""
-        if self.by_rows is None:
-            return tensors
-        return [self.by_rows.here(x, p) for x, p in zip(tensors, params, strict=True)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this optimizer or of torch.optim.AdamW, fused or not.
@@ -280,7 +277,7 @@ def along(rows: FlatRows, results: Sequence[tuple[Tensor, Tensor]]) -> Combinati
     """Return the direction of a step along the combination of ``rows``, each parameter with its gradient."""
     of_param = {id(p): g for p, g in results}
     row = [of_param.get(id(p)) for p in rows.params]
-    return Combination(Rows(rows.params, [row], rows.arrangement.combined), _one(rows.params))
+    return Combination(Rows(rows.params, [row], rows.arrangement.combined), _one(rows.device))
 
 
 def _split(rows: StepRows) -> tuple[StepRows, Rows | None]:
@@ -294,7 +291,9 @@ def _split(rows: StepRows) -> tuple[StepRows, Rows | None]:
 
 def along_parts(params: Sequence[Tensor], parts: Sequence[Tensor]) -> Combination:
     """Return the direction of a step along gradients of which this rank has ``parts``."""
-    return Combination(_one_row(params, parts), _one(parts))
+    dtypes = {g.dtype for g in parts}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32  # a factor of the weight may clip gradients
+    return Combination(_one_row(params, parts), _one(params[0].device, dtype))
 
 
 def _of_tensors(direction: Combination) -> Combination:
@@ -312,10 +311,9 @@ def _one_row(params: Sequence[Tensor], row: Sequence[Tensor | None]) -> Rows:
     return Rows(params, [row], arranged(layouts, (layouts.reach_of(row),), (0,) * len(params), 0, None, None))
 
 
-def _one(row: Sequence[Tensor]) -> Tensor:
-    """Return the weight of a single row; a factor of it is float64 if any gradient is."""
-    dtype = torch.float64 if any(g.dtype == torch.float64 for g in row) else torch.float32
-    return torch.ones((1, 1), dtype=dtype, device=row[0].device)
+def _one(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight of a single row."""
+    return torch.ones((1, 1), dtype=dtype, device=device)
 
 
 def _check(c: Column, p: Tensor) -> None:

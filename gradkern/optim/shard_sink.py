@@ -58,7 +58,7 @@ class ShardedAdamWSink(FusedAdamWSink):
         """Combine the rows."""
         results, self._kept = outcome.combine()
         self._params = [p for p, _ in results]
-        self._parts = parts_here([self._cut.here(g, p) for p, g in results])
+        self._parts = parts_here(self._cut.all_here([g for _, g in results], self._params))
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Step along the combination; return the share of entries that the mask kept."""

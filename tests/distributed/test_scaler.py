@@ -1,6 +1,6 @@
 """A gradient scaler on several ranks: an overflow on one of them makes all of them skip the step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -59,22 +59,33 @@ def test_an_overflow_on_one_rank_is_all_ranks_overflow(
         assert all(torch.equal(p, q) for p, q in zip(third, of_ranks[0][2][1], strict=True))
 
 
+def updates(
+    opt: gk.SurgeryOptimizer, model: MultiHead, own: slice, scale: float | None, max_norm: float | None = None
+) -> Iterator[gk.SurgeryInfo]:
+    """Yield the results of three updates with a part of each batch; ``scale``: that of a scaler, None without one."""
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    for step in range(3):
+        draw = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((16, 6), (3, 16)))
+        losses = model.losses(x[own], 3 * y[:, own])
+        yield opt.update(losses if scaler is None else scaler.scale(losses), max_norm=max_norm, scaler=scaler)
+        if scaler is not None:
+            scaler.update()
+
+
+def part(rank: int, group: Any) -> slice:
+    """Return a rank's half of each batch; the whole for one process, whose group is False."""
+    return slice(None) if group is False else slice(8 * rank, 8 * rank + 8)
+
+
 def clipped(rank: int, group: Any, shard: bool, scale: float | None) -> list[torch.Tensor]:
     """Return the parameters after three updates, and the norms before clipping, without a scaler's scale."""
     torch.manual_seed(0)
     model = MultiHead().double()
     adamw = gk.optim.AdamW(model.parameters(), lr=1e-2)
     opt = gk.SurgeryOptimizer(adamw, gk.PCGrad(order=range(3)), process_group=group, shard_optimizer=shard)
-    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    own = slice(None) if group is False else slice(8 * rank, 8 * rank + 8)
     norms = []
-    for step in range(3):
-        draw = torch.Generator().manual_seed(step)
-        x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((16, 6), (3, 16)))
-        losses = model.losses(x[own], 3 * y[:, own])
-        info = opt.update(losses if scaler is None else scaler.scale(losses), max_norm=1.0, scaler=scaler)
-        if scaler is not None:
-            scaler.update()
+    for info in updates(opt, model, part(rank, group), scale, max_norm=1.0):
         assert info.total_norm is not None
         norms.append(info.total_norm)
     return [*(p.detach() for p in model.parameters()), *norms]
@@ -170,16 +181,8 @@ def looking_at_losses(rank: int, group: Any, name: str, scale: float | None) -> 
     model, method = MultiHead().double(), LOOKING[name]()
     params = [*model.parameters(), *method.parameters()]
     opt = gk.SurgeryOptimizer(torch.optim.SGD(params, lr=1e-2), method, process_group=group)
-    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
-    own = slice(None) if group is False else slice(8 * rank, 8 * rank + 8)
     results = []
-    for step in range(3):
-        draw = torch.Generator().manual_seed(step)
-        x, y = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((16, 6), (3, 16)))
-        losses = model.losses(x[own], 3 * y[:, own])
-        info = opt.update(losses if scaler is None else scaler.scale(losses), scaler=scaler)
-        if scaler is not None:
-            scaler.update()
+    for info in updates(opt, model, part(rank, group), scale):
         assert info.losses is not None
         seen = info.losses if scale is None else info.losses / scale
         results.append([*(p.detach().clone() for p in params), seen])
