@@ -38,12 +38,12 @@ def states_of(
         for state in states:
             state["step"] = state["step"].to(device, torch.float32)
         steps = [state["step"] for state in states]
-    moments = []
+    strides, moments = [p.stride() for p in params], []
     for name in names:
         of_name = [state[name] for state in states]
-        if not _fit(of_name, params, dtype, by_rows):
+        if not _fit(of_name, params, strides, dtype, by_rows):
             for p, state, m in zip(params, states, of_name, strict=True):
-                if not _fit([m], [p], dtype, by_rows):
+                if not _fit([m], [p], [p.stride()], dtype, by_rows):
                     state[name] = _moment(p, m, dtype, by_rows)
             of_name = [state[name] for state in states]
         moments += of_name
@@ -62,9 +62,15 @@ def _moment(p: Tensor, value: Tensor | None, dtype: torch.dtype, by_rows: ByRows
     return torch.zeros_like(p, dtype=dtype) if value is None else torch.empty_like(p, dtype=dtype).copy_(value)
 
 
-def _fit(moments: Sequence[Tensor], params: Sequence[Tensor], dtype: torch.dtype, by_rows: ByRows | None) -> bool:
+def _fit(
+    moments: Sequence[Tensor],
+    params: Sequence[Tensor],
+    strides: Sequence[tuple[int, ...]],
+    dtype: torch.dtype,
+    by_rows: ByRows | None,
+) -> bool:
     """Return whether moments lie as their parameters do, cut among the ranks as they should be."""
-    if not _are(moments, dtype, params[0].device) or [m.stride() for m in moments] != [p.stride() for p in params]:
+    if not _are(moments, dtype, params[0].device) or [m.stride() for m in moments] != strides:
         return False
     if by_rows is not None:
         return all(by_rows.fits(m, p) for m, p in zip(moments, params, strict=True))
