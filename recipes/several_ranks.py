@@ -68,6 +68,7 @@ def main() -> None:
     if not is_launched or dist.get_rank() == 0:
         print(f"losses {losses.tolist()} after 80 steps of {dist.get_world_size() if is_launched else 1} rank(s)")
     if is_launched:
+        dist.barrier()  # no rank ends while another one is still in a collective
         dist.destroy_process_group()
 
 

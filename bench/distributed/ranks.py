@@ -1,5 +1,6 @@
 """The processes of a measurement."""
 
+import os
 import statistics
 import tempfile
 import time
@@ -44,7 +45,10 @@ def _run(rank: int, R: int, size: Size, rounds: int, folder: str) -> None:
     }
     if rank == 0:
         torch.save(row, Path(folder) / "row")
+    del steps  # DistributedDataParallel holds the group
+    dist.barrier()  # no rank ends while another one is still in a collective
     dist.destroy_process_group()
+    os._exit(0)  # a thread of Gloo that asks for the interpreter while that ends would abort the process
 
 
 def _timed(steps: Steps, name: str) -> tuple[float, float]:

@@ -110,6 +110,8 @@ def main() -> None:
     if dist.is_initialized():
         dist.barrier()  # no rank ends while another one is still in a collective
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # a thread of Gloo that asks for the interpreter while that ends would abort the process
 
 
 if __name__ == "__main__":
