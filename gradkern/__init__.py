@@ -19,6 +19,7 @@ from gradkern.aggregators.methods import *  # noqa: F403  # the methods' classes
 from gradkern.gradients.masked_mean import masked_mean
 from gradkern.info import SurgeryInfo
 from gradkern.modifiers.conflict_lr import ConflictLR
+from gradkern.modifiers.sketch import Sketch
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops import combine, gramian, project
 from gradkern.optim import SurgeryOptimizer
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregator",
     "ConflictLR",
+    "Sketch",
     "Suppression",
     "SurgeryInfo",
     "SurgeryOptimizer",

@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.sinks import GradSink, Sink
 from gradkern.step.surgery import Outcome
+from gradkern.step.way import WayArguments
 
 MODES = (None, "original", "pytorch_optimizer")
 
@@ -99,15 +100,15 @@ class PCGrad(SurgeryOptimizer):
         """Clear every ``.grad``, as the method of pytorch_optimizer's class does."""
         self.zero_grad()
 
-    def _options(self) -> Options:
-        options = super()._options()
+    def _options(self, **way: Unpack[WayArguments]) -> Options:
+        options = super()._options(**way)
         return options if self.compat is None else replace(options, shared=self._tensors())
 
-    def _grad_sink(self, source: Source) -> Sink:
-        return super()._grad_sink(source) if self.compat is None else _ReductionSink(self.reduction)
+    def _grad_sink(self, source: Source, options: Options) -> Sink:
+        return super()._grad_sink(source, options) if self.compat is None else _ReductionSink(self.reduction)
 
-    def _sink(self, max_norm: float | None, scaler: torch.amp.GradScaler | None) -> FusedAdamWSink | None:
-        return super()._sink(max_norm, scaler) if self.compat is None else None
+    def _update_sink(self, options: Options, step: tuple[Any, ...]) -> FusedAdamWSink | None:
+        return super()._update_sink(options, step) if self.compat is None else None
 
     def __reduce__(self) -> tuple[Any, ...]:  # the arguments are not those of SurgeryOptimizer
         self._refuse_within_accumulate("a copy")

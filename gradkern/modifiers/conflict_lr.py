@@ -7,6 +7,10 @@ It scales the step and not the gradient, because Adam and its relatives divide o
 This equals the optimizer's step with learning rate lr κ, including decoupled weight decay. κ stays on the device.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,13 +66,24 @@ class ConflictLR:
         return f"ConflictLR(mode={self.mode!r}, reduce={self.reduce!r})"
 
 
-@torch.no_grad()
-def rescale(params: list[Tensor], before: list[Tensor], kappa: Tensor) -> None:
-    """Scale by κ the step that an optimizer took from ``before`` to ``params``; ``before`` is overwritten.
+@contextmanager
+def rescaled(params: list[Tensor], pending: Any) -> Iterator[None]:
+    """Scale by κ, once, the step that an optimizer takes within the block, unless that raises.
 
     It computes θ_after + (1 - κ) (θ_before - θ_after): the difference of nearby numbers is exact, and with κ = 1 the
     step is the optimizer's to the last bit.
+
+    Args:
+        params: the parameters.
+        pending: holds κ as ``step_scale``; a step clears it. None for no κ.
     """
-    torch._foreach_sub_(before, params)
-    torch._foreach_mul_(before, 1 - kappa)
-    torch._foreach_add_(params, before)
+    before = [torch.empty_like(p) for p in params]
+    torch._foreach_copy_(before, [p.detach() for p in params])
+    yield
+    if pending.step_scale is None:
+        return
+    with torch.no_grad():
+        torch._foreach_sub_(before, params)
+        torch._foreach_mul_(before, 1 - pending.step_scale)
+        torch._foreach_add_(params, before)
+    pending.step_scale = None

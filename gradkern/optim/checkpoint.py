@@ -27,17 +27,18 @@ class Remembered:
     params: Sequence[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the method's name and state, the suppression's seed and step, and the gradients in ``memory``.
+        """Return the method's name and state, the seed and step of masks and sketch, and the gradients in ``memory``.
 
         It has whole gradients and means, so all ranks must call it if these are of DTensors.
         """
         method, suppression, memory = self.options.aggregator, self.options.suppression, self.options.memory
-        state = dict(method.state_dict())
+        sketch, state = self.options.way.gramian, dict(method.state_dict())
         return {
             "method": type(method).__name__,
             "state": whole_means(state, self.params) if self._has_parts else state,
             "suppression": None if suppression is None else suppression.state_dict(),
             "memory": None if memory is None else memory.state_dict(self.params),
+            "sketch": None if sketch is None else sketch.state_dict(),
         }
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -53,6 +54,7 @@ class Remembered:
             raise ValueError(f"state_dict is of a step with {state_dict['method']}, this optimizer's method is {name}")
         suppression, memory = state_dict.get("suppression"), state_dict.get("memory")
         own_suppression, own_memory = self.options.suppression, self.options.memory
+        sketch, own_sketch = state_dict.get("sketch"), self.options.way.gramian
         for part, saved, own in (("suppression", suppression, own_suppression), ("memory", memory, own_memory)):
             if saved is not None and own is None:
                 raise ValueError(f"state_dict is of steps with {part}, but this optimizer has no {part}")
@@ -60,6 +62,8 @@ class Remembered:
         self.options.aggregator.load_state_dict(means_here(state, self.params) if self._has_parts else state)
         if own_suppression is not None and suppression is not None:
             own_suppression.load_state_dict(suppression)
+        if own_sketch is not None and sketch is not None:  # the way may change from run to run
+            own_sketch.load_state_dict(sketch)
         if own_memory is not None and memory is not None:
             own_memory.load_state_dict(memory, self.params)
 
@@ -172,6 +176,7 @@ def restored(
         conflict_lr=options.conflict_lr,
         process_group=options.process_group,
         shard_optimizer=options.shard_optimizer,
+        **vars(options.way),
     )
     made._memory = options.memory
     made._pending.step_scale = step_scale

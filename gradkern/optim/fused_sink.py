@@ -39,9 +39,11 @@ def can_fuse(optimizer: Optimizer, options: Options, params: Sequence[Tensor], m
 
 def needs_no_grad(options: Options, params: Sequence[Tensor]) -> bool:
     """Return whether a step can leave out ``.grad``: no torch backward pass writes it, and nobody else looks at it."""
-    return not options.is_weighted_backward and not [
-        p for p in params if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)
-    ]
+    return (
+        options.way.through == "rows"
+        and not options.is_weighted_backward
+        and not [p for p in params if p.grad is not None or getattr(p, "_post_accumulate_grad_hooks", None)]
+    )
 
 
 class FusedAdamWSink:

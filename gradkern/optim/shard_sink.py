@@ -4,17 +4,22 @@ Each rank combines its rows of the gradients and steps its rows of the parameter
 step moves as many words as one that puts whole gradients together.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gradkern.arguments import boolean
-from gradkern.distributed.by_rows import ByRows
+from gradkern.distributed.by_rows import ByRows, cut_of
+from gradkern.distributed.comm import ProcessGroup
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import parts_here
 from gradkern.optim.adamw import AdamW, Combination, along_parts
-from gradkern.optim.fused_sink import FusedAdamWSink
+from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse, needs_no_grad
 from gradkern.step.flat_rows import StepRows
+from gradkern.step.options import Options
 from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import Rows
 from gradkern.step.surgery import Outcome
@@ -27,6 +32,14 @@ def refuse_uncut(optimizer: Optimizer, shard_optimizer: bool) -> None:
             f"optimizer must be a gradkern.optim.AdamW with shard_optimizer=True, got {type(optimizer).__name__}; "
             "torch.distributed.optim.ZeroRedundancyOptimizer shards others"
         )
+
+
+def cut_state(optimizer: Optimizer, process_group: ProcessGroup | bool | None, is_cut: bool) -> ByRows | None:
+    """Return the cut of an optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
+    if not isinstance(optimizer, AdamW):
+        return None
+    optimizer.by_rows = cut_of(process_group, optimizer.by_rows) if is_cut else None  # another wrapper of it may cut
+    return optimizer.by_rows
 
 
 class ShardedAdamWSink(FusedAdamWSink):
@@ -86,3 +99,21 @@ class ShardedAdamWSink(FusedAdamWSink):
         ]
         norm = self._cut.comm.summed(torch.stack(squares).sum()).sqrt()
         return (norm * direction.w.abs().squeeze()).to(direction.w.dtype)
+
+
+def update_sink(
+    options: Options, params: Sequence[Tensor], cut: ByRows | None, step: tuple[Any, ...]
+) -> FusedAdamWSink | None:
+    """Return what takes an update's step without ``.grad``; None if that has to be written.
+
+    Args:
+        options: the options of the step.
+        params: the optimizer's parameters.
+        cut: the cut of its state among ranks; None for no cut.
+        step: the arguments of :class:`FusedAdamWSink`.
+    """
+    optimizer, _, _, max_norm, scaler = step
+    if cut is not None:
+        return ShardedAdamWSink(*step) if needs_no_grad(options, params) else None
+    is_measured = max_norm is not None or scaler is not None
+    return FusedAdamWSink(*step) if can_fuse(optimizer, options, params, is_measured) else None

@@ -4,14 +4,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch.optim import Optimizer
 
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean, instance, number
-from gradkern.distributed.by_rows import ByRows, cut_of
+from gradkern.distributed.by_rows import ByRows
 from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
@@ -21,15 +21,16 @@ from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sharded import parts_here
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
-from gradkern.modifiers.conflict_lr import ConflictLR, rescale
+from gradkern.modifiers.conflict_lr import ConflictLR, rescaled
+from gradkern.modifiers.sketch import Sketch
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
 from gradkern.optim.arguments import check_closure, checked_group
 from gradkern.optim.checkpoint import Remembered, load_with_surgery, restored, save_with_surgery
-from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse, needs_no_grad
+from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
-from gradkern.optim.shard_sink import ShardedAdamWSink, refuse_uncut
+from gradkern.optim.shard_sink import cut_state, refuse_uncut, update_sink
 from gradkern.optim.undo import grads_of, scale_of, stage_of, undone_if_skipped
 from gradkern.optim.untracked import Untracked
 from gradkern.optim.wrapper import OptimizerWrapper
@@ -38,6 +39,7 @@ from gradkern.step.options import Options
 from gradkern.step.pipeline import outside_inference_mode, run
 from gradkern.step.second import Second, check_wanted
 from gradkern.step.sinks import Sink
+from gradkern.step.way import Way, WayArguments
 
 
 class SurgeryOptimizer(OptimizerWrapper):
@@ -57,12 +59,14 @@ class SurgeryOptimizer(OptimizerWrapper):
         groups, shared, process_group: as in :func:`gradkern.backward`.
         suppression: as in :func:`gradkern.backward`; its step is part of ``state_dict``.
         conflict_lr: scales each step by the conflict of the tasks' gradients in the last backward pass before it.
-        memory: whether a task that is absent in a step takes part with the gradient of its last step, or with zeros
-            before its first: the present tasks' gradients are modified against it. The T gradients are kept from step
-            to step, and are part of ``state_dict``. Methods that leave absent tasks out, as ``MGDA``, still do so.
+        memory: whether a task that is absent in a step takes part with the gradient of its last step, at first with
+            zeros: the present tasks' gradients are modified against it. The T gradients are part of ``state_dict``.
+            Methods that leave absent tasks out, as ``MGDA``, still do so.
         shard_optimizer: whether each of several ranks keeps the moments of some rows of every parameter alone, as ZeRO
             1 does. ``optimizer`` is a :class:`gradkern.optim.AdamW` then. ``update`` sends as much as without it; with
             suppression and in a few other cases, as ``backward`` and ``step`` do, one vector of all parameters more.
+        through, finish, gramian, per_example: as in :func:`gradkern.backward`. ``backward`` and ``update`` take them
+            too, for one call. The position of ``gramian``, a sketch, is part of ``state_dict``.
 
     Raises:
         TypeError, ValueError: an argument is not as said above.
@@ -80,15 +84,19 @@ class SurgeryOptimizer(OptimizerWrapper):
         memory: bool = False,
         process_group: ProcessGroup | bool | None = None,
         shard_optimizer: bool = False,
+        through: str = "rows",
+        finish: str = "backward",
+        gramian: Sketch | None = None,
+        per_example: bool = False,
     ) -> None:
+        self._way = Way(through, finish, gramian, per_example)
         Options(aggregator, suppression=suppression, conflict_lr=conflict_lr).check()
         boolean("memory", memory)
         super().__init__(optimizer)
         refuse_uncut(optimizer, shard_optimizer)
         self.aggregator = aggregator
         self.groups = groups
-        # Every step iterates over it, and an iterator would be exhausted after the first.
-        self.shared = list(shared) if isinstance(shared, Iterator) else shared
+        self.shared = list(shared) if isinstance(shared, Iterator) else shared  # every step iterates over it
         self.suppression = suppression
         self.conflict_lr = conflict_lr
         self.process_group = process_group
@@ -110,29 +118,33 @@ class SurgeryOptimizer(OptimizerWrapper):
         batched: bool = False,
         retain_graph: bool = False,
         second: Sequence[Loss] | None = None,
+        **way: Unpack[WayArguments],
     ) -> SurgeryInfo:
         """Run :func:`gradkern.backward` on the optimizer's parameters: accumulate the surgery's result into ``.grad``.
 
-        The first call warns of parameters (``nn.Parameter``) that the losses reach and the optimizer lacks, before it
-        writes anything.
+        Before it writes, the first call warns of parameters that the losses reach and the optimizer lacks.
 
         Args:
             losses, features, batched, retain_graph, second: as in :func:`gradkern.backward`.
+            way: ``through``, ``finish``, ``gramian``, ``per_example``, in place of the optimizer's own.
 
         Raises:
             TypeError, ValueError: as for :func:`gradkern.backward`.
         """
         check_wanted(second, self.aggregator)
-        return self._backward(from_losses(self._listed(losses), features, batched, retain_graph), second)
+        options = self._options(**way)
+        return self._backward(from_losses(self._listed(losses), features, batched, retain_graph), options, second)
 
-    def _backward(self, source: Losses, second: Second) -> SurgeryInfo:
+    def _backward(self, source: Losses, options: Options, second: Second) -> SurgeryInfo:
         total: Accumulation | None = self._pending.accumulation
-        if total is not None and not self._options().adds_at_once:
+        if total is not None:
+            options.way.refuse_sums()
+        if total is not None and not options.adds_at_once:
             info = add_up(total, source, self._params())
         else:
             if total is not None:
                 total.expect(len(source.given))
-            info = self._run(source, self._grad_sink(source), second)
+            info = self._run(source, options, second)
             self._pending.step_scale = info.step_scale
             if total is not None:
                 total.took([loss is not None for loss in source.given], info)
@@ -142,22 +154,22 @@ class SurgeryOptimizer(OptimizerWrapper):
     def accumulate(self) -> Iterator[Accumulation]:
         """Make ``backward`` add up the gradients of each task within the block; its end runs the surgery of the sums.
 
-        So surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One
-        gradient per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``,
-        ``Mean`` and ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the
-        sums from before, as they would keep torch's ``.grad``. Call ``zero_grad`` before the block, ``step`` and
-        ``state_dict`` after it. On several ranks its end is one step of all of them, and what ``backward`` returns is
-        this rank's.
+        Surgery gets the gradients of one big batch, if losses are divided by the number of micro-batches. One gradient
+        per task is kept. The end of the block writes ``.grad``, unless an exception ends it. (``Sum``, ``Mean`` and
+        ``Constant`` without a report add to ``.grad`` at once.) Parameters that are frozen by then get the sums from
+        before. Call ``zero_grad`` before the block, ``step`` and ``state_dict`` after it. On several ranks its end is
+        one step of all of them, and what ``backward`` returns is this rank's.
 
         Yields:
             The sums, whose ``info`` is the step's once the block has ended.
 
         Raises:
             RuntimeError: the block is within another such block, or continued after a backward pass in it raised.
-            ValueError: the method needs a second batch.
+            ValueError: the method needs a second batch, or ``through`` is not "rows".
         """
         if self._pending.accumulation is not None:
             raise RuntimeError("accumulate() within accumulate(): leave the first block before the next")
+        self._way.refuse_sums()
         if self.aggregator.needs_second:
             raise ValueError(
                 f"accumulate() has no second batch, which {self.aggregator!r} needs: call backward outside of it"
@@ -169,7 +181,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             self._pending.accumulation = None
         total.check()
         if any(total.present) and total.info is None:
-            total.info = self._run(total, self._grad_sink(total))
+            total.info = self._run(total, self._options())
             self._pending.step_scale = total.info.step_scale
 
     @outside_inference_mode
@@ -183,6 +195,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         batched: bool = False,
         retain_graph: bool = False,
         second: Sequence[Loss] | None = None,
+        **way: Unpack[WayArguments],
     ) -> SurgeryInfo:
         """Run backward pass, clipping and step in one, then clear ``.grad``.
 
@@ -191,9 +204,9 @@ class SurgeryOptimizer(OptimizerWrapper):
 
         Around :class:`gradkern.optim.AdamW` the step itself computes the combined gradient, which is never stored. Its
         norm follows from the weights and the Gramian, with an error of up to a thousandth of the task gradients'
-        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. ``.grad`` is written in
-        between around other optimizers, on several ranks without ``shard_optimizer``, and if a suppressed update's norm
-        is needed.
+        lengths, which matters if these nearly cancel: use ``backward`` and ``step`` then. ``.grad`` is written around
+        other optimizers, on several ranks without ``shard_optimizer``, through activations or features, and if a
+        suppressed update's norm is needed.
 
         Whatever raises, a hook or a lack of memory too, everything is as before the call and it can be repeated: every
         ``.grad``, the state of the method, the masks and the memory, κ of an earlier ``backward``, and what ``scaler``
@@ -208,10 +221,10 @@ class SurgeryOptimizer(OptimizerWrapper):
             scaler: the gradient scaler that scaled the losses; it skips a step that is not finite. If ``.grad`` was
                 written, the method, masks and memory are then as before. A method that looks at losses sees them
                 without the scale. Call the scaler's ``update`` afterwards.
-            features, batched, retain_graph, second: as in :func:`gradkern.backward`.
+            features, batched, retain_graph, second, way: as for ``backward``.
 
         Returns:
-            The step's losses, Gramian and weights; with ``max_norm`` also the norm before clipping.
+            The step's results, with ``max_norm`` also the norm before clipping.
 
         Raises:
             TypeError, ValueError: as for :func:`gradkern.backward`; also if the wrapped optimizer's step needs a
@@ -225,48 +238,40 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._refuse_within_accumulate("update()")
         source = from_losses(self._listed(losses), features, batched, retain_graph)
         source.loss_scale = loss_scale(scaler, self._tensors())
-        sink = self._sink(max_norm, scaler)
+        options = self._options(**way)
+        sink = self._update_sink(options, (self.optimizer, self.step, self._scaler_proxy, max_norm, scaler))
         if sink is None:
             refuse_closure(self.optimizer)
             grads, scale = grads_of(self._tensors(), changed=True), scale_of(self._pending)
-            states = self._options().snapshot()
+            states = options.snapshot()
             skipped = undone_if_skipped(scaler, self.optimizer, states)
             with Undo(*states, grads, scale, stage_of(scaler, self)), skipped:
-                info = self._backward(source, second)
+                info = self._backward(source, options, second)
                 return step_by_grad(self, self._tensors(), info, max_norm, scaler)
-        info = self._run(source, sink, second)
+        info = self._run(source, options, second, sink)
         self._pending.step_scale = None
         return replace(info, total_norm=sink.total_norm)
 
-    def _sink(self, max_norm: float | None, scaler: torch.amp.GradScaler | None) -> FusedAdamWSink | None:
-        """Return what takes an update's step without ``.grad``; None if that has to be written."""
-        options, params = self._options(), self._tensors()
-        step = self.optimizer, self.step, self._scaler_proxy, max_norm, scaler
-        if self._cut() is not None:
-            return ShardedAdamWSink(*step) if needs_no_grad(options, params) else None
-        is_measured = max_norm is not None or scaler is not None
-        return FusedAdamWSink(*step) if can_fuse(self.optimizer, options, params, is_measured) else None
-
     def _cut(self) -> ByRows | None:
-        """Return the cut of the optimizer's state among the ranks, and let the optimizer have it; None for no cut."""
-        cut = cut_of(self.process_group, self.optimizer.by_rows) if self.shard_optimizer else None
-        if isinstance(self.optimizer, AdamW):  # another wrapper of it may cut
-            self.optimizer.by_rows = cut
-        return cut
+        return cut_state(self.optimizer, self.process_group, self.shard_optimizer)
 
     def _listed(self, losses: Sequence[Loss]) -> Sequence[Loss]:
         """Return ``losses`` as a list; those of the first step look for untracked parameters."""
         return self._untracked.watched(entries_of("losses", losses), self._tensors)
 
-    def _run(self, source: Source, sink: Sink, second: Second = None) -> SurgeryInfo:
-        return run(source, sink, self._options(), self._params(), second)
+    def _run(self, source: Source, options: Options, second: Second = None, sink: Sink | None = None) -> SurgeryInfo:
+        return run(source, sink or self._grad_sink(source, options), options, self._params(), second)
 
-    def _grad_sink(self, source: Source) -> Sink:
-        return grad_sink(source, self._options())
+    def _grad_sink(self, source: Source, options: Options) -> Sink:
+        return grad_sink(source, options)
 
-    def _options(self) -> Options:
+    def _update_sink(self, options: Options, step: tuple[Any, ...]) -> FusedAdamWSink | None:
+        return update_sink(options, self._tensors(), self._cut(), step)
+
+    def _options(self, **way: Unpack[WayArguments]) -> Options:
         modifiers = self.suppression, self.conflict_lr, self._memory
-        return Options(self.aggregator, self.groups, self.shared, *modifiers, self.process_group, self.shard_optimizer)
+        on_ranks = self.process_group, self.shard_optimizer
+        return Options(self.aggregator, self.groups, self.shared, *modifiers, *on_ranks, self._way.but(**way))
 
     def _refuse_within_accumulate(self, what: str) -> None:
         if self._pending.accumulation is not None:
@@ -284,13 +289,8 @@ class SurgeryOptimizer(OptimizerWrapper):
         if self.conflict_lr is None or (isinstance(self.optimizer, AdamW) and self.optimizer.combination is not None):
             return self._inner_step(closure)
         params = parts_here([p for p in self._tensors() if closure is not None or p.grad is not None])
-        before = [torch.empty_like(p) for p in params]
-        torch._foreach_copy_(before, [p.detach() for p in params])
-        result = self._inner_step(closure)
-        if self._pending.step_scale is not None:
-            rescale(params, before, self._pending.step_scale)
-            self._pending.step_scale = None
-        return result
+        with rescaled(params, self._pending):
+            return self._inner_step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, as the wrapped optimizer does."""

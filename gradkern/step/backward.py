@@ -10,11 +10,13 @@ from gradkern.gradients.losses import Loss, Losses, Source
 from gradkern.gradients.parameters import Groups, Params, Targets
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
+from gradkern.modifiers.sketch import Sketch
 from gradkern.modifiers.suppression import Suppression
 from gradkern.step.mean_backward import MeanBackwardSink
 from gradkern.step.options import Options
 from gradkern.step.pipeline import open_source, outside_inference_mode, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
+from gradkern.step.way import Way
 
 
 def backward(
@@ -30,6 +32,10 @@ def backward(
     retain_graph: bool = False,
     second: Sequence[Loss] | None = None,
     process_group: ProcessGroup | bool | None = None,
+    through: str = "rows",
+    finish: str = "backward",
+    gramian: Sketch | None = None,
+    per_example: bool = False,
 ) -> SurgeryInfo:
     """Compute the gradient of each loss, combine them by ``aggregator``, and accumulate the result into ``.grad``.
 
@@ -78,6 +84,20 @@ def backward(
             means over the ranks, and all ranks get the same result. So all must give the same ``params``, with the same
             values, and as many losses; a task that a rank lacks counts there with a loss of 0. If ``params`` holds
             DTensors, the ranks are those of their device mesh, and all ranks give losses of the same tasks.
+        through: what the Gramian is computed from. "rows": from each task's gradient, T rows of P numbers.
+            "activations": from what went into each layer and what comes back out of it, for losses of one forward pass;
+            the Gramian and the update are those of the rows, which are not made. Weights of linear layers, convolutions
+            and embeddings go this way; other parameters have rows, one tensor at a time. "features": from the gradients
+            by ``features`` alone. This is another method, no approximation: MGDA-UB (Sener and Koltun 2018),
+            Aligned-MTL-UB (Senushkin et al. 2023), LibMTL's ``rep_grad``. The trunk gets one backward pass.
+        finish: how a step through activations ends. "backward": by an ordinary backward pass of Σ w_i L_i, in which
+            parameters of one task are unweighted. It runs all hooks. No more than one layer's gradients of T tasks are
+            alive before it. "kept": these are kept for all layers, and each weight's gradient is one product with their
+            weighted sum. It is faster, allows groups, and needs memory for T times the activations.
+        gramian: a :class:`gradkern.Sketch` that estimates the Gramian of a step through activations; None for the exact
+            one.
+        per_example: whether a step through features takes dot products of the gradients of each example's features, as
+            MGDA-UB and Aligned-MTL-UB do. If not, it takes those of their sums over dimension 0, the batch, as LibMTL.
 
     Returns:
         The step's losses, Gramian and weights, as tensors that stay on the device. On several ranks ``losses`` are
@@ -99,7 +119,8 @@ def backward(
             first step of some parameters each entry of a shared one has a gradient of one task at most. It comes once
             for an ``aggregator``, before anything has changed.
     """
-    options = Options(aggregator, groups, shared, suppression, process_group=process_group)
+    way = Way(through, finish, gramian, per_example)
+    options = Options(aggregator, groups, shared, suppression, process_group=process_group, way=way)
     source = from_losses(losses, features, batched, retain_graph)
     return run(source, grad_sink(source, options), options, params, second)
 

@@ -1,6 +1,6 @@
 """The options of a step: the method and its modifiers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gradkern.aggregators import Aggregator, Entrywise, GradAttention, Scalarization
 from gradkern.aggregators.by_name import is_aggregator
@@ -11,6 +11,7 @@ from gradkern.gradients.parameters import Groups, Params
 from gradkern.modifiers.conflict_lr import ConflictLR
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import PutBack
+from gradkern.step.way import Way
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Options:
         memory: lets absent tasks take part with their last gradients; None for no memory.
         process_group: the ranks that take the step together; see :func:`gradkern.distributed.comm.comm_of`.
         shard_optimizer: whether each rank has the optimizer's state of some rows of the parameters alone.
+        way: how the step gets to the Gramian and to the update.
     """
 
     aggregator: Aggregator
@@ -31,6 +33,7 @@ class Options:
     memory: Memory | None = None
     process_group: ProcessGroup | bool | None = None
     shard_optimizer: bool = False
+    way: Way = field(default_factory=Way)
 
     def check(self) -> None:
         """Raise TypeError unless the method and each modifier are of their class."""
@@ -41,8 +44,8 @@ class Options:
             instance("conflict_lr", self.conflict_lr, ConflictLR, "a gradkern.ConflictLR or None")
 
     def snapshot(self) -> list[PutBack]:
-        """Return functions that put the state of the method, the masks and the memory back as it is now."""
-        stateful = (self.aggregator, self.suppression, self.memory)
+        """Return functions that put the state of the method, the masks, the memory and the sketch back as it is now."""
+        stateful = (self.aggregator, self.suppression, self.memory, self.way.gramian)
         return [one.snapshot() for one in stateful if one is not None]
 
     @property

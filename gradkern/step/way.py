@@ -1,0 +1,66 @@
+"""The way in which a step gets from losses to the Gramian and to the update."""
+
+from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
+
+from gradkern.arguments import boolean, choice, instance
+from gradkern.modifiers.sketch import Sketch
+
+THROUGH = ("rows", "activations", "features")
+FINISH = ("backward", "kept")
+
+
+class WayArguments(TypedDict, total=False):
+    """The arguments that choose a way, as :func:`gradkern.backward` takes them."""
+
+    through: str
+    finish: str
+    gramian: Sketch | None
+    per_example: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of a step, as :func:`gradkern.backward` takes it.
+
+    Attributes:
+        through: "rows", "activations" or "features".
+        finish: "backward" or "kept".
+        gramian: the sketch that estimates the Gramian; None for the exact one.
+        per_example: whether features count by example, and not as sums over the batch.
+    """
+
+    through: str = "rows"
+    finish: str = "backward"
+    gramian: Sketch | None = None
+    per_example: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise TypeError or ValueError unless the arguments are as described, and go together."""
+        choice("through", self.through, THROUGH)
+        choice("finish", self.finish, FINISH)
+        if self.gramian is not None:
+            instance("gramian", self.gramian, Sketch, "a gradkern.Sketch or None")
+        boolean("per_example", self.per_example)
+        for argument, is_given, through in (
+            (f"finish={self.finish!r}", self.finish != "backward", "activations"),
+            (f"gramian={self.gramian!r}", self.gramian is not None, "activations"),
+            ("per_example=True", self.per_example, "features"),
+        ):
+            if is_given and self.through != through:
+                raise ValueError(f"{argument} needs through={through!r}, got through={self.through!r}")
+
+    def but(self, **arguments: Unpack[WayArguments]) -> "Way":
+        """Return this way with other arguments. What needs another ``through`` is left behind with this one."""
+        if not arguments:
+            return self
+        is_same = arguments.get("through", self.through) == self.through
+        return replace(self, **arguments) if is_same else Way(**arguments)
+
+    def refuse_sums(self) -> None:
+        """Raise ValueError unless micro-batches can be added up."""
+        if self.through != "rows":
+            raise ValueError(
+                f"accumulate() adds up each task's gradients, and through={self.through!r} has none: give "
+                "through='rows' for this optimizer"
+            )
