@@ -43,6 +43,9 @@ class SurgeryInfo:
         step_scale: (), the factor κ by which ``ConflictLR`` scales the optimizer's step; None without ``ConflictLR``.
         total_norm: (), the gradient's norm over all parameters before ``update(max_norm=...)`` cut it; None without
             ``max_norm``.
+        conflict_agreement: (), the share of task pairs for which the Gramian of ``Sketch(report=True)`` has a conflict
+            where the exact one has, and none where that has none. NaN if no two gradients are nonzero. None without the
+            report.
         groups: the names of the S groups, in the order of the dimension (S,): of parameters or modules, or what the
             function of names returned. Parameters without names have places, such as "params[0]". The module that is
             the model itself is "". None where there is no dimension (S,).
@@ -56,6 +59,7 @@ class SurgeryInfo:
     kept: Tensor | None = None
     step_scale: Tensor | None = None
     total_norm: Tensor | None = None
+    conflict_agreement: Tensor | None = None
     groups: tuple[Hashable, ...] | None = None
 
     @cached_property

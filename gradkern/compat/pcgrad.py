@@ -24,10 +24,10 @@ from gradkern.ops.undo import Undo
 from gradkern.optim import SurgeryOptimizer
 from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.undo import grads_of, scale_of
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.sinks import GradSink, Sink
+from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome
 from gradkern.step.way import WayArguments
 

@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from gradkern.gradients import graph
 from gradkern.gradients.engine import Target, differentiated, raise_explained
 from gradkern.gradients.layouts import PLANS, Row, make_room
+from gradkern.ops.dtypes import arithmetic_dtype
 
 LEAST = 1 << 18
 """The number of elements from which on an embedding is looked for. The search takes 2 µs for each node of a graph."""
@@ -91,7 +92,7 @@ def _layers(outputs: Sequence[Tensor], params: Sequence[Tensor]) -> dict[Tensor,
     for node, number, p in graph.uses(outputs):
         if p not in known:
             continue
-        if number == 0 and _looks_up(node):
+        if number == 0 and looks_up(node):
             found.setdefault(p, []).append(node)
         else:
             other.add(p)
@@ -107,11 +108,25 @@ def _ids(name: str, outputs: Sequence[Tensor], nodes: Sequence[Any]) -> dict[Any
         raise
 
 
-def _looks_up(node: Any) -> bool:
+def looks_up(node: Any) -> bool:
     """Return whether a node looks up rows of a dense tensor of numbers, and its gradient by the rows is dense."""
     if node.name() != "EmbeddingBackward0" or node._input_metadata[0].is_nested_tensor:
         return False
     return not (node._saved_sparse or node._saved_scale_grad_by_freq)
+
+
+def numbered(ids: Tensor) -> Tensor:
+    """Return a number below N for each of N ids; equal ids have one number. The host waits for no device."""
+    ascending, order = ids.sort()
+    numbers = torch.empty_like(ids)
+    numbers[order] = (ascending.diff(prepend=ascending[:1]) != 0).cumsum(0)
+    return numbers
+
+
+def added_up(index: Tensor, values: Tensor, n: int) -> Tensor:
+    """Return a matrix of ``n`` rows to which ``values`` (N, d) are added at ``index`` (N,); float32 of 16-bit ones."""
+    values = values.to(arithmetic_dtype(values.dtype))
+    return torch.ops.aten.embedding_dense_backward(values, index, n, -1, False)
 
 
 def _n_rows(node: Any) -> int:

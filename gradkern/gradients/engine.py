@@ -17,7 +17,12 @@ _run_backward: Callable[..., Row] = torch.autograd.Variable._execution_engine.ru
 
 
 def differentiated(
-    name: str, outputs: tuple[Tensor, ...], targets: Sequence[Target], retain_graph: bool, grads: tuple[Tensor, ...]
+    name: str,
+    outputs: Sequence[Target],
+    targets: Sequence[Target],
+    retain_graph: bool,
+    grads: tuple[Tensor, ...],
+    losses: Sequence[Tensor] = (),
 ) -> Row:
     """Return the gradients of ``outputs`` with respect to ``targets``, None for a target not reached.
 
@@ -25,15 +30,19 @@ def differentiated(
 
     Args:
         name: the outputs' name for error messages, such as "losses[0]".
+        outputs: tensors, or places within the graphs of ``losses``.
+        targets: what to differentiate by.
+        retain_graph: whether to keep the graph.
         grads: the gradients with respect to the outputs.
+        losses: the tensors that were computed through ``outputs``, if these are no tensors.
     """
     try:
-        return _run_backward(outputs, grads, retain_graph, False, tuple(targets), True, accumulate_grad=False)
+        return _run_backward(tuple(outputs), grads, retain_graph, False, tuple(targets), True, accumulate_grad=False)
     except RuntimeError as error:
         if not _are_frozen(targets):
-            raise_explained(name, outputs, error)
+            raise_explained(name, losses or [x for x in outputs if isinstance(x, Tensor)], error)
             raise
-    return _of_trainable(targets, lambda on: differentiated(name, outputs, on, retain_graph, grads))
+    return _of_trainable(targets, lambda on: differentiated(name, outputs, on, retain_graph, grads, losses))
 
 
 def differentiated_together(

@@ -23,9 +23,10 @@ from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.optim.adamw_arguments import adamw_options, check_adamw_state, check_dtype, refuse_unfused, state_entry
 from gradkern.optim.arguments import check_closure, check_mapping, checked_group
 from gradkern.optim.moments import MOMENTS, states_of
-from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.flat_rows import FlatRows
 from gradkern.step.masked import mask_over
 from gradkern.step.rows import Rows
+from gradkern.step.step_rows import StepRows
 
 
 @dataclass
@@ -299,7 +300,7 @@ def along_parts(params: Sequence[Tensor], parts: Sequence[Tensor]) -> Combinatio
 def _of_tensors(direction: Combination) -> Combination:
     """Return the same direction with rows of tensors; a matrix is combined first, which is one call."""
     rows, w = direction.rows, direction.w
-    if isinstance(rows, Rows):
+    if not isinstance(rows, FlatRows):
         return direction
     results, _ = rows.combine(w[:-1], w[-1])
     return replace(along(rows, results), lr_scale=direction.lr_scale, found_inf=direction.found_inf)

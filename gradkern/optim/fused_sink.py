@@ -17,9 +17,10 @@ from gradkern.aggregators import Entrywise, GradAttention
 from gradkern.distributed.comm import comm_of
 from gradkern.gradients.parameters import Targets
 from gradkern.optim.adamw import AdamW, Combination, along
-from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.flat_rows import FlatRows
 from gradkern.step.masked import kept_share
 from gradkern.step.options import Options
+from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome
 
 

@@ -18,10 +18,10 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import parts_here
 from gradkern.optim.adamw import AdamW, Combination, along_parts
 from gradkern.optim.fused_sink import FusedAdamWSink, can_fuse, needs_no_grad
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
 from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import Rows
+from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome
 
 

@@ -17,6 +17,7 @@ from gradkern.step.options import Options
 from gradkern.step.pipeline import open_source, outside_inference_mode, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
 from gradkern.step.way import Way
+from gradkern.step.weighted_pass import WeightedPassSink
 
 
 def backward(
@@ -135,6 +136,9 @@ def grad_sink(source: Source, options: Options) -> Sink:
             return WeightedBackwardSink(source, method)
         if not method.needs_gramian:
             return MeanBackwardSink(source, method, comm)
+    if options.way.through == "activations" and options.way.finish == "backward":
+        assert isinstance(source, Losses), "it has no sums of micro-batches"
+        return WeightedPassSink(source)
     return GradSink()
 
 

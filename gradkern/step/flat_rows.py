@@ -18,7 +18,7 @@ from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.registry import is_watched
 from gradkern.step.blocks import Blocks, Pieces, plan
-from gradkern.step.rows import Combined, Rows
+from gradkern.step.rows import Combined
 
 LARGEST = 1 << 19
 """The number of elements of all task gradients up to which a copy takes less time than the calls that it saves."""
@@ -175,6 +175,3 @@ def _clones(tensors: list[Tensor]) -> Sequence[Tensor]:
 
 
 _HAS_FOREACH_CLONE = hasattr(torch, "_foreach_clone")  # private API of PyTorch, which may lack it
-
-StepRows = Rows | FlatRows
-"""The rows of a step."""

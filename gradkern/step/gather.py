@@ -17,9 +17,10 @@ from gradkern.gradients.memory import Memory, bools_on
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
-from gradkern.step.flat_rows import Flat, FlatRows, StepRows, fits, flattened
+from gradkern.step.flat_rows import Flat, FlatRows, fits, flattened
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
+from gradkern.step.step_rows import StepRows
 
 
 def gathered(
@@ -52,7 +53,7 @@ def gathered(
         return targets, [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
         new = [_row(one, targets) for one in taken]
-        losses = _losses(source, targets, options)
+        losses = losses_of(source, targets, options)
         rows = rows_of(source.present, (losses, source.loss_scale), targets, new, options)
         if compact is not None and compact.params:
             rows = replace(rows, compact=frozenset(k for k, p in enumerate(targets.tensors) if p in compact.params))
@@ -123,7 +124,7 @@ def _flat_rows(source: Source, targets: Targets, taken: list[Flat | Row], option
         targets.tensors,
         [one.vector if isinstance(one, Flat) else None for one in taken],
         arrangement,
-        losses=_losses(source, targets, options),
+        losses=losses_of(source, targets, options),
         loss_scale=source.loss_scale,
     )
 
@@ -155,7 +156,7 @@ def rows_of(
         raise ValueError("no task has a gradient for any parameter that requires grad")
     return Rows(
         targets.tensors,
-        _of_one_kind(taken, arrangement, targets),
+        of_one_kind(taken, arrangement, targets),
         arrangement,
         mask=None if suppression is None else suppression.mask(targets.device),
         products_masked=suppression is not None and suppression.scope == "all",
@@ -203,7 +204,7 @@ def units_of(options: Options, targets: Targets) -> tuple[int, ...] | None:
     return tuple([first_units[k] for k in targets.places])
 
 
-def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) -> list[Row]:
+def of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) -> list[Row]:
     """Return the rows with dense copies of sparse gradients of parameters that have dense gradients too."""
     if not arrangement.mixed:
         return rows
@@ -216,5 +217,6 @@ def _of_one_kind(rows: list[Row], arrangement: Arrangement, targets: Targets) ->
     ]
 
 
-def _losses(source: Source, targets: Targets, options: Options) -> Tensor | None:
+def losses_of(source: Source, targets: Targets, options: Options) -> Tensor | None:
+    """Return the losses as the method sees them, (T,); None if it needs none."""
     return unscaled(stacked(source.values, targets.tensors[0]), source) if options.aggregator.needs_losses else None

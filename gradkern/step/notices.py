@@ -17,8 +17,8 @@ from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.ops.capture import capturing
 from gradkern.ops.registry import is_watched
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.options import Options
+from gradkern.step.step_rows import StepRows
 from gradkern.warn import warn_user
 
 LOOKS = 4

@@ -19,10 +19,10 @@ from gradkern.gradients.parameters import Targets
 from gradkern.gradients.plan import Arrangement
 from gradkern.gradients.sharded import parts_here
 from gradkern.step.begin import Start, plans_of
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import rows_of, tells_absent, units_of
 from gradkern.step.options import Options
 from gradkern.step.shard_rows import ShardRows, buckets_for, laid_like, shard_rows
+from gradkern.step.step_rows import StepRows
 
 
 def gathered_on_ranks(

@@ -1,10 +1,11 @@
 """The pipeline of a step: source → rows → Gramian → weights → sink.
 
 The pipeline writes only after it has computed everything, so a step that raises leaves every ``.grad`` unchanged. It
-puts the state of the method, the masks and the memory back as they were.
+puts the state of the method, the masks, the memory and the sketch back as they were.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any, TypeVar
 
@@ -16,23 +17,27 @@ from gradkern.aggregators.history.averaged import Averaged
 from gradkern.distributed.comm import comm_of
 from gradkern.distributed.draws import same_draws
 from gradkern.gradients.features import LossesOnFeatures
+from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Losses, Source, stacked
 from gradkern.gradients.parameters import Params, Targets
 from gradkern.gradients.sharded import differentiated_by_hooks, is_dtensor
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
+from gradkern.step.activation_rows import ActivationRows
 from gradkern.step.averages import averaged
 from gradkern.step.begin import Start, start
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.gather import gathered
 from gradkern.step.notices import look
 from gradkern.step.on_parts import gathered_in_parts
 from gradkern.step.on_ranks import gathered_on_ranks
 from gradkern.step.options import Options
+from gradkern.step.refused_ways import refuse_way
 from gradkern.step.rows import Rows
 from gradkern.step.second import Second, check_wanted, opened, with_second
 from gradkern.step.sinks import Sink, WeightedBackwardSink
+from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome, surgery
+from gradkern.step.through_activations import through_activations
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -76,7 +81,12 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
             sink.commit(None)
         sink.finish()
         return _info(sink.mean_losses(), targets, outcome, kept=None, step_scale=None)
-    if begun is None:
+    new: list[Row]
+    rows: StepRows
+    if options.way.through == "activations":
+        assert isinstance(source, Losses), "others are refused"
+        new, rows = [], through_activations(source, targets, options)
+    elif begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     elif targets.has_dtensors:
         new, rows = gathered_in_parts(source, options, begun)
@@ -106,8 +116,11 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
                 options.memory.remember(present, new, targets.tensors)
             if rows.mask is not None:
                 rows.mask.advance()
+            if options.way.gramian is not None:
+                options.way.gramian.advance()
         sink.finish()
-        return _info(_losses(source, targets, rows, begun), targets, outcome, kept, step_scale)
+        info = _info(_losses(source, targets, rows, begun), targets, outcome, kept, step_scale)
+        return replace(info, conflict_agreement=rows.conflict_agreement) if isinstance(rows, ActivationRows) else info
 
 
 def _losses(source: Source, targets: Targets, rows: StepRows, begun: Start | None) -> Tensor:
@@ -124,6 +137,7 @@ def _opened(source: Source, options: Options, params: Params, second: Second) ->
     check_wanted(second, options.aggregator)
     targets = Targets.of(params, options.groups, options.shared)
     open_source(source, targets)
+    refuse_way(source, targets, options)
     second_losses = opened(second, source, targets)
     if options.memory is not None:
         options.memory.check(len(source.present))

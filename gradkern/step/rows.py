@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from gradkern.gradients.embeddings import added_up
 from gradkern.gradients.layouts import PLANS, Row
 from gradkern.gradients.param_grads import laid_out, new_grad, owned, owns_its_storage
 from gradkern.gradients.plan import Arrangement, Batch, Column
@@ -17,7 +18,7 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.masked import kept_share, mask_of
-from gradkern.step.sparse_rows import added_up, combine_sparse, drop_masked, rows_that_occur
+from gradkern.step.sparse_rows import combine_sparse, drop_masked, rows_that_occur
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
 """Each parameter with its gradient, to which nothing else refers; and the share of entries that suppression kept, a

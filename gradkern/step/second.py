@@ -8,8 +8,8 @@ from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Loss, Losses, Source, losses_named
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
-from gradkern.step.flat_rows import StepRows
 from gradkern.step.rows import Rows
+from gradkern.step.step_rows import StepRows
 
 Second = Sequence[Loss] | None
 """The losses of the second batch, as those of the first; None without one."""

@@ -17,7 +17,7 @@ from gradkern.gradients.memory import bools_on
 from gradkern.gradients.param_grads import added, owned
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import is_dtensor
-from gradkern.step.flat_rows import StepRows
+from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome, of_optimizer
 
 

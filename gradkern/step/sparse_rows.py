@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradkern.gradients.embeddings import added_up, numbered
 from gradkern.gradients.layouts import new_grad_stride
 from gradkern.modifiers.suppression import MaskState
-from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.philox import dropped_at
 
 
@@ -24,17 +24,9 @@ def rows_that_occur(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
     n, V = sum(g._nnz() for g in present), len(present[0])
     if n >= V or any(g.sparse_dim() > 1 or g.dense_dim() != 1 for g in present):
         return [None if g is None else g.to_dense() for g in grads]
-    ids, order = torch.cat([g._indices()[0] for g in present]).sort()
-    numbers = torch.empty_like(ids)
-    numbers[order] = (ids.diff(prepend=ids[:1]) != 0).cumsum(0)  # equal ids have one number
+    numbers = numbered(torch.cat([g._indices()[0] for g in present]))
     of_tasks = iter(numbers.split([g._nnz() for g in present]))
     return [None if g is None else added_up(next(of_tasks), g._values(), n) for g in grads]
-
-
-def added_up(index: Tensor, values: Tensor, n: int) -> Tensor:
-    """Return a matrix of ``n`` rows to which ``values`` (N, d) are added at ``index`` (N,); float32 of 16-bit ones."""
-    values = values.to(arithmetic_dtype(values.dtype))
-    return torch.ops.aten.embedding_dense_backward(values, index, n, -1, False)
 
 
 def combine_sparse(grads: Sequence[Tensor | None], w: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,12 +16,13 @@ from gradkern.ops import one_launch, operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.entrywise import EntrywiseRows
-from gradkern.step.flat_rows import FlatRows, StepRows
+from gradkern.step.flat_rows import FlatRows
 from gradkern.step.masked import kept_share, mask_over
 from gradkern.step.notices import warn_once
 from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows
 from gradkern.step.sampled_entries import SampledRows
+from gradkern.step.step_rows import StepRows
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def surgery(
     fused = None
     if isinstance(rows, FlatRows):
         fused = None if unshared else _in_one_call(rows, aggregator)
-    elif takes_combination and rows.present is None and not isinstance(rows, RankRows):
+    elif takes_combination and rows.present is None and isinstance(rows, Rows) and not isinstance(rows, RankRows):
         fused = _in_one_launch(rows, aggregator)
     if fused is not None:
         return fused

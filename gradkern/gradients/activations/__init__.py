@@ -1,0 +1,1 @@
+"""Gramians from what went into each layer and what comes back out of it, without task gradients."""

@@ -1,0 +1,60 @@
+"""What a step through activations or features cannot do, refused before any pass runs."""
+
+from collections.abc import Iterator
+
+from gradkern.aggregators import Entrywise, GradAttention
+from gradkern.distributed.comm import comm_of
+from gradkern.gradients.features import LossesOnFeatures
+from gradkern.gradients.losses import Losses, Source
+from gradkern.gradients.parameters import Targets
+from gradkern.step.options import Options
+
+Refusal = tuple[str, str]
+"""What is refused, with the value of the argument; and what to give instead."""
+
+
+def refuse_way(source: Source, targets: Targets, options: Options) -> None:
+    """Raise unless the step's way goes together with its losses, method and modifiers.
+
+    Raises:
+        ValueError: it does not; the message says what to give instead.
+        NotImplementedError: it does not yet on several ranks, or with DTensors.
+    """
+    way = options.way
+    if way.through != "activations":
+        return
+    for what, instead in _without_activations(source, targets, options):
+        raise ValueError(f"through='activations' does not go together with {what}: {instead}")
+    if comm_of(options.process_group) is not None or targets.has_dtensors:
+        raise NotImplementedError(
+            "through='activations' is not for several ranks yet: give through='rows', or process_group=False"
+        )
+
+
+def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:
+    method, suppression, way = options.aggregator, options.suppression, options.way
+    rows = "give through='rows'"
+    if not isinstance(source, Losses) or source.has_callables:
+        yield "losses that are callables", f"compute tensors, in one forward pass of all tasks, or {rows}"
+    if isinstance(source, LossesOnFeatures) and source.batched:
+        yield "batched=True", "leave it out"
+    if isinstance(method, GradAttention | Entrywise):
+        yield f"aggregator={method!r}, which looks at entries of the task gradients", rows
+    if method.averages_rows:
+        yield f"aggregator={method!r}, which keeps running means of the task gradients", rows
+    if method.needs_second:
+        yield f"aggregator={method!r}, which needs dot products with a second batch's gradients", rows
+    if options.memory is not None:
+        yield "memory=True, which keeps the task gradients", rows
+    if suppression is not None and suppression.scope == "all":
+        yield f"suppression={suppression!r}, whose mask needs entries of each gradient", "give scope='update'"
+    if suppression is not None and way.finish == "backward":
+        yield f"suppression={suppression!r} and finish='backward', which masks nothing", "give finish='kept'"
+    if options.groups != "model" and way.finish == "backward":
+        groups = f"groups={options.groups!r} and finish='backward', whose one pass has one weight for each task"
+        yield groups, "give finish='kept'"
+    for k, p in enumerate(targets.tensors):
+        if p._backward_hooks:
+            yield f"the hook of {targets.name(k)} in params, which changes its gradient for one task", rows
+    if targets.layouts.lazy:
+        yield "params that have no shapes yet", "run lazy modules once before the step"
