@@ -88,7 +88,8 @@ def _kept(graphs: Graphs, source: Losses, targets: Targets, options: Options) ->
     T, n = graphs.n_tasks, len(targets.tensors)
     reached = [k for k, tasks in enumerate(graphs.tasks) if tasks]
     shared = [k for k in reached if (len(graphs.tasks[k]) > 1 if targets.named is None else targets.named[k])]
-    weights = [weight for k in shared if (weight := _weight(graphs, targets, k)).is_cheaper_without_rows(T)]
+    used = [_weight(graphs, targets, k) for k in shared]
+    weights = [weight for weight in used if weight.is_cheaper_without_rows(T, options.way.gramian)]
     kept: list[_Found] = []
     new: list[list[Tensor | None]] = [[None] * n for _ in range(T)]
     for found in _walked(graphs, source, targets, weights, reached, is_cut=False):

@@ -66,13 +66,20 @@ class Weight:
         is_plain = isinstance(first, Linear) or (isinstance(first, Convolution) and not first.is_grouped)
         return is_plain and self.is_of_one_kind
 
-    def is_cheaper_without_rows(self, n_tasks: int) -> bool:
-        """Return whether one weight gradient and inner products cost less than T weight gradients, combined."""
+    def is_sketched(self, columns: int) -> bool:
+        """Return whether a sketch of so many columns is smaller than what it stands for."""
+        sizes = self.sizes(1)
+        return self.has_inputs and columns < min(sizes.n, sizes.p)
+
+    def is_cheaper_without_rows(self, n_tasks: int, sketch: Sketch | None) -> bool:
+        """Return whether one weight gradient and dot products cost less than T weight gradients, combined."""
         if not self.layers:
             return False
         sizes, machine = self.sizes(n_tasks), machine_of(self.param.device)
         if self.is_embedding:
             return sizes.n < sizes.p
+        if sketch is not None and self.is_sketched(sketch.columns):
+            return True
         return self.has_inputs and machine.inner(sizes, True) < machine.direct(sizes, True)
 
 
@@ -89,8 +96,7 @@ def products(weight: Weight, passed: Sequence[Passed]) -> Tensor:
 
 def sketched_products(weight: Weight, passed: Sequence[Passed], sketch: Sketch) -> Tensor:
     """Return an estimate of :func:`products`, or these where they cost no more."""
-    sizes = weight.sizes(len(passed[0].grads))
-    if weight.is_embedding or not weight.has_inputs or sketch.columns >= min(sizes.n, sizes.p):
+    if not weight.is_sketched(sketch.columns):
         return products(weight, passed)
     return _products(sketched_rows(weight, passed, sketch))
 
