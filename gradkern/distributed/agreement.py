@@ -37,6 +37,8 @@ UNEQUAL: dict[str, str] = {
     "first step": "whether they have taken a step with these params, in this order, before: {ranks}",
     "values": "the values of params: {ranks}. Broadcast them from one rank before the first step, as "
     "DistributedDataParallel does, or build the model from the same seed",
+    "layers": "which params several losses reach, or the layers that use them: {ranks}. Give all ranks losses of the "
+    "same tasks, computed in the same way, or give through='rows'",
     "state": "the parameters or the state of the method: {ranks}. Make it from the same seed on all ranks, or load the "
     "same checkpoint on all",
 }

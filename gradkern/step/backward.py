@@ -17,7 +17,7 @@ from gradkern.step.options import Options
 from gradkern.step.pipeline import open_source, outside_inference_mode, run
 from gradkern.step.sinks import GradSink, Sink, WeightedBackwardSink
 from gradkern.step.way import Way
-from gradkern.step.weighted_pass import WeightedPassSink
+from gradkern.step.weighted_pass import MeanWeightedPassSink, WeightedPassSink
 
 
 def backward(
@@ -138,7 +138,8 @@ def grad_sink(source: Source, options: Options) -> Sink:
             return MeanBackwardSink(source, method, comm)
     if options.way.through == "activations" and options.way.finish == "backward":
         assert isinstance(source, Losses), "it has no sums of micro-batches"
-        return WeightedPassSink(source)
+        comm = comm_of(options.process_group)
+        return WeightedPassSink(source) if comm is None else MeanWeightedPassSink(source, comm)
     return GradSink()
 
 

@@ -259,7 +259,9 @@ def _runs_one_by_one(source: Source, options: Options) -> bool:
 
 def _method_digest(options: Options) -> int:
     memory = None if options.memory is None else options.memory.counts
-    said = repr((options.aggregator, options.suppression, options.conflict_lr, memory))
+    sketch = options.way.gramian
+    position = None if sketch is None else sketch.state_dict()
+    said = repr((options.aggregator, options.suppression, options.conflict_lr, memory, options.way, position))
     return digest("method", re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.gradients.activations.products import Passed, Weight, products, sketched_products
+from gradkern.gradients.activations.factors import Found
+from gradkern.gradients.activations.products import products, sketched_products
 from gradkern.gradients.layouts import layouts_of
 from gradkern.gradients.param_grads import laid_out, readable
 from gradkern.gradients.parameters import Targets
@@ -38,19 +39,25 @@ class Gramians:
         self.M = torch.zeros(shape, dtype=dtype, device=targets.device)
         self.exact = torch.zeros_like(self.M) if sketch is not None and sketch.report else None
 
-    def add(self, weight: Weight, passed: Sequence[Passed]) -> None:
-        """Add the dot products of a weight; ``passed`` is what has passed through its layers, one or more."""
-        exact = products(weight, passed) if self._sketch is None or self._sketch.report else None
-        if self._sketch is None:
-            assert exact is not None
-            self._add(self.M, weight.place, exact)
-            return
-        self._add(self.M, weight.place, sketched_products(weight, passed, self._sketch))
-        if exact is not None:
-            self._add_exact(weight.place, exact)
+    def add(self, found: Found) -> None:
+        """Add the dot products of a parameter that a task reaches."""
+        sketch = self._sketch
+        if found.weight is None:
+            self._add(found.place, self._of_row(found.place, found.rows[0]), None)
+        elif sketch is None:
+            self._add(found.place, products(found.weight, found.passed), None)
+        else:
+            exact = products(found.weight, found.passed) if sketch.report else None
+            self._add(found.place, sketched_products(found.weight, found.passed, sketch), exact)
 
-    def add_row(self, k: int, grads: Sequence[Tensor | None]) -> None:
-        """Add the dot products of the T gradients of parameter ``k``."""
+    def add_products(self, M: Tensor) -> None:
+        """Add dot products of rows, (S, T, T)."""
+        self.M += M
+        if self.exact is not None:
+            self.exact += M
+
+    def _of_row(self, k: int, grads: Sequence[Tensor | None]) -> Tensor:
+        """Return the dot products of the T gradients of parameter ``k``."""
         p = self._targets.tensors[k]
         column = [readable([g], [p], layouts_of([p]))[0] for g in grads]
         are_sparse = {g.is_sparse for g in column if g is not None}
@@ -58,19 +65,10 @@ class Gramians:
             column = rows_that_occur(column)
         elif True in are_sparse:
             column = [laid_out(g, p) if g is not None and g.is_sparse else g for g in column]
-        found = operators.gramian_tensors(TaskGrads(column, [0], 1))[0]
-        self._add(self.M, k, found)
-        self._add_exact(k, found)
+        return operators.gramian_tensors(TaskGrads(column, [0], 1))[0]
 
-    def add_rows(self, products: Tensor) -> None:
-        """Add the dot products of rows, (S, T, T)."""
-        self.M += products
+    def _add(self, k: int, M: Tensor, exact: Tensor | None) -> None:
+        segment = self._targets.groups[k]
+        self.M[segment] += M
         if self.exact is not None:
-            self.exact += products
-
-    def _add(self, M: Tensor, k: int, products: Tensor) -> None:
-        M[self._targets.groups[k]] += products
-
-    def _add_exact(self, k: int, products: Tensor) -> None:
-        if self.exact is not None:
-            self._add(self.exact, k, products)
+            self.exact[segment] += M if exact is None else exact

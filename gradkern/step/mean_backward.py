@@ -11,8 +11,10 @@ from gradkern.distributed.agreement import together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.draws import same_draws
 from gradkern.distributed.reduction import mean_row
+from gradkern.gradients.layouts import Row, RowReach
 from gradkern.gradients.losses import Losses
 from gradkern.gradients.param_grads import added, readable
+from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import as_dtensor, is_dtensor
 from gradkern.step.on_ranks import agreed_reach, mean_losses, refuse_sparse, refuse_switched
 from gradkern.step.shard_rows import buckets_for, results_of
@@ -38,11 +40,7 @@ class MeanBackwardSink(WeightedBackwardSink):
         targets = self._targets
         (reach,) = agreed_reach(self.comm, targets, self._differentiate)
         own = self._observed()
-        places = [k for k, kind in enumerate(reach) if kind is not None]
-        plain = [k for k in places if not is_dtensor(targets.tensors[k])]
-        with torch.no_grad():
-            vectors = mean_row(self.comm, buckets_for(plain, targets.layouts, self.comm), self._row, targets.device)
-            means = dict(results_of(vectors, targets)) | self._of_dtensors()
+        means = dict(mean_results(self.comm, targets, reach, self._row)) | self._of_dtensors()
         accumulate([*((p, means[p]) for p in targets.tensors if p in means), *own])
         return None
 
@@ -87,3 +85,18 @@ class MeanBackwardSink(WeightedBackwardSink):
     def _weigh(self, tasks: Tasks) -> Tensor:
         with same_draws(self.comm, self.method, tasks.device):
             return super()._weigh(tasks)
+
+
+@torch.no_grad()
+def mean_results(comm: Comm, targets: Targets, reach: RowReach, row: Row) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters that every rank has whole, with the means over the ranks of their gradients.
+
+    Args:
+        comm: the ranks.
+        targets: n parameters.
+        reach: which of them have a gradient on any rank.
+        row: the n gradients of this rank, as :func:`gradkern.gradients.param_grads.readable` returns them.
+    """
+    reached = [k for k, kind in enumerate(reach) if kind is not None]
+    places = [k for k in reached if not is_dtensor(targets.tensors[k])]
+    return results_of(mean_row(comm, buckets_for(places, targets.layouts, comm), row, targets.device), targets)

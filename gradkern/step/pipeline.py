@@ -24,6 +24,7 @@ from gradkern.gradients.sharded import differentiated_by_hooks, is_dtensor
 from gradkern.info import SurgeryInfo
 from gradkern.ops.undo import Undo
 from gradkern.step.activation_rows import ActivationRows
+from gradkern.step.activations_on_ranks import activations_on_ranks
 from gradkern.step.averages import averaged
 from gradkern.step.begin import Start, start
 from gradkern.step.gather import gathered
@@ -85,7 +86,12 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
     rows: StepRows
     if options.way.through == "activations":
         assert isinstance(source, Losses), "others are refused"
-        new, rows = [], through_activations(source, targets, options)
+        new = []
+        rows = (
+            through_activations(source, targets, options)
+            if begun is None
+            else activations_on_ranks(source, options, begun)
+        )
     elif begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     elif targets.has_dtensors:

@@ -25,10 +25,20 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
         return
     for what, instead in _without_activations(source, targets, options):
         raise ValueError(f"through='activations' does not go together with {what}: {instead}")
-    if comm_of(options.process_group) is not None or targets.has_dtensors:
-        raise NotImplementedError(
-            "through='activations' is not for several ranks yet: give through='rows', or process_group=False"
-        )
+    if targets.has_dtensors:
+        raise NotImplementedError("through='activations' is not for DTensors in params yet: give through='rows'")
+    if comm_of(options.process_group) is not None:
+        _refuse_on_ranks(options)
+
+
+def _refuse_on_ranks(options: Options) -> None:
+    way = options.way
+    for what, is_given in (
+        ("finish='kept'", way.finish == "kept"),
+        ("a Sketch(report=True)", way.gramian is not None and way.gramian.report),
+    ):
+        if is_given:
+            raise NotImplementedError(f"through='activations' on several ranks has no {what} yet: leave it out")
 
 
 def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:

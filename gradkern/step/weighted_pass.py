@@ -6,16 +6,21 @@ such node of its own. It begins with w_i.)
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradkern.distributed.comm import Comm
 from gradkern.gradients.activations.graphs import Graphs
-from gradkern.gradients.engine import raise_explained
+from gradkern.gradients.engine import differentiated, raise_explained
 from gradkern.gradients.losses import Losses
+from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.step.activation_rows import ActivationRows
+from gradkern.step.mean_backward import mean_results
+from gradkern.step.on_ranks import agreed_reach, refuse_sparse
 from gradkern.step.sinks import GradSink
 from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome
@@ -43,28 +48,59 @@ class WeightedPassSink(GradSink):
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Run the backward pass."""
-        graphs, losses = self._graphs, list(self._graphs.losses.values())
-        hooks = list(_weighted_where_tasks_meet(graphs, self._w)) if self._unshared is None else []
+        losses = list(self._graphs.losses.values())
         try:
-            torch.autograd.backward(
-                losses,
-                [self._seed(i, loss) for i, loss in graphs.losses.items()],
-                inputs=self._targets.tensors,
-                retain_graph=self._retain_graph,
-            )
+            with self._weighted() as seeds:
+                inputs = self._targets.tensors
+                torch.autograd.backward(losses, seeds, inputs=inputs, retain_graph=self._retain_graph)
         except RuntimeError as error:
             raise_explained("one of losses", losses, error)
             raise
+        return super().commit(step_scale)
+
+    @contextmanager
+    def _weighted(self) -> Iterator[list[Tensor]]:
+        """Weigh what passes between tasks within the block; yield the gradients that the losses begin with."""
+        hooks = list(_weighted_where_tasks_meet(self._graphs, self._w)) if self._unshared is None else []
+        try:
+            yield [self._seed(i, loss) for i, loss in self._graphs.losses.items()]
         finally:
             for hook in hooks:
                 hook.remove()
-        return super().commit(step_scale)
 
     def _seed(self, i: int, loss: Tensor) -> Tensor:
         if self._unshared is not None:  # the method weighs the whole loss
             return torch.empty_like(loss).copy_(self._unshared[i])
         root, _ = self._graphs.trace.roots[i]
         return torch.empty_like(loss).copy_(self._w[i]) if self._graphs.trace.is_shared(root) else torch.ones_like(loss)
+
+
+class MeanWeightedPassSink(WeightedPassSink):
+    """Writes the mean over the ranks of the gradients of the weighted losses.
+
+    Args:
+        losses: the losses, whose graphs are kept until then.
+        comm: the ranks.
+    """
+
+    def __init__(self, losses: Losses, comm: Comm) -> None:
+        super().__init__(losses)
+        self._comm = comm
+
+    def commit(self, step_scale: Tensor | None) -> Tensor | None:
+        """Run the backward pass, and write the means over the ranks."""
+        (reach,) = agreed_reach(self._comm, self._targets, self._differentiate)
+        self._results = [*mean_results(self._comm, self._targets, reach, self._row), *self._results]
+        return GradSink.commit(self, step_scale)
+
+    def _differentiate(self) -> list[tuple[bool, ...]]:
+        """Keep the gradients of this rank's weighted losses; return for each parameter whether there is one."""
+        losses, targets = tuple(self._graphs.losses.values()), self._targets
+        with self._weighted() as seeds:
+            grads = differentiated("one of losses", losses, targets.tensors, self._retain_graph, tuple(seeds))
+        self._row = readable(grads, targets.tensors, targets.layouts)
+        refuse_sparse(0, self._row, targets)
+        return [tuple([g is not None for g in self._row])]
 
 
 def _weighted_where_tasks_meet(graphs: Graphs, w: Tensor) -> Iterator[Any]:

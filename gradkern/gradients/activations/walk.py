@@ -38,6 +38,7 @@ class _Segment(NamedTuple):
         last: the nodes from which edges lead to later segments, and these edges by their numbers.
         below: the edges at which the segment ends.
         leaves: the leaves that its nodes use.
+        finished: those of them that no later segment uses.
     """
 
     layers: list[Node]
@@ -45,6 +46,7 @@ class _Segment(NamedTuple):
     last: dict[Node, dict[int, Edge]]
     below: list[Edge]
     leaves: list[Tensor]
+    finished: list[Tensor]
 
 
 class Walk:
@@ -65,6 +67,11 @@ class Walk:
         self._found: dict[Any, Tensor] = {}
         self._stops_with_zeros = False
 
+    @property
+    def sequence(self) -> list[Any]:
+        """The nodes of layers and the leaves in the order in which :meth:`run` yields them."""
+        return [place for segment in self._segments for place in (*segment.layers, *segment.finished)]
+
     def run(self, losses: Mapping[int, Tensor], n_tasks: int, retain_graph: bool) -> Iterator[tuple[Any, OfTasks]]:
         """Yield each layer's node and each leaf with the gradients of T tasks, as soon as all of them are there.
 
@@ -75,7 +82,6 @@ class Walk:
         """
         waiting = {i: {self._roots[i]: torch.ones_like(loss)} for i, loss in losses.items()}
         of_leaves: dict[Tensor, OfTasks] = {}
-        last_use = {p: s for s, segment in enumerate(self._segments) for p in segment.leaves}
         hooks = [hook for segment in self._segments for hook in self._hooks(segment)]
         try:
             for s, segment in enumerate(self._segments):
@@ -93,11 +99,10 @@ class Walk:
                             before = waiting[i].get(place)
                             waiting[i][place] = g if before is None else before + g
                     del found
-                while of_layers:
-                    yield of_layers.popitem()
-                for p in segment.leaves:
-                    if last_use[p] == s and p in of_leaves:
-                        yield p, of_leaves.pop(p)
+                for node in segment.layers:
+                    yield node, of_layers.pop(node)
+                for p in segment.finished:
+                    yield p, of_leaves.pop(p, [None] * n_tasks)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -175,11 +180,13 @@ class Walk:
             if node in needed:
                 users = [user for user, _ in trace.users[node] if user in needed]
                 self._number[node] = max([self._number[u] + (is_cut and u in layers) for u in users], default=0)
-        segments = [_Segment([], [], {}, [], []) for _ in range(1 + max(self._number.values(), default=0))]
+        segments = [_Segment([], [], {}, [], [], []) for _ in range(1 + max(self._number.values(), default=0))]
         for node, s in self._number.items():
             if node in leaf_of:
-                for n in {self._number[user] for user, _ in trace.users[node]}:
+                uses = {self._number[user] for user, _ in trace.users[node]}
+                for n in uses:
                     segments[n].leaves.append(leaf_of[node])
+                segments[max(uses)].finished.append(leaf_of[node])
                 continue
             below = {k: (n, at) for k, (n, at) in enumerate(node.next_functions) if n is not None and n in needed}
             leaving = {k: (n, at) for k, (n, at) in below.items() if self._number[n] > s and n not in leaf_of}
