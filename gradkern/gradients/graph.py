@@ -1,6 +1,6 @@
 """Searches of autograd graphs before a step runs them. Each search visits a node once."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -71,11 +71,16 @@ def refuse_reentrant(name: str, x: Tensor, cut: Collection[Edge] = ()) -> None:
 
     Such checkpointing hides the parameters it uses: autograd would report that they are not reached, or raise.
     """
-    if any(node.name() == "CheckpointFunctionBackward" for node in _Search(x, cut)):
+    if hides_parameters(_Search(x, cut)):
         raise ValueError(
             f"{name} runs through reentrant activation checkpointing, which cannot give the gradients of one "
             "task: call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
         )
+
+
+def hides_parameters(nodes: Iterable[Node]) -> bool:
+    """Return whether any of ``nodes`` is of reentrant activation checkpointing."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes)
 
 
 def refuse_static_graph(name: str, x: Tensor) -> None:

@@ -29,9 +29,10 @@ class Graphs:
 
     def __init__(self, source: Losses, targets: Targets) -> None:
         self.losses = dict(source.graphs())
-        for i, loss in self.losses.items():
-            graph.refuse_reentrant(f"losses[{i}]", loss)
         self.trace = Trace(self.losses)
+        if graph.hides_parameters(self.trace.order):
+            for i, loss in self.losses.items():
+                graph.refuse_reentrant(f"losses[{i}]", loss)
         self.n_tasks = len(source.present)
         self.tasks = [self._tasks_of(p) for p in targets.tensors]
         for i in self.losses:
