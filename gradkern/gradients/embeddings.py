@@ -118,7 +118,7 @@ def looks_up(node: Any) -> bool:
 def numbered(ids: Tensor) -> Tensor:
     """Return a number below N for each of N ids; equal ids have one number. The host waits for no device."""
     ascending, order = ids.sort()
-    numbers = torch.empty_like(ids)
+    numbers = torch.empty_like(ids, dtype=torch.int64)
     numbers[order] = (ascending.diff(prepend=ascending[:1]) != 0).cumsum(0)
     return numbers
 

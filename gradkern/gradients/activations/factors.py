@@ -90,6 +90,12 @@ class Factors:
 
 
 def weights_of(graphs: Graphs, targets: Targets, places: Sequence[int]) -> list[Weight]:
-    """Return the parameters at some places that are used as matrices only."""
+    """Return the parameters at some places that are used as matrices only.
+
+    Raises:
+        ValueError: as :func:`gradkern.gradients.activations.read.read`.
+    """
     found = [Weight(p := targets.tensors[k], k, layers_of(graphs.trace, p)) for k in places if graphs.tasks[k]]
-    return [weight for weight in found if weight.layers]
+    weights = [weight for weight in found if weight.layers]
+    read([layer for weight in weights for layer in weight.layers], list(graphs.losses.values()))
+    return weights

@@ -179,6 +179,8 @@ _PASSED_ON = ("TBackward0", "ToCopyBackward0")
 
 
 def _layer(node: Any, number: int, p: Tensor, is_flipped: bool) -> Layer | None:
+    if node._input_metadata[0].dtype.is_complex:
+        return None
     match node.name(), number:
         case ("AddmmBackward0", 2) if node._saved_alpha == 1:
             return Linear(node, p, is_flipped, "_saved_mat1")

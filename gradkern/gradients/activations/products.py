@@ -154,7 +154,7 @@ def _of_rows_that_occur(passed: Sequence[Passed]) -> Tensor:
         is_padding.append(ids[-1] == layer.padding)
     D = torch.cat(tokens, 1).masked_fill(torch.cat(is_padding).unsqueeze(-1), 0.0)
     n_tasks, n, q = D.shape
-    X = added_up(numbered(torch.cat(ids)), D.transpose(0, 1).reshape(n, -1), n)
+    X = added_up(numbered(torch.cat(ids)), D.transpose(0, 1).reshape(n, n_tasks * q), n)
     return _products(X.view(n, n_tasks, q).transpose(0, 1).contiguous())
 
 
@@ -167,7 +167,7 @@ def _inner(passed: Sequence[Passed]) -> Tensor:
         inputs.append(_wide(layer.inputs(kept)))
         tokens.append(_wide(layer.tokens(_stacked(grads))))
     A = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
-    D = torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0]
+    D = torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0].contiguous()
     M = operators.cross_tensors(TaskGrads(list(D), [0], 1), list((A @ A.T) @ D), None)[0]
     return (M + M.T) / 2  # the products of i with j and of j with i round differently
 

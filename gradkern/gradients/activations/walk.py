@@ -176,10 +176,11 @@ class Walk:
         """Return the segments; a node is in a later one than the layers above it."""
         leaf_of = {trace.leaves[p]: p for p in leaves}
         needed = trace.above([*layers, *leaf_of])
+        cuts = _cuts([node for node in trace.order if node in needed], layers, leaf_of) if is_cut else set()
         for node in trace.order:
             if node in needed:
                 users = [user for user, _ in trace.users[node] if user in needed]
-                self._number[node] = max([self._number[u] + (is_cut and u in layers) for u in users], default=0)
+                self._number[node] = max([self._number[user] + (user in cuts) for user in users], default=0)
         segments = [_Segment([], [], {}, [], [], []) for _ in range(1 + max(self._number.values(), default=0))]
         for node, s in self._number.items():
             if node in leaf_of:
@@ -200,6 +201,32 @@ class Walk:
         for segment in segments:
             segment.below[:] = dict.fromkeys(segment.below)
         return segments
+
+
+def _cuts(order: Sequence[Node], layers: set[Node], leaf_of: Mapping[Node, Tensor]) -> set[Node]:
+    """Return the nodes after which the graph is cut: layers, and nodes at which the rows of a matrix come in.
+
+    The rows of vectors are no larger than what is at their layer. There is no cut if a module has a full backward hook:
+    torch pairs what one pass brings to the module's output with what the next one brings to its input.
+
+    Args:
+        order: the nodes that passes run, each before those below it.
+        layers: the nodes of layers.
+        leaf_of: the leaves that have rows, by their nodes.
+    """
+    if any(node.name() == "BackwardHookFunctionBackward" for node in order):
+        return set()
+    known, cuts = set(order), set(layers)
+    of_leaves: dict[Node, bool] = {}  # nodes with nothing but leaves below, and whether one of these is a matrix
+    for node in reversed(order):
+        below = [other for other, _ in node.next_functions if other is not None and other in known]
+        if node in leaf_of:
+            of_leaves[node] = leaf_of[node].ndim > 1
+        elif node not in layers and below and all(other in of_leaves for other in below):
+            of_leaves[node] = any(of_leaves[other] for other in below)
+        elif any(of_leaves.get(other, False) for other in below):
+            cuts.add(node)
+    return cuts
 
 
 def _fitted(g: Tensor, place: Edge) -> Tensor:
