@@ -24,9 +24,9 @@ if importlib.util.find_spec("hypothesis"):  # without hypothesis, the tests that
 SLOW = {"bench", "check", "compat", "demo", "distributed", "examples", "kernels", "one_launch", "recipes"}
 SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
 SLOW |= {"solvers", "gramian", "history", "wrappers", "arguments", "test_out.py"}
-SLOW |= {"test_every_method.py", "test_no_host_reads.py"}
+SLOW |= {"test_every_method.py", "test_no_host_reads.py", "test_layer_kinds.py", "test_random_graphs.py"}
 """Folders and files of tests that run whole programs, other libraries, kernels in Triton's interpreter, or many cases
-of all methods."""
+of all methods or layers."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
