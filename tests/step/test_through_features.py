@@ -145,7 +145,7 @@ def several(scale: float = 1.0) -> tuple[list[nn.Linear], Tensor, list[Tensor], 
 
 
 @each_sum
-def test_several_features_and_a_task_that_reaches_none(per_example: bool) -> None:
+def test_several_features_and_a_task_that_reaches_none(per_example: bool, back_end: str) -> None:
     trunks, head, features, losses = several()
     H = by_features(losses, features)
     V = torch.stack(vectors(H, per_example))
