@@ -28,10 +28,11 @@ class SurgeryInfo:
 
     Attributes:
         losses: (T,) float32 (float64 if a loss is), detached; NaN where a task was absent.
-        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters. Under
-            ``Suppression(scope="all")`` they cover the kept entries only, under ``GradAttention(update="subset")`` the
-            sampled ones. None for a method that weighs losses, unless it has ``report=True`` or needs the gradients'
-            lengths, and for one that combines gradients entry by entry, unless ``ConflictLR`` needs it.
+        gramian: (T, T) or (S, T, T), the dot products of the task gradients over the shared parameters, with
+            ``through="features"`` those of the gradients by the features. Under ``Suppression(scope="all")`` they cover
+            the kept entries only, under ``GradAttention(update="subset")`` the sampled ones. None for a method that
+            weighs losses, unless it has ``report=True`` or needs the gradients' lengths, and for one that combines
+            gradients entry by entry, unless ``ConflictLR`` needs it.
         weights: (T,) or (S, T), the weights of the task gradients in the update, in the Gramian's dtype, or in that of
             ``losses`` where there is none. None for a method that combines entry by entry.
         targets: (T, T) or (S, T, T) float64, the cosines that GradVac aims at, as they are after the step; None for

@@ -23,6 +23,7 @@ Facts = Mapping[str, int]
 UNEQUAL: dict[str, str] = {
     "steps": "the number of steps so far: {values}. One of them has left out a step, or has taken one alone",
     "method": "the method or its modifiers: {ranks}. Give all ranks the same method, with the same seed= if it has one",
+    "way": "through, finish, gramian or per_example: {ranks}. Give all ranks the same, and a sketch of the same seed",
     "callables": "whether losses are callables: {ranks}. This method weighs losses: give it callables on all ranks, or "
     "tensors on all",
     "tasks": "the number of losses: {values}. Pass None for a task that a rank lacks",
@@ -39,6 +40,8 @@ UNEQUAL: dict[str, str] = {
     "DistributedDataParallel does, or build the model from the same seed",
     "layers": "which params several losses reach, or the layers that use them: {ranks}. Give all ranks losses of the "
     "same tasks, computed in the same way, or give through='rows'",
+    "features": "the number of features that params lie below, their dtypes, or their shapes after dimension 0, over "
+    "which their gradients are summed: {ranks}. With per_example=True the shapes may differ",
     "state": "the parameters or the state of the method: {ranks}. Make it from the same seed on all ranks, or load the "
     "same checkpoint on all",
 }

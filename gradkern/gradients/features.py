@@ -21,7 +21,7 @@ from gradkern.gradients.losses import Loss, Losses, Pass, unreached
 Features = Tensor | Sequence[Tensor]
 
 
-class _Trunk(NamedTuple):
+class Trunk(NamedTuple):
     """The part of the model below the features."""
 
     outputs: list[Tensor]
@@ -32,6 +32,19 @@ class _Trunk(NamedTuple):
     """The targets below."""
     heads_meet: bool
     """Whether heads may share a part of their graphs, because a feature is computed from another one."""
+
+    def below(self, targets: Sequence[Tensor]) -> list[int]:
+        """Return the places of the targets below the features."""
+        return [k for k, p in enumerate(targets) if p in self.leaves]
+
+
+class OfHead(NamedTuple):
+    """The gradients of one task after the backward pass of its head."""
+
+    by_outputs: Row
+    """Those with respect to the trunk's outputs."""
+    row: list[Tensor | None]
+    """Those for the targets, None for all below the features."""
 
 
 class LossesOnFeatures(Losses):
@@ -64,25 +77,18 @@ class LossesOnFeatures(Losses):
 
     def passes(self, targets: Sequence[Tensor], keep: bool = True) -> Iterator[Pass]:
         """Run :meth:`Losses.passes`; all heads run before the first task's gradients are yielded."""
-        trunk = self._trunk(targets)
-        below = [k for k, p in enumerate(targets) if p in trunk.leaves]
-        above = [k for k, p in enumerate(targets) if p not in trunk.leaves]
-        rows: dict[int, list[Tensor | None]] = {}
-        feature_grads: dict[int, Row] = {}
-        for i, grads in self._head_passes([targets[k] for k in above], trunk):
-            feature_grads[i] = grads[: len(trunk.outputs)]
-            rows[i] = [None] * len(targets)
-            for k, g in zip(above, grads[len(trunk.outputs) :], strict=True):
-                rows[i][k] = g
+        trunk = self.trunk(targets)
+        below, heads = trunk.below(targets), dict(self.head_passes(targets, trunk))
+        feature_grads = {i: of_head.by_outputs for i, of_head in heads.items()}
         for i, grads in self._trunk_passes(feature_grads, [targets[k] for k in below], trunk.outputs):
-            row = rows.pop(i)
+            row = heads.pop(i).row
             for k, g in zip(below, grads, strict=True):
                 row[k] = g
             if all(g is None for g in row) and not self.frozen_grads.get(i):
                 raise unreached(i)
             yield i, row
 
-    def _trunk(self, targets: Sequence[Tensor]) -> _Trunk:
+    def trunk(self, targets: Sequence[Tensor]) -> Trunk:
         """Return the trunk, whose outputs are the features that are computed from no other one."""
         given = {graph.edge(h) for h in self.features}
         first = [(k, h) for k, h in enumerate(self.features) if not graph.meets(h, given)]
@@ -95,9 +101,28 @@ class LossesOnFeatures(Losses):
             if below:
                 leaves |= below
                 outputs.append(h)
-        return _Trunk(outputs, {graph.edge(h) for _, h in first}, leaves, len(first) < len(self.features))
+        return Trunk(outputs, {graph.edge(h) for _, h in first}, leaves, len(first) < len(self.features))
 
-    def _head_passes(self, heads: Sequence[Tensor], trunk: _Trunk) -> Iterator[Pass]:
+    def head_passes(self, targets: Sequence[Tensor], trunk: Trunk) -> Iterator[tuple[int, OfHead]]:
+        """Yield each present task's number and what the backward pass of its head gives."""
+        above, n = [k for k, p in enumerate(targets) if p not in trunk.leaves], len(trunk.outputs)
+        for i, grads in self._head_passes([targets[k] for k in above], trunk):
+            row: list[Tensor | None] = [None] * len(targets)
+            for k, g in zip(above, grads[n:], strict=True):
+                row[k] = g
+            yield i, OfHead(grads[:n], row)
+
+    def trunk_pass(self, outputs: Sequence[Tensor], seeds: Sequence[Tensor], targets: Sequence[Tensor]) -> Row:
+        """Return the gradients of the trunk for ``targets``, by one backward pass.
+
+        Args:
+            outputs: outputs of the trunk.
+            seeds: the gradients with respect to them.
+            targets: the targets below the features.
+        """
+        return aliasing.copies(self.differentiate("features", tuple(outputs), targets, self.retain_graph, tuple(seeds)))
+
+    def _head_passes(self, heads: Sequence[Tensor], trunk: Trunk) -> Iterator[Pass]:
         """Yield each task's number and its gradients with respect to the trunk's outputs and the heads."""
         last, _ = graph.clusters(self.entries, trunk.edges)
         if trunk.heads_meet and self.has_callables:  # a callable's graph ends in what others share

@@ -69,9 +69,9 @@ def backward(
         suppression: drops entries of the shared parameters' results at random, with any ``aggregator``.
         features: the output of a trunk that the tasks share in one forward pass: a tensor, or several. Losses must
             reach the trunk's parameters only through it. The backward passes of the heads run first, and each frees
-            its graph, a callable's too, before the next; then the trunk runs once per task. Features must have no
-            tensor hooks and no retain_grad(). Those that do not require grad are ignored. What is computed from another
-            of the features counts as part of the heads.
+            its graph, a callable's too, before the next; then the trunk runs once per task, and with
+            ``through="features"`` once in all. Features must have no tensor hooks and no retain_grad(). Those that do
+            not require grad are ignored. What is computed from another of the features counts as part of the heads.
         batched: with ``features``, send all tasks through the trunk in one vectorized pass, which is faster if one
             task's pass is too small for the device. The trunk's operations must have rules for
             :func:`torch.func.vmap`, so it must not be compiled, and a tensor's hook there sees all tasks' gradients at
@@ -90,7 +90,9 @@ def backward(
             the Gramian and the update are those of the rows, which are not made. Weights of linear layers, convolutions
             and embeddings go this way; other parameters have rows, one tensor at a time. "features": from the gradients
             by ``features`` alone. This is another method, no approximation: MGDA-UB (Sener and Koltun 2018),
-            Aligned-MTL-UB (Senushkin et al. 2023), LibMTL's ``rep_grad``. The trunk gets one backward pass.
+            Aligned-MTL-UB (Senushkin et al. 2023), LibMTL's ``rep_grad``. Everything below ``features`` is under
+            surgery, and gets one backward pass. Each other parameter gets the sum of its tasks' gradients. There are no
+            task gradients for ``groups``, ``shared``, ``suppression``, and methods that look at entries or keep means.
         finish: how a step through activations ends. "backward": by an ordinary backward pass of Σ w_i L_i, in which
             parameters of one task are unweighted. It runs all hooks. No more than one layer's gradients of T tasks are
             alive before it. "kept": these are kept for all layers, and each weight's gradient is one product with their
@@ -132,10 +134,10 @@ def grad_sink(source: Source, options: Options) -> Sink:
     if options.is_weighted_backward and isinstance(source, Losses):  # sums of micro-batches have rows already
         assert isinstance(method, Scalarization)
         comm = comm_of(options.process_group)
-        if comm is None:
-            return WeightedBackwardSink(source, method)
         if not method.needs_gramian:
-            return MeanBackwardSink(source, method, comm)
+            return WeightedBackwardSink(source, method) if comm is None else MeanBackwardSink(source, method, comm)
+        if comm is None and options.way.through != "features":  # with them, the trunk's pass after the Gramian is it
+            return WeightedBackwardSink(source, method)
     if options.way.through == "activations" and options.way.finish == "backward":
         assert isinstance(source, Losses), "it has no sums of micro-batches"
         comm = comm_of(options.process_group)

@@ -23,6 +23,7 @@ from gradkern.gradients.sharded import box_here, is_dtensor, parts_here, place_h
 from gradkern.ops.capture import capturing
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink, runs_one_by_one
+from gradkern.step.way import Way
 
 LARGEST_UNIT = 4096
 """The largest block of a mask: parameters start at multiples of four blocks, and the gaps are sent too."""
@@ -81,6 +82,7 @@ def start(comm: Comm, source: Source, options: Options, sink: Sink, opened: Call
         return {
             "steps": comm.steps,
             "method": _method_digest(options),
+            "way": _way_digest(options.way),
             "callables": _runs_one_by_one(source, options),
             "tasks": len(source.present),
             "parameters": len(targets.tensors),
@@ -259,10 +261,12 @@ def _runs_one_by_one(source: Source, options: Options) -> bool:
 
 def _method_digest(options: Options) -> int:
     memory = None if options.memory is None else options.memory.counts
-    sketch = options.way.gramian
-    position = None if sketch is None else sketch.state_dict()
-    said = repr((options.aggregator, options.suppression, options.conflict_lr, memory, options.way, position))
+    said = repr((options.aggregator, options.suppression, options.conflict_lr, memory))
     return digest("method", re.sub(r" at 0x[0-9a-f]+", "", said))  # a generator's
+
+
+def _way_digest(way: Way) -> int:
+    return digest("way", repr(way), () if way.gramian is None else tuple(way.gramian.state_dict().values()))
 
 
 def _layout_digest(targets: Targets) -> int:

@@ -48,11 +48,11 @@ def gathered(
     if compact is not None:
         compact.note()
     if source.frozen_grads or (isinstance(source, Losses) and source.has_callables):
-        targets, taken = _as_now(source, targets, taken)
+        targets, taken = as_now(source, targets, taken)
     if flat and list(map(type, taken)).count(Flat) == source.present.count(True):
         return targets, [], _flat_rows(source, targets, taken, options)
     with torch.no_grad():
-        new = [_row(one, targets) for one in taken]
+        new = [row_of(one, targets) for one in taken]
         losses = losses_of(source, targets, options)
         rows = rows_of(source.present, (losses, source.loss_scale), targets, new, options)
         if compact is not None and compact.params:
@@ -60,7 +60,7 @@ def gathered(
         return targets, new, rows
 
 
-def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[Targets, list[Flat | Row]]:
+def as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[Targets, list[Flat | Row]]:
     """Return the parameters as the callables have left them, and their gradients; the arguments if nothing changed."""
     frozen_grads = source.frozen_grads
     others = {p for of_task in frozen_grads.values() for p in of_task}
@@ -69,7 +69,7 @@ def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[T
         return targets, taken
     rows: list[Flat | Row] = []
     for i, one in enumerate(taken):
-        row = _row(one, before)
+        row = row_of(one, before)
         if others:
             found = dict(zip(before.tensors, row, strict=True)) | frozen_grads.get(i, {})
             row = [found.get(p) for p in targets.tensors]
@@ -77,7 +77,8 @@ def _as_now(source: Source, before: Targets, taken: list[Flat | Row]) -> tuple[T
     return targets, rows
 
 
-def _row(one: Flat | Row, targets: Targets) -> Row:
+def row_of(one: Flat | Row, targets: Targets) -> Row:
+    """Return a task's gradients one by one, those of a vector as views."""
     return one.views(targets.tensors) if isinstance(one, Flat) else one
 
 

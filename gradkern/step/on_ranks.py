@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradkern.distributed.agreement import digest, together
+from gradkern.distributed.agreement import Facts, digest, together
 from gradkern.distributed.by_rows import n_rows
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.reduction import Reduction
@@ -161,7 +161,9 @@ def _passes(source: Source, targets: Targets, own: list[Row], early: Reduction |
     return reached
 
 
-def agreed_reach(comm: Comm, targets: Targets, work: Callable[[], list[tuple[bool, ...]]]) -> Reach:
+def agreed_reach(
+    comm: Comm, targets: Targets, work: Callable[[], list[tuple[bool, ...]]], facts: Callable[[], Facts] = dict
+) -> Reach:
     """Run the backward passes; return the layouts of the rows' gradients, dense where any rank's task reaches.
 
     Args:
@@ -169,12 +171,13 @@ def agreed_reach(comm: Comm, targets: Targets, work: Callable[[], list[tuple[boo
         targets: the n parameters.
         work: returns for each row and parameter whether this rank has a gradient. With DTensors a rank that raises in
             it does so at once: the others wait for messages of the backward pass, and must get no other ones.
+        facts: returns what else the ranks must have in common after it.
     """
     made = work() if targets.has_dtensors else None
     ready = work if made is None else lambda: made
-    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest("reach", *reached)})
+    rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest("reach", *reached), **facts()})
     if len({of_rank["reach"] for of_rank in of_ranks}) > 1:
-        n = len(targets.tensors)
+        n = len(rows[0])
         flags = [any(f) for f in zip(*comm.exchange_flags([f for row in rows for f in row]), strict=True)]
         rows = [tuple(flags[t * n : (t + 1) * n]) for t in range(len(rows))]
     return tuple([tuple([torch.strided if is_reached else None for is_reached in row]) for row in rows])

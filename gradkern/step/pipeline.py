@@ -39,6 +39,7 @@ from gradkern.step.sinks import Sink, WeightedBackwardSink
 from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome, surgery
 from gradkern.step.through_activations import through_activations
+from gradkern.step.through_features import through_features
 
 Step = TypeVar("Step", bound=Callable[..., Any])
 
@@ -82,16 +83,18 @@ def run(source: Source, sink: Sink, options: Options, params: Params, second: Se
             sink.commit(None)
         sink.finish()
         return _info(sink.mean_losses(), targets, outcome, kept=None, step_scale=None)
-    new: list[Row]
+    new: list[Row] = []
     rows: StepRows
     if options.way.through == "activations":
         assert isinstance(source, Losses), "others are refused"
-        new = []
         rows = (
             through_activations(source, targets, options)
             if begun is None
             else activations_on_ranks(source, options, begun)
         )
+    elif options.way.through == "features":
+        assert isinstance(source, LossesOnFeatures), "others are refused"
+        targets, rows = through_features(source, targets, options, begun)
     elif begun is None:
         targets, new, rows = gathered(source, targets, options, sink.needs_tensors)
     elif targets.has_dtensors:
@@ -159,7 +162,9 @@ def open_source(source: Source, targets: Targets) -> None:
         source.frozen = targets.frozen
     if targets.has_dtensors:
         if isinstance(source, LossesOnFeatures):
-            raise NotImplementedError("features= is not for DTensors in params: leave it out, with the same result")
+            raise NotImplementedError(
+                "features= is not for DTensors in params: leave it out; through='rows' has the same result"
+            )
         source.differentiate = differentiated_by_hooks
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from gradkern.aggregators import Entrywise, GradAttention
 from gradkern.distributed.comm import comm_of
 from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.losses import Losses, Source
@@ -20,14 +19,18 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
         ValueError: it does not; the message says what to give instead.
         NotImplementedError: it does not yet on several ranks, or with DTensors.
     """
-    way = options.way
-    if way.through != "activations":
+    through = options.way.through
+    if through == "rows":
         return
-    for what, instead in _without_activations(source, targets, options):
-        raise ValueError(f"through='activations' does not go together with {what}: {instead}")
+    if through == "features":
+        refused = _without_features(source, options)
+    else:
+        refused = _without_activations(source, targets, options)
+    for what, instead in refused:
+        raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
     if targets.has_dtensors:
-        raise NotImplementedError("through='activations' is not for DTensors in params yet: give through='rows'")
-    if comm_of(options.process_group) is not None:
+        raise NotImplementedError(f"through={through!r} is not for DTensors in params yet: give through='rows'")
+    if through == "activations" and comm_of(options.process_group) is not None:
         _refuse_on_ranks(options)
 
 
@@ -42,20 +45,13 @@ def _refuse_on_ranks(options: Options) -> None:
 
 
 def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:
-    method, suppression, way = options.aggregator, options.suppression, options.way
+    suppression, way = options.suppression, options.way
     rows = "give through='rows'"
     if not isinstance(source, Losses) or source.has_callables:
         yield "losses that are callables", f"compute tensors, in one forward pass of all tasks, or {rows}"
     if isinstance(source, LossesOnFeatures) and source.batched:
         yield "batched=True", "leave it out"
-    if isinstance(method, GradAttention | Entrywise):
-        yield f"aggregator={method!r}, which looks at entries of the task gradients", rows
-    if method.averages_rows:
-        yield f"aggregator={method!r}, which keeps running means of the task gradients", rows
-    if method.needs_second:
-        yield f"aggregator={method!r}, which needs dot products with a second batch's gradients", rows
-    if options.memory is not None:
-        yield "memory=True, which keeps the task gradients", rows
+    yield from _with_rows(options)
     if suppression is not None and suppression.scope == "all":
         yield f"suppression={suppression!r}, whose mask needs entries of each gradient", "give scope='update'"
     if suppression is not None and way.finish == "backward":
@@ -68,3 +64,35 @@ def _without_activations(source: Source, targets: Targets, options: Options) -> 
             yield f"the hook of {targets.name(k)} in params, which changes its gradient for one task", rows
     if targets.layouts.lazy:
         yield "params that have no shapes yet", "run lazy modules once before the step"
+
+
+def _without_features(source: Source, options: Options) -> Iterator[Refusal]:
+    rows = "give through='rows'"
+    if not isinstance(source, LossesOnFeatures):
+        yield "features=None", f"give the output of the trunk that all tasks share, or {rows}"
+        return
+    if source.batched:
+        yield "batched=True, as the trunk has one pass for all tasks", "leave it out"
+    yield from _with_rows(options)
+    if options.suppression is not None:
+        yield f"suppression={options.suppression!r}, whose mask lies over the task gradients", rows
+    if options.groups != "model":
+        yield f"groups={options.groups!r}, as the features have one Gramian for all parameters below", rows
+    if options.shared is not None:
+        yield (
+            "shared, as surgery is for all parameters below the features, and for no others",
+            f"leave it out, or {rows}",
+        )
+
+
+def _with_rows(options: Options) -> Iterator[Refusal]:
+    """Yield what needs the rows of the task gradients, and is there by no other way."""
+    method, rows = options.aggregator, "give through='rows'"
+    if method.needs_entries:
+        yield f"aggregator={method!r}, which looks at entries of the task gradients", rows
+    if method.averages_rows:
+        yield f"aggregator={method!r}, which keeps running means of the task gradients", rows
+    if method.needs_second:
+        yield f"aggregator={method!r}, which needs dot products with a second batch's gradients", rows
+    if options.memory is not None:
+        yield "memory=True, which keeps the task gradients", rows

@@ -19,7 +19,6 @@ from gradkern.step.entrywise import EntrywiseRows
 from gradkern.step.flat_rows import FlatRows
 from gradkern.step.masked import kept_share, mask_over
 from gradkern.step.notices import warn_once
-from gradkern.step.rank_rows import RankRows
 from gradkern.step.rows import AnyRows, Combined, Results, Rows
 from gradkern.step.sampled_entries import SampledRows
 from gradkern.step.step_rows import StepRows
@@ -65,7 +64,7 @@ def surgery(
     fused = None
     if isinstance(rows, FlatRows):
         fused = None if unshared else _in_one_call(rows, aggregator)
-    elif takes_combination and rows.present is None and isinstance(rows, Rows) and not isinstance(rows, RankRows):
+    elif takes_combination and rows.present is None and type(rows) is Rows:  # and no other kind of them
         fused = _in_one_launch(rows, aggregator)
     if fused is not None:
         return fused
