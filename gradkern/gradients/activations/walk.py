@@ -217,14 +217,16 @@ def _cuts(order: Sequence[Node], layers: set[Node], leaf_of: Mapping[Node, Tenso
     if any(node.name() == "BackwardHookFunctionBackward" for node in order):
         return set()
     known, cuts = set(order), set(layers)
-    of_leaves: dict[Node, bool] = {}  # nodes with nothing but leaves below, and whether one of these is a matrix
+    only: dict[Node, Tensor] = {}  # the leaf below a node, where there is one alone
     for node in reversed(order):
-        below = [other for other, _ in node.next_functions if other is not None and other in known]
         if node in leaf_of:
-            of_leaves[node] = leaf_of[node].ndim > 1
-        elif node not in layers and below and all(other in of_leaves for other in below):
-            of_leaves[node] = any(of_leaves[other] for other in below)
-        elif any(of_leaves.get(other, False) for other in below):
+            only[node] = leaf_of[node]
+            continue
+        below = [other for other, _ in node.next_functions if other is not None and other in known]
+        leaves = {only.get(other) for other in below}
+        if len(leaves) == 1 and None not in leaves and node not in layers:
+            only[node] = only[below[0]]
+        elif any(p is not None and p.ndim > 1 for p in leaves):
             cuts.add(node)
     return cuts
 

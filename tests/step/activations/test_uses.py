@@ -87,10 +87,11 @@ def test_without_a_shared_parameter_each_gets_its_own_gradient(finish: str) -> N
         check_step(losses, params, finish, make=gk.PCGrad)
 
 
-def test_checkpointing_where_rows_are_cheaper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What went in is not needed then, and each pass computes it anew, as it does over rows."""
+def test_checkpointing_is_refused_where_rows_are_cheaper_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What went in is not needed then. But whether a step is refused must not depend on the size of the batch."""
     monkeypatch.setattr(cost, "_CPU", MACHINES["direct"])
     lower, upper = layers(4, 5), layers(5, 4)
     h = upper(checkpoint(lower, torch.randn(6, 4), use_reentrant=False))
     params, losses = headed([*lower.parameters(), *upper.parameters()], h)
-    check_step(losses, params, "kept")
+    with pytest.raises(ValueError, match="activation checkpointing"):
+        check_step(losses, params, "kept")
