@@ -1,6 +1,7 @@
 """Timing that withstands a machine whose speed drifts: contestants run in turn, and ratios are taken per round."""
 
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -24,11 +25,13 @@ class Measurements:
 
     Attributes:
         seconds: seconds per call, one figure per round.
+        processor: seconds of this process's threads per call, likewise; those that wait actively count.
         peaks: peak memory in bytes, by ``memory.peak``.
         failed: reasons why contestants could not be measured.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
+    processor: dict[str, list[float]] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -59,7 +62,7 @@ def measure(
             if name == ours:
                 raise
             found.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    found.seconds = {name: [] for name in once}
+    found.seconds, found.processor = {name: [] for name in once}, {name: [] for name in once}
     slow = {name for name, t in once.items() if t > max(SLOW, SLOWER * once[ours])}
     quick = {name: max(t, 1e-7) for name, t in once.items() if name not in slow}
     rounds = min(ROUNDS, max(FEWEST, int(seconds / sum(quick.values()))))
@@ -68,7 +71,9 @@ def measure(
         for name in once if k == 0 else quick:
             calls = 1 if name in slow else max(1, int(seconds / rounds / len(quick) / quick[name]))
             with _context(contestants[name]):
+                before = time.process_time()
                 found.seconds[name].append(timed(contestants[name], calls, device))
+                found.processor[name].append((time.process_time() - before) / calls)
     return found
 
 
