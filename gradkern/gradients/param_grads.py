@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradkern.gradients.layouts import Layouts, Row, fits_in, grad_dtype
+from gradkern.gradients.layouts import Layouts, Row, fits_in, grad_dtype, new_grad_stride
 
 
 def readable(row: Row, params: Sequence[Tensor], layouts: Layouts) -> list[Tensor | None]:
@@ -49,6 +49,12 @@ def added(total: Tensor | None, g: Tensor) -> Tensor:
 def owned(g: Tensor, p: Tensor) -> Tensor:
     """Return a copy of ``g`` with its own memory, laid out as a new ``.grad`` of ``p``; sparse if ``g`` is."""
     return g.clone() if g.is_sparse else laid_out(g, p)
+
+
+def as_grad(g: Tensor, p: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``g``, a tensor with no other references, or a copy laid out as a new ``.grad`` of ``p`` in ``dtype``."""
+    fits = fits_in(g, new_grad_stride(p), dtype) and owns_its_storage(g)
+    return g if fits else laid_out(g, p)
 
 
 def laid_out(g: Tensor, p: Tensor) -> Tensor:

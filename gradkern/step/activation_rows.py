@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gradkern.gradients.activations.graphs import Graphs
 from gradkern.gradients.activations.products import Passed, Weight, weighted_grad
-from gradkern.gradients.param_grads import laid_out
+from gradkern.gradients.param_grads import as_grad
 from gradkern.gradients.plan import Arrangement, Column
 from gradkern.modifiers.suppression import MaskState
 from gradkern.ops import operators
@@ -108,13 +108,16 @@ class KeptRows(ActivationRows):
         """Return each parameter with its combination; see :meth:`gradkern.step.rows.Rows.combine`."""
         results, _ = self.rows.combine(w, unshared_weights)
         found = dict(results)
+        for row in self.rows.grads:
+            assert isinstance(row, list), "the step has made it"
+            row.clear()  # before the weights' gradients take memory
         columns = {c.place: c for c in self.arrangement.columns}
         while self.factors:
             weight, passed = self.factors.pop()
             if (c := columns.get(weight.place)) is not None:
                 g = weighted_grad(passed, w[c.segment])
                 assert g is not None, "a task reaches the column"
-                found[weight.param] = laid_out(g, weight.param)
+                found[weight.param] = as_grad(g, weight.param, c.dtype)
         kept = self._masked(found)
         return [(p, found[p]) for p in self.params if p in found], kept
 
