@@ -9,6 +9,8 @@ from typing import Any, Unpack
 import torch
 from torch.optim import Optimizer
 
+from gradkern.advice.advice import Advice
+from gradkern.advice.advise import advised
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean
 from gradkern.distributed.by_rows import ByRows
@@ -149,6 +151,11 @@ class SurgeryOptimizer(OptimizerWrapper):
             if total is not None:
                 total.took([loss is not None for loss in source.given], info)
         return info
+
+    def advise(self, losses: Sequence[Loss], *, features: Features | None = None) -> Advice:
+        """Return what each way of a step costs on these losses, and change nothing; see :func:`gradkern.advise`."""
+        self._refuse_within_accumulate("advise()")
+        return advised(losses, features, self._options(), self._params(), self._grad_sink)
 
     @contextmanager
     def accumulate(self) -> Iterator[Accumulation]:

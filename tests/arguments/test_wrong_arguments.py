@@ -30,6 +30,7 @@ PUBLIC += [amp.PCGradAMP, amp.GradVacAMP]
 NOT_OF_USERS = {
     "Aggregator": "the base of methods, which users make through their subclasses",
     "SurgeryInfo": "made by steps",
+    "Advice": "made by advise",
     "solution": "called by steps",
     "program": "called by steps",
     "task_weights": "called by steps",
