@@ -47,8 +47,9 @@ def advise(
 
     Each way is rehearsed: it runs up to where it would write, five times or more, and the median of its times and its
     peak memory are compared with those of plain training's backward pass. All graphs are kept meanwhile, so the peaks
-    of a step that frees them are lower, on every way. Every ``.grad``, the parameters, the state of the method
-    and of its modifiers and torch's default generators stay as they are, and the graphs of the losses stay usable.
+    of a step that frees them are lower, on every way. Every ``.grad``, the parameters, the state of the method and of
+    its modifiers, and the default generators of torch and Python stay as they are, and the graphs of the losses stay
+    usable.
 
     Callables run in every rehearsal, with whatever they do besides: a forward pass moves the statistics of BatchNorm.
     Hooks of tensors run too. On a GPU the peak statistics of torch's allocator start anew. On several ranks the step is

@@ -1,5 +1,6 @@
 """Runs that change nothing: a step up to where it would write, and plain training's backward pass."""
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
@@ -83,8 +84,12 @@ def plain(losses: Losses, targets: Targets, together: bool) -> None:
 
 @contextmanager
 def leaving_no_trace(device: torch.device) -> Iterator[None]:
-    """Let steps within the block warn of nothing, and put torch's default generators back after it."""
+    """Let steps within the block warn of nothing, and put the default generators of torch and Python back after it."""
     on_device = device.type != "cpu"
     devices, kind = ([device], device.type) if on_device else ([], "cuda")
-    with silent(), torch.random.fork_rng(devices, device_type=kind):
-        yield
+    of_python = random.getstate()  # compat's PCGrad shuffles with it
+    try:
+        with silent(), torch.random.fork_rng(devices, device_type=kind):
+            yield
+    finally:
+        random.setstate(of_python)

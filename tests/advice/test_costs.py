@@ -1,5 +1,6 @@
 """The costs of the ways: numbers of passes against hooks, sizes by hand, and which ways are refused."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import gradkern as gk
 from gradkern.advice.advice import Cost
+from gradkern.compat.pcgrad import PCGrad
 from gradkern.ops.pytorch import chunks
 from tests.models import MultiHead, problem
 
@@ -253,6 +255,19 @@ def test_memory_of_an_optimizer_and_callables_refuse_activations() -> None:
     losses = [lambda t=t: model.loss(t, x, y) for t in range(3)]
     notes = of(gk.advise(losses, model, aggregator=gk.PCGrad()))["activations, kept"].notes
     assert "losses that are callables" in notes[0]
+
+
+@pytest.mark.parametrize("compat", ["original", "pytorch_optimizer"])
+def test_pcgrad_as_others_write_it_goes_by_rows(compat: str) -> None:
+    model, x, y = problem()
+    opt = PCGrad(torch.optim.SGD(model.parameters(), lr=0.1), compat=compat)
+    before = random.getstate()
+    advice = opt.advise(model.losses(x, y))
+    assert random.getstate() == before
+    assert {cost.name for cost in advice.rows if cost.time is not None} == {"rows"}
+    for through in ("activations", "features"):
+        with pytest.raises(ValueError, match=f"through='{through}' has no rows, which compat='{compat}' combines"):
+            opt.backward(model.losses(x, y), features=None, through=through)
 
 
 def test_the_arguments_of_every_way_are_those_of_a_step() -> None:
