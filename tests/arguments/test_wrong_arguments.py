@@ -53,6 +53,7 @@ NOT_OF_USERS = {
     "Entrywise.weights": "no argument is right",
     "first_units": "called by steps",
     "mask": "called by steps",
+    "signs": "called by steps",
     "check": "called by steps",
     "get_extra_state": "called by torch",
     "set_extra_state": "called by torch, with what load_state_dict has checked",

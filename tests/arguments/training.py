@@ -100,6 +100,16 @@ def _step_options() -> Wrong:
     }
 
 
+def _ways() -> Wrong:
+    """Return values that are wrong for a step through rows, of which some are right for another way."""
+    return {
+        "through": values.strings,
+        "finish": lambda: [*values.strings(), "kept"],
+        "gramian": lambda: [*values.of_class(gk.Sketch, True), gk.Sketch(seed=0)],
+        "per_example": lambda: [*values.flags(), True],
+    }
+
+
 def steps() -> Iterator[Call]:
     def prepare(step: Callable[..., Any]) -> Prepared:
         t = _Training()
@@ -107,7 +117,7 @@ def steps() -> Iterator[Call]:
         return Prepared(step, right, t.state)
 
     params: Wrong = {"params": values.modules_or_tensors}
-    yield Call("backward", partial(prepare, gk.backward), _step_arguments() | _step_options() | params)
+    yield Call("backward", partial(prepare, gk.backward), _step_arguments() | _step_options() | _ways() | params)
     of_advice = _advised_arguments() | _step_options() | params
     yield Call("advise", partial(prepare, gk.advise), {k: v for k, v in of_advice.items() if k != "process_group"})
 
@@ -147,6 +157,7 @@ def optimizers() -> Iterator[Call]:
         "SurgeryOptimizer",
         made,
         _step_options()
+        | _ways()
         | {
             "optimizer": partial(values.of_class, torch.optim.Optimizer, False),
             "conflict_lr": partial(values.of_class, gk.ConflictLR, True),
