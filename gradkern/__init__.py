@@ -12,6 +12,8 @@ if not Path(__file__).with_name("kernels").is_dir():
     _spec.submodule_search_locations = [str(Path(__file__).parents[1] / "kernels")]
     kernels = sys.modules["gradkern.kernels"] = module_from_spec(_spec)
 
+from gradkern.advice.advice import Advice
+from gradkern.advice.advise import advise
 from gradkern.aggregators import Aggregator
 from gradkern.aggregators import methods as _methods
 from gradkern.aggregators.by_name import aggregator
@@ -28,12 +30,14 @@ from gradkern.step.backward import backward
 __version__ = "0.1.0"
 
 __all__ = [
+    "Advice",
     "Aggregator",
     "ConflictLR",
     "Sketch",
     "Suppression",
     "SurgeryInfo",
     "SurgeryOptimizer",
+    "advise",
     "aggregator",
     "backward",
     "combine",

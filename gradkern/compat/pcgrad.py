@@ -105,7 +105,11 @@ class PCGrad(SurgeryOptimizer):
         return options if self.compat is None else replace(options, shared=self._tensors())
 
     def _grad_sink(self, source: Source, options: Options) -> Sink:
-        return super()._grad_sink(source, options) if self.compat is None else _ReductionSink(self.reduction)
+        if self.compat is None:
+            return super()._grad_sink(source, options)
+        if options.way.through != "rows":
+            raise ValueError(f"through={options.way.through!r} has no rows, which compat={self.compat!r} combines")
+        return _ReductionSink(self.reduction)
 
     def _update_sink(self, options: Options, step: tuple[Any, ...]) -> FusedAdamWSink | None:
         return super()._update_sink(options, step) if self.compat is None else None

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from gradkern.arguments import listed, shown
-from gradkern.gradients.parameters import Parameters, read
+from gradkern.arguments import instance, listed, number, shown
+from gradkern.gradients.parameters import Groups, Parameters, Params, Targets, read
 
 
 def checked_group(param_group: object) -> Parameters:
@@ -29,6 +30,23 @@ def checked_group(param_group: object) -> Parameters:
         if not (p.is_leaf or p.retains_grad):
             raise ValueError(f"{name} must be leaf tensors; {given.name(k)} is computed")
     return given
+
+
+def check_group(param_group: object, params: Sequence[Any], groups: Groups, shared: Params | None) -> None:
+    """Raise TypeError or ValueError unless a group can be added to ``params``; see :func:`checked_group`."""
+    added = checked_group(param_group)
+    entries = added.tensors if added.names is None else zip(added.names, added.tensors, strict=True)
+    try:
+        Targets.of([*params, *entries], groups, shared)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"param_group does not go with the parameters so far: {error}") from error
+
+
+def checked_limit(max_norm: object, scaler: object) -> float | None:
+    """Return the largest norm of an update; raise TypeError or ValueError unless it and the scaler are ones."""
+    if scaler is not None:
+        instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
+    return None if max_norm is None else number("max_norm", max_norm, above=0, infinite=True)
 
 
 def check_closure(closure: object) -> None:

@@ -9,8 +9,10 @@ from typing import Any, Unpack
 import torch
 from torch.optim import Optimizer
 
+from gradkern.advice.advice import Advice
+from gradkern.advice.advise import advised
 from gradkern.aggregators import Aggregator
-from gradkern.arguments import boolean, instance, number
+from gradkern.arguments import boolean
 from gradkern.distributed.by_rows import ByRows
 from gradkern.distributed.comm import ProcessGroup, comm_of
 from gradkern.gradients.accumulation import Accumulation
@@ -26,7 +28,7 @@ from gradkern.modifiers.sketch import Sketch
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
-from gradkern.optim.arguments import check_closure, checked_group
+from gradkern.optim.arguments import check_closure, check_group, checked_limit
 from gradkern.optim.checkpoint import Remembered, load_with_surgery, restored, save_with_surgery
 from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
@@ -150,6 +152,11 @@ class SurgeryOptimizer(OptimizerWrapper):
                 total.took([loss is not None for loss in source.given], info)
         return info
 
+    def advise(self, losses: Sequence[Loss], *, features: Features | None = None) -> Advice:
+        """Return what each way of a step costs on these losses, and change nothing; see :func:`gradkern.advise`."""
+        self._refuse_within_accumulate("advise()")
+        return advised(losses, features, self._options(), self._params(), self._grad_sink)
+
     @contextmanager
     def accumulate(self) -> Iterator[Accumulation]:
         """Make ``backward`` add up the gradients of each task within the block; its end runs the surgery of the sums.
@@ -231,10 +238,7 @@ class SurgeryOptimizer(OptimizerWrapper):
                 closure, as that of L-BFGS does; with ``max_norm`` if a gradient is sparse; and around
                 :class:`gradkern.optim.AdamW` if one is, or if a parameter has gaps between its numbers.
         """
-        if max_norm is not None:
-            max_norm = number("max_norm", max_norm, above=0, infinite=True)
-        if scaler is not None:
-            instance("scaler", scaler, torch.amp.GradScaler, "a torch.amp.GradScaler or None")
+        max_norm = checked_limit(max_norm, scaler)
         self._refuse_within_accumulate("update()")
         source = from_losses(self._listed(losses), features, batched, retain_graph)
         source.loss_scale = loss_scale(scaler, self._tensors())
@@ -309,12 +313,7 @@ class SurgeryOptimizer(OptimizerWrapper):
             TypeError, ValueError: ``param_group`` is not as said above, or with it the parameters are not as
                 :func:`gradkern.backward` takes them. Nothing has changed then.
         """
-        added = checked_group(param_group)
-        entries = added.tensors if added.names is None else zip(added.names, added.tensors, strict=True)
-        try:
-            Targets.of([*self._params(), *entries], self.groups, self.shared)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"param_group does not go with the parameters so far: {error}") from error
+        check_group(param_group, self._params(), self.groups, self.shared)
         super().add_param_group(param_group)
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,7 +4,9 @@ They come once for a method, and before the step has changed anything. A step is
 parameters with their arrangement. Only then the host reads the device, once, and in ``LOOKS`` steps at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -36,6 +38,18 @@ PIECE = 1 << 20
 
 _warned: WeakKeyDictionary[Aggregator, set[str]] = WeakKeyDictionary()
 """The kinds of warnings that have come for a method."""
+_silent = ContextVar("_silent", default=False)
+"""Whether steps look at nothing."""
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Let steps within the block warn of nothing, so that a later step warns as if they had not been."""
+    before = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(before)
 
 
 def look(source: Source, present: Sequence[bool], targets: Targets, options: Options, rows: StepRows) -> None:
@@ -49,7 +63,7 @@ def look(source: Source, present: Sequence[bool], targets: Targets, options: Opt
         rows: the gradients.
     """
     method, first, arrangement = options.aggregator, targets.tensors[0], rows.of_params
-    if isinstance(method, Scalarization):
+    if isinstance(method, Scalarization) or _silent.get():
         return
     looks = targets.layouts.looks.get(id(first))
     if looks is None or looks.first() is not first:
@@ -78,6 +92,8 @@ def look(source: Source, present: Sequence[bool], targets: Targets, options: Opt
 
 def warn_once(method: Aggregator, kind: str, text: str) -> None:
     """Warn of ``text``, once for a method and a kind of warning."""
+    if _silent.get():
+        return
     kinds = _warned.setdefault(method, set())
     if kind not in kinds:
         warn_user(text)

@@ -127,6 +127,15 @@ def constructors() -> Iterator[Call]:
                 "seed": partial(values.integers_or_none, 0),
             },
         ),
+        (
+            gk.Sketch,
+            {},
+            {
+                "columns": values.integers,
+                "seed": partial(values.integers_or_none, 0),
+                "report": values.flags,
+            },
+        ),
     ]
     for cls, right, wrong in made:
         yield Call(cls.__name__, partial(Prepared, cls, right), wrong)
@@ -203,6 +212,9 @@ def methods() -> Iterator[Call]:
     suppression = gk.Suppression(0.5, seed=1)
     loading = Prepared(suppression.load_state_dict, {"state_dict": suppression.state_dict()}, suppression.state_dict)
     yield Call("Suppression.load_state_dict", lambda: loading, states)
+    sketch = gk.Sketch(seed=1)
+    loading_sketch = Prepared(sketch.load_state_dict, {"state_dict": sketch.state_dict()}, sketch.state_dict)
+    yield Call("Sketch.load_state_dict", lambda: loading_sketch, states)
     info = gk.SurgeryInfo(torch.ones(3), M, torch.ones(3))
     tasks = [3, True, "abc", b"abc", [], ["a"], ["a", "b", 3], [None] * 3, {}, torch.ones(3)]
     yield Call("SurgeryInfo.scalars", lambda: Prepared(info.scalars, {"tasks": list("abc")}), {"tasks": lambda: tasks})

@@ -30,6 +30,7 @@ PUBLIC += [amp.PCGradAMP, amp.GradVacAMP]
 NOT_OF_USERS = {
     "Aggregator": "the base of methods, which users make through their subclasses",
     "SurgeryInfo": "made by steps",
+    "Advice": "made by advise",
     "solution": "called by steps",
     "program": "called by steps",
     "task_weights": "called by steps",
@@ -52,6 +53,7 @@ NOT_OF_USERS = {
     "Entrywise.weights": "no argument is right",
     "first_units": "called by steps",
     "mask": "called by steps",
+    "signs": "called by steps",
     "check": "called by steps",
     "get_extra_state": "called by torch",
     "set_extra_state": "called by torch, with what load_state_dict has checked",

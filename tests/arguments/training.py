@@ -1,6 +1,6 @@
 """Calls of steps, optimizers, samplers and of the interfaces of other libraries."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -86,6 +86,10 @@ def _step_arguments() -> Wrong:
     }
 
 
+def _advised_arguments() -> Wrong:
+    return {name: wrong for name, wrong in _step_arguments().items() if name in ("losses", "features")}
+
+
 def _step_options() -> Wrong:
     return {
         "aggregator": partial(values.of_class, gk.Aggregator, False),
@@ -96,13 +100,26 @@ def _step_options() -> Wrong:
     }
 
 
+def _ways() -> Wrong:
+    """Return values that are wrong for a step through rows, of which some are right for another way."""
+    return {
+        "through": values.strings,
+        "finish": lambda: [*values.strings(), "kept"],
+        "gramian": lambda: [*values.of_class(gk.Sketch, True), gk.Sketch(seed=0)],
+        "per_example": lambda: [*values.flags(), True],
+    }
+
+
 def steps() -> Iterator[Call]:
-    def prepare() -> Prepared:
+    def prepare(step: Callable[..., Any]) -> Prepared:
         t = _Training()
         right = {"losses": t.losses, "params": t.model, "aggregator": t.method, "features": t.h}
-        return Prepared(gk.backward, right, t.state)
+        return Prepared(step, right, t.state)
 
-    yield Call("backward", prepare, _step_arguments() | _step_options() | {"params": values.modules_or_tensors})
+    params: Wrong = {"params": values.modules_or_tensors}
+    yield Call("backward", partial(prepare, gk.backward), _step_arguments() | _step_options() | _ways() | params)
+    of_advice = _advised_arguments() | _step_options() | params
+    yield Call("advise", partial(prepare, gk.advise), {k: v for k, v in of_advice.items() if k != "process_group"})
 
 
 def optimizers() -> Iterator[Call]:
@@ -115,6 +132,7 @@ def optimizers() -> Iterator[Call]:
             right: dict[str, Any] = {
                 "backward": {"losses": t.losses, "features": t.h},
                 "update": {"losses": t.losses, "features": t.h},
+                "advise": {"losses": t.losses, "features": t.h},
                 "load_state_dict": {"state_dict": opt.state_dict()},
                 "add_param_group": {"param_group": {"params": [("new", nn.Parameter(torch.ones(2)))]}},
                 "step": {},
@@ -122,6 +140,7 @@ def optimizers() -> Iterator[Call]:
             return Prepared(getattr(opt, method), right[method], lambda: [t.state(), copied(opt.state_dict())])
 
         yield Call("SurgeryOptimizer.backward", partial(prepare, "backward"), _step_arguments(), name)
+        yield Call("SurgeryOptimizer.advise", partial(prepare, "advise"), _advised_arguments(), name)
         of_update = {"max_norm": _max_norms, "scaler": partial(values.of_class, torch.amp.GradScaler, True)}
         yield Call("SurgeryOptimizer.update", partial(prepare, "update"), _step_arguments() | of_update, name)
         states, groups = {"state_dict": values.loaded_states}, {"param_group": _param_groups}
@@ -138,6 +157,7 @@ def optimizers() -> Iterator[Call]:
         "SurgeryOptimizer",
         made,
         _step_options()
+        | _ways()
         | {
             "optimizer": partial(values.of_class, torch.optim.Optimizer, False),
             "conflict_lr": partial(values.of_class, gk.ConflictLR, True),

@@ -1,0 +1,104 @@
+"""What each way of a step costs, and which one to take."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from gradkern.advice import table
+
+TIES = 1.05
+"""Ways whose times differ by less than this factor are equally fast."""
+MATTERS = 0.5
+"""The share of the parameters' size from which on memory that another way saves is told."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one way of a step costs over plain training's backward pass.
+
+    Attributes:
+        name: the way.
+        arguments: the arguments of ``backward`` that choose it, but for ``features`` themselves.
+        needs_features: whether ``features`` must be given with them.
+        is_exact: whether its update is that of the rows.
+        status: "measured", "predicted" or "refused".
+        notes: why it is refused, how it was predicted, what sets its update apart.
+        memory: the bytes of its peak memory above plain's; None where that was not measured.
+        trunk: the number of backward passes through what tasks share; plain has ``Advice.plain_passes``. None if the
+            way is refused, as ``heads`` and ``time``.
+        heads: the number of backward passes through what one task has alone.
+        time: its seconds divided by plain's.
+    """
+
+    name: str
+    arguments: Mapping[str, object]
+    needs_features: bool
+    is_exact: bool
+    status: str
+    notes: tuple[str, ...] = ()
+    memory: int | None = None
+    trunk: int | None = None
+    heads: int | None = None
+    time: float | None = None
+
+    @property
+    def call(self) -> str:
+        """The arguments as they are written in a call."""
+        given = ["features=h"] if self.needs_features else []
+        return ", ".join([*given, *(f"{name}={_written(value)}" for name, value in self.arguments.items())])
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What each way of a step costs, measured on one step, and which one to take. ``print`` shows the table.
+
+    Attributes:
+        rows: the costs, one for each way.
+        method: the method, as its ``repr`` shows it.
+        n_tasks: the number of tasks that were present.
+        parameter_bytes: the size of the parameters that train, P.
+        plain_seconds: the seconds of plain training's backward pass, with the forward passes of callables.
+        plain_passes: the number of its passes through what tasks share: one, or one for each callable.
+    """
+
+    rows: Sequence[Cost]
+    method: str
+    n_tasks: int
+    parameter_bytes: int
+    plain_seconds: float
+    plain_passes: int
+
+    @cached_property
+    def best(self) -> Cost | None:
+        """The way to take: the fastest exact one, and of equally fast ones that with the least memory.
+
+        None if the memory of the device was too small for all of them.
+        """
+        exact = self._exact()
+        if not exact:
+            return None
+        fastest = min(time for _, time in exact)
+        return min((cost for cost, time in exact if time <= TIES * fastest), key=_memory)
+
+    @cached_property
+    def smallest(self) -> Cost | None:
+        """The exact way with the least memory, if that saves more than half of the parameters' size; else None."""
+        if self.best is None:
+            return None
+        least = min((cost for cost, _ in self._exact()), key=_memory)
+        saved = _memory(self.best) - _memory(least)
+        return least if saved > MATTERS * self.parameter_bytes else None
+
+    def _exact(self) -> list[tuple[Cost, float]]:
+        return [(cost, cost.time) for cost in self.rows if cost.is_exact and cost.time is not None]
+
+    def __str__(self) -> str:
+        return table.text(self)
+
+
+def _memory(cost: Cost) -> int:
+    return 0 if cost.memory is None else cost.memory
+
+
+def _written(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)

@@ -1,0 +1,93 @@
+"""The text of advice: a table of 80 columns, its notes, and what to take."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from textwrap import wrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradkern.advice.advice import Advice, Cost
+
+WIDTH = 80
+HEADINGS = ("way", "memory", "in P", "trunk", "heads", "time", "")
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def text(advice: Advice) -> str:
+    """Return the advice as text."""
+    P, n, n_plain = advice.parameter_bytes, advice.n_tasks, advice.plain_passes
+    head = (
+        f"{_counted(n, 'task')} by {advice.method}; P = {_bytes(P)}, the parameters that train. Plain training takes "
+        f"{_seconds(advice.plain_seconds)} for {_counted(n_plain, 'backward pass')}. Peak memory and time are over "
+        "plain's; trunk and heads are numbers of backward passes."
+    )
+    lines = [*wrap(head, WIDTH), "", *_aligned([HEADINGS, *(_cells(cost, P) for cost in advice.rows)]), ""]
+    for note in dict.fromkeys(note for cost in advice.rows for note in cost.notes):
+        names = "; ".join(cost.name for cost in advice.rows if note in cost.notes)
+        lines += wrap(f"{names}: {note}.", WIDTH, subsequent_indent="  ")
+    return "\n".join([*lines, "", *_conclusion(advice)])
+
+
+def _conclusion(advice: Advice) -> list[str]:
+    best, smallest = advice.best, advice.smallest
+    if best is None:
+        return ["No exact way fits into the memory of the device."]
+    lines = wrap(f"Take {best.call}: {_told(best, advice.parameter_bytes)}.", WIDTH)
+    if smallest is not None:
+        lines += wrap(f"Least memory: {smallest.call}: {_told(smallest, advice.parameter_bytes)}.", WIDTH)
+    return lines
+
+
+def _told(cost: Cost, P: int) -> str:
+    assert cost.time is not None, "it can be taken"
+    memory = "" if cost.memory is None else f", {_bytes(cost.memory, sign=True)} ({_in_p(cost.memory, P)} P)"
+    return f"{_number(cost.time)} times plain{memory}"
+
+
+def _cells(cost: Cost, P: int) -> tuple[str, ...]:
+    return (
+        cost.name,
+        "-" if cost.memory is None else _bytes(cost.memory, sign=True),
+        "-" if cost.memory is None else _in_p(cost.memory, P),
+        *("-" if count is None else str(count) for count in (cost.trunk, cost.heads)),
+        "-" if cost.time is None else _number(cost.time),
+        cost.status,
+    )
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines: the first and the last column begin at the left, and numbers end at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if k in (0, len(row) - 1) else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _counted(n: int, thing: str) -> str:
+    plural = "es" if thing.endswith("s") else "s"
+    return f"{n} {thing}{plural if n > 1 else ''}"
+
+
+def _bytes(n: int, sign: bool = False) -> str:
+    value, unit = float(n), 0
+    while abs(value) >= 1000 and unit < len(UNITS) - 1:
+        value, unit = value / 1000, unit + 1
+    return f"{value:{'+' if sign else ''}.{1 if unit else 0}f} {UNITS[unit]}"
+
+
+def _in_p(memory: int, P: int) -> str:
+    return _number(memory / P, sign=True)
+
+
+def _number(x: float, sign: bool = False) -> str:
+    digits = 2 if abs(x) < 100 else 1 if abs(x) < 1000 else 0
+    return f"{x:{'+' if sign else ''}.{digits}f}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
