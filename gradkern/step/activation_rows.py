@@ -108,9 +108,7 @@ class KeptRows(ActivationRows):
         """Return each parameter with its combination; see :meth:`gradkern.step.rows.Rows.combine`."""
         results, _ = self.rows.combine(w, unshared_weights)
         found = dict(results)
-        for row in self.rows.grads:
-            assert isinstance(row, list), "the step has made it"
-            row.clear()  # before the weights' gradients take memory
+        self.rows.forget()  # before the weights' gradients take memory
         columns = {c.place: c for c in self.arrangement.columns}
         while self.factors:
             weight, passed = self.factors.pop()

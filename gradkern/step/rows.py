@@ -1,7 +1,7 @@
 """The rows of a step: its task gradients over all parameters, their Gramian, and their combination."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
@@ -236,10 +236,17 @@ class Rows:
         """Forget all dense gradients, if nothing else will read them: results of embeddings take their place."""
         if not (self.compact and self.overwrite):
             return
+        self._forget(lambda g: not g.is_sparse)
+
+    def forget(self) -> None:
+        """Forget all gradients: nothing will read them."""
+        self._forget(lambda _: True)
+
+    def _forget(self, which: Callable[[Tensor], bool]) -> None:
         self._given.clear()
         for row in self.grads:
             assert isinstance(row, list), "the step has made it"
-            row[:] = [g if g is not None and g.is_sparse else None for g in row]
+            row[:] = [None if g is None or which(g) else g for g in row]
 
     def _combine_sparse(self, c: Column, w: Tensor) -> Tensor:
         dtype = arithmetic_dtype(c.dtype) if self.is_compact(c) else c.dtype
