@@ -1,51 +1,16 @@
 """What each way of a step costs, and which one to take."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from gradkern.advice import table
+from gradkern.advice.cost import Cost
+from gradkern.advice.table import counted, seconds, size, text
 
 TIES = 1.05
 """Ways whose times differ by less than this factor are equally fast."""
 MATTERS = 0.5
 """The share of the parameters' size from which on memory that another way saves is told."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one way of a step costs over plain training's backward pass.
-
-    Attributes:
-        name: the way.
-        arguments: the arguments of ``backward`` that choose it, but for ``features`` themselves.
-        needs_features: whether ``features`` must be given with them.
-        is_exact: whether its update is that of the rows.
-        status: "measured", "predicted" or "refused".
-        notes: why it is refused, how it was predicted, what sets its update apart.
-        memory: the bytes of its peak memory above plain's; None where that was not measured.
-        trunk: the number of backward passes through what tasks share; plain has ``Advice.plain_passes``. None if the
-            way is refused, as ``heads`` and ``time``.
-        heads: the number of backward passes through what one task has alone.
-        time: its seconds divided by plain's.
-    """
-
-    name: str
-    arguments: Mapping[str, object]
-    needs_features: bool
-    is_exact: bool
-    status: str
-    notes: tuple[str, ...] = ()
-    memory: int | None = None
-    trunk: int | None = None
-    heads: int | None = None
-    time: float | None = None
-
-    @property
-    def call(self) -> str:
-        """The arguments as they are written in a call."""
-        given = ["features=h"] if self.needs_features else []
-        return ", ".join([*given, *(f"{name}={_written(value)}" for name, value in self.arguments.items())])
 
 
 @dataclass(frozen=True)
@@ -93,12 +58,13 @@ class Advice:
         return [(cost, cost.time) for cost in self.rows if cost.is_exact and cost.time is not None]
 
     def __str__(self) -> str:
-        return table.text(self)
+        head = (
+            f"{counted(self.n_tasks, 'task')} by {self.method}; P = {size(self.parameter_bytes)}, the parameters that "
+            f"train. Plain training takes {seconds(self.plain_seconds)} for "
+            f"{counted(self.plain_passes, 'backward pass')}."
+        )
+        return text(head, self.rows, self.parameter_bytes, self.best, self.smallest)
 
 
 def _memory(cost: Cost) -> int:
     return 0 if cost.memory is None else cost.memory
-
-
-def _written(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)

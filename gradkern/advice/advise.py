@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch.nn.parameter import is_lazy
 
-from gradkern.advice.advice import Advice, Cost
+from gradkern.advice.advice import Advice
+from gradkern.advice.cost import Cost
 from gradkern.advice.memory import is_measurable, peak
 from gradkern.advice.rehearsal import SinkOf, leaving_no_trace
 from gradkern.advice.seconds import medians

@@ -15,11 +15,12 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.masked import kept_share, mask_of
+from gradkern.step.of_params import OfParams
 from gradkern.step.rows import Combined, Rows, eps_of
 
 
 @dataclass
-class ActivationRows:
+class ActivationRows(OfParams):
     """The task gradients of a step, as far as their Gramian goes. Torch's own backward pass makes the update.
 
     Attributes:
@@ -47,21 +48,6 @@ class ActivationRows:
     def n_segments(self) -> int:
         """The number of groups, S."""
         return self.arrangement.n_segments
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.params[0].device
-
-    @property
-    def of_step(self) -> Sequence[Tensor]:
-        """The parameters of the step, which ``params`` are."""
-        return self.params
-
-    @property
-    def of_params(self) -> Arrangement:
-        """The columns of whole parameters, which these are."""
-        return self.arrangement
 
     @property
     def eps(self) -> tuple[float, ...] | None:

@@ -18,6 +18,7 @@ from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.registry import is_watched
 from gradkern.step.blocks import Blocks, Pieces, plan
+from gradkern.step.of_params import OfParams
 from gradkern.step.rows import Combined
 
 LARGEST = 1 << 19
@@ -65,7 +66,7 @@ def flattened(row: Row, layouts: Layouts) -> Flat | None:
 _DENSE = frozenset((torch.strided, None))
 
 
-class FlatRows:
+class FlatRows(OfParams):
     """The T task gradients of a step as vectors.
 
     Args:
@@ -104,21 +105,6 @@ class FlatRows:
         self._like = next(vector for vector in vectors if vector is not None)
         self.blocks = self._plan.shared.of(pieces, self._like)
         self._pieces = pieces if self._plan.unshared is not None else ()  # the blocks are copies, so vectors can go
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.params[0].device
-
-    @property
-    def of_step(self) -> Sequence[Tensor]:
-        """The parameters of the step, which ``params`` are."""
-        return self.params
-
-    @property
-    def of_params(self) -> Arrangement:
-        """The columns of whole parameters, as for :class:`Rows`."""
-        return self.arrangement
 
     def shared_grads(self) -> Iterator[tuple[Column, list[Tensor]]]:
         """Yield each column under surgery, and the gradients of the tasks that reach it, as vectors."""

@@ -18,6 +18,7 @@ from gradkern.ops import operators
 from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.masked import kept_share, mask_of
+from gradkern.step.of_params import OfParams
 from gradkern.step.sparse_rows import combine_sparse, drop_masked, rows_that_occur
 
 Combined = tuple[list[tuple[Tensor, Tensor]], Tensor | None]
@@ -36,7 +37,7 @@ class AnyRows(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(OfParams):
     """The T task gradients of a step, each tensor where autograd put it.
 
     Attributes:
@@ -78,21 +79,6 @@ class Rows:
     def n_segments(self) -> int:
         """The number of groups, S."""
         return self.arrangement.n_segments
-
-    @property
-    def device(self) -> torch.device:
-        """The device of all parameters."""
-        return self.params[0].device
-
-    @property
-    def of_step(self) -> Sequence[Tensor]:
-        """The parameters of the step, which ``params`` are."""
-        return self.params
-
-    @property
-    def of_params(self) -> Arrangement:
-        """The columns of whole parameters, which these are."""
-        return self.arrangement
 
     @property
     def eps(self) -> tuple[float, ...] | None:

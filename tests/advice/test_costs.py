@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import gradkern as gk
-from gradkern.advice.advice import Cost
+from gradkern.advice.cost import Cost
 from gradkern.compat.pcgrad import PCGrad
 from gradkern.ops.pytorch import chunks
 from tests.models import MultiHead, problem

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import gradkern as gk
-from gradkern.advice.advice import Cost
+from gradkern.advice.cost import Cost
 
 P = 1_000_000
 
