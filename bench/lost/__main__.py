@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.show:
         print(table(json.loads(options.show.read_text())))
         return
-    settings = {"seeds": options.seeds, "steps": options.steps}
+    data = None if options.data is None else options.data.name
+    settings = {"data": data, "seeds": options.seeds, "steps": options.steps}
     results = new_results(torch.device("cpu"), Peers(), settings)
     problems: dict[str, Callable[[int], Problem]] = {}
     try:

@@ -36,7 +36,7 @@ def _of_problem(name: str, rows: list[dict[str, Any]]) -> str:
     for way in rows[0]["off"]:
         cells = [_cell([row["off"][way] / row["surgery"] for row in of]) for of in counted.values()]
         agreement = fmean(row["agreement"][way] for row in rows)
-        lines.append(f"| {way} | {' | '.join(cells)} | {100 * agreement:.0f} % |")
+        lines.append(f"| {way} | {' | '.join(cells)} | {100 * agreement:.1f} % |")
     return "\n".join(lines)
 
 
