@@ -1,0 +1,1 @@
+"""What sketches and surgery through features lose of the surgery by exact rows, while models train."""
