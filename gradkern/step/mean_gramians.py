@@ -6,7 +6,7 @@ columns, and multiplies that; the products of the parts add up.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class MeanGramians:
     Args:
         targets: the parameters.
         weights: those that have factors, by place.
-        sequence: the places of parameters under surgery in the order in which :meth:`add` gets them, on all ranks.
+        sequence: the places of parameters under surgery in the order in which :meth:`adding` gets them, on all ranks.
         n_tasks: T.
         sketch: estimates the dot products; None for exact ones.
         comm: the ranks.
@@ -45,6 +45,7 @@ class MeanGramians:
     ) -> None:
         self._targets = targets
         self._weights = weights
+        self._places = frozenset(sequence)
         self._left = deque(sequence)
         self._n_tasks = n_tasks
         self._sketch = sketch
@@ -54,8 +55,15 @@ class MeanGramians:
         shape = (targets.grouping.n_segments, n_tasks, n_tasks)
         self._own = torch.zeros(shape, dtype=torch.float64, device=targets.device)
 
-    def add(self, found: Found) -> None:
-        """Add the dot products of a parameter, which a task reaches on some rank."""
+    def adding(self, found: Iterable[Found]) -> Iterator[Found]:
+        """Yield parameters, after the dot products of those under surgery have been added."""
+        for one in found:
+            if one.place in self._places:
+                assert one.place == self._left[0], "all ranks have the same order"
+                self._add(one)
+            yield one
+
+    def _add(self, found: Found) -> None:
         k, weight = found.place, found.weight
         if not found.tasks:
             self._reduce(k, self._zeros(k, self._width(k)))
@@ -79,7 +87,7 @@ class MeanGramians:
     def _is_sketched(self, weight: Weight) -> bool:
         """Return whether a sketch is smaller than the gradient, whatever the number of tokens on a rank."""
         columns = None if self._sketch is None else self._sketch.columns
-        return columns is not None and (weight.has_inputs or weight.is_embedding) and columns < weight.layers[0].p
+        return columns is not None and weight.is_sketchable and columns < weight.layers[0].p
 
     def _width(self, k: int) -> int:
         """Return the number of columns that parameter ``k`` is sent with."""
@@ -102,11 +110,11 @@ class MeanGramians:
 
     def _reduce(self, k: int, X: Tensor) -> None:
         """Add the dot products of the means over the ranks of ``X``, this rank's T rows of parameter ``k``."""
-        expected = self._left.popleft()
-        assert k == expected, "all ranks have the same order"
         ranks, T = self._comm.size, self._n_tasks
         width = -(-X.shape[1] // ranks)
         parts = pad(X, (0, ranks * width - X.shape[1])).view(T, ranks, width).transpose(0, 1).reshape(-1)
         shard = parts.new_empty(T * width)
-        self._comm.mean_of_shard(shard, parts, self._comm.room(parts)).wait()
+        work = self._comm.mean_of_shard(shard, parts, self._comm.room(parts))
+        self._left.popleft()  # what raises before has not been sent, and zeros take its place
+        work.wait()
         self._own[self._targets.groups[k]] += operators.gramian(shard.view(T, width))

@@ -30,18 +30,9 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
         raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
     if targets.has_dtensors:
         raise NotImplementedError(f"through={through!r} is not for DTensors in params yet: give through='rows'")
-    if through == "activations" and comm_of(options.process_group) is not None:
-        _refuse_on_ranks(options)
-
-
-def _refuse_on_ranks(options: Options) -> None:
-    way = options.way
-    for what, is_given in (
-        ("finish='kept'", way.finish == "kept"),
-        ("a Sketch(report=True)", way.gramian is not None and way.gramian.report),
-    ):
-        if is_given:
-            raise NotImplementedError(f"through='activations' on several ranks has no {what} yet: leave it out")
+    sketch = options.way.gramian
+    if sketch is not None and sketch.report and comm_of(options.process_group) is not None:
+        raise NotImplementedError("through='activations' on several ranks has no Sketch(report=True) yet: leave it out")
 
 
 def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:
