@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gradkern.distributed.agreement import digest, together
+from gradkern.distributed.gathered import leaves_of
 from gradkern.gradients.activations.factors import Factors, Found, weights_of
 from gradkern.gradients.activations.graphs import Graphs
 from gradkern.gradients.activations.products import Weight
+from gradkern.gradients.layouts import layouts_of
 from gradkern.gradients.losses import Losses, unscaled
 from gradkern.gradients.memory import bools_on
 from gradkern.gradients.parameters import Targets
@@ -22,7 +24,7 @@ from gradkern.step.begin import Start
 from gradkern.step.gather import tells_absent, units_of
 from gradkern.step.mean_gramians import MeanGramians
 from gradkern.step.mean_kept_rows import MeanKeptRows
-from gradkern.step.on_ranks import agreed_reach, mean_losses, refuse_sparse
+from gradkern.step.on_ranks import mean_losses, refuse_sparse, united
 from gradkern.step.options import Options
 from gradkern.step.rows import Rows
 from gradkern.step.through_activations import factors_and_rows, shared_by_losses, shared_or_named
@@ -52,22 +54,25 @@ def activations_on_ranks(source: Losses, options: Options, begun: Start) -> Acti
     """
     comm, targets, present, _, _ = begun
     is_kept, T = options.way.finish == "kept", len(present)
-    searched: list[Graphs] = []
-
-    def search_graphs() -> list[tuple[bool, ...]]:
-        searched.append(Graphs(source, targets))
-        return [tuple([t in tasks for tasks in searched[0].tasks]) for t in range(T)]
-
-    reach = agreed_reach(comm, targets, search_graphs)
-    (graphs,) = searched
+    leaves = leaves_of(targets.tensors, targets.device, targets.name)
+    graphs, of_ranks = together(
+        comm, lambda: Graphs(source, targets, leaves), lambda found: {"reach": digest("reach", *_reached(found))}
+    )
+    reach = united(comm, _reached(graphs), of_ranks)
     arrangement = targets.arranged(reach, None, units_of(options, targets))
     tasks = [[t for t, kind in enumerate(kinds) if kind is not None] for kinds in zip(*reach, strict=True)]
     shared = shared_or_named(tasks, targets) if is_kept else shared_by_losses(tasks, targets)
-    search, _ = together(comm, lambda: _searched(graphs, targets, shared, is_kept), _facts)
-    gramians = MeanGramians(targets, search.weights, search.sequence, T, options.way.gramian, comm)
+    search, _ = together(
+        comm, lambda: _searched(graphs, targets, shared, is_kept), lambda s: _facts(s, graphs, targets)
+    )
+    gramians = MeanGramians(targets, layouts_of(leaves), search.weights, search.sequence, T, options.way.gramian, comm)
+
+    with torch.no_grad():
+        passes: Iterable[Found] = search.factors.run(source.retain_graph)
+        if targets.has_dtensors:  # here a rank that raises does so at once, as in agreed_reach
+            passes = list(passes)
 
     def walk() -> dict[str, Any]:
-        passes = search.factors.run(source.retain_graph)
         try:
             if is_kept:
                 return _kept(gramians.adding(passes), arrangement, T, targets)
@@ -95,22 +100,30 @@ def activations_on_ranks(source: Losses, options: Options, begun: Start) -> Acti
         return MeanKeptRows(**given, **kept, comm=comm, targets=targets) if is_kept else ActivationRows(**given)
 
 
+def _reached(graphs: Graphs) -> list[tuple[bool, ...]]:
+    """Return for each task and parameter whether the task reaches it on this rank."""
+    return [tuple([t in tasks for tasks in graphs.tasks]) for t in range(graphs.n_tasks)]
+
+
 def _searched(graphs: Graphs, targets: Targets, shared: Sequence[int], is_kept: bool) -> _Search:
     """Return what this rank has of the parameters under surgery.
 
-    Which of them have factors does not depend on the number of tokens, which may differ from rank to rank.
+    Which of them have factors does not depend on the number of tokens, which may differ from rank to rank. A graph
+    through ``fully_shard`` is not cut: at the end of each pass it may free weights that the next segment reads.
     """
-    weights = weights_of(graphs, targets, shared)
+    weights = weights_of(graphs, shared)
     wanted = range(len(targets.tensors)) if is_kept else shared
-    factors = Factors(graphs, targets, weights, wanted, is_cut=not is_kept)
+    factors = Factors(graphs, targets, weights, wanted, is_cut=not is_kept and not targets.has_dtensors)
     under_surgery = frozenset(shared)
     sequence = [k for k in factors.sequence if k in under_surgery]
     return _Search({weight.place: weight for weight in weights}, factors, sequence)
 
 
-def _facts(search: _Search) -> dict[str, int]:
+def _facts(search: _Search, graphs: Graphs, targets: Targets) -> dict[str, int]:
     sizes = [(k, w.layers[0].p, str(w.layers[0].kind) if w.is_sketchable else "") for k, w in search.weights.items()]
-    return {"layers": digest("layers", tuple(search.sequence), tuple(sizes))}
+    # The passes of all ranks wait for each other's where weights are gathered.
+    tasks = tuple(map(tuple, graphs.tasks)) if targets.has_dtensors else ()
+    return {"layers": digest("layers", tuple(search.sequence), tuple(sizes), tasks)}
 
 
 def _kept(found: Iterable[Found], arrangement: Arrangement, n_tasks: int, targets: Targets) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from gradkern.distributed.comm import Comm
 from gradkern.gradients.activations.factors import Found
 from gradkern.gradients.activations.products import Weight, sketched_rows, task_grads
+from gradkern.gradients.layouts import Layouts
 from gradkern.gradients.param_grads import as_real
 from gradkern.gradients.parameters import Targets
 from gradkern.modifiers.sketch import Sketch
@@ -27,6 +28,7 @@ class MeanGramians:
 
     Args:
         targets: the parameters.
+        layouts: the layouts of their leaves in the graphs, whole ones.
         weights: those that have factors, by place.
         sequence: the places of parameters under surgery in the order in which :meth:`adding` gets them, on all ranks.
         n_tasks: T.
@@ -37,6 +39,7 @@ class MeanGramians:
     def __init__(
         self,
         targets: Targets,
+        layouts: Layouts,
         weights: dict[int, Weight],
         sequence: Sequence[int],
         n_tasks: int,
@@ -44,13 +47,14 @@ class MeanGramians:
         comm: Comm,
     ) -> None:
         self._targets = targets
+        self._layouts = layouts
         self._weights = weights
         self._places = frozenset(sequence)
         self._left = deque(sequence)
         self._n_tasks = n_tasks
         self._sketch = sketch
         self._comm = comm
-        dtypes = {targets.layouts.dtypes[k] for k in sequence}
+        dtypes = {layouts.dtypes[k] for k in sequence}
         self._dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         shape = (targets.grouping.n_segments, n_tasks, n_tasks)
         self._own = torch.zeros(shape, dtype=torch.float64, device=targets.device)
@@ -93,19 +97,19 @@ class MeanGramians:
         """Return the number of columns that parameter ``k`` is sent with."""
         weight = self._weights.get(k)
         if weight is None or self._sketch is None or not self._is_sketched(weight):
-            return self._targets.layouts.numels[k]
+            return self._layouts.numels[k]
         return weight.layers[0].q * self._sketch.columns
 
     def _matrix(self, k: int, grads: Sequence[Tensor | None]) -> Tensor:
         """Return gradients of a parameter as rows, their numbers in the order of its positions."""
-        X = self._zeros(k, self._targets.layouts.numels[k])
+        X = self._zeros(k, self._layouts.numels[k])
         for row, g in zip(X, grads, strict=True):
             if g is not None:
                 row.copy_(as_real(g.to_dense()).reshape(-1))
         return X
 
     def _zeros(self, k: int, width: int) -> Tensor:
-        dtype = arithmetic_dtype(self._targets.layouts.dtypes[k])
+        dtype = arithmetic_dtype(self._layouts.dtypes[k])
         return torch.zeros((self._n_tasks, width), dtype=dtype, device=self._targets.device)
 
     def _reduce(self, k: int, X: Tensor) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from gradkern.distributed.comm import comm_of
+from gradkern.distributed.gathered import leaves_of
 from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
@@ -29,7 +30,10 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
     for what, instead in refused:
         raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
     if targets.has_dtensors:
-        raise NotImplementedError(f"through={through!r} is not for DTensors in params yet: give through='rows'")
+        if through == "features" or options.way.finish == "kept":
+            way = "through='features'" if through == "features" else "finish='kept'"
+            raise NotImplementedError(f"{way} is not for DTensors in params yet: give through='rows'")
+        leaves_of(targets.tensors, targets.device, targets.name)
     sketch = options.way.gramian
     if sketch is not None and sketch.report and comm_of(options.process_group) is not None:
         raise NotImplementedError("through='activations' on several ranks has no Sketch(report=True) yet: leave it out")

@@ -40,7 +40,7 @@ def _streamed(graphs: Graphs, source: Losses, targets: Targets, options: Options
     """Add up the Gramian while the gradients pass, and keep none of them."""
     shared = shared_by_losses(graphs.tasks, targets)
     gramians = Gramians(targets, shared, graphs.n_tasks, options.way.gramian)
-    factors = Factors(graphs, targets, weights_of(graphs, targets, shared), shared, is_cut=True)
+    factors = Factors(graphs, targets, weights_of(graphs, shared), shared, is_cut=True)
     for found in factors.run(retain_graph=True):
         if is_under_surgery(found, targets):
             gramians.add(found)
@@ -52,7 +52,7 @@ def _kept(graphs: Graphs, source: Losses, targets: Targets, options: Options) ->
     """Keep what passes through layers of all tasks, and the rows of other parameters."""
     T, sketch = graphs.n_tasks, options.way.gramian
     shared = shared_or_named(graphs.tasks, targets)
-    weights = [w for w in weights_of(graphs, targets, shared) if w.is_cheaper_without_rows(T, sketch)]
+    weights = [w for w in weights_of(graphs, shared) if w.is_cheaper_without_rows(T, sketch)]
     factors = Factors(graphs, targets, weights, range(len(targets.tensors)), is_cut=False)
     kept, rows = factors_and_rows(factors.run(source.retain_graph), T, targets)
     reach = [list(targets.layouts.reach_of(row)) for row in rows]

@@ -46,6 +46,16 @@ def test_the_learning_rate_by_conflict(pool: Pool) -> None:
     check(pool, Run("PCGrad", finish="backward", options="conflict_lr"), 2)
 
 
+@pytest.mark.parametrize("method", ["PCGrad", "MGDA", "UPGrad"])
+@pytest.mark.parametrize("sharding", ["resharded", "kept", "gathered", "of root", "heads left out", "columns"])
+def test_sharded_parameters(pool: Pool, sharding: str, method: str) -> None:
+    check(pool, Run(method, finish="backward", sharding=sharding), 2)
+
+
+def test_sharded_parameters_with_replicas(pool: Pool) -> None:
+    check(pool, Run("MGDA", finish="backward", sharding="replicas"), 4)
+
+
 def lacking(
     rank: int, group: Any, ranks: int, finish: str, absent: Sequence[tuple[int, int]], shared_by: Sequence[int] = ()
 ) -> list[Any]:

@@ -58,7 +58,7 @@ class Factors:
         inputs = read([layer for layer, _ in self._layers.values()], list(graphs.losses.values()))
         self._inputs = dict(zip(self._layers, inputs, strict=True))
         known = {weight.place for weight in weights}
-        self._places = {targets.tensors[k]: k for k in wanted if k not in known and graphs.tasks[k]}
+        self._places = {graphs.leaves[k]: k for k in wanted if k not in known and graphs.tasks[k]}
         self._walk = Walk(graphs.trace, [*self._layers], [*self._places], is_cut)
 
     @property
@@ -106,13 +106,13 @@ class Factors:
                 yield Found(weight.place, weight, passed, [one.grads for one in passed])
 
 
-def weights_of(graphs: Graphs, targets: Targets, places: Sequence[int]) -> list[Weight]:
+def weights_of(graphs: Graphs, places: Sequence[int]) -> list[Weight]:
     """Return the parameters at some places that are used as matrices only.
 
     Raises:
         ValueError: as :func:`gradkern.gradients.activations.read.read`.
     """
-    found = [Weight(p := targets.tensors[k], k, layers_of(graphs.trace, p)) for k in places if graphs.tasks[k]]
+    found = [Weight(p := graphs.leaves[k], k, layers_of(graphs.trace, p)) for k in places if graphs.tasks[k]]
     weights = [weight for weight in found if weight.layers]
     read([layer for weight in weights for layer in weight.layers], list(graphs.losses.values()))
     return weights
