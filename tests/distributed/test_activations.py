@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 import gradkern as gk
-from tests.distributed.jobs import Net, Run
+from tests.distributed.jobs import SHARDINGS, Net, Run, mesh_of, whole
 from tests.distributed.pool import Pool
 from tests.distributed.test_equal import check
 from tests.distributed.test_faults import forget
@@ -54,6 +56,46 @@ def test_sharded_parameters(pool: Pool, sharding: str, method: str) -> None:
 
 def test_sharded_parameters_with_replicas(pool: Pool) -> None:
     check(pool, Run("MGDA", finish="backward", sharding="replicas"), 4)
+
+
+def images() -> tuple[nn.Module, Tensor]:
+    """Return a model of which each layer's backward pass reads a weight, with a result for each task, and a batch."""
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, groups=2), nn.Tanh(), nn.Flatten()]
+    layers = [nn.Linear(36, 8), nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, T)]
+    return nn.Sequential(*convolutions, *layers).double(), torch.randn(8, 2, 5, 5).double()
+
+
+def of_images(rank: int, group: Any, ranks: int, policy: Any = None) -> list[Tensor]:
+    """Return Gramian, weights and gradients of a step of the model, which one process takes by rows."""
+    model, x = images()
+    way: dict[str, Any] = {}
+    if ranks > 1:
+        fully_shard(model, mesh=mesh_of(group, ranks, ""), **({} if policy is None else {"mp_policy": policy}))
+        way = {"through": "activations"}
+    params = list(model.parameters())
+    y = model(x[rank * 8 // ranks : (rank + 1) * 8 // ranks])
+    losses = [(y - target).square().mean().double() for target in 3 * torch.eye(T)]
+    info = gk.backward(losses, params, aggregator=gk.MGDA(), process_group=group, **way)
+    assert info.gramian is not None
+    assert info.weights is not None
+    return [info.gramian, info.weights, *(whole(p.grad) for p in params if p.grad is not None)]
+
+
+def test_weights_that_are_gathered_together(pool: Pool) -> None:
+    """They are freed at the end of each pass."""
+    expected = of_images(0, False, 1)
+    for found in pool.run(of_images, 2, ranks=2):
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)  # float64 sums of hundreds of numbers
+
+
+def test_weights_that_are_gathered_in_fewer_bits(pool: Pool) -> None:
+    M, _, *grads = of_images(0, False, 1)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for found in pool.run(of_images, 2, policy, ranks=2):
+        torch.testing.assert_close(found[0].double(), M, rtol=0.1, atol=0.05 * M.abs().max().item())  # eight bits
+        assert len(found) == 2 + len(grads)
 
 
 def lacking(
@@ -162,23 +204,30 @@ def rows() -> list[Tensor]:
     return [of_words.transpose(1, 2), of_layer, of_scale.unsqueeze(-1)]
 
 
-def sketched(rank: int, group: Any, ranks: int, finish: str, seeds: Sequence[int]) -> list[Tensor]:
+def sketched(
+    rank: int, group: Any, ranks: int, finish: str, seeds: Sequence[int], is_sharded: bool = False
+) -> list[Tensor]:
     """Return the Gramian of a step with each seed, the last weights, and the last gradients."""
     model, *batch = words(rank, ranks)
+    if is_sharded:
+        fully_shard(model, mesh=mesh_of(group, ranks, ""))
+        register_fsdp_forward_method(model, "losses")
+    params = list(model.parameters())
     found = []
     for seed in seeds:
-        model.zero_grad()
+        for p in params:
+            p.grad = None
         way: dict[str, Any] = {"through": "activations", "finish": finish, "gramian": gk.Sketch(COLUMNS, seed)}
         losses = model.losses(*batch, PLAIN)
-        info = gk.backward(losses, model, aggregator=gk.MGDA(), process_group=group, **way)
+        info = gk.backward(losses, params, aggregator=gk.MGDA(), process_group=group, **way)
         assert info.gramian is not None
         assert info.weights is not None
         found.append(info.gramian)
-    return [*found, info.weights, *(p.grad for p in model.parameters() if p.grad is not None)]
+    return [*found, info.weights, *(whole(p.grad) for p in params if p.grad is not None)]
 
 
-@pytest.mark.parametrize("finish", FINISH)
-def test_a_sketch_is_that_of_the_mean_gradients(pool: Pool, finish: str) -> None:
+@pytest.mark.parametrize(("finish", "is_sharded"), [("backward", False), ("kept", False), ("backward", True)])
+def test_a_sketch_is_that_of_the_mean_gradients(pool: Pool, finish: str, is_sharded: bool) -> None:
     """The signs are those of seed, step and parameter, an embedding's too. All ranks have the same bits."""
     places = {name: k for k, (name, _) in enumerate(Words().named_parameters())}
     of_words, of_layer, of_scale = rows()
@@ -186,7 +235,7 @@ def test_a_sketch_is_that_of_the_mean_gradients(pool: Pool, finish: str) -> None
     for name, G in (("words.weight", of_words), ("layer.weight", of_layer)):
         X.append(G @ gk.Sketch(COLUMNS, 5).signs(places[name], G.shape[2], torch.float64, torch.device("cpu")))
     M = sum(x.flatten(1) @ x.flatten(1).T for x in X)
-    of_ranks = pool.run(sketched, 4, finish, [5], ranks=4)
+    of_ranks = pool.run(sketched, 4, finish, [5], is_sharded, ranks=4)
     for found in of_ranks:
         assert all(torch.equal(x, first) for x, first in zip(found, of_ranks[0], strict=True))
         torch.testing.assert_close(found[0], M, rtol=1e-12, atol=1e-12)  # sums of some hundred numbers below 1
@@ -415,3 +464,57 @@ def test_one_node_of_all_losses_is_refused(pool: Pool, finish: str) -> None:
     """It would put the heads under surgery, which have a gradient of one task each."""
     for text in pool.run(looking_for_unused, finish, ranks=2):
         assert "find_unused_parameters=False" in text
+
+
+def one_raises(rank: int, group: Any) -> tuple[str, bool]:
+    """Take a step in which rank 1 raises in the second task's pass; return the error, and whether it wrote nothing."""
+    model, *batch = words(rank, 2)
+    fully_shard(model, mesh=mesh_of(group, 2, ""))
+    register_fsdp_forward_method(model, "losses")
+    params, left = list(model.parameters()), [1 if rank == 1 else 100]
+    losses = model.losses(*batch, [torch.clone, lambda x: Raising.apply(x, left), torch.clone])
+    try:
+        gk.backward(losses, params, aggregator=gk.PCGrad(), process_group=group, through="activations")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", all(p.grad is None for p in params)
+    return "", False
+
+
+def test_a_rank_that_raises_where_weights_are_gathered_does_so_at_once(tmp_path: Path) -> None:
+    """The others raise by the timeout of the process group."""
+    pool = Pool(2, tmp_path, timeout=4)
+    try:
+        (other, *other_is_right), (own, *own_is_right) = pool.run(one_raises, ranks=2, seconds=40)
+    finally:
+        pool.close()
+    assert own == "KeyError: 'the layer of rank 1'"
+    assert other.startswith(("RuntimeError", "DistBackendError"))
+    assert (other_is_right, own_is_right) == ([True], [True])
+
+
+def refused(rank: int, group: Any, sharding: str, finish: str) -> str:
+    """Take a step through activations that is refused, and then one through rows; return the error."""
+    torch.manual_seed(0)
+    model = Net(T, 12).double()
+    SHARDINGS[sharding](model, mesh_of(group, 4, sharding))
+    params = list(model.named_parameters())
+    *losses, _ = model(torch.ones(8, 6).double(), torch.ones(T, 8).double())
+    step: dict[str, Any] = {"aggregator": gk.PCGrad(), "process_group": group}
+    with pytest.raises(NotImplementedError) as raised:
+        gk.backward(losses, params, through="activations", finish=finish, **step)
+    assert all(p.grad is None for _, p in params)
+    gk.backward(losses, params, **step)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "finish", "text"),
+    [
+        ("resharded", "kept", "finish='kept' is not for DTensors in params yet: give through='rows'"),
+        ("tensor parallel", "backward", "'trunk.0.weight' of shape .* is another one: give through='rows'"),
+        ("tensor parallel shards", "backward", "'trunk.0.weight' of shape .* is another one: give through='rows'"),
+    ],
+)
+def test_other_sharded_parameters_are_refused(pool: Pool, sharding: str, finish: str, text: str) -> None:
+    for raised in pool.run(refused, sharding, finish, ranks=4):
+        assert re.search(text, raised), raised

@@ -115,7 +115,10 @@ class Convolution:
         """See :meth:`Layer.grad`."""
         node = self.node
         how = (*self._geometry, False, node._saved_output_padding, node._saved_groups, [False, True, False])
-        grads = torch.ops.aten.convolution_backward(d, kept, self._weight.to(d.dtype), None, *how)
+        like = torch.empty_like(
+            self._weight, dtype=d.dtype
+        )  # fully_shard may have freed the numbers, which do not count
+        grads = torch.ops.aten.convolution_backward(d, kept, like, None, *how)
         found: Tensor = grads[1]
         return found
 
