@@ -85,12 +85,13 @@ def activations_on_ranks(source: Losses, options: Options, begun: Start) -> Acti
 
     with torch.no_grad():
         kept, _ = together(comm, walk, lambda _: {})
+        products, exact = gramians.totals()
         given: dict[str, Any] = {
             "params": targets.tensors,
             "graphs": graphs,
             "arrangement": arrangement,
-            "products": gramians.total(),
-            "exact": None,
+            "products": products,
+            "exact": exact,
             "n_tasks": T,
             "mask": None if options.suppression is None else options.suppression.mask(targets.device),
             "present": bools_on(present, targets.device) if tells_absent(present, options) else None,

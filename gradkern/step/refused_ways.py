@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from gradkern.distributed.comm import comm_of
 from gradkern.distributed.gathered import leaves_of
 from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.losses import Losses, Source
@@ -18,7 +17,7 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
 
     Raises:
         ValueError: it does not; the message says what to give instead.
-        NotImplementedError: it does not yet on several ranks, or with DTensors.
+        NotImplementedError: it does not yet with DTensors.
     """
     through = options.way.through
     if through == "rows":
@@ -34,9 +33,6 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
             way = "through='features'" if through == "features" else "finish='kept'"
             raise NotImplementedError(f"{way} is not for DTensors in params yet: give through='rows'")
         leaves_of(targets.tensors, targets.device, targets.name)
-    sketch = options.way.gramian
-    if sketch is not None and sketch.report and comm_of(options.process_group) is not None:
-        raise NotImplementedError("through='activations' on several ranks has no Sketch(report=True) yet: leave it out")
 
 
 def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:

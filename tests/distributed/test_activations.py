@@ -244,6 +244,24 @@ def test_a_sketch_is_that_of_the_mean_gradients(pool: Pool, finish: str, is_shar
         torch.testing.assert_close(grads[k], torch.einsum("t,tqp->qp", w, G), rtol=1e-12, atol=1e-12)
 
 
+def reported(rank: int, group: Any, ranks: int, finish: str) -> tuple[Tensor | None, Tensor | None]:
+    """Return the Gramian of a sketch that reports its error, and the report."""
+    model, *batch = words(rank, ranks)
+    way: dict[str, Any] = {"through": "activations", "finish": finish, "gramian": gk.Sketch(1, 3, report=True)}
+    info = gk.backward(model.losses(*batch, PLAIN), model, aggregator=gk.MGDA(), process_group=group, **way)
+    return info.gramian, info.conflict_agreement
+
+
+@pytest.mark.parametrize("finish", FINISH)
+def test_a_report(pool: Pool, finish: str) -> None:
+    """It compares with the Gramian of the mean gradients."""
+    M = sum(G.flatten(1) @ G.flatten(1).T for G in rows())
+    for found, agreement in pool.run(reported, 2, finish, ranks=2):
+        agree = [(found[i, j] < 0) == (M[i, j] < 0) for i in range(T) for j in range(i)]
+        torch.testing.assert_close(agreement, sum(agree) / 3)
+        assert sum(agree) == 1  # by these signs
+
+
 def test_a_sketch_is_unbiased(pool: Pool) -> None:
     """Its mean over 200 seeds is near, by the variance that the docstring of Sketch states, and so is the variance."""
     found = torch.stack(pool.run(sketched, 2, "backward", range(200), ranks=2)[0][:200])

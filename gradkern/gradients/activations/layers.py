@@ -115,9 +115,7 @@ class Convolution:
         """See :meth:`Layer.grad`."""
         node = self.node
         how = (*self._geometry, False, node._saved_output_padding, node._saved_groups, [False, True, False])
-        like = torch.empty_like(
-            self._weight, dtype=d.dtype
-        )  # fully_shard may have freed the numbers, which do not count
+        like = torch.empty_like(self._weight, dtype=d.dtype)  # only its shape counts, and the weight may be freed
         grads = torch.ops.aten.convolution_backward(d, kept, like, None, *how)
         found: Tensor = grads[1]
         return found
