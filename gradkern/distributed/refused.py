@@ -41,7 +41,7 @@ def refuse_join(tensors: Sequence[Tensor]) -> None:
     DistributedDataParallel, not for those of a step.
     """
     params = set(tensors)
-    for module in _living(DistributedDataParallel):
+    for module in living(DistributedDataParallel):
         if module._join_config.enable and not params.isdisjoint(module.parameters()):
             raise ValueError(
                 "losses are computed within torch.distributed.algorithms.Join, whose ranks without batches do not "
@@ -50,7 +50,7 @@ def refuse_join(tensors: Sequence[Tensor]) -> None:
             )
 
 
-def _living(kind: type) -> list[Any]:
+def living(kind: type) -> list[Any]:
     """Return the objects of a class that there are; of hundreds of thousands only the types are looked at."""
     objects = gc.get_objects()
     kinds = {found for found in set(map(type, objects)) if kind in found.__mro__}

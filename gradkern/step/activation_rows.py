@@ -92,6 +92,11 @@ class KeptRows(ActivationRows):
 
     def combine(self, w: Tensor, unshared_weights: Tensor | None) -> Combined:
         """Return each parameter with its combination; see :meth:`gradkern.step.rows.Rows.combine`."""
+        found = self._combined(w, unshared_weights)
+        kept = self._masked(found)
+        return [(p, found[p]) for p in self.params if p in found], kept
+
+    def _combined(self, w: Tensor, unshared_weights: Tensor | None) -> dict[Tensor, Tensor]:
         results, _ = self.rows.combine(w, unshared_weights)
         found = dict(results)
         self.rows.forget()  # before the weights' gradients take memory
@@ -102,12 +107,11 @@ class KeptRows(ActivationRows):
                 g = weighted_grad(passed, w[c.segment])
                 assert g is not None, "a task reaches the column"
                 found[weight.param] = as_grad(g, weight.param, c.dtype)
-        kept = self._masked(found)
-        return [(p, found[p]) for p in self.params if p in found], kept
+        return found
 
     def _masked(self, found: dict[Tensor, Tensor]) -> Tensor | None:
         """Set the results' entries that the mask drops to zero; return the share of those that it kept."""
-        columns = [c for c in self.arrangement.columns if not c.sparse]
+        columns = [c for c in self.arrangement.columns if not c.sparse and self.params[c.place] in found]
         if self.mask is None or not columns:
             return None
         kept = self.mask.state.new_zeros(())

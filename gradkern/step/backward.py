@@ -95,8 +95,9 @@ def backward(
             task gradients for ``groups``, ``shared``, ``suppression``, and methods that look at entries or keep means.
         finish: how a step through activations ends. "backward": by an ordinary backward pass of Σ w_i L_i, in which
             parameters of one task are unweighted. It runs all hooks. No more than one layer's gradients of T tasks are
-            alive before it. "kept": these are kept for all layers, and each weight's gradient is one product with their
-            weighted sum. It is faster, allows groups, and needs memory for T times the activations.
+            alive before it; with DTensors in ``params``, which ``fully_shard`` must have made, those of all layers are.
+            "kept": these are kept for all layers, and each weight's gradient is one product with their weighted sum. It
+            is faster, allows groups, and needs memory for T times the activations.
         gramian: a :class:`gradkern.Sketch` that estimates the Gramian of a step through activations; None for the exact
             one.
         per_example: whether a step through features takes dot products of the gradients of each example's features, as

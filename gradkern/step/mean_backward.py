@@ -40,7 +40,7 @@ class MeanBackwardSink(WeightedBackwardSink):
         targets = self._targets
         (reach,) = agreed_reach(self.comm, targets, self._differentiate)
         own = self._observed()
-        means = dict(mean_results(self.comm, targets, reach, self._row)) | self._of_dtensors()
+        means = dict(mean_results(self.comm, targets, reach, self._row))
         accumulate([*((p, means[p]) for p in targets.tensors if p in means), *own])
         return None
 
@@ -68,14 +68,6 @@ class MeanBackwardSink(WeightedBackwardSink):
         refuse_sparse(0, self._row, targets)
         return [tuple([g is not None for g in self._row])]
 
-    def _of_dtensors(self) -> dict[Tensor, Tensor]:
-        """Return the DTensors' gradients, which the backward pass has averaged."""
-        found: dict[Tensor, Tensor] = {}
-        for p, here, g in zip(self._targets.tensors, self._targets.here, self._row, strict=True):
-            if g is not None and is_dtensor(p):
-                found[p] = as_dtensor(torch.view_as_complex(g) if here.is_complex() else g, p)
-        return found
-
     def _graphs(self) -> dict[int, Tensor]:
         if self._targets.has_dtensors:  # as in agreed_reach
             return super()._graphs()
@@ -89,7 +81,7 @@ class MeanBackwardSink(WeightedBackwardSink):
 
 @torch.no_grad()
 def mean_results(comm: Comm, targets: Targets, reach: RowReach, row: Row) -> list[tuple[Tensor, Tensor]]:
-    """Return the parameters that every rank has whole, with the means over the ranks of their gradients.
+    """Return parameters with the means over the ranks of their gradients. Those of DTensors are such means already.
 
     Args:
         comm: the ranks.
@@ -99,4 +91,8 @@ def mean_results(comm: Comm, targets: Targets, reach: RowReach, row: Row) -> lis
     """
     reached = [k for k, kind in enumerate(reach) if kind is not None]
     places = [k for k in reached if not is_dtensor(targets.tensors[k])]
-    return results_of(mean_row(comm, buckets_for(places, targets.layouts, comm), row, targets.device), targets)
+    results = results_of(mean_row(comm, buckets_for(places, targets.layouts, comm), row, targets.device), targets)
+    for p, here, g in zip(targets.tensors, targets.here, row, strict=True):
+        if g is not None and is_dtensor(p):
+            results.append((p, as_dtensor(torch.view_as_complex(g) if here.is_complex() else g, p)))
+    return results

@@ -176,6 +176,17 @@ def agreed_reach(
     made = work() if targets.has_dtensors else None
     ready = work if made is None else lambda: made
     rows, of_ranks = together(comm, ready, lambda reached: {"reach": digest("reach", *reached), **facts()})
+    return united(comm, rows, of_ranks)
+
+
+def united(comm: Comm, rows: Sequence[tuple[bool, ...]], of_ranks: Sequence[Facts]) -> Reach:
+    """Return the layouts of the rows' gradients, dense where any rank's task reaches.
+
+    Args:
+        comm: the ranks.
+        rows: for each row and parameter, whether this rank has a gradient.
+        of_ranks: the facts of all ranks; "reach" is the digest of their ``rows``.
+    """
     if len({of_rank["reach"] for of_rank in of_ranks}) > 1:
         n = len(rows[0])
         flags = [any(f) for f in zip(*comm.exchange_flags([f for row in rows for f in row]), strict=True)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from gradkern.distributed.comm import comm_of
+from gradkern.distributed.gathered import leaves_of
 from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
@@ -17,7 +17,7 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
 
     Raises:
         ValueError: it does not; the message says what to give instead.
-        NotImplementedError: it does not yet on several ranks, or with DTensors.
+        NotImplementedError: it does not yet with DTensors.
     """
     through = options.way.through
     if through == "rows":
@@ -29,19 +29,10 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
     for what, instead in refused:
         raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
     if targets.has_dtensors:
-        raise NotImplementedError(f"through={through!r} is not for DTensors in params yet: give through='rows'")
-    if through == "activations" and comm_of(options.process_group) is not None:
-        _refuse_on_ranks(options)
-
-
-def _refuse_on_ranks(options: Options) -> None:
-    way = options.way
-    for what, is_given in (
-        ("finish='kept'", way.finish == "kept"),
-        ("a Sketch(report=True)", way.gramian is not None and way.gramian.report),
-    ):
-        if is_given:
-            raise NotImplementedError(f"through='activations' on several ranks has no {what} yet: leave it out")
+        if through == "features" or options.way.finish == "kept":
+            way = "through='features'" if through == "features" else "finish='kept'"
+            raise NotImplementedError(f"{way} is not for DTensors in params yet: give through='rows'")
+        leaves_of(targets.tensors, targets.device, targets.name)
 
 
 def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:

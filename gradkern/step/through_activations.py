@@ -1,5 +1,6 @@
 """The first half of a step through activations: it walks the graphs of the losses, and adds up the Gramian."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -37,9 +38,9 @@ def through_activations(source: Losses, targets: Targets, options: Options) -> A
 
 def _streamed(graphs: Graphs, source: Losses, targets: Targets, options: Options) -> ActivationRows:
     """Add up the Gramian while the gradients pass, and keep none of them."""
-    shared = shared_by_losses(graphs, targets)
+    shared = shared_by_losses(graphs.tasks, targets)
     gramians = Gramians(targets, shared, graphs.n_tasks, options.way.gramian)
-    factors = Factors(graphs, targets, weights_of(graphs, targets, shared), shared, is_cut=True)
+    factors = Factors(graphs, targets, weights_of(graphs, shared), shared, is_cut=True)
     for found in factors.run(retain_graph=True):
         if is_under_surgery(found, targets):
             gramians.add(found)
@@ -50,10 +51,10 @@ def _streamed(graphs: Graphs, source: Losses, targets: Targets, options: Options
 def _kept(graphs: Graphs, source: Losses, targets: Targets, options: Options) -> KeptRows:
     """Keep what passes through layers of all tasks, and the rows of other parameters."""
     T, sketch = graphs.n_tasks, options.way.gramian
-    shared = shared_or_named(graphs, targets)
-    weights = [w for w in weights_of(graphs, targets, shared) if w.is_cheaper_without_rows(T, sketch)]
+    shared = shared_or_named(graphs.tasks, targets)
+    weights = [w for w in weights_of(graphs, shared) if w.is_cheaper_without_rows(T, sketch)]
     factors = Factors(graphs, targets, weights, range(len(targets.tensors)), is_cut=False)
-    kept, rows = _taken(factors, source.retain_graph, T, targets)
+    kept, rows = factors_and_rows(factors.run(source.retain_graph), T, targets)
     reach = [list(targets.layouts.reach_of(row)) for row in rows]
     for found in kept:
         for t in found.tasks:
@@ -80,16 +81,16 @@ def _kept(graphs: Graphs, source: Losses, targets: Targets, options: Options) ->
     )
 
 
-def _taken(factors: Factors, retain_graph: bool, n_tasks: int, targets: Targets) -> tuple[list[Found], list[Row]]:
-    """Run the passes; return the weights that any task reaches, and T rows of the other parameters' gradients."""
+def factors_and_rows(found: Iterable[Found], n_tasks: int, targets: Targets) -> tuple[list[Found], list[Row]]:
+    """Return the weights that any task reaches, and T rows of the other parameters' gradients."""
     kept: list[Found] = []
     rows: list[list[Tensor | None]] = [[None] * len(targets.tensors) for _ in range(n_tasks)]
-    for found in factors.run(retain_graph):
-        if found.weight is None:
-            for row, g in zip(rows, found.rows[0], strict=True):
-                row[found.place] = g
-        elif found.passed:
-            kept.append(found)
+    for one in found:
+        if one.weight is None:
+            for row, g in zip(rows, one.rows[0], strict=True):
+                row[one.place] = g
+        elif one.passed:
+            kept.append(one)
     return kept, [readable(row, targets.tensors, targets.layouts) for row in rows]
 
 
@@ -98,21 +99,26 @@ def is_under_surgery(found: Found, targets: Targets) -> bool:
     return len(found.tasks) > (1 if targets.named is None else 0)
 
 
-def shared_or_named(graphs: Graphs, targets: Targets) -> list[int]:
-    """Return the places of the parameters that the user has named, or that two losses reach."""
+def shared_or_named(tasks: Sequence[Sequence[int]], targets: Targets) -> list[int]:
+    """Return the places of the parameters that the user has named, or that two losses reach.
+
+    Args:
+        tasks: for each parameter, the tasks that reach it.
+        targets: the parameters.
+    """
     if targets.named is not None:
-        return [k for k, is_named in enumerate(targets.named) if is_named and graphs.tasks[k]]
-    return [k for k, tasks in enumerate(graphs.tasks) if len(tasks) > 1]
+        return [k for k, is_named in enumerate(targets.named) if is_named and tasks[k]]
+    return [k for k, reaching in enumerate(tasks) if len(reaching) > 1]
 
 
-def shared_by_losses(graphs: Graphs, targets: Targets) -> list[int]:
-    """Return the places of the parameters that two losses reach.
+def shared_by_losses(tasks: Sequence[Sequence[int]], targets: Targets) -> list[int]:
+    """Return the places of the parameters that two losses reach; arguments are as for :func:`shared_or_named`.
 
     Raises:
         ValueError: the user has named others.
     """
-    shared = [k for k, tasks in enumerate(graphs.tasks) if len(tasks) > 1]
-    if shared_or_named(graphs, targets) != shared:
+    shared = [k for k, reaching in enumerate(tasks) if len(reaching) > 1]
+    if shared_or_named(tasks, targets) != shared:
         raise ValueError(
             "shared must be the parameters that two losses reach, or be left out, with through='activations' and "
             "finish='backward', whose one backward pass has one weight for all that tasks share: give finish='kept'"

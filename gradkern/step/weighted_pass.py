@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradkern.distributed.comm import Comm
 from gradkern.gradients.activations.graphs import Graphs
-from gradkern.gradients.engine import differentiated, raise_explained
+from gradkern.gradients.engine import raise_explained
 from gradkern.gradients.losses import Losses
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
@@ -43,7 +43,7 @@ class WeightedPassSink(GradSink):
         super().prepare(rows, outcome, targets)
         assert isinstance(rows, ActivationRows)
         assert outcome.solution is not None
-        self._graphs, self._targets = rows.graphs, targets
+        self._graphs, self._targets, self._shared = rows.graphs, targets, rows.arrangement.shared
         self._w, self._unshared = outcome.solution.weights[0], outcome.unshared_weights
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
@@ -97,8 +97,15 @@ class MeanWeightedPassSink(WeightedPassSink):
         """Keep the gradients of this rank's weighted losses; return for each parameter whether there is one."""
         losses, targets = tuple(self._graphs.losses.values()), self._targets
         with self._weighted() as seeds:
-            grads = differentiated("one of losses", losses, targets.tensors, self._retain_graph, tuple(seeds))
-        self._row = readable(grads, targets.tensors, targets.layouts)
+            differentiate = self._losses.differentiate
+            passed = differentiate("one of losses", losses, targets.tensors, self._retain_graph, tuple(seeds))
+        grads = list(passed)
+        if self._unshared is None:
+            for c in self._shared:
+                g, tasks = grads[c.place], self._graphs.tasks[c.place]
+                if g is not None and len(tasks) == 1:  # other ranks have the other tasks, so no hook has seen them meet
+                    grads[c.place] = g * self._w[tasks[0]].to(g.dtype)
+        self._row = readable(grads, targets.here, targets.layouts)
         refuse_sparse(0, self._row, targets)
         return [tuple([g is not None for g in self._row])]
 

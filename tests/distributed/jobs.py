@@ -55,6 +55,7 @@ class Run(NamedTuple):
         sharding: a name of ``SHARDINGS``.
         fused: whether the inner optimizer is gradkern's, as with ``update``.
         shard: whether each rank has the state of some rows alone.
+        finish: how a step through activations ends; "" for a step through rows. One process goes through rows.
     """
 
     method: str = "PCGrad"
@@ -71,6 +72,7 @@ class Run(NamedTuple):
     sharding: str = ""
     fused: bool = False
     shard: bool = False
+    finish: str = ""
 
 
 OPTIONS: dict[str, Callable[[MultiHead], dict[str, Any]]] = {
@@ -177,7 +179,8 @@ def trained(rank: int, group: Any, run: Run, ranks: int) -> Result:
         params = [*model.named_parameters(), *params[len(list(model.parameters())) :]]
     inner = (gk.optim.AdamW if run.update or run.fused else torch.optim.AdamW)(params, lr=1e-2)
     ranked = {"process_group": group if ranks > 1 else False, "shard_optimizer": run.shard}
-    opt = gk.SurgeryOptimizer(inner, method, **ranked, **OPTIONS[run.options](model))
+    way = {"through": "activations", "finish": run.finish} if run.finish and ranks > 1 else {}
+    opt = gk.SurgeryOptimizer(inner, method, **ranked, **way, **OPTIONS[run.options](model))
     batches = [(torch.randn(BATCH, 6).to(run.dtype), 3 * torch.randn(T, BATCH).to(run.dtype)) for _ in range(run.steps)]
     if (run.ddp or run.unused) and ranks > 1:
         forward = DistributedDataParallel(model, process_group=group, find_unused_parameters=run.unused)

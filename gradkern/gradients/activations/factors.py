@@ -52,12 +52,13 @@ class Factors:
         self, graphs: Graphs, targets: Targets, weights: Sequence[Weight], wanted: Sequence[int], is_cut: bool
     ) -> None:
         self._graphs = graphs
+        self._targets = targets
         self._weights = weights
         self._layers = {layer.node: (layer, weight) for weight in weights for layer in weight.layers}
         inputs = read([layer for layer, _ in self._layers.values()], list(graphs.losses.values()))
         self._inputs = dict(zip(self._layers, inputs, strict=True))
         known = {weight.place for weight in weights}
-        self._places = {targets.tensors[k]: k for k in wanted if k not in known and graphs.tasks[k]}
+        self._places = {graphs.leaves[k]: k for k in wanted if k not in known and graphs.tasks[k]}
         self._walk = Walk(graphs.trace, [*self._layers], [*self._places], is_cut)
 
     @property
@@ -76,7 +77,23 @@ class Factors:
         return places
 
     def run(self, retain_graph: bool) -> Iterator[Found]:
-        """Yield each parameter as soon as all its gradients are there."""
+        """Yield each parameter as soon as all its gradients are there.
+
+        Raises:
+            ValueError: a task alone has a gradient of a parameter that the graph shows below several. A node with
+                several results shows so if losses come from different ones of them.
+        """
+        for found in self._found(retain_graph):
+            if len(found.tasks) == 1 < len(self._graphs.tasks[found.place]):
+                name = self._targets.name(found.place)
+                raise ValueError(
+                    f"losses[{found.tasks[0]}] alone has a gradient of {name} in params, but a node above that has "
+                    "results for other losses too, as DistributedDataParallel(find_unused_parameters=True) has: make "
+                    "it with find_unused_parameters=False, which serves here as well, or give through='rows'"
+                )
+            yield found
+
+    def _found(self, retain_graph: bool) -> Iterator[Found]:
         waiting: dict[int, list[Passed]] = {weight.place: [] for weight in self._weights}
         for place, grads in self._walk.run(self._graphs.losses, self._graphs.n_tasks, retain_graph):
             if isinstance(place, Tensor):
@@ -89,13 +106,13 @@ class Factors:
                 yield Found(weight.place, weight, passed, [one.grads for one in passed])
 
 
-def weights_of(graphs: Graphs, targets: Targets, places: Sequence[int]) -> list[Weight]:
+def weights_of(graphs: Graphs, places: Sequence[int]) -> list[Weight]:
     """Return the parameters at some places that are used as matrices only.
 
     Raises:
         ValueError: as :func:`gradkern.gradients.activations.read.read`.
     """
-    found = [Weight(p := targets.tensors[k], k, layers_of(graphs.trace, p)) for k in places if graphs.tasks[k]]
+    found = [Weight(p := graphs.leaves[k], k, layers_of(graphs.trace, p)) for k in places if graphs.tasks[k]]
     weights = [weight for weight in found if weight.layers]
     read([layer for weight in weights for layer in weight.layers], list(graphs.losses.values()))
     return weights

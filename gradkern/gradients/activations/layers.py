@@ -115,7 +115,8 @@ class Convolution:
         """See :meth:`Layer.grad`."""
         node = self.node
         how = (*self._geometry, False, node._saved_output_padding, node._saved_groups, [False, True, False])
-        grads = torch.ops.aten.convolution_backward(d, kept, self._weight.to(d.dtype), None, *how)
+        like = torch.empty_like(self._weight, dtype=d.dtype)  # only its shape counts, and the weight may be freed
+        grads = torch.ops.aten.convolution_backward(d, kept, like, None, *how)
         found: Tensor = grads[1]
         return found
 

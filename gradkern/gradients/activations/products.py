@@ -66,6 +66,11 @@ class Weight:
         is_plain = isinstance(first, Linear) or (isinstance(first, Convolution) and not first.is_grouped)
         return is_plain and self.is_of_one_kind
 
+    @property
+    def is_sketchable(self) -> bool:
+        """Whether all its layers can be sketched with the same signs, because they are alike."""
+        return self.has_inputs or self.is_embedding
+
     def is_sketched(self, columns: int) -> bool:
         """Return whether a sketch of so many columns is smaller than what it stands for."""
         sizes = self.sizes(1)
