@@ -89,7 +89,7 @@ def advised(
         raise ValueError(f"aggregator {method!r} needs a second batch, which advise does not take: it goes by rows")
     targets = Targets.of(params, options.groups, options.shared)
     if targets.has_dtensors:
-        raise NotImplementedError("advise is not for DTensors in params: they go by rows, on all ranks of their mesh")
+        raise NotImplementedError("advise is not for DTensors in params, whose steps are of all ranks of their mesh")
     if targets.device.type == "meta":
         raise ValueError("params must have numbers for advise, which measures; got the device meta")
     alone = replace(options, process_group=False, shard_optimizer=False)

@@ -82,7 +82,7 @@ def problem(request: pytest.FixtureRequest, float64_by_default: None) -> tuple[n
 
 @pytest.mark.parametrize("columns", [1, 4])
 def test_it_is_unbiased_and_its_variance_is_as_stated(problem: tuple[nn.Module, Tensor], columns: int) -> None:
-    """A mean of n numbers is off by less than five of its standard deviations, and a variance of 100 numbers by 80 %."""
+    """A mean of n numbers is off by less than five of its standard deviations, and their variance by 80 %."""
     G = rows(*problem)
     exact, lengths = G @ G.T, G.norm(dim=1)
     estimates = torch.stack([gramian(*problem, gramian=gk.Sketch(columns, seed)) for seed in range(SEEDS)])
