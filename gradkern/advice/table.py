@@ -33,7 +33,7 @@ def _conclusion(P: int, best: Cost | None, smallest: Cost | None) -> list[str]:
         return ["No exact way fits into the memory of the device."]
     lines = wrap(f"Take {best.call}: {_told(best, P)}.", WIDTH)
     if smallest is not None:
-        lines += wrap(f"Least memory: {smallest.call}: {_told(smallest, P)}.", WIDTH)
+        lines += wrap(f"Least memory with the exact update: {smallest.call}: {_told(smallest, P)}.", WIDTH)
     return lines
 
 

@@ -132,9 +132,9 @@ class LossesOnFeatures(Losses):
             bypassed = [p for p in graph.leaves(value, trunk.edges) if p in trunk.leaves]
             if bypassed:
                 raise ValueError(
-                    f"losses[{i}] reaches {len(bypassed)} of the params below features past them, by a skip "
-                    f"connection, tied weights or a separate term, such as one of shape {tuple(bypassed[0].shape)}: "
-                    "leave features out"
+                    f"losses[{i}] also reaches {len(bypassed)} of the params below features by a way past features, "
+                    f"such as one of shape {tuple(bypassed[0].shape)}. Compute features and losses in the same forward "
+                    "pass. If there is a skip connection, tied weights or a separate term, leave features out"
                 )
             thawed = [p for p in self.frozen if p.requires_grad]
             reached, ones = [*trunk.outputs, *heads, *thawed], torch.ones_like(value)

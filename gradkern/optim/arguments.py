@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from gradkern.arguments import instance, listed, number, shown
+from gradkern.distributed.comm import comm_of
 from gradkern.gradients.parameters import Groups, Parameters, Params, Targets, read
+from gradkern.step.options import Options
+from gradkern.step.refused_ways import refuse_options
 
 
 def checked_group(param_group: object) -> Parameters:
@@ -40,6 +43,13 @@ def check_group(param_group: object, params: Sequence[Any], groups: Groups, shar
         Targets.of([*params, *entries], groups, shared)
     except (TypeError, ValueError) as error:
         raise type(error)(f"param_group does not go with the parameters so far: {error}") from error
+
+
+def check_options(options: Options, params: Sequence[Any]) -> None:
+    """Raise what each step would raise, as far as its options and parameters tell."""
+    comm_of(options.process_group)
+    Targets.of(params, options.groups, options.shared)
+    refuse_options(options)
 
 
 def checked_limit(max_norm: object, scaler: object) -> float | None:

@@ -14,12 +14,12 @@ from gradkern.advice.advise import advised
 from gradkern.aggregators import Aggregator
 from gradkern.arguments import boolean
 from gradkern.distributed.by_rows import ByRows
-from gradkern.distributed.comm import ProcessGroup, comm_of
+from gradkern.distributed.comm import ProcessGroup
 from gradkern.gradients.accumulation import Accumulation
 from gradkern.gradients.features import Features
 from gradkern.gradients.losses import Loss, Losses, Source, entries_of
 from gradkern.gradients.memory import Memory
-from gradkern.gradients.parameters import Groups, Params, Targets
+from gradkern.gradients.parameters import Groups, Params
 from gradkern.gradients.sharded import parts_here
 from gradkern.gradients.sources import from_losses
 from gradkern.info import SurgeryInfo
@@ -28,7 +28,7 @@ from gradkern.modifiers.sketch import Sketch
 from gradkern.modifiers.suppression import Suppression
 from gradkern.ops.undo import Undo
 from gradkern.optim.adamw import AdamW
-from gradkern.optim.arguments import check_closure, check_group, checked_limit
+from gradkern.optim.arguments import check_closure, check_group, check_options, checked_limit
 from gradkern.optim.checkpoint import Remembered, load_with_surgery, restored, save_with_surgery
 from gradkern.optim.fused_sink import FusedAdamWSink
 from gradkern.optim.grad_step import loss_scale, refuse_closure, step_by_grad
@@ -109,8 +109,7 @@ class SurgeryOptimizer(OptimizerWrapper):
         self._pending = SimpleNamespace(step_scale=None, accumulation=None)
         self._scaler_proxy = SimpleNamespace(_step_supports_amp_scaling=True)  # see fused_sink.py
         self._untracked = Untracked()
-        comm_of(process_group)  # raises for what a step would refuse, and so does the next line
-        Targets.of(self._params(), groups, self.shared)
+        check_options(self._options(), self._params())
 
     def backward(
         self,
@@ -340,9 +339,11 @@ class SurgeryOptimizer(OptimizerWrapper):
         return Remembered(self._options(), self._tensors())
 
     def __repr__(self) -> str:
-        modifiers = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": self._memory and True}
-        given = "".join(f", {name}={value!r}" for name, value in modifiers.items() if value is not None)
-        return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{given})"
+        memory = self._memory and True
+        modifiers = {"suppression": self.suppression, "conflict_lr": self.conflict_lr, "memory": memory}
+        given = {name: value for name, value in modifiers.items() if value is not None} | self._way.given
+        more = "".join(f", {name}={value!r}" for name, value in given.items())
+        return f"SurgeryOptimizer({self.optimizer!r}, {self.aggregator!r}, groups={self.groups!r}{more})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # torch's keeps only groups and state
         self._refuse_within_accumulate("a copy")

@@ -86,20 +86,21 @@ def backward(
             values, and as many losses; a task that a rank lacks counts there with a loss of 0. If ``params`` holds
             DTensors, the ranks are those of their device mesh, and all ranks give losses of the same tasks.
         through: what the Gramian is computed from. "rows": from each task's gradient, T rows of P numbers.
-            "activations": from what went into each layer and what comes back out of it, for losses of one forward pass;
-            the Gramian and the update are those of the rows, which are not made. Weights of linear layers, convolutions
-            and embeddings go this way; other parameters have rows, one tensor at a time. "features": from the gradients
-            by ``features`` alone. This is another method, no approximation: MGDA-UB (Sener and Koltun 2018),
-            Aligned-MTL-UB (Senushkin et al. 2023), LibMTL's ``rep_grad``. Everything below ``features`` is under
-            surgery, and gets one backward pass. Each other parameter gets the sum of its tasks' gradients. There are no
-            task gradients for ``groups``, ``shared``, ``suppression``, and methods that look at entries or keep means.
+            "activations": from each layer's inputs and each task's gradients by its outputs, for losses of one forward
+            pass. The Gramian and the update are those of the rows, up to rounding. Weights of linear layers,
+            convolutions and embeddings go this way; other parameters have rows, one tensor at a time. "features": from
+            the gradients by ``features`` alone. This is another method, no approximation: LibMTL's ``rep_grad``, or with
+            ``per_example=True`` MGDA-UB (Sener and Koltun 2018) and Aligned-MTL-UB (Senushkin et al. 2023). Everything
+            below ``features`` is under surgery, and gets one backward pass. Each other parameter gets the sum of its
+            tasks' gradients. There are no task gradients for ``groups``, ``shared``, ``suppression``, and methods that
+            look at entries or keep means.
         finish: how a step through activations ends. "backward": by an ordinary backward pass of Σ w_i L_i, in which
             parameters of one task are unweighted. It runs all hooks. No more than one layer's gradients of T tasks are
             alive before it; with DTensors in ``params``, which ``fully_shard`` must have made, those of all layers are.
-            "kept": these are kept for all layers, and each weight's gradient is one product with their weighted sum. It
-            is faster, allows groups, and needs memory for T times the activations.
+            "kept": these are kept for all layers, T times the activations, and each weight's gradient is one product
+            with their weighted sum. There is no second pass. It takes ``groups``, ``shared`` and ``suppression`` too.
         gramian: a :class:`gradkern.Sketch` that estimates the Gramian of a step through activations; None for the exact
-            one.
+            one. Use the same object in all steps: each has signs of its own.
         per_example: whether a step through features takes dot products of the gradients of each example's features, as
             MGDA-UB and Aligned-MTL-UB do. If not, it takes those of their sums over dimension 0, the batch, as LibMTL.
 

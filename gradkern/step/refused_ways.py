@@ -22,12 +22,12 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
     through = options.way.through
     if through == "rows":
         return
-    if through == "features":
-        refused = _without_features(source, options)
-    else:
-        refused = _without_activations(source, targets, options)
-    for what, instead in refused:
-        raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
+    if through == "features" and not isinstance(source, LossesOnFeatures):
+        raise ValueError(
+            "through='features' needs features=, the output of the trunk that all tasks share; or give through='rows'"
+        )
+    refuse_options(options)
+    _refuse(through, _of_features(source) if through == "features" else _of_activations(source, targets))
     if targets.has_dtensors:
         if through == "features" or options.way.finish == "kept":
             way = "through='features'" if through == "features" else "finish='kept'"
@@ -35,14 +35,34 @@ def refuse_way(source: Source, targets: Targets, options: Options) -> None:
         leaves_of(targets.tensors, targets.device, targets.name)
 
 
-def _without_activations(source: Source, targets: Targets, options: Options) -> Iterator[Refusal]:
-    suppression, way = options.suppression, options.way
+def refuse_options(options: Options) -> None:
+    """Raise ValueError unless the way of steps goes together with their method and modifiers."""
+    through = options.way.through
+    if through != "rows":
+        _refuse(through, _with_rows(options))
+        _refuse(through, _without_features(options) if through == "features" else _without_activations(options))
+
+
+def _refuse(through: str, refused: Iterator[Refusal]) -> None:
+    for what, instead in refused:
+        raise ValueError(f"through={through!r} does not go together with {what}: {instead}")
+
+
+def _of_activations(source: Source, targets: Targets) -> Iterator[Refusal]:
     rows = "give through='rows'"
     if not isinstance(source, Losses) or source.has_callables:
         yield "losses that are callables", f"compute tensors, in one forward pass of all tasks, or {rows}"
     if isinstance(source, LossesOnFeatures) and source.batched:
         yield "batched=True", "leave it out"
-    yield from _with_rows(options)
+    for k, p in enumerate(targets.tensors):
+        if p._backward_hooks:
+            yield f"the hook of parameter {targets.name(k)}, which changes its gradient for one task", rows
+    if targets.layouts.lazy:
+        yield "params that have no shapes yet", "run lazy modules once before the step"
+
+
+def _without_activations(options: Options) -> Iterator[Refusal]:
+    suppression, way = options.suppression, options.way
     if suppression is not None and suppression.scope == "all":
         yield f"suppression={suppression!r}, whose mask needs entries of each gradient", "give scope='update'"
     if suppression is not None and way.finish == "backward":
@@ -50,21 +70,16 @@ def _without_activations(source: Source, targets: Targets, options: Options) -> 
     if options.groups != "model" and way.finish == "backward":
         groups = f"groups={options.groups!r} and finish='backward', whose one pass has one weight for each task"
         yield groups, "give finish='kept'"
-    for k, p in enumerate(targets.tensors):
-        if p._backward_hooks:
-            yield f"the hook of {targets.name(k)} in params, which changes its gradient for one task", rows
-    if targets.layouts.lazy:
-        yield "params that have no shapes yet", "run lazy modules once before the step"
 
 
-def _without_features(source: Source, options: Options) -> Iterator[Refusal]:
-    rows = "give through='rows'"
-    if not isinstance(source, LossesOnFeatures):
-        yield "features=None", f"give the output of the trunk that all tasks share, or {rows}"
-        return
+def _of_features(source: Source) -> Iterator[Refusal]:
+    assert isinstance(source, LossesOnFeatures), "others are refused"
     if source.batched:
         yield "batched=True, as the trunk has one pass for all tasks", "leave it out"
-    yield from _with_rows(options)
+
+
+def _without_features(options: Options) -> Iterator[Refusal]:
+    rows = "give through='rows'"
     if options.suppression is not None:
         yield f"suppression={options.suppression!r}, whose mask lies over the task gradients", rows
     if options.groups != "model":

@@ -40,7 +40,7 @@ class Way:
         choice("through", self.through, THROUGH)
         choice("finish", self.finish, FINISH)
         if self.gramian is not None:
-            instance("gramian", self.gramian, Sketch, "a gradkern.Sketch or None")
+            instance("gramian", self.gramian, Sketch, "a gradkern.Sketch, such as gradkern.Sketch(64), or None")
         boolean("per_example", self.per_example)
         for argument, is_given, through in (
             (f"finish={self.finish!r}", self.finish != "backward", "activations"),
@@ -50,10 +50,22 @@ class Way:
             if is_given and self.through != through:
                 raise ValueError(f"{argument} needs through={through!r}, got through={self.through!r}")
 
+    @property
+    def given(self) -> dict[str, object]:
+        """The arguments that are not the defaults."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Way, name)}
+
     def but(self, **arguments: Unpack[WayArguments]) -> "Way":
-        """Return this way with other arguments. What needs another ``through`` is left behind with this one."""
+        """Return this way with other arguments. What needs another ``through`` is left behind with this one.
+
+        Raises:
+            TypeError, ValueError: an argument is unknown, or not as described.
+        """
         if not arguments:
             return self
+        for name in arguments:
+            if name not in WayArguments.__annotations__:
+                raise TypeError(f"{name} is no argument of this call; those of its way are {', '.join(vars(self))}")
         is_same = arguments.get("through", self.through) == self.through
         return replace(self, **arguments) if is_same else Way(**arguments)
 

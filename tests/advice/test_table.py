@@ -48,7 +48,7 @@ def test_the_way_with_the_least_memory_is_told_if_that_matters() -> None:
     assert found.smallest is found.rows[1]
     assert str(found).splitlines()[-2:] == [
         'Take through="a": 2.00 times plain, +2.0 MB (+2.00 P).',
-        'Least memory: through="b": 2.50 times plain, +250.0 kB (+0.25 P).',
+        'Least memory with the exact update: through="b": 2.50 times plain, +250.0 kB (+0.25 P).',
     ]
 
 

@@ -37,8 +37,7 @@ def read(layers: Iterable[Layer], losses: Sequence[Tensor]) -> list[Tensor]:
     except _Recomputes:
         raise ValueError(
             "through='activations' needs what went into each layer, and activation checkpointing would compute its "
-            "whole block anew for each layer: leave checkpointing out, which this way needs less, or give "
-            "through='rows'"
+            "whole block anew for each layer: leave checkpointing out, or give through='rows'"
         ) from None
     except RuntimeError as error:
         raise_explained("one of losses", losses, error)
