@@ -60,9 +60,9 @@ class PCGrad(SurgeryOptimizer):
         if compat not in MODES:
             raise ValueError(f"compat must be one of {', '.join(map(repr, MODES))}; got {compat!r}")
         method = (aggregators.PCGrad if compat is None else _AsPublished)(reduction=reduction)
+        self.compat = compat  # decides on the options, which the constructor checks
         super().__init__(optimizer, method)
         self.reduction = method.reduction = "mean" if compat == "original" else reduction
-        self.compat = compat
 
     def pc_backward(self, objectives: Iterable[Loss] | Tensor, retain_graph: bool = False) -> SurgeryInfo:
         """Clear every ``.grad`` and run :meth:`backward`, so that ``.grad`` holds this call's update and nothing else.

@@ -89,8 +89,8 @@ def backward(
             "activations": from each layer's inputs and each task's gradients by its outputs, for losses of one forward
             pass. The Gramian and the update are those of the rows, up to rounding. Weights of linear layers,
             convolutions and embeddings go this way; other parameters have rows, one tensor at a time. "features": from
-            the gradients by ``features`` alone. This is another method, no approximation: LibMTL's ``rep_grad``, or with
-            ``per_example=True`` MGDA-UB (Sener and Koltun 2018) and Aligned-MTL-UB (Senushkin et al. 2023). Everything
+            the gradients by ``features`` alone. This is another method, no approximation: LibMTL's ``rep_grad``, or
+            with ``per_example=True`` MGDA-UB (Sener and Koltun 2018) and Aligned-MTL-UB (Senushkin et al. 2023). All
             below ``features`` is under surgery, and gets one backward pass. Each other parameter gets the sum of its
             tasks' gradients. There are no task gradients for ``groups``, ``shared``, ``suppression``, and methods that
             look at entries or keep means.

@@ -166,7 +166,7 @@ def test_features_that_a_loss_passes_by_are_refused_as_by_backward() -> None:
     h = model.trunk(x)
     losses = [head(h).mean() for head in model.heads]
     losses[1] = losses[1] + model.trunk[0].weight.sum()
-    with pytest.raises(ValueError, match=r"losses\[1\] reaches 1 of the params below features past them"):
+    with pytest.raises(ValueError, match=r"losses\[1\] also reaches 1 of the params below features"):
         gk.advise(losses, model, aggregator=gk.PCGrad(), features=h)
 
 
@@ -192,7 +192,11 @@ def test_there_is_no_advice_within_accumulate() -> None:
 def test_an_optimizer_advises_on_its_own_options() -> None:
     model, x, y = problem()
     opt = gk.SurgeryOptimizer(
-        torch.optim.SGD(model.named_parameters(), lr=0.1), gk.MGDA(), groups="module", through="activations"
+        torch.optim.SGD(model.named_parameters(), lr=0.1),
+        gk.MGDA(),
+        groups="module",
+        through="activations",
+        finish="kept",
     )
     advice = opt.advise(model.losses(x, y))
     assert (advice.method, advice.n_tasks) == ("MGDA(normalize=None)", 3)

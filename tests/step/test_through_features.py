@@ -520,7 +520,7 @@ def test_a_step_by_rows_of_an_optimizer_through_features() -> None:
     model.zero_grad()
     opt.backward(losses, through="rows", retain_graph=True)
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
-    with pytest.raises(ValueError, match="through='features' does not go together with features=None"):
+    with pytest.raises(ValueError, match="through='features' needs features=, the output of the trunk"):
         opt.backward(losses)
 
 
@@ -555,7 +555,10 @@ def test_no_number_is_read() -> None:
 
 Case = tuple[dict[str, Any], str]
 REFUSED: dict[str, Case] = {
-    "features": ({"features": None}, "features=None: give the output of the trunk that all tasks share, or give thro"),
+    "features": (
+        {"features": None},
+        "needs features=, the output of the trunk that all tasks share; or give through='rows'",
+    ),
     "batched": ({"batched": True}, "batched=True, as the trunk has one pass for all tasks: leave it out"),
     "groups": ({"groups": "parameter"}, "groups='parameter', as the features have one Gramian.*: give through='rows'"),
     "shared": (
@@ -605,7 +608,7 @@ def test_refusals_come_before_any_pass(case: str) -> None:
 def test_what_reaches_the_trunk_past_the_features_is_refused() -> None:
     model, h, losses = features_and_losses()
     losses[1] = losses[1] + model.trunk[0].weight.sum()
-    with pytest.raises(ValueError, match=r"losses\[1\] reaches 1 of the params below features past them"):
+    with pytest.raises(ValueError, match=r"losses\[1\] also reaches 1 of the params below features"):
         gk.backward(losses, model, aggregator=gk.PCGrad(), features=h, **THROUGH)
     assert all(p.grad is None for p in model.parameters())
 

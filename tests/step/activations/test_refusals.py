@@ -106,12 +106,8 @@ REFUSED: dict[str, Refused] = {
     "MConFIG": of_method("MConFIG"),
     "MoDo": Refused(lambda m: {"aggregator": gk.MoDo(), "second": m.losses()}, r"aggregator=MoDo\(", ROWS),
     "SDMGrad": Refused(lambda m: {"aggregator": gk.SDMGrad(), "second": m.losses()}, r"aggregator=SDMGrad\(", ROWS),
-    "a hook on a weight of the trunk": Refused(
-        lambda m: hooked(m, m.lower[0].weight), r"'lower\.0\.weight'.* in params", ROWS
-    ),
-    "a hook on a bias of the trunk": Refused(
-        lambda m: hooked(m, m.upper[0].bias), r"'upper\.0\.bias'.* in params", ROWS
-    ),
+    "a hook on a weight of the trunk": Refused(lambda m: hooked(m, m.lower[0].weight), r"'lower\.0\.weight'", ROWS),
+    "a hook on a bias of the trunk": Refused(lambda m: hooked(m, m.upper[0].bias), r"'upper\.0\.bias'", ROWS),
     "a group for each parameter": Refused(lambda m: {"groups": "parameter"}, "groups='parameter'", KEPT, ["backward"]),
     "a group for each module": Refused(lambda m: {"groups": "module"}, "groups='module'", KEPT, ["backward"]),
     "groups by name": Refused(lambda m: {"groups": lambda name: name[:5]}, "groups", KEPT, ["backward"]),
@@ -193,15 +189,30 @@ def test_accumulation(finish: str) -> None:
 def test_an_optimizer_refuses_what_backward_refuses(name: str, finish: str) -> None:
     """The parameters, the optimizer's state and κ stay too."""
     model = Model()
-    opt = gk.SurgeryOptimizer(
-        gk.optim.AdamW(model.parameters(), lr=0.1), gk.GradDrop(seed=3), through="activations", finish=finish
-    )
+    opt = gk.SurgeryOptimizer(gk.optim.AdamW(model.parameters(), lr=0.1), gk.GradDrop(seed=3))
     before = copy.deepcopy((model.state_dict(), opt.state_dict()))
     with pytest.raises(ValueError, match="GradDrop"):
-        getattr(opt, name)(model.losses())
+        getattr(opt, name)(model.losses(), through="activations", finish=finish)
     assert_equal_states({"model": model.state_dict(), "opt": plain(opt.state_dict())}, _named(before))
     assert model.passes == [0]
     assert all((p.grad == 7).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aggregator": gk.GradAttention()}, "aggregator=GradAttention.* looks at entries"),
+        ({"memory": True}, "memory=True, which keeps the task gradients: give through='rows'"),
+        ({"groups": "parameter"}, "groups='parameter' and finish='backward'.*give finish='kept'"),
+        ({"suppression": gk.Suppression(0.5, seed=0)}, "suppression=.*give finish='kept'"),
+        ({"suppression": gk.Suppression(0.5, seed=0, scope="all"), "finish": "kept"}, "give scope='update'"),
+        ({"through": "features", "groups": "parameter"}, "through='features' does not go together with groups"),
+    ],
+)
+def test_a_constructor_refuses_what_no_step_can_do(options: dict[str, Any], message: str) -> None:
+    given = {"aggregator": gk.PCGrad(), "through": "activations", **options}
+    with pytest.raises(ValueError, match=message):
+        gk.SurgeryOptimizer(torch.optim.SGD(Model().parameters(), lr=0.1), given.pop("aggregator"), **given)
 
 
 def _named(before: tuple[Any, Any]) -> dict[str, Any]:
