@@ -555,10 +555,6 @@ def test_no_number_is_read() -> None:
 
 Case = tuple[dict[str, Any], str]
 REFUSED: dict[str, Case] = {
-    "features": (
-        {"features": None},
-        "needs features=, the output of the trunk that all tasks share; or give through='rows'",
-    ),
     "batched": ({"batched": True}, "batched=True, as the trunk has one pass for all tasks: leave it out"),
     "groups": ({"groups": "parameter"}, "groups='parameter', as the features have one Gramian.*: give through='rows'"),
     "shared": (
