@@ -90,13 +90,13 @@ class SurgeryInfo:
             - ``loss/i``; ``norm/i``; ``cosine/i-j``, once for each pair, in the order of tasks;
             - ``conflict``, the share of pairs with a cosine below 0, among pairs of gradients other than zero;
             - ``weight/i``; ``attention/i``; ``target/i-j``, of i's modified and j's original gradient, so both ways;
-            - ``kept``, ``step_scale`` and ``total_norm``;
+            - ``kept``, ``step_scale``, ``total_norm`` and ``conflict_agreement``;
             - with groups, for each group g of the first 256 of :attr:`groups`: ``conflict/g``, the share of its pairs
               with a cosine below 0, and ``mean_cosine/g``, the mean over its pairs. "" is called "(model)".
 
             With groups, the norms and cosines are the whole model's, from the sum of the Gramians. ``conflict`` counts
             the pairs of all groups. Weights, attention and targets are means over the groups that have a gradient.
-            So T tasks have at most 4 T + 3 T (T - 1) / 2 + 4 numbers, and the groups at most 512 more.
+            So T tasks have at most 4 T + 3 T (T - 1) / 2 + 5 numbers, and the groups at most 512 more.
 
             A tag is left out if the method has no such quantity, or if its number is not finite: the loss of an absent
             task, the cosines of a gradient that is zero, and numbers that a step that overflowed made infinite or NaN.
@@ -130,6 +130,7 @@ class SurgeryInfo:
             ("kept", [""], self.kept),
             ("step_scale", [""], self.step_scale),
             ("total_norm", [""], self.total_norm),
+            ("conflict_agreement", [""], self.conflict_agreement),
         ]
         tags = [kind + of for kind, each, values in tagged if values is not None for of in each]
         numbers = torch.cat([values.reshape(-1).double() for _, _, values in tagged if values is not None]).tolist()

@@ -43,6 +43,7 @@ def test_the_numbers_of_one_gramian() -> None:
         kept=torch.tensor(0.75),
         step_scale=torch.tensor(1.1, dtype=torch.float64),
         total_norm=torch.tensor(12.0),
+        conflict_agreement=torch.tensor(0.5),
     )
     told = step.scalars()
     # 1/3, 0.1, -0.6, … as Python's own float64 has them, to the last bit.
@@ -54,7 +55,7 @@ def test_the_numbers_of_one_gramian() -> None:
         **{"weight/0": 1.5, "weight/1": 1.0, "weight/2": 0.1},
         **{f"target/{i}-{j}": (3 * i + j) / 7 for i, j in permutations(range(3), 2)},
         **{"attention/0": 0.25, "attention/1": 0.5, "attention/2": 0.25},
-        **{"kept": 0.75, "step_scale": 1.1, "total_norm": 12.0},
+        **{"kept": 0.75, "step_scale": 1.1, "total_norm": 12.0, "conflict_agreement": 0.5},
     }
     assert all(type(value) is float for value in told.values())
 

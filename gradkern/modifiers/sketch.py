@@ -16,7 +16,9 @@ class Sketch:
     A layer's gradient of task i, (q, p), becomes (q, columns): G_i S, where S (p, columns) holds ±1/√columns. Then
     ⟨G_i S, G_j S⟩ has the expectation ⟨G_i, G_j⟩, and a variance of at most 2 ‖G_i‖² ‖G_j‖² / columns (Woodruff 2014,
     Sketching as a Tool for Numerical Linear Algebra). Each step and each layer has signs of its own, so the errors of
-    steps are independent. All tasks and all ranks have the same signs. A layer is exact if that costs no more.
+    steps are independent. So make one sketch for a whole training: one that is made in each step begins anew, and with
+    a seed has the same signs in all of them. All tasks and all ranks have the same signs. A layer is exact if that
+    costs no more.
 
     Args:
         columns: the number of columns of S, 1 or more. More are more exact, and cost more.

@@ -113,9 +113,10 @@ def backward(
             reentrant checkpointing or is freed already, nothing can be added to a ``.grad``, or the ranks do not take
             the same step. In all these cases, and whatever else raises, every ``.grad`` and the state of
             ``aggregator`` and ``suppression`` are as before, with three exceptions. Numbers drawn from torch's default
-            generators stay drawn. Methods that weigh losses run torch's own backward pass, and if that fails
-            halfway, ``.grad`` may be partly written. Post-accumulate hooks run after everything else: if one raises,
-            ``.grad`` is written and the step counts.
+            generators stay drawn. Methods that weigh losses, and steps through activations with ``finish="backward"``,
+            run torch's own backward pass; if that fails halfway, as by a hook that raises, ``.grad`` may be partly
+            written. In all other steps post-accumulate hooks run after everything else: if one raises, ``.grad`` is
+            written and the step counts.
         RuntimeError: another rank has raised in this step. All ranks raise then.
         NotImplementedError: something in the step does not work on several ranks yet.
 

@@ -73,13 +73,14 @@ def _passed(source: LossesOnFeatures, targets: Targets) -> _Heads:
     """Run the backward passes of the heads."""
     trunk, T = source.trunk(targets.tensors), len(source.present)
     _check(trunk.outputs, targets)
-    layouts = Layouts([h.detach() for h in trunk.outputs])
+    outputs = [h.detach() for h in trunk.outputs]  # only leaves have a dtype of gradients
+    layouts = Layouts(outputs)
     by_outputs: list[list[Tensor | None]] = [[None] * len(trunk.outputs) for _ in range(T)]
     rows: list[Row] = [[None] * len(targets.tensors)] * T
     for i, of_head in source.head_passes(targets.tensors, trunk):
         if all(g is None for g in (*of_head.by_outputs, *of_head.row)) and not source.frozen_grads.get(i):
             raise unreached(i)
-        by_outputs[i] = readable([_dense(g) for g in of_head.by_outputs], trunk.outputs, layouts)
+        by_outputs[i] = readable([_dense(g) for g in of_head.by_outputs], outputs, layouts)
         rows[i] = readable(of_head.row, targets.tensors, targets.layouts)
         del of_head  # free them before the next head's pass
     now, taken = as_now(source, targets, [*rows])

@@ -380,6 +380,9 @@ def test_pickle_and_deepcopy(part: str | None) -> None:
     assert same(values(copied_model), values(model))
     assert same(values(loaded_model), values(model))
     assert repr(opt).startswith("SurgeryOptimizer(AdamW")
+    way = {"through": "activations", "finish": "kept", "gramian": gk.Sketch(8, seed=1)}
+    shown = repr(gk.SurgeryOptimizer(opt.optimizer, gk.PCGrad(), **way))
+    assert shown.endswith(", through='activations', finish='kept', gramian=Sketch(columns=8, seed=1))")
 
 
 def test_bad_arguments() -> None:

@@ -391,6 +391,35 @@ def test_products_of_short_features_are_in_float32(dtype: torch.dtype, per_examp
     assert trunk.weight.grad.dtype == dtype
 
 
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "an expanded gradient": (lambda h: h, lambda h, q: q * h.sum()),
+    "turned features": (lambda h: h.mT, lambda h, q: (q * h.tanh().contiguous()).square().sum()),
+    "features with examples last": (lambda h: h.permute(2, 1, 0), lambda h, q: (q + h.mean(0)).square().sum()),
+    "channels last": (
+        lambda h: h[..., None].to(memory_format=torch.channels_last),
+        lambda h, q: (q + h.mean(2)).exp().sum(),
+    ),
+    "every second number": (lambda h: h[..., ::2], lambda h, q: (q + h.flatten(1)).square().sum()),
+}
+
+
+@each_sum
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_gradient_may_lie_in_memory_in_another_way_than_its_feature(name: str, per_example: bool) -> None:
+    turn, loss_of = LAYOUTS[name]
+    trunk, heads = nn.Linear(6, 4), [nn.Parameter(torch.randn(())) for _ in range(3)]
+    h = turn(trunk(torch.randn(5, 3, 6)))
+    losses = [loss_of(h, q) for q in heads]
+    H = by_features(losses, [h])
+    V = torch.stack(vectors(H, per_example))
+    w = gk.UPGrad().weights(V @ V.T)
+    expected = seeded([h], H, w, list(trunk.parameters()))
+    gk.backward(
+        losses, [*trunk.parameters(), *heads], aggregator=gk.UPGrad(), features=h, **THROUGH, per_example=per_example
+    )
+    assert_gradients(list(trunk.parameters()), expected)
+
+
 @each_sum
 def test_one_feature_of_float64_makes_the_gramian_float64(per_example: bool) -> None:
     torch.manual_seed(0)

@@ -165,8 +165,8 @@ def layers_of(trace: Trace, p: Tensor) -> list[Layer]:
     while stack:
         below, is_flipped = stack.pop()
         for node, number in trace.users[below]:
-            if node.name() in _PASSED_ON:
-                stack.append((node, is_flipped != (node.name() == "TBackward0")))
+            if node.name() in _PASSED_ON and (p.ndim == 2 or node.name() == "ToCopyBackward0"):
+                stack.append((node, is_flipped != _flips(node)))
                 continue
             layer = _layer(node, number, p, is_flipped)
             if layer is None:
@@ -175,8 +175,23 @@ def layers_of(trace: Trace, p: Tensor) -> list[Layer]:
     return found
 
 
-_PASSED_ON = ("TBackward0", "ToCopyBackward0")
-"""The nodes between a weight and the layer: its transpose, and the copy that autocast makes."""
+_PASSED_ON = ("TBackward0", "TransposeBackward0", "PermuteBackward0", "ToCopyBackward0")
+"""The nodes between a weight and the layer: its transpose as t(), mT and T make it, and the copy that autocast makes.
+
+A convolution's weight has no one transpose.
+"""
+
+
+def _flips(node: Any) -> bool:
+    """Return whether a node transposes a matrix. Autograd keeps negative dimensions as even and odd numbers too."""
+    match node.name():
+        case "TBackward0":
+            return True
+        case "TransposeBackward0":
+            return bool((node._saved_dim0 + node._saved_dim1) % 2)
+        case "PermuteBackward0":
+            return bool(node._saved_dims[0] % 2)
+    return False
 
 
 def _layer(node: Any, number: int, p: Tensor, is_flipped: bool) -> Layer | None:

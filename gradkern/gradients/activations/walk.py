@@ -66,6 +66,7 @@ class Walk:
         self._current = 0
         self._found: dict[Any, Tensor] = {}
         self._stops_with_zeros = False
+        self._has_stopped = False
 
     @property
     def sequence(self) -> list[Any]:
@@ -126,11 +127,11 @@ class Walk:
             return {}
         outputs, grads = [GradientEdge(*place) for place in edges], tuple([waiting.pop(place) for place in edges])
         targets = [place if isinstance(place, Tensor) else GradientEdge(*place) for place in wanted]
-        self._current, self._found = s, {}
+        self._current, self._found, self._has_stopped = s, {}, False
         try:
             row = differentiated(name, outputs, targets, retain_graph, grads, (loss,))
         except Exception:
-            if self._stops_with_zeros or not segment.below:
+            if self._stops_with_zeros or not self._has_stopped:
                 raise
             self._stops_with_zeros, self._found = True, {}  # a hook may be unable to take no gradient
             row = differentiated(name, outputs, targets, retain_graph, grads, (loss,))
@@ -156,6 +157,7 @@ class Walk:
     def _enter(self, node: Node, is_layer: bool, grads: Sequence[Tensor | None]) -> Sequence[Tensor | None] | None:
         """Take the gradient at a layer; or stop a pass that ends above the node."""
         if self._number[node] > self._current:
+            self._has_stopped = True
             is_none = not self._stops_with_zeros
             return tuple([None if g is None or is_none else torch.zeros_like(g) for g in grads])
         if is_layer and self._number[node] == self._current and grads[0] is not None:

@@ -174,3 +174,22 @@ def test_its_own_hooks_are_gone_if_a_pass_fails(finish: str) -> None:
     again = model.losses()
     assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(sum(again), params), before, strict=True))
     check_step(model.losses(), params, finish)
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+def test_what_a_hook_raises_once_ends_the_step(finish: str) -> None:
+    """A pass is not run again in the hope that it does not raise."""
+    model, calls = Model(), []
+    h = model.trunk[:1](model.x)
+
+    def fail_at_first(g: Tensor) -> None:
+        calls.append(g)
+        if len(calls) == 1:
+            raise Broken
+
+    h.register_hook(fail_at_first)
+    losses = [loss_of(head(model.trunk[1:](h)), t) for t, head in enumerate(model.heads)]
+    with pytest.raises(Broken):
+        step(model, losses, finish)
+    assert len(calls) == 1
+    assert all(p.grad is None for p in model.parameters())

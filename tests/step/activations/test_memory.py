@@ -135,6 +135,30 @@ def test_a_weight_with_few_examples_has_one_product(finish: str) -> None:
     assert not any(shape in calls.products for shape in ((T, 50, 60), (T, 60, 50)))
 
 
+TRANSPOSED: dict[str, Callable[[Tensor], Tensor]] = {
+    "t": lambda W: W.t(),
+    "T": lambda W: W.T,
+    "mT": lambda W: W.mT,
+    "transpose": lambda W: W.transpose(0, -1),
+    "permute": lambda W: W.permute(-1, 0),
+    "three times": lambda W: W.T.transpose(-1, -2).mT,
+    "by one that does nothing": lambda W: W.transpose(1, -1).permute(0, -1).mT,
+}
+
+
+@pytest.mark.parametrize("finish", FINISHES)
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_weight_has_no_rows(name: str, finish: str) -> None:
+    """Functional code writes the transpose in one of these ways, and 2 examples make one product cheaper than rows."""
+    W, x = nn.Parameter(torch.randn(50, 60)), torch.randn(2, 60)
+    heads = [nn.Parameter(torch.randn(50)) for _ in range(T)]
+    h = (x @ TRANSPOSED[name](W)).tanh()
+    losses = [loss_of(h @ head, t) for t, head in enumerate(heads)]
+    with Calls() as calls:
+        gk.backward(losses, [W, *heads], aggregator=Mixed(), through="activations", finish=finish)
+    assert calls.products[50, 60] + calls.products[60, 50] == 1, calls.products
+
+
 @pytest.mark.parametrize("finish", FINISHES)
 def test_passes_through_the_trunk(finish: str) -> None:
     """Each task goes through it once, or all at once; with "backward" their weighted sum goes once more."""

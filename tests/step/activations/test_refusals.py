@@ -226,6 +226,7 @@ def plain(state: dict[str, Any]) -> dict[str, Any]:
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"through": "layers"}, ValueError, r"through must be .*got 'layers'"),
+    ({"throgh": "rows"}, TypeError, r"throgh is no argument of this call|argument 'throgh'"),
     ({"through": None}, (TypeError, ValueError), r"through must be .*got None"),
     ({"through": "activations", "finish": "rows"}, ValueError, r"finish must be .*got 'rows'"),
     ({"finish": "kept"}, ValueError, r"finish='kept' needs through='activations', got through='rows'"),
