@@ -31,13 +31,18 @@ Names = dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("command", "module", "function"),
-    [("python -m bench", "bench.report", "summary"), ("python -m bench.step", "bench.step.table", "table")],
+    ("page", "command", "module", "function"),
+    [
+        ("README.md", "python -m bench", "bench.report", "summary"),
+        ("README.md", "python -m bench.step", "bench.step.table", "table"),
+        ("bench/NOTES.md", "python -m bench.step", "bench.step.shared.table", "table"),
+    ],
 )
-def test_a_table_is_that_of_the_raw_results(command: str, module: str, function: str) -> None:
+def test_a_table_is_that_of_the_raw_results(page: str, command: str, module: str, function: str) -> None:
     report = getattr(pytest.importorskip(module, reason="bench/ is in the checkout only"), function)
-    line = next(line for line in README.splitlines() if line.startswith(f"<!-- {command} --show "))
-    assert report(json.loads((ROOT / line.split()[-2]).read_text())) in README
+    text = (ROOT / page).read_text()
+    line = next(line for line in text.splitlines() if line.startswith(f"<!-- {command} --show "))
+    assert report(json.loads((ROOT / line.split()[-2]).read_text())) in text
 
 
 def test_the_table_of_three_tasks_is_that_of_the_raw_results() -> None:
