@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 import gradkern as gk
+from gradkern.gradients.activations.layers import layers_of
+from gradkern.gradients.activations.trace import Trace
 from tests.step.activations.kinds import CASES, NO_CASE, Case
 from tests.step.activations.truth import FINISHES, NEAR, Mixed, check_grads, check_step, truth
 from tests.tolerances import assert_near
@@ -66,6 +68,41 @@ def test_each_parameter_has_a_gramian_of_its_own(name: str) -> None:
         size = max(expected.gramian.diagonal().max(), NEAR * of_all.gramian.diagonal().max())
         assert_near(M, expected.gramian, size, NEAR)
         check_grads([p], replace(expected, scale=max(expected.scale, of_all.scale)))
+
+
+KINDS_WITH_ROWS = {
+    "Bilinear",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "EmbeddingBag",
+    "LazyConvTranspose1d",
+    "LinearCrossEntropyLoss",
+}
+CASES_WITH_ROWS = {
+    "Conv2d of weight_norm",
+    "Embedding scaled by frequency",
+    "Embedding, sparse",
+    "LayerNorm of two dimensions",
+    "Linear of orthogonal",
+    "Linear of spectral_norm",
+    "Linear of weight_norm",
+    "MultiheadAttention of a key more",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+}
+"""The layers of which a matrix has rows; cross-attention cuts its weight. The README names them."""
+
+
+@each_case
+def test_which_layers_have_rows(name: str) -> None:
+    model = Net(CASES[name])
+    trace = Trace(dict(enumerate(model.losses())))
+    matrices = [p for p in model.layer.parameters() if p.ndim > 1 and p in trace.leaves]
+    has_rows = any(not layers_of(trace, p) for p in matrices)
+    assert has_rows == (CASES[name].kind in KINDS_WITH_ROWS or name in CASES_WITH_ROWS)
 
 
 def may_have_weights(kind: type[nn.Module]) -> bool:
