@@ -1,1 +1,1 @@
-"""What sketches and surgery through features lose of the surgery by exact rows, while models train."""
+"""The share of the surgery by exact rows that sketches and features lose, while models train."""

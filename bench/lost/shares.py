@@ -16,7 +16,7 @@ COLUMNS = (16, 64)
 
 
 class Update(NamedTuple):
-    """What a way has written into the shared parameters, as one float64 vector, and what it tells of the step."""
+    """The update that a way has written into the shared parameters, a float64 vector, and the step's results."""
 
     u: Tensor
     info: gk.SurgeryInfo

@@ -1,4 +1,4 @@
-"""What each way of a step costs, and which one to take."""
+"""The costs of all ways of a step, and the choice of one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ MATTERS = 0.5
 
 @dataclass(frozen=True)
 class Advice:
-    """What each way of a step costs, measured on one step, and which one to take. ``print`` shows the table.
+    """The costs of all ways of a step, measured on one step, and which one to take. ``print`` shows the table.
 
     Attributes:
         rows: the costs, one for each way.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
-    """What one way of a step costs over plain training's backward pass.
+    """The cost of one way of a step, over plain training's backward pass.
 
     Attributes:
         name: the way.

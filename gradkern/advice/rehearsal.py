@@ -19,7 +19,7 @@ from gradkern.step.pipeline import run
 from gradkern.step.sinks import Sink
 
 SinkOf = Callable[[Source, Options], Sink]
-"""What chooses the sink of a step."""
+"""A function that chooses the sink of a step."""
 
 
 class _BeforeItWrites(Exception):

@@ -17,7 +17,7 @@ class Candidate(NamedTuple):
     name: str
     """Its name in the table."""
     way: Way
-    """What its Gramian comes from, and how it ends."""
+    """The source of its Gramian, and its ending."""
     trunk: Callable[[int], int]
     """The number of its backward passes through the trunk but for torch's own, by the number of tasks."""
     takes_features: bool = False
@@ -25,7 +25,7 @@ class Candidate(NamedTuple):
     batched: bool = False
     """Whether all tasks go through the trunk together."""
     inexact: str = ""
-    """What sets its update apart from that of the rows; empty for nothing."""
+    """The difference of its update from that of the rows; empty for none."""
 
     @property
     def arguments(self) -> dict[str, object]:

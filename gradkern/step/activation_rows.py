@@ -51,7 +51,7 @@ class ActivationRows(OfParams):
 
     @property
     def eps(self) -> tuple[float, ...] | None:
-        """As for :attr:`gradkern.step.rows.Rows.eps`."""
+        """See :attr:`gradkern.step.rows.Rows.eps`."""
         return eps_of(self.arrangement)
 
     @property

@@ -31,7 +31,7 @@ from gradkern.step.through_activations import factors_and_rows, shared_by_losses
 
 
 class _Search(NamedTuple):
-    """What a rank has found in the graphs of its losses.
+    """The results of a rank's search of its losses' graphs.
 
     Attributes:
         weights: the parameters that have factors, by place.

@@ -25,7 +25,7 @@ from gradkern.ops.dtypes import arithmetic_dtype
 
 
 class _Message(NamedTuple):
-    """What the ranks send of a parameter.
+    """The form in which ranks send a parameter.
 
     Attributes:
         place: the number of the parameter.

@@ -1,4 +1,4 @@
-"""What a step through activations or features cannot do, refused before any pass runs."""
+"""Refusals of steps through activations or features, before any pass runs."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from gradkern.gradients.parameters import Targets
 from gradkern.step.options import Options
 
 Refusal = tuple[str, str]
-"""What is refused, with the value of the argument; and what to give instead."""
+"""The argument that is refused, with its value; and the remedy."""
 
 
 def refuse_way(source: Source, targets: Targets, options: Options) -> None:

@@ -22,7 +22,7 @@ from gradkern.step.options import Options
 
 
 class _Heads(NamedTuple):
-    """What the backward passes of the heads have given."""
+    """The results of the heads' backward passes."""
 
     targets: Targets
     """The n parameters as the callables have left them."""

@@ -17,7 +17,7 @@ from gradkern.ops.dtypes import arithmetic_dtype
 
 
 class Passed(NamedTuple):
-    """What has passed through a layer.
+    """A layer with its input, and with the gradients that came back.
 
     Attributes:
         layer: the layer.

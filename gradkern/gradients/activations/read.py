@@ -1,4 +1,4 @@
-"""What went into layers, read from the graph's nodes where nothing has to be computed for it."""
+"""The inputs of layers, read from the graph's nodes where nothing has to be computed for that."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
