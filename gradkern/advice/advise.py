@@ -28,7 +28,7 @@ NO_SURGERY = "no surgery: it is torch's own backward pass of the weighted sum of
 
 
 class Measured(NamedTuple):
-    """The time and memory of a run: the median of its seconds, and its peak memory in bytes, None where that cannot be told."""
+    """The median of a run's seconds, and its peak memory in bytes, None where that cannot be told."""
 
     seconds: float
     memory: int | None
