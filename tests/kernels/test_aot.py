@@ -1,31 +1,18 @@
-"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``.
+"""The rules that machine code must keep, on builds for GPUs that need not be here. See ``aot.py``."""
 
-With ``GRADKERN_AOT=brief`` in the environment each kernel is built once for each target, in float32 and in bfloat16.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.kernels.builds import BUILDS
+
 pytest.importorskip("triton", reason="no Triton on this platform")
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def reports() -> list[dict[str, Any]]:
-    """Return the reports of builds in a process of its own, because this one may have told Triton to interpret."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    brief = ["--brief"] if os.environ.get("GRADKERN_AOT") == "brief" else []
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), "--json", *brief]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout)
+    """Return the reports of the builds."""
+    return BUILDS.reports()
 
 
 def name(report: dict[str, Any]) -> str:
