@@ -30,14 +30,7 @@ class Candidate(NamedTuple):
     @property
     def arguments(self) -> dict[str, object]:
         """The arguments of ``backward`` that choose it, but for the features themselves."""
-        found: dict[str, object] = {"through": self.way.through}
-        if self.way.finish != "backward":
-            found["finish"] = self.way.finish
-        if self.way.gramian is not None:
-            found["gramian"] = self.way.gramian
-        if self.batched:
-            found["batched"] = True
-        return found
+        return {"through": self.way.through} | self.way.given | ({"batched": True} if self.batched else {})
 
 
 def candidates() -> list[Candidate]:

@@ -103,10 +103,8 @@ class KeptRows(ActivationRows):
         columns = {c.place: c for c in self.arrangement.columns}
         while self.factors:
             weight, passed = self.factors.pop()
-            if (c := columns.get(weight.place)) is not None:
-                g = weighted_grad(passed, w[c.segment])
-                assert g is not None, "a task reaches the column"
-                found[weight.param] = as_grad(g, weight.param, c.dtype)
+            c = columns[weight.place]
+            found[weight.param] = as_grad(weighted_grad(passed, w[c.segment]), weight.param, c.dtype)
         return found
 
     def _masked(self, found: dict[Tensor, Tensor]) -> Tensor | None:

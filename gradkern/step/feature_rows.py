@@ -118,10 +118,7 @@ class FeatureRows(Rows):
 
     def release(self) -> None:
         """Forget the gradients by the outputs: their combination has taken their place."""
-        self._given.clear()
-        for row in self.grads:
-            assert isinstance(row, list), "the step has made it"
-            row[:] = [None] * len(row)
+        self.forget()
 
     def _combined(self, w: Tensor, unshared_weights: Tensor | None) -> list[tuple[Tensor, Tensor]]:
         """Return :meth:`combine` of this rank alone.

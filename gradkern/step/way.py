@@ -8,6 +8,8 @@ from gradkern.modifiers.sketch import Sketch
 
 THROUGH = ("rows", "activations", "features")
 FINISH = ("backward", "kept")
+_NEEDED = {"finish": "activations", "gramian": "activations", "per_example": "features"}
+"""The ``through`` that an argument needs, if it is not the default."""
 
 
 class WayArguments(TypedDict, total=False):
@@ -42,13 +44,9 @@ class Way:
         if self.gramian is not None:
             instance("gramian", self.gramian, Sketch, "a gradkern.Sketch, such as gradkern.Sketch(64), or None")
         boolean("per_example", self.per_example)
-        for argument, is_given, through in (
-            (f"finish={self.finish!r}", self.finish != "backward", "activations"),
-            (f"gramian={self.gramian!r}", self.gramian is not None, "activations"),
-            ("per_example=True", self.per_example, "features"),
-        ):
-            if is_given and self.through != through:
-                raise ValueError(f"{argument} needs through={through!r}, got through={self.through!r}")
+        for name, value in self.given.items():
+            if _NEEDED.get(name, self.through) != self.through:
+                raise ValueError(f"{name}={value!r} needs through={_NEEDED[name]!r}, got through={self.through!r}")
 
     @property
     def given(self) -> dict[str, object]:

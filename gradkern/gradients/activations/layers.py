@@ -130,7 +130,7 @@ class Embedding:
     """A look-up of rows; A has a one for each token, in the column of its row, and zeros for padding."""
 
     def __init__(self, node: Any, p: Tensor) -> None:
-        self.node, self._weight = node, p.detach()
+        self.node = node
         padding = node._saved_padding_idx
         self.padding = -1 if padding >= NO_PADDING else padding
         self.kind: tuple[object, ...] = (Embedding,)

@@ -37,7 +37,7 @@ class Weight:
     Attributes:
         param: the parameter.
         place: its number among the step's parameters.
-        layers: all its uses; none if it is used in other ways too.
+        layers: all its uses, one or more.
     """
 
     param: Tensor
@@ -78,8 +78,6 @@ class Weight:
 
     def is_cheaper_without_rows(self, n_tasks: int, sketch: Sketch | None) -> bool:
         """Return whether one weight gradient and dot products cost less than T weight gradients, combined."""
-        if not self.layers:
-            return False
         sizes, machine = self.sizes(n_tasks), machine_of(self.param.device)
         if self.is_embedding:
             return sizes.n < sizes.p
@@ -122,29 +120,28 @@ def sketched_rows(weight: Weight, passed: Sequence[Passed], sketch: Sketch) -> T
 
 def task_grads(passed: Sequence[Passed]) -> list[Tensor | None]:
     """Return each task's gradient of a weight, None for a task that reaches none of its layers."""
-    n_tasks = len(passed[0].grads)
-    return [
-        _total([one.layer.grad(one.kept, d) for one in passed if (d := one.grads[t]) is not None])
-        for t in range(n_tasks)
-    ]
+    of_tasks = []
+    for t in range(len(passed[0].grads)):
+        terms = [one.layer.grad(one.kept, d) for one in passed if (d := one.grads[t]) is not None]
+        of_tasks.append(sum(terms[1:], terms[0]) if terms else None)
+    return of_tasks
 
 
-def weighted_grad(passed: Sequence[Passed], w: Tensor) -> Tensor | None:
-    """Return the gradient of a weight by Σ_t w_t D_t, one product for each layer; None if no task reaches it.
+def weighted_grad(passed: Sequence[Passed], w: Tensor) -> Tensor:
+    """Return the gradient of a weight by Σ_t w_t D_t, one product for each layer.
 
     Args:
-        passed: what has passed through its layers.
+        passed: what has passed through its layers, each of which a task reaches.
         w: (T,), float32 or float64.
     """
     terms = []
     for layer, kept, grads in passed:
-        reached = next((d for d in grads if d is not None), None)
-        if reached is not None:
-            d = torch.empty(reached.shape, dtype=reached.dtype, device=reached.device)
-            rows = [None if g is None else g.contiguous() for g in grads]
-            operators.combine_tensors(TaskGrads(rows, [0], 1), w.unsqueeze(0).to(arithmetic_dtype(d.dtype)), [d])
-            terms.append(layer.grad(kept, d))
-    return _total(terms)
+        reached = next(d for d in grads if d is not None)
+        d = torch.empty(reached.shape, dtype=reached.dtype, device=reached.device)
+        rows = [None if g is None else g.contiguous() for g in grads]
+        operators.combine_tensors(TaskGrads(rows, [0], 1), w.unsqueeze(0).to(arithmetic_dtype(d.dtype)), [d])
+        terms.append(layer.grad(kept, d))
+    return sum(terms[1:], terms[0])
 
 
 def _of_rows_that_occur(passed: Sequence[Passed]) -> Tensor:
@@ -186,10 +183,6 @@ def _stacked(grads: Sequence[Tensor | None]) -> Tensor:
     """Return (T, …), zeros for tasks that do not reach the layer."""
     zeros = torch.zeros_like(next(d for d in grads if d is not None))
     return torch.stack([zeros if d is None else d for d in grads])
-
-
-def _total(terms: Sequence[Tensor]) -> Tensor | None:
-    return sum(terms[1:], terms[0]) if terms else None
 
 
 def _wide(x: Tensor) -> Tensor:
