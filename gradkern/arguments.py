@@ -87,12 +87,10 @@ def boolean(name: str, value: object) -> bool:
 
 def choice(name: str, value: object, choices: Sequence[C]) -> C:
     """Return ``value``, if it is one of ``choices``, which are strings and may include None."""
+    if (isinstance(value, str) or value is None) and value in choices:
+        return value  # type: ignore[return-value]  # it is one of them
     wanted = f"{name} must be {_listed(map(repr, choices), 'or')}, got {shown(value)}"
-    if not (isinstance(value, str) or (value is None and None in choices)):
-        raise TypeError(wanted)
-    if value not in choices:
-        raise ValueError(wanted)
-    return value  # type: ignore[return-value]  # it is one of them
+    raise (ValueError if isinstance(value, str) else TypeError)(wanted)
 
 
 def tensor(name: str, value: object, dtypes: Sequence[torch.dtype] = ()) -> Tensor:
