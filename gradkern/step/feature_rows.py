@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from gradkern.distributed.comm import Comm
-from gradkern.distributed.reduction import mean_row
 from gradkern.gradients.features import LossesOnFeatures
 from gradkern.gradients.layouts import Row
 from gradkern.gradients.param_grads import readable
@@ -23,9 +22,8 @@ from gradkern.gradients.plan import Column
 from gradkern.ops import operators
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.step.gather import of_one_kind
-from gradkern.step.on_ranks import agreed_reach, refuse_sparse
+from gradkern.step.mean_backward import mean_grads
 from gradkern.step.rows import Combined, Rows
-from gradkern.step.shard_rows import buckets_for, results_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +101,12 @@ class FeatureRows(Rows):
         """
         if self.comm is None:
             return self._combined(w, unshared_weights), None
-        targets, row = self.targets, list[Tensor | None]()
 
-        def differentiate() -> list[tuple[bool, ...]]:
+        def here() -> Row:
             found = dict(self._combined(w, unshared_weights))
-            row[:] = readable([found.get(p) for p in targets.tensors], targets.tensors, targets.layouts)
-            refuse_sparse(0, row, targets)
-            return [tuple([g is not None for g in row])]
+            return [found.get(p) for p in self.targets.tensors]
 
-        (reach,) = agreed_reach(self.comm, targets, differentiate)
-        places = [k for k, kind in enumerate(reach) if kind is not None]
-        vectors = mean_row(self.comm, buckets_for(places, targets.layouts, self.comm), row, targets.device)
-        return results_of(vectors, targets), None
+        return mean_grads(self.comm, self.targets, here), None
 
     def release(self) -> None:
         """Forget the gradients by the outputs: their combination has taken their place."""

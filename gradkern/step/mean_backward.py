@@ -1,6 +1,6 @@
 """The sink of a method that weighs losses, on several ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from gradkern.distributed.agreement import together
 from gradkern.distributed.comm import Comm
 from gradkern.distributed.draws import same_draws
 from gradkern.distributed.reduction import mean_row
-from gradkern.gradients.layouts import Row, RowReach
+from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Losses
 from gradkern.gradients.param_grads import added, readable
 from gradkern.gradients.parameters import Targets
@@ -38,9 +38,8 @@ class MeanBackwardSink(WeightedBackwardSink):
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Run the backward passes, and write the means over the ranks."""
         targets = self._targets
-        (reach,) = agreed_reach(self.comm, targets, self._differentiate)
+        means = dict(mean_grads(self.comm, targets, self._differentiate))
         own = self._observed()
-        means = dict(mean_results(self.comm, targets, reach, self._row))
         accumulate([*((p, means[p]) for p in targets.tensors if p in means), *own])
         return None
 
@@ -50,8 +49,8 @@ class MeanBackwardSink(WeightedBackwardSink):
             self._means = mean_losses(self.comm, self.losses.values, self._told, self._targets)
         return self._means
 
-    def _differentiate(self) -> list[tuple[bool, ...]]:
-        """Keep the gradients of this rank's weighted sum; return for each parameter whether there is one."""
+    def _differentiate(self) -> Row:
+        """Return the gradients of this rank's weighted sum."""
         targets = self._targets
         sums: Sequence[Tensor | None] = [None] * len(targets.tensors)
         if self._present is None:
@@ -63,10 +62,7 @@ class MeanBackwardSink(WeightedBackwardSink):
             one = torch.ones_like(total)
             sums = self.losses.differentiate("one of losses", (total,), targets.tensors, self._retain_graph, (one,))
         refuse_switched(self.losses, targets)
-        with torch.no_grad():
-            self._row = readable(sums, targets.here, targets.layouts)
-        refuse_sparse(0, self._row, targets)
-        return [tuple([g is not None for g in self._row])]
+        return sums
 
     def _graphs(self) -> dict[int, Tensor]:
         if self._targets.has_dtensors:  # as in agreed_reach
@@ -79,20 +75,30 @@ class MeanBackwardSink(WeightedBackwardSink):
             return super()._weigh(tasks)
 
 
-@torch.no_grad()
-def mean_results(comm: Comm, targets: Targets, reach: RowReach, row: Row) -> list[tuple[Tensor, Tensor]]:
-    """Return parameters with the means over the ranks of their gradients. Those of DTensors are such means already.
+def mean_grads(comm: Comm, targets: Targets, differentiate: Callable[[], Row]) -> list[tuple[Tensor, Tensor]]:
+    """Return the parameters that any rank reaches, with the means over the ranks of their gradients.
 
     Args:
         comm: the ranks.
         targets: n parameters.
-        reach: which of them have a gradient on any rank.
-        row: the n gradients of this rank, as :func:`gradkern.gradients.param_grads.readable` returns them.
+        differentiate: returns this rank's n gradients. Those of DTensors are means already.
     """
+    row: list[Tensor | None] = []
+
+    def work() -> list[tuple[bool, ...]]:
+        grads = differentiate()
+        with torch.no_grad():
+            row[:] = readable(grads, targets.here, targets.layouts)
+        refuse_sparse(0, row, targets)
+        return [tuple([g is not None for g in row])]
+
+    (reach,) = agreed_reach(comm, targets, work)
     reached = [k for k, kind in enumerate(reach) if kind is not None]
     places = [k for k in reached if not is_dtensor(targets.tensors[k])]
-    results = results_of(mean_row(comm, buckets_for(places, targets.layouts, comm), row, targets.device), targets)
-    for p, here, g in zip(targets.tensors, targets.here, row, strict=True):
-        if g is not None and is_dtensor(p):
-            results.append((p, as_dtensor(torch.view_as_complex(g) if here.is_complex() else g, p)))
+    with torch.no_grad():
+        vectors = mean_row(comm, buckets_for(places, targets.layouts, comm), row, targets.device)
+        results = results_of(vectors, targets)
+        for p, here, g in zip(targets.tensors, targets.here, row, strict=True):
+            if g is not None and is_dtensor(p):
+                results.append((p, as_dtensor(torch.view_as_complex(g) if here.is_complex() else g, p)))
     return results

@@ -6,11 +6,9 @@ from torch import Tensor
 
 from gradkern.distributed.comm import Comm
 from gradkern.gradients.layouts import Row
-from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.step.activation_rows import KeptRows
-from gradkern.step.mean_backward import mean_results
-from gradkern.step.on_ranks import agreed_reach
+from gradkern.step.mean_backward import mean_grads
 
 
 @dataclass
@@ -27,14 +25,9 @@ class MeanKeptRows(KeptRows):
 
     def _combined(self, w: Tensor, unshared_weights: Tensor | None) -> dict[Tensor, Tensor]:
         """Return the means over the ranks of their combinations, for each parameter that any rank reaches."""
-        targets = self.targets
-        rows: list[Row] = []
 
-        def here() -> list[tuple[bool, ...]]:
+        def here() -> Row:
             found = KeptRows._combined(self, w, unshared_weights)
-            row = readable([found.get(p) for p in targets.tensors], targets.tensors, targets.layouts)
-            rows.append(row)
-            return [tuple([g is not None for g in row])]
+            return [found.get(p) for p in self.targets.tensors]
 
-        (reach,) = agreed_reach(self.comm, targets, here)
-        return dict(mean_results(self.comm, targets, reach, rows[0]))
+        return dict(mean_grads(self.comm, self.targets, here))

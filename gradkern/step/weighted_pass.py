@@ -15,12 +15,11 @@ from torch import Tensor
 from gradkern.distributed.comm import Comm
 from gradkern.gradients.activations.graphs import Graphs
 from gradkern.gradients.engine import raise_explained
+from gradkern.gradients.layouts import Row
 from gradkern.gradients.losses import Losses
-from gradkern.gradients.param_grads import readable
 from gradkern.gradients.parameters import Targets
 from gradkern.step.activation_rows import ActivationRows
-from gradkern.step.mean_backward import mean_results
-from gradkern.step.on_ranks import agreed_reach, refuse_sparse
+from gradkern.step.mean_backward import mean_grads
 from gradkern.step.sinks import GradSink
 from gradkern.step.step_rows import StepRows
 from gradkern.step.surgery import Outcome
@@ -89,12 +88,11 @@ class MeanWeightedPassSink(WeightedPassSink):
 
     def commit(self, step_scale: Tensor | None) -> Tensor | None:
         """Run the backward pass, and write the means over the ranks."""
-        (reach,) = agreed_reach(self._comm, self._targets, self._differentiate)
-        self._results = [*mean_results(self._comm, self._targets, reach, self._row), *self._results]
+        self._results = [*mean_grads(self._comm, self._targets, self._differentiate), *self._results]
         return GradSink.commit(self, step_scale)
 
-    def _differentiate(self) -> list[tuple[bool, ...]]:
-        """Keep the gradients of this rank's weighted losses; return for each parameter whether there is one."""
+    def _differentiate(self) -> Row:
+        """Return the gradients of this rank's weighted losses."""
         losses, targets = tuple(self._graphs.losses.values()), self._targets
         with self._weighted() as seeds:
             differentiate = self._losses.differentiate
@@ -105,9 +103,7 @@ class MeanWeightedPassSink(WeightedPassSink):
                 g, tasks = grads[c.place], self._graphs.tasks[c.place]
                 if g is not None and len(tasks) == 1:  # other ranks have the other tasks, so no hook has seen them meet
                     grads[c.place] = g * self._w[tasks[0]].to(g.dtype)
-        self._row = readable(grads, targets.here, targets.layouts)
-        refuse_sparse(0, self._row, targets)
-        return [tuple([g is not None for g in self._row])]
+        return grads
 
 
 def _weighted_where_tasks_meet(graphs: Graphs, w: Tensor) -> Iterator[Any]:
