@@ -127,15 +127,12 @@ class LossesOnFeatures(Losses):
         last, _ = graph.clusters(self.entries, trunk.edges)
         if trunk.heads_meet and self.has_callables:  # a callable's graph ends in what others share
             last = [max(i for i, is_present in enumerate(self.present) if is_present)] * len(last)
+        for i, loss in enumerate(self.entries):
+            if isinstance(loss, Tensor):
+                _refuse_ways_past(i, loss, trunk)
         for i, value in self.graphs():
-            graph.refuse_reentrant(f"losses[{i}]", value, trunk.edges)
-            bypassed = [p for p in graph.leaves(value, trunk.edges) if p in trunk.leaves]
-            if bypassed:
-                raise ValueError(
-                    f"losses[{i}] also reaches {len(bypassed)} of the params below features by a way past features, "
-                    f"such as one of shape {tuple(bypassed[0].shape)}. Compute features and losses in the same forward "
-                    "pass. If there is a skip connection, tied weights or a separate term, leave features out"
-                )
+            if callable(self.entries[i]):
+                _refuse_ways_past(i, value, trunk)
             thawed = [p for p in self.frozen if p.requires_grad]
             reached, ones = [*trunk.outputs, *heads, *thawed], torch.ones_like(value)
             retain_graph = self.retain_graph or last[i] != i
@@ -173,6 +170,18 @@ class LossesOnFeatures(Losses):
                     grads = self.differentiate(f"losses[{i}]", outputs, targets, retain_graph, output_grads)
                     yield i, aliasing.copies(grads)
                     del grads  # free them before the next task's pass
+
+
+def _refuse_ways_past(i: int, loss: Tensor, trunk: Trunk) -> None:
+    """Raise ValueError if a loss reaches the trunk past its outputs, or hides the parameters that it reaches."""
+    graph.refuse_reentrant(f"losses[{i}]", loss, trunk.edges)
+    bypassed = [p for p in graph.leaves(loss, trunk.edges) if p in trunk.leaves]
+    if bypassed:
+        raise ValueError(
+            f"losses[{i}] also reaches {len(bypassed)} of the params below features by a way past features, such as "
+            f"one of shape {tuple(bypassed[0].shape)}. Compute features and losses in the same forward pass. If there "
+            "is a skip connection, tied weights or a separate term, leave features out"
+        )
 
 
 def _not_none(g: Tensor | None) -> Tensor:

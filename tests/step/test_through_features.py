@@ -636,6 +636,7 @@ def test_what_reaches_the_trunk_past_the_features_is_refused() -> None:
     with pytest.raises(ValueError, match=r"losses\[1\] also reaches 1 of the params below features"):
         gk.backward(losses, model, aggregator=gk.PCGrad(), features=h, **THROUGH)
     assert all(p.grad is None for p in model.parameters())
+    torch.autograd.grad(losses[0], list(model.heads[0].parameters()))  # no pass has freed its graph
 
 
 def test_a_loss_that_reaches_nothing_is_refused() -> None:
