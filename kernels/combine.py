@@ -2,10 +2,10 @@
 
     out[e] = sum_t w[s, t] * J[t, e]      s the segment of e
 
-A program owns a tile. It walks the rows in quads, four rows whose loads are all in flight together, so the number of
-rows is a run-time value and no T compiles a kernel of its own. A row of weight exactly 0 is not read, and its values,
-NaN included, do not reach the result; neither is a missing row. Under a mask (``masks.py``) dropped elements are
-exactly 0, and each program adds the number of elements it kept to one integer: exact in any order.
+A program owns a block of a tile. It walks the rows in quads, four rows whose loads are all in flight together, so the
+number of rows is a run-time value and no T compiles a kernel of its own. A row of weight exactly 0 is not read, and its
+values, NaN included, do not reach the result; neither is a missing row. Under a mask (``masks.py``) dropped elements
+are exactly 0, and each program adds the number of elements it kept to one integer: exact in any order.
 """
 # ruff: noqa: RUF005 (tuples grow by "+", the only way that Triton compiles)
 
@@ -23,6 +23,8 @@ from .rows import (
     load_full,
     load_part,
     load_tile,
+    n_blocks,
+    program_block,
     row_address,
     row_arguments,
     store_row,
@@ -74,21 +76,21 @@ def zero_and_count(acc, mask, state, units, o_start, n, p_kept):
 
 
 @triton.jit
-def combine_tile(rows, tiles, mask, p_w, T, out, p_kept):
-    """Combine the program's tile, which is one block."""
-    tl.static_assert(tiles.BLOCK == tiles.TILE)
-    i_tile = tl.program_id(0).to(tl.int64)
+def combine_block(rows, tiles, mask, p_w, T, out, p_kept):
+    """Combine the program's block."""
+    i_tile, o_start = program_block(tiles)
     tile = load_tile(tiles, i_tile)
     i_tensor, o_first, n, _i_segment = tile
-    state = load_state(mask)
-    units = load_units(mask, state, i_tile)
-    o = tl.arange(0, tiles.BLOCK)
-    m_read = to_read(mask, kept_elements(mask, state, units, 0, tiles.BLOCK))
-    acc = weighted_sum(rows, p_w, T, tile, o, m_read, tiles.TILE)
-    if mask.SHARE != DENSE:
-        acc = zero_and_count(acc, mask, state, units, 0, n, p_kept)
-    a_out = row_address(out, 0, i_tensor, o_first, True)
-    store_row(a_out, o, n, acc, ((n ^ tiles.TILE) | (a_out & 15)) == 0, out.D)
+    a_out = row_address(out, 0, i_tensor, o_first, True)  # before the rows: the store need not wait for it then
+    if o_start < n:
+        state = load_state(mask)
+        units = load_units(mask, state, i_tile)
+        o = o_start + tl.arange(0, tiles.BLOCK)
+        m_read = to_read(mask, kept_elements(mask, state, units, o_start, tiles.BLOCK))
+        acc = weighted_sum(rows, p_w, T, tile, o, m_read, tiles.TILE)
+        if mask.SHARE != DENSE:
+            acc = zero_and_count(acc, mask, state, units, o_start, n, p_kept)
+        store_row(a_out, o, n, acc, ((n ^ tiles.TILE) | (a_out & 15)) == 0, out.D)
 
 
 @kernel
@@ -113,8 +115,8 @@ def combine_kernel(
     SHARE: tl.constexpr,
     ONCE: tl.constexpr,
 ):
-    """One program: one tile."""
-    combine_tile(
+    """One program: one block."""
+    combine_block(
         KernelRows(p_rows, s_row, TABLE, D, ACC),
         KernelTiles(p_tiles, TILE, BLOCK),
         KernelMask(p_units, p_state, block, SHARE, ONCE, D),
@@ -142,4 +144,4 @@ def combine(rows: Rows, tiles: Tiles, mask: Mask | None, w: Tensor, out: Rows, k
         **tile_arguments(tiles, setting.BLOCK),
         **mask_arguments(mask, rows.dtype),
     }
-    return Launch(combine_kernel, (len(tiles.table),), arguments, setting.threads, fp_fusion=True)
+    return Launch(combine_kernel, (n_blocks(tiles, setting.BLOCK),), arguments, setting.threads, fp_fusion=True)

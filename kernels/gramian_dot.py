@@ -2,9 +2,9 @@
 
     M = sum over blocks of columns X (rows x BLOCK) of X Xᵀ
 
-Writes the same partials as ``gramian.py``. 16-bit rows feed the tensor cores as stored and are summed in float32;
-float32 rows up to 32 are multiplied as they are. Above that only NVIDIA's tensor cores keep up with memory, and each
-number is split into two of the eleven bits that they take (tf32):
+Writes the same partials as ``gramian.py``. 16-bit rows feed the tensor cores as stored and are summed in float32.
+float64 rows are multiplied as they are, and so are float32 rows on AMD's GPUs. NVIDIA's tensor cores take eleven bits of
+a float32 number (tf32), so each is split in two:
 
     x = hi + lo,  hi rounded to nearest;  N = hi hiᵀ + 2 hi loᵀ;  M = (N + Nᵀ) / 2
 
@@ -171,7 +171,7 @@ def gramian_dot(
         "T": rows.count,
         "ROWS": setting.ROWS,
         "CHAIN": setting.CHAIN,
-        "SPLIT": target.tensor_cores and rows.dtype.itemsize == 4 and setting.ROWS > 32,
+        "SPLIT": target.tensor_cores and rows.dtype.itemsize == 4,
         "UPCAST": target.interpreted,
         **row_arguments(rows),
         **tile_arguments(tiles, setting.BLOCK),

@@ -100,6 +100,19 @@ def tile_arguments(tiles: Tiles, block: int) -> dict[str, Any]:
     return {"p_tiles": tiles.table, "TILE": tiles.length, "BLOCK": block}
 
 
+def n_blocks(tiles: Tiles, block: int) -> int:
+    """Return how many programs take one block each."""
+    return len(tiles.table) * (tiles.length // block)
+
+
+@triton.jit
+def program_block(tiles):
+    """(tile, first element in it) of the block that is this program's; those of a tile belong to neighbours."""
+    BLOCKS: tl.constexpr = tiles.TILE // tiles.BLOCK
+    i_block = tl.program_id(0).to(tl.int64)
+    return i_block // BLOCKS, (i_block % BLOCKS).to(tl.int32) * tiles.BLOCK
+
+
 @triton.jit
 def load_tile(tiles, i_tile):
     """(tensor, first element, number of elements, segment) of a tile; all int64 but the number, which is small."""

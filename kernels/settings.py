@@ -120,10 +120,11 @@ DOT_SETTINGS = {
         DotSetting(32, 64, 256, 128),  # 80 registers
         DotSetting(64, 64, 256, 128),  # 134 registers
     ),
-    # float32: up to 32 rows multiplied as they are; for 64, two tf32 products, 8 columns a step, 16 steps a chain.
+    # float32: on NVIDIA two tf32 products, 8 columns a step, 16 steps a chain. As fused multiply-adds 16 rows would take
+    # 712 instructions for each 4 KB of rows, not 315, and 32 rows would keep a multiprocessor busy longer than memory.
     4: (
-        DotSetting(16, 64, 512, 32),  # one warp: 154 registers, 12 programs
-        DotSetting(32, 32, 512, 128),  # 102 registers; 64 columns spill in the loop on sm_80
+        DotSetting(16, 64, 128, 32),  # one warp: 230 registers, 8 programs
+        DotSetting(32, 32, 128, 64),  # 167 registers, 6 programs; 128 threads take twice the instructions
         DotSetting(64, 32, 128, 128),  # 196 registers; 64 columns need all 255
     ),
     # float64: half the columns or twice the threads, because a number takes two registers.
@@ -148,20 +149,19 @@ class TileSetting(NamedTuple):
 
 
 def combine_setting() -> TileSetting:
-    """A whole tile in one go, 16 elements a thread: four rows in flight are 64 KB of float32 a program.
+    """Eight elements a thread: four rows in flight are 16 KB of float32 a program.
 
-    It takes 122 registers (80 on a matrix), and 104 to 128 under a mask of single elements or with units of whole
-    128-bit loads: two programs a multiprocessor. One program fits where it takes more: float64, 192 to 204, and units
-    that leave less of a load in one piece, as in float32 those of two elements (154) or of any odd number, which load
-    single elements (149).
+    A program waits for memory three times in a row: for its tile, for addresses, for rows. Small programs hide that:
+    it takes 52 registers in float32, and 60 to 72 under a mask, so seven to nine fit on a multiprocessor, with 112 to
+    144 KB in flight. float64 takes 94 to 120. Twice the elements a thread take 88, and half the bytes are in flight.
     """
-    return TileSetting(4096, 256)
+    return TileSetting(1024, 128)
 
 
 def adamw_setting(itemsize: int) -> TileSetting:
     """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state.
 
-    It takes 96 registers in float32 and 16 bits, 127 under a mask of 128 elements a unit; float64 96, with amsgrad 124.
+    It takes 80 registers in float32, 72 in 16 bits, with amsgrad 96, under a mask up to 103; float64 up to 96.
     """
     return TileSetting(512 if itemsize == 8 else 1024, 128)
 
