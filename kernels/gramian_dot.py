@@ -3,8 +3,8 @@
     M = sum over blocks of columns X (rows x BLOCK) of X Xᵀ
 
 Writes the same partials as ``gramian.py``. 16-bit rows feed the tensor cores as stored and are summed in float32.
-float64 rows are multiplied as they are, and so are float32 rows on AMD's GPUs. NVIDIA's tensor cores take eleven bits of
-a float32 number (tf32), so each is split in two:
+float64 rows are multiplied as they are, and so are float32 rows on AMD's GPUs. NVIDIA's tensor cores take eleven bits
+of a float32 number (tf32), so each is split in two:
 
     x = hi + lo,  hi rounded to nearest;  N = hi hiᵀ + 2 hi loᵀ;  M = (N + Nᵀ) / 2
 

@@ -120,8 +120,8 @@ DOT_SETTINGS = {
         DotSetting(32, 64, 256, 128),  # 80 registers
         DotSetting(64, 64, 256, 128),  # 134 registers
     ),
-    # float32: on NVIDIA two tf32 products, 8 columns a step, 16 steps a chain. As fused multiply-adds 16 rows would take
-    # 712 instructions for each 4 KB of rows, not 315, and 32 rows would keep a multiprocessor busy longer than memory.
+    # float32: on NVIDIA two tf32 products, 8 columns a step, 16 steps a chain. As fused multiply-adds 16 rows would
+    # take 712 instructions for each 4 KB of rows, not 315, and 32 rows would take longer than memory does.
     4: (
         DotSetting(16, 64, 128, 32),  # one warp: 230 registers, 8 programs
         DotSetting(32, 32, 128, 64),  # 167 registers, 6 programs; 128 threads take twice the instructions
