@@ -161,7 +161,7 @@ def combine_setting() -> TileSetting:
 def adamw_setting(itemsize: int) -> TileSetting:
     """Eight elements a thread, four in float64: besides four rows in flight there are three or four of state.
 
-    It takes 80 registers in float32, 72 in 16 bits, with amsgrad 96, under a mask up to 103; float64 up to 96.
+    It takes 80 registers in float32, 72 in 16 bits, with amsgrad 96, under a mask up to 112; float64 up to 96.
     """
     return TileSetting(512 if itemsize == 8 else 1024, 128)
 
