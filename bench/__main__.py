@@ -5,11 +5,13 @@
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,7 +21,6 @@ from bench.distributed import command as distributed
 from bench.host import command as host
 from bench.methods import command as methods
 from bench.peers import Peers, find_peers
-from bench.plots import write_plots
 from bench.report import summary
 from bench.results import new_results, write_csv, write_json
 from bench.run import run
@@ -67,8 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(options.out / "results.json", results)
     print(f"\n{table(results)}\n\n{summary(results)}\n")
     write_csv(options.out / "results.csv", results)
-    files = ["results.json", "results.csv", *(path.name for path in write_plots(options.out, results))]
-    print(f"Written to {options.out}: {', '.join(files)}")
+    print(f"Written to {options.out}: {', '.join(['results.json', 'results.csv', *_plots(options.out, results)])}")
+
+
+def _plots(folder: Path, results: dict[str, Any]) -> list[str]:
+    """Write the plots, if matplotlib is installed; return their files' names."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from bench.plots import write_plots
+
+    return [path.name for path in write_plots(folder, results)]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+
+pytest.importorskip("matplotlib", reason="draws the figures")
+
+from matplotlib.figure import Figure
 
 import gradkern as gk
 from gradkern import plots

@@ -204,6 +204,7 @@ GIVEN: dict[str, Callable[[Names], None]] = {
     "Mixed precision": lambda names: names.update(scaler=torch.amp.GradScaler("cpu")),
     "torch.compile": compiled,
     "Interrupt and resume": resumed,
+    "Logging": lambda names: pytest.importorskip("matplotlib"),
     "TorchJD": lambda names: pytest.importorskip("torchjd"),
     "Hugging Face Accelerate": accelerated,
     "Hugging Face Trainer": lambda names: pytest.importorskip("transformers"),

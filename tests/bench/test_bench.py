@@ -395,7 +395,8 @@ def test_a_run_prints_and_saves_its_measurements(
         assert copy["percent of copy"] == 100
         assert str(Case(**row["case"])) in printed
     plots = {path.name for path in out.glob("*.png")}
-    assert plots == {"gramian-float32.png", "pcgrad-float32.png", "suppression-pieces-3x1000-float32.png"}
+    drawn = {"gramian-float32.png", "pcgrad-float32.png", "suppression-pieces-3x1000-float32.png"}
+    assert plots == (drawn if importlib.util.find_spec("matplotlib") else set())
     assert all((out / name).read_bytes().startswith(PNG) for name in plots)
 
     main(["--show", str(out / "results.json")])

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 
 import gradkern as gk
+
+pytest.importorskip("tokenizers", reason="tokenizes the sentences")
+
 from bench.lost import problems
 from bench.lost.__main__ import main
 from bench.lost.problems import SCHEME, Pass, Problem, digits, in_one_pass

@@ -9,6 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("matplotlib", reason="draws the figures")
+pytest.importorskip("rich", reason="shows the progress")
+pytest.importorskip("sklearn", reason="has the digits")
+
 from matplotlib.figure import Figure
 from rich.console import Console
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
+pytest.importorskip("matplotlib", reason="draws the figures")
 pytest.importorskip("tokenizers", reason="tokenizes the sentences")
 pytest.importorskip("safetensors", reason="reads the weights")
+
+from matplotlib.figure import Figure
 
 from examples.minbert.comparisons import experiments, grids, labelled
 from examples.minbert.examples import TASKS

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor
 
+pytest.importorskip("rich", reason="shows the progress")
 pytest.importorskip("tokenizers", reason="tokenizes the sentences")
 pytest.importorskip("safetensors", reason="reads the weights")
+
+from rich.console import Console
 
 import gradkern as gk
 from examples.minbert import run as runs

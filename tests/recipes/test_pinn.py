@@ -141,6 +141,7 @@ def test_it_learns_the_exact_solution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It comes closer to the solution, by far, than a network that learned the equation without the term u u_x."""
+    pytest.importorskip("matplotlib", reason="draws the figure")
     monkeypatch.setattr(pinn, "ADAM_STEPS", 200)
     monkeypatch.setattr(pinn, "LBFGS_STEPS", 6)
     kept = []

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+
+pytest.importorskip("torchjd", reason="compares with TorchJD")
+
 from torchjd.aggregation import MoDoWeighting, SDMGradWeighting
 
 import gradkern as gk
