@@ -75,7 +75,7 @@ class Operator(Generic[P, R]):
             if argument.group is None:
                 flat.append(value)
             else:
-                flat += [None] * argument.size if value is None else value
+                flat.extend([None] * argument.size if value is None else value)
         return flat
 
     def implementation(self, device_type: str) -> Callable[P, R]:
