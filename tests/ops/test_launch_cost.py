@@ -178,6 +178,17 @@ def test_a_step_copies_each_table_once(simulated: Device) -> None:
     assert simulated.stream.n_copies == 3
 
 
+def test_more_tables_than_the_cache_holds_are_staged_again(simulated: Device) -> None:
+    """A table that was pushed out is copied anew, into memory that an earlier copy has left."""
+    for n_copies in (1, 2):
+        for i in range(address_tables.TABLES + 1):
+            table = simulated.table([i])
+            simulated.stream.work()
+            assert table.tolist() == [i]
+        assert simulated.stream.n_copies == n_copies * (address_tables.TABLES + 1)
+    assert simulated.n_stagings == 1
+
+
 def test_staging_memory_is_reused_only_when_it_has_been_copied_from(simulated: Device) -> None:
     """Each table ends up with its own addresses, however far the device is behind, and the host never waits."""
     generator = np.random.default_rng(0)
@@ -256,13 +267,18 @@ def test_tables_are_right_with_the_device_far_behind() -> None:
 
     combine_all()  # compiles
     torch._foreach_zero_(out)
+    address_tables._copied.cache_clear()  # or no table would be staged: the cache holds all of them
     torch.cuda.synchronize()
-    torch.cuda._sleep(200_000_000)  # cycles: some 0.1 s, longer than the host takes for all of the following
+    torch.cuda._sleep(1_000_000_000)  # cycles: some 0.5 s, longer than the host takes for all of the following
+    awake = torch.cuda.Event()
+    awake.record()
     torch.cuda.set_sync_debug_mode("error")
     try:
         combine_all()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert not awake.query()  # the device was behind until here
+    assert address_tables._copied.cache_info().misses == 2 * len(out)  # of rows and of outputs
     # Of small whole numbers float32 sums are exact.
     assert torch.cat(out).tolist() == [sum(range(k, k + 30)) for k in range(300)]
 
