@@ -51,8 +51,10 @@ def new_results(device: torch.device, peers: Peers, options: dict[str, Any]) -> 
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:
-    """Write all results, in the form that ``--show`` reads."""
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    """Write all results, in the form that ``--show`` reads. The file is whole at any time."""
+    whole = path.with_name(f".{path.name}")
+    whole.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(whole, path)
 
 
 def write_csv(path: Path, results: dict[str, Any]) -> None:
