@@ -22,6 +22,7 @@ from gradkern.gradients.layouts import layouts_of
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import arranged
 from gradkern.kernels import settings
+from gradkern.ops import operators
 from gradkern.optim.adamw import Combination
 from gradkern.step.rows import Rows
 from gradkern.step.surgery import surgery as step_surgery
@@ -238,7 +239,8 @@ def _by_grad(x: Inputs, combined: Callable[..., list[torch.Tensor]], **kind: boo
 def _one_launch(x: Inputs, run: Run) -> Runs:
     """Return ``run`` as a contestant with the one-launch kernel enabled, if the case supports it; else nothing."""
     T, P = x.case.T, x.case.P
-    if x.device.type != "cuda" or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
+    served = x.device.type == "cuda" or x.device.type in operators.surgery.implementations  # by the interpreter
+    if not served or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
         return {}
     return {ONE_LAUNCH: WithSetting(patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)}), run)}
 

@@ -70,7 +70,7 @@ def measure(
         progress(f"round {k + 1} of {rounds}")
         for name in once if k == 0 else quick:
             calls = 1 if name in slow else max(1, int(seconds / rounds / len(quick) / quick[name]))
-            with _context(contestants[name]):
+            with context(contestants[name]):
                 before = time.process_time()
                 found.seconds[name].append(timed(contestants[name], calls, device))
                 found.processor[name].append((time.process_time() - before) / calls)
@@ -82,14 +82,14 @@ def _first(run: Callable[[], object], device: torch.device) -> tuple[float, int]
 
     A slow call is not repeated without the memory count, whose cost does not matter there.
     """
-    with _context(run):
+    with context(run):
         run()
         took: list[float] = []
         most = peak(lambda: took.append(timed(run, 1, device)), device)
         return (took[0] if took[0] > SLOW else timed(run, 1, device)), most
 
 
-def _context(run: Callable[[], object]) -> AbstractContextManager[object]:
+def context(run: Callable[[], object]) -> AbstractContextManager[object]:
     """Return the context in which ``run`` is timed. Entering it is not part of the time."""
     return run if isinstance(run, AbstractContextManager) else nullcontext()
 

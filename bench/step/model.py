@@ -21,6 +21,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
+    "tiny": Size("a tiny encoder", Config(layers=1, hidden=32, heads=2, inner=64, vocabulary=500)),
     "minilm": Size("MiniLM", Config(layers=6, hidden=384, heads=12, inner=1536)),
     "bert-base": Size("BERT-base", Config(layers=12, hidden=768, heads=12, inner=3072)),
 }

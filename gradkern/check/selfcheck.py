@@ -31,6 +31,9 @@ ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torc
 arithmetic is float32 and only the store rounds, by half a unit in the last place of 8 and 11 bits; twice that is
 allowed."""
 
+NOTHING = "nothing was compared"
+"""The problem of a check that compares nothing in the dtypes asked for."""
+
 
 def info() -> int:
     """Print versions, devices, back ends and the self-check. Return the exit status, 1 if anything is wrong."""
@@ -131,13 +134,13 @@ def checks(device_type: str) -> dict[str, Cases]:
     } | METHODS
 
 
-def check(operator: str, device: torch.device) -> Outcome:
+def check(operator: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Outcome:
     """Compare an operator or a method with the reference. An exception is a failure too."""
     errors: dict[torch.dtype, float] = {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         try:
-            return Outcome(errors, next(_wrong(operator, device, errors), None))
+            return Outcome(errors, next(_wrong(operator, device, dtypes, errors), None))
         except Exception as error:  # a kernel may not compile; the other operators are still checked
             return Outcome(errors, f"{type(error).__name__}: {error}")
 
@@ -152,10 +155,12 @@ def other_bits() -> str | None:
             return f"{type(error).__name__}: {error}"
 
 
-def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]) -> Iterator[str]:
+def _wrong(
+    operator: str, device: torch.device, dtypes: Sequence[torch.dtype], errors: dict[torch.dtype, float]
+) -> Iterator[str]:
     """Yield a description of each result whose error is too large. Write each dtype's largest error to ``errors``."""
     compare = checks(device.type)[operator]
-    for dtype in DTYPES:
+    for dtype in dtypes:
         for result, expected, size in compare(dtype, device):
             error, allowed = _error(result, expected, size), ALLOWED[result.dtype]
             right = error <= allowed  # False for NaN
@@ -163,7 +168,7 @@ def _wrong(operator: str, device: torch.device, errors: dict[torch.dtype, float]
             if not right:
                 yield f"{_short(dtype)}, {tuple(result.shape)}: error {error:.1e}, at most {allowed:.0e} allowed"
     if not errors:
-        yield "nothing was compared"
+        yield NOTHING
 
 
 def _error(result: Tensor, expected: Tensor, size: Tensor) -> float:
