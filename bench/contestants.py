@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from gradkern.aggregators.methods import METHODS
 from gradkern.gradients.layouts import layouts_of
 from gradkern.gradients.param_grads import readable
 from gradkern.gradients.plan import arranged
-from gradkern.kernels import settings
+from gradkern.kernels.served import served
+from gradkern.kernels.settings import Sizes, one_launch_works
 from gradkern.ops import operators
 from gradkern.optim.adamw import Combination
 from gradkern.step.rows import Rows
 from gradkern.step.surgery import surgery as step_surgery
+from gradkern.tuning.forced import Forced
 
 OURS, ONE_LAUNCH, NAIVE, MATMUL, FOREACH = "gradkern", "one launch", "naive", "matmul", "foreach"
 OUT = "gradkern, out="
@@ -239,10 +240,11 @@ def _by_grad(x: Inputs, combined: Callable[..., list[torch.Tensor]], **kind: boo
 def _one_launch(x: Inputs, run: Run) -> Runs:
     """Return ``run`` as a contestant with the one-launch kernel enabled, if the case supports it; else nothing."""
     T, P = x.case.T, x.case.P
-    served = x.device.type == "cuda" or x.device.type in operators.surgery.implementations  # by the interpreter
-    if not served or torch.version.hip is not None or T > settings.ONE_LAUNCH_T:
+    implemented = x.device.type == "cuda" or x.device.type in operators.surgery.implementations  # by the interpreter
+    if not implemented or not one_launch_works(T):
         return {}
-    return {ONE_LAUNCH: WithSetting(patch.dict(settings.ONE_LAUNCH, {(T, x.dtype.itemsize): range(P, P + 1)}), run)}
+    key = served.key("one_launch", T, x.dtype.itemsize)
+    return {ONE_LAUNCH: WithSetting(Forced({key: Sizes(P, P + 1)}), run)}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line: ``gradkern demo``, ``gradkern methods`` and ``gradkern info``.
+"""The command line: ``gradkern demo``, ``gradkern methods``, ``gradkern info`` and ``gradkern tune``.
 
 Arguments are read here, the work is done elsewhere.
 """
@@ -6,6 +6,7 @@ Arguments are read here, the work is done elsewhere.
 import argparse
 import importlib
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line on ``argv`` (default: this process's arguments) and return the exit status."""
     args = _parser().parse_args(argv)
     try:
-        return {"demo": _demo, "methods": _methods, "info": _info}[args.command](args)
+        return {"demo": _demo, "methods": _methods, "info": _info, "tune": _tune}[args.command](args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130  # the status that a shell reports for a process that SIGINT ended
@@ -55,6 +56,12 @@ def _info(args: argparse.Namespace) -> int:
     from gradkern.check.selfcheck import info
 
     return info()
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from gradkern.tuning.command import tune
+
+    return tune(args.device, args.minutes, args.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +111,25 @@ def _parser() -> argparse.ArgumentParser:
         help="versions, devices, back ends, and a self-check",
         description="Show versions, devices and back ends, and check every operator; the exit status says if all work.",
     )
+
+    tune = commands.add_parser(
+        "tune",
+        help="measure this machine's device and write down the fastest settings",
+        description="Check the kernels' settings against the reference, measure them, and write those that are faster "
+        "than the written ones to a table, which later processes on the same card read.",
+    )
+    tune.add_argument(
+        "--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
+    )
+    tune.add_argument(
+        "--minutes", type=_minutes, default=3.0, metavar="N", help="the time for all of it (default: %(default)g)"
+    )
+    tune.add_argument(
+        "--out",
+        type=_file,
+        metavar="FILE",
+        help="the table (default: what GRADKERN_TUNING names, else a file in the user's cache directory)",
+    )
     return parser
 
 
@@ -143,6 +169,22 @@ def _device(text: str) -> torch.device:
 
 def _default_device() -> str:
     return GPU if torch.cuda.is_available() else "cpu"
+
+
+def _minutes(text: str) -> float:
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return minutes
+
+
+def _file(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file")
+    return Path(text)
 
 
 def _folder(text: str) -> Path:

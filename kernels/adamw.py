@@ -37,7 +37,7 @@ from .rows import (
     store_row,
     tile_arguments,
 )
-from .settings import adamw_setting
+from .served import setting_for
 
 
 class AdamWState(NamedTuple):
@@ -229,7 +229,7 @@ def adamw(
     step: AdamWStep,
 ) -> Launch:
     """Step ``state`` along Σ_t w[s, t] of the rows; ``w`` (S, T) and ``kept`` are as for ``combine``."""
-    setting = adamw_setting(rows.dtype.itemsize)
+    setting = setting_for("adamw", rows)
     lr, beta1, beta2, weight_decay, eps = map(float, step.hyperparameters)
     arguments = {
         "p_w": w,

@@ -30,7 +30,7 @@ from .rows import (
     store_row,
     tile_arguments,
 )
-from .settings import combine_setting
+from .served import setting_for
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def combine(rows: Rows, tiles: Tiles, mask: Mask | None, w: Tensor, out: Rows, k
 
     With a mask, ``kept``, int64 of one number, grows by how many elements of masked tiles are kept.
     """
-    setting = combine_setting()
+    setting = setting_for("combine", rows)
     arguments = {
         "p_w": w,
         "p_out": out.source,

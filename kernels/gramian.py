@@ -28,7 +28,8 @@ from .rows import (
     row_arguments,
     tile_arguments,
 )
-from .settings import gramian_setting, register_form
+from .served import setting_for
+from .settings import DotSetting
 
 __all__ = ["Target", "gramian"]
 
@@ -122,9 +123,9 @@ def gramian(rows: Rows, tiles: Tiles, mask: Mask | None, pieces: Tensor, partial
 
     ``target`` concerns :func:`gramian_dot` alone.
     """
-    if not register_form(rows.count, rows.dtype.itemsize):
+    setting = setting_for("gramian", rows)
+    if isinstance(setting, DotSetting):
         return gramian_dot(rows, tiles, mask, pieces, partials, target)
-    setting = gramian_setting(rows.dtype.itemsize)
     arguments = {
         "p_pieces": pieces,
         "p_partials": partials,

@@ -21,7 +21,7 @@ from torch import Tensor
 from .launch import Launch, kernel
 from .masks import DENSE, KernelMask, Mask, kept_elements, load_state, load_units, mask_arguments, to_read, zero_dropped
 from .rows import KernelRows, KernelTiles, Rows, Tiles, load_tile, row_address, row_arguments, tile_arguments
-from .settings import dot_setting
+from .served import setting_for
 
 
 class Target(NamedTuple):
@@ -164,7 +164,7 @@ def gramian_dot(
     rows: Rows, tiles: Tiles, mask: Mask | None, pieces: Tensor, partials: Tensor, target: Target
 ) -> Launch:
     """Fill ``partials`` (pieces, pairs), in the arithmetic dtype of the rows."""
-    setting = dot_setting(rows.count, rows.dtype.itemsize)
+    setting = setting_for("gramian", rows)
     arguments = {
         "p_pieces": pieces,
         "p_partials": partials,

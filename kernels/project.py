@@ -25,7 +25,8 @@ from .rows import (
     store_row,
     tile_arguments,
 )
-from .settings import OUTPUT_ROWS, project_setting
+from .served import setting_for
+from .settings import OUTPUT_ROWS
 
 
 @triton.jit
@@ -107,7 +108,7 @@ def project_kernel(
 
 def project(rows: Rows, tiles: Tiles, W: Tensor, out: Rows) -> Launch:
     """Fill the R rows of ``out``; ``W`` (S, R, T) is in the arithmetic dtype of the rows, contiguous."""
-    setting = project_setting(rows.dtype.itemsize)
+    setting = setting_for("project", rows)
     n_rows = min(OUTPUT_ROWS, triton.next_power_of_2(out.count))
     arguments = {
         "p_W": W,

@@ -1,4 +1,4 @@
-"""The launch settings of each kernel: a written table, no autotune.
+"""The launch settings of each kernel, as written: they serve every device without a measured table (``served.py``).
 
 The first step of a training run must not be slow, and the ranks of a distributed run must agree to the last bit, so
 nothing is searched at run time. The reasons beside the entries are register counts of ahead-of-time builds (sm_90;
@@ -18,6 +18,14 @@ PROGRAMS = 4096
 
 LONGEST_PIECE = 64
 """Most tiles of a piece: it bounds the length of a float32 running sum."""
+
+
+class PieceSetting(NamedTuple):
+    """Setting of the pieces that a Gramian is cut into; see ``PROGRAMS`` and ``LONGEST_PIECE``."""
+
+    PROGRAMS: int
+    LONGEST: int
+
 
 DOT_T = 64
 """Most rows of one Gramian launch; larger Gramians are put together from pairs of half as many."""
@@ -91,13 +99,19 @@ ONE_LAUNCH_PROGRAMS = 8
 flight. If fewer fit, the others start when all work is done, and leave."""
 
 
-def one_launch(T: int, itemsize: int) -> range:
-    """Return the lengths of T rows, of numbers of ``itemsize`` bytes, for which one launch does the surgery.
+def one_launch_works(T: int) -> bool:
+    """Return whether the one launch can take T rows.
 
-    There are none on AMD's GPUs, where a barrier does not wait for other waves' stores.
+    It takes none on AMD's GPUs, where a barrier does not wait for other waves' stores.
     """
-    allowed = torch.version.hip is None and T <= ONE_LAUNCH_T
-    return ONE_LAUNCH.get((T, itemsize), range(0)) if allowed else range(0)
+    return torch.version.hip is None and T <= ONE_LAUNCH_T
+
+
+class Sizes(NamedTuple):
+    """Lengths of rows for which one launch does the surgery: from ``start`` on, below ``stop``."""
+
+    start: int
+    stop: int
 
 
 class DotSetting(NamedTuple):

@@ -13,6 +13,7 @@ from gradkern.check.problems import (
     SEED,
     SHAPES,
     STEP,
+    Shapes,
     blocks_of,
     cut_apart,
     matrix,
@@ -33,8 +34,9 @@ MASKS = (None, *BLOCKS)
 
 
 @operators.gramian.check
-def _gramian(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for T, P in SHAPES:
+def of_gramian(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
+    """Compare the Gramian of a matrix, whole and by segments."""
+    for T, P in shapes:
         J, on_device = matrix(T, P, dtype, device)
         for offsets in offsets_of(P):
             M = gramian(on_device, tensor(offsets))
@@ -42,8 +44,9 @@ def _gramian(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
 
 
 @operators.gramian_tensors.check
-def _gramian_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for T, P in SHAPES:
+def of_gramian_tensors(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
+    """Compare the Gramian of separate tensors, whole and under masks."""
+    for T, P in shapes:
         for block in MASKS:
             cut = cut_apart(matrix(T, P, dtype, device)[0], device)
             mask = None if block is None else cut.mask(block, device)
@@ -77,17 +80,22 @@ def _cross_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Compari
 
 
 @operators.combine.check
-def _combine(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    return _combinations(dtype, device, combine)
+def of_combine(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
+    """Compare the combination of a matrix, whole and by segments."""
+    return _combinations(dtype, device, combine, shapes)
 
 
 @operators.combine_out.check
 def _combine_out(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    return _combinations(dtype, device, lambda J, *given: combine(J, *given, out=torch.full_like(J[0], math.nan)))
+    return _combinations(
+        dtype, device, lambda J, *given: combine(J, *given, out=torch.full_like(J[0], math.nan)), SHAPES
+    )
 
 
-def _combinations(dtype: torch.dtype, device: torch.device, compute: Callable[..., Tensor]) -> Iterator[Comparison]:
-    for T, P in SHAPES:
+def _combinations(
+    dtype: torch.dtype, device: torch.device, compute: Callable[..., Tensor], shapes: Shapes
+) -> Iterator[Comparison]:
+    for T, P in shapes:
         J, on_device = matrix(T, P, dtype, device)
         for offsets in offsets_of(P):
             blocks = blocks_of(J, offsets)
@@ -98,8 +106,9 @@ def _combinations(dtype: torch.dtype, device: torch.device, compute: Callable[..
 
 
 @operators.combine_tensors.check
-def _combine_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for T, P in SHAPES:
+def of_combine_tensors(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
+    """Compare the combination of separate tensors, whole and under masks."""
+    for T, P in shapes:
         for block in MASKS:
             cut = cut_apart(matrix(T, P, dtype, device)[0], device)
             w, out = weights((N_SEGMENTS, T), dtype), cut.empty(device)
@@ -112,8 +121,9 @@ def _combine_tensors(dtype: torch.dtype, device: torch.device) -> Iterator[Compa
 
 
 @operators.project.check
-def _project(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for T, P in SHAPES:
+def of_project(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
+    """Compare the projection of a matrix, whole and by segments."""
+    for T, P in shapes:
         J, on_device = matrix(T, P, dtype, device)
         for offsets in offsets_of(P):
             blocks = blocks_of(J, offsets)
@@ -219,10 +229,9 @@ def _gradvac(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
 
 
 @operators.surgery.check
-def _surgery(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+def of_surgery(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES[1:2]) -> Iterator[Comparison]:
     """Compare Gramians and combinations. GradVac with targets of 0 is PCGrad with all partners."""
-    T, P = SHAPES[1]
-    for block in MASKS:
+    for (T, P), block in ((shape, block) for shape in shapes for block in MASKS):
         for partner in (*PARTNERS, None):
             cut = cut_apart(matrix(T, P, dtype, device)[0], device)
             keys, out = torch.rand(N_SEGMENTS, T, T), cut.empty(device)
@@ -278,55 +287,12 @@ def _trimmed_mean(dtype: torch.dtype, device: torch.device) -> Iterator[Comparis
                 yield o, reference.trimmed_mean(list(piece), k, present), piece.double().abs().sum(0)
 
 
-@operators.active_set.check
-def _active_set(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Compare CAGrad's update, whose problem has two right sides, and MGDA's, whose problem has one."""
-    for J, K, n in _cosines(dtype):
-        T, square = len(J), (0.4 * J.mean(0).norm()) ** 2
-        slope = (K @ n) / T
-        R = torch.stack((1 / n, -slope), -1)
-        first = torch.arange(T) == (slope * n).argmin()
-        y = operators.active_set(K.to(device), R.to(device), first.to(device), square.to(device)).cpu() / n
-        yield (1 / T + y) @ J, reference.cagrad(list(J), 0.4, rescale=False), (1 / T + y) @ J.abs()
-        v = operators.active_set(K.to(device), R[:, :1].to(device), torch.ones(T, device=device) > 0, None).cpu() / n
-        yield v @ J / v.sum(), reference.mgda(list(J)), v @ J.abs() / v.sum()
-
-
-@operators.fair.check
-def _fair(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    """Compare both sides of the equations, K v and a v^(-γ)."""
-    for _, K, n in _cosines(dtype):
-        for gamma in (0.5, 1.0, 2.0):
-            v = operators.fair(K.to(device), n.to(device), gamma).cpu()
-            yield K @ v, n * v**-gamma, K.abs() @ v + n * v**-gamma
-
-
-@operators.jacobi.check
-def _jacobi(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
-    for J, _, _ in _cosines(dtype):
-        M, size = products([J])[0][0], products([J])[1][0]
-        values, vectors = (x.cpu() for x in operators.jacobi(M.to(device)))
-        yield vectors * values @ vectors.mT, M, size
-        yield vectors.mT @ vectors, torch.eye(len(J), dtype=torch.float64), torch.ones(len(J), len(J))
-
-
-def _cosines(dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield rows far from dependent, their cosines and their lengths; nothing but in float64.
-
-    They are few, because the reference tries every set of rows.
-    """
-    for T in (1, 3, 6) if dtype == torch.float64 else ():
-        J = torch.randn(T, 40 * T, dtype=dtype)
-        n = J.norm(dim=1)
-        yield J, J @ J.T / n / n[:, None], n
-
-
 @operators.adamw.check
-def _adamw(dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+def of_adamw(dtype: torch.dtype, device: torch.device, shapes: Shapes = SHAPES) -> Iterator[Comparison]:
     """Compare parameters and moments after a step, with amsgrad; entries that a mask drops have the gradient 0."""
     numbers = (0.1, 0.8, 0.9, 0.3, 1e-3)
     lr, *betas, weight_decay, eps = numbers
-    for (T, P), block in ((shape, block) for shape in SHAPES for block in MASKS):
+    for (T, P), block in ((shape, block) for shape in shapes for block in MASKS):
         cut = cut_apart(matrix(T, P, dtype, device)[0], device)
         w = weights((N_SEGMENTS, T), dtype)
         params = [torch.randn(piece.shape[1:], dtype=torch.float64).to(dtype) for piece in cut.pieces]

@@ -12,7 +12,8 @@ from gradkern import reference
 from gradkern.ops.arguments import Mask, TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 
-SHAPES = [(1, 1), (3, 9005), (13, 4109), (40, 4109)]
+Shapes = Sequence[tuple[int, int]]
+SHAPES: Shapes = [(1, 1), (3, 9005), (13, 4109), (40, 4109)]
 """T x P: the smallest, and T on both sides of the kernels' thresholds. P does not fill whole chunks or tiles. It is
 three less than a multiple of 16, so that the rows of :func:`matrix` start at addresses with 128-bit loads."""
 N_SEGMENTS = 2

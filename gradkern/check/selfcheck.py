@@ -17,6 +17,7 @@ import gradkern
 from gradkern.check import (
     cases,  # noqa: F401  (registers the operators' cases)
     processor,
+    solver_cases,  # noqa: F401
 )
 from gradkern.check.bits import differences
 from gradkern.check.methods import CASES as METHODS
@@ -24,6 +25,8 @@ from gradkern.ops import backend, registry
 from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.registry import Cases
+from gradkern.tuning.card import gpu
+from gradkern.tuning.reading import serving
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """The largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to
@@ -42,7 +45,7 @@ def info() -> int:
     print("\ndevices and the back ends that serve them")
     for device in devices():
         name, reason = backend(device.type)
-        print(f"{device!s:10}{describe(device)}\n{'':10}{name}: {reason}")
+        print(f"{device!s:10}{describe(device)}\n{'':10}{name}: {reason}\n{'':10}settings: {serving(device).origin}")
     print(
         "\nself-check against gradkern.reference: largest error relative to the terms summed, by the dtype of the rows"
     )
@@ -101,10 +104,7 @@ def describe(device: torch.device) -> str:
     """Return the kind of a device."""
     if device.type == "cpu":
         return platform.machine()
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return f"{properties.name}, {properties.gcnArchName}"
-    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    return gpu(device)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,17 @@ def checks(device_type: str) -> dict[str, Cases]:
 
 
 def check(operator: str, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Outcome:
-    """Compare an operator or a method with the reference. An exception is a failure too."""
+    """Compare an operator or a method with the reference."""
+    return compared(checks(device.type)[operator], device, dtypes)
+
+
+def compared(compare: Cases, device: torch.device, dtypes: Sequence[torch.dtype] = DTYPES) -> Outcome:
+    """Compare the results of some cases with the reference. An exception is a failure too."""
     errors: dict[torch.dtype, float] = {}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         try:
-            return Outcome(errors, next(_wrong(operator, device, dtypes, errors), None))
+            return Outcome(errors, next(_wrong(compare, device, dtypes, errors), None))
         except Exception as error:  # a kernel may not compile; the other operators are still checked
             return Outcome(errors, f"{type(error).__name__}: {error}")
 
@@ -156,10 +161,9 @@ def other_bits() -> str | None:
 
 
 def _wrong(
-    operator: str, device: torch.device, dtypes: Sequence[torch.dtype], errors: dict[torch.dtype, float]
+    compare: Cases, device: torch.device, dtypes: Sequence[torch.dtype], errors: dict[torch.dtype, float]
 ) -> Iterator[str]:
     """Yield a description of each result whose error is too large. Write each dtype's largest error to ``errors``."""
-    compare = checks(device.type)[operator]
     for dtype in dtypes:
         for result, expected, size in compare(dtype, device):
             error, allowed = _error(result, expected, size), ALLOWED[result.dtype]

@@ -1,6 +1,7 @@
 """The choice of the back end that serves a device."""
 
 from gradkern import ops
+from gradkern.ops import tuned  # noqa: F401  (the tables of settings)
 from gradkern.ops.registry import DEFAULT, backends, load_backends
 
 load_backends(ops)

@@ -23,6 +23,7 @@ R = TypeVar("R")
 Comparison = tuple[Tensor, Tensor, Tensor]
 """A result, the expected result, and the size of the summed terms: three tensors of one shape."""
 Cases = Callable[[torch.dtype, torch.device], Iterator[Comparison]]
+C = TypeVar("C", bound=Cases)
 
 DEFAULT = "default"
 """The device type of the back end for devices without one of their own, in the dispatcher's terms."""
@@ -90,7 +91,7 @@ class Operator(Generic[P, R]):
         self.implementations[device_type] = function
         torch.library.impl(f"gradkern::{self.name}", device_type)(self.on_flat(function))
 
-    def check(self, cases: Cases) -> Cases:
+    def check(self, cases: C) -> C:
         """Register the decorated function, which compares the operator with the reference for a dtype and a device."""
         self.cases = cases
         return cases

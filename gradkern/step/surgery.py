@@ -122,7 +122,7 @@ def _in_one_launch(rows: Rows, aggregator: Aggregator) -> Outcome | None:
     if len(batches) != 1 or any(c.own is None for c in rows.arrangement.sparse):
         return None
     (batch,) = batches
-    sizes = one_launch.sizes(rows.device.type, rows.n_tasks, batch.dtype)
+    sizes = one_launch.sizes(rows.device, rows.n_tasks, batch.dtype)
     if not sizes or sum(c.numel for c in batch.columns) not in sizes:
         return None
     shape = (rows.n_segments, rows.n_tasks, rows.n_tasks)

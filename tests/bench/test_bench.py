@@ -30,7 +30,7 @@ from bench.shapes import BERT_BASE, numbers
 from gradkern import reference
 from gradkern.aggregators.methods import METHODS
 from gradkern.check import processor
-from gradkern.kernels import settings
+from gradkern.kernels.served import one_launch, served
 
 CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -151,18 +151,18 @@ def test_one_launch_takes_part_on_nvidias_gpus_alone(operation: str, monkeypatch
 
 
 def test_only_the_one_launch_contestant_runs_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, before = Inputs(Case("pcgrad", 3, 1000, "bfloat16"), torch.device("cuda")), dict(settings.ONE_LAUNCH)
+    x, before = Inputs(Case("pcgrad", 3, 1000, "bfloat16"), torch.device("cuda")), served.table
     seen = []
 
     def see() -> None:
-        seen.append([P in settings.one_launch(3, size) for size, P in ((2, 1000), (2, 999))])
+        seen.append([P in one_launch(3, size, CPU) for size, P in ((2, 1000), (2, 999))])
 
     runs = {OURS: see} | _one_launch(x, see)
     monkeypatch.setattr(measure, "peak", lambda run, device: run())
     measure.measure(runs, OURS, 0.0, CPU)
     first, each = 3, [[False, False], [True, False]]
     assert seen == first * each[:1] + first * each[1:] + measure.FEWEST * each
-    assert before == settings.ONE_LAUNCH
+    assert served.table is before
 
 
 def test_entering_a_contestants_context_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from gradkern.ops.arguments import TaskGrads
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.layout import TILE
 from gradkern.ops.offsets import column_bounds
+from gradkern.tuning.forced import Forced
 from tests import interpreter
 from tests.tolerances import DTYPES, TOLERANCES, assert_near
 
@@ -31,7 +32,8 @@ from gradkern.kernels import gramian as gramian_kernel
 from gradkern.kernels import project as project_kernel
 from gradkern.kernels import reduce
 from gradkern.kernels.rows import Rows, Tiles
-from gradkern.kernels.settings import OUTPUT_ROWS
+from gradkern.kernels.served import served
+from gradkern.kernels.settings import OUTPUT_ROWS, PieceSetting
 from gradkern.ops.triton.combine import combine, combine_tensors, project
 from gradkern.ops.triton.gramian import gramian, gramian_tensors
 from gradkern.ops.triton.methods import pcgrad
@@ -112,11 +114,11 @@ def test_gramian_of_any_size(T: int, dtype: torch.dtype, pad: int, device: torch
 
 
 @pytest.mark.parametrize("T", [3, 13])
-def test_gramian_of_many_pieces(T: int, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gramian_of_many_pieces(T: int, device: torch.device) -> None:
     """The pieces have several tiles, and are more than one block of the second stage takes."""
-    monkeypatch.setattr("gradkern.ops.triton.gramian.PROGRAMS", 3)
     J = matrix(T, 8 * TILE + 9, torch.float32, device)
-    assert_gramian(gramian(J), J)
+    with Forced({served.key("pieces", T, 4): PieceSetting(3, 64)}):
+        assert_gramian(gramian(J), J)
     partials = torch.randn(reduce.PIECES + 3, 6, device=device)
     M = torch.empty(2, 3, 3, device=device)
     bounds = torch.tensor([0, 1, reduce.PIECES + 3], device=device)

@@ -66,7 +66,7 @@ def pcgrad_matrix_out(J: Tensor, order_keys: Tensor | None, partner: str, mean: 
 def _pcgrad_into(J: Tensor, order_keys: Tensor | None, partner: str, mean: bool, out: Tensor) -> None:
     J = unit_stride(J)
     T, P = J.shape
-    if P not in sizes(J.device.type, T, J.dtype):
+    if P not in sizes(J.device, T, J.dtype):
         C = pcgrad(gramian(J).unsqueeze(0), order_keys, partner)
         combine_into(J, C.mean(-2) if mean else C.sum(-2), None, out)
         return

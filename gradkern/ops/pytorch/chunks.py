@@ -24,6 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradkern.kernels.served import Tunable, served
+from gradkern.ops.devices import CPU
+
 LONGEST = 2048
 """The greatest number of columns of a chunk, the length of a sum in the BLAS's order. A longer chunk has a greater
 error, but there are fewer T x T products. With chunks half as long two rows of a million take a seventh longer, forty
@@ -40,6 +43,16 @@ MOST = 64
 
 Batch = tuple[Tensor, int]
 """Chunks, (k, T, width) with k >= 2, and the number of them that count."""
+
+
+class ChunkSetting(NamedTuple):
+    """Setting of the cut; see ``LONGEST`` and ``SCRATCH``. A longer chunk than written would break the error bound."""
+
+    LONGEST: int
+    SCRATCH: int
+
+
+served.tunable["chunks"] = Tunable((3, 8, 16, 40), lambda T, itemsize: ChunkSetting(LONGEST, SCRATCH))
 
 
 class Cut(NamedTuple):
@@ -67,16 +80,18 @@ class Cut(NamedTuple):
 @lru_cache(maxsize=4096)
 def cut(T: int, P: int, itemsize: int) -> Cut:
     """Return the cut of T rows of P numbers, ``itemsize`` bytes each in arithmetic."""
-    if T * P <= SCRATCH or P <= 2 * LONGEST:  # all in one block, as a contiguous matrix
-        least = max(2, -(-P // LONGEST)) if P > 1 else 1
+    setting = served["chunks", T, itemsize, CPU]
+    longest = setting.LONGEST
+    if T * P <= setting.SCRATCH or P <= 2 * setting.LONGEST:  # all in one block, as a contiguous matrix
+        least = max(2, -(-P // longest)) if P > 1 else 1
         chunks = next((n for n in range(least, 2 * least) if P % n == 0), least)
         width = P // chunks
         rest = P - chunks * width
         return Cut(width, chunks, rest, chunks + (rest > 0), ((P, P),), True)
     line = LINE // itemsize
-    width = next((w for w in range(LONGEST, LONGEST // 2, -4 * line) if P % w == 0), LONGEST)
+    width = next((w for w in range(longest, longest // 2, -4 * line) if P % w == 0), longest)
     chunks, rest = divmod(P, width)
-    most = max(1, SCRATCH // (T * width))
+    most = max(1, setting.SCRATCH // (T * width))
     per_block = -(-chunks // -(-chunks // most))  # the same number of blocks, of about equal size
     step = per_block * width
     # A gap of one line, because rows at a distance of a power of two compete for the same places in a cache.

@@ -8,12 +8,15 @@ not read.
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradkern.kernels.served import Tunable, served
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads, numels
+from gradkern.ops.devices import CPU
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.ops.offsets import column_bounds
 from gradkern.ops.out import check_apart
@@ -38,6 +41,15 @@ TIDY = 1 << 15
 FEW = 3
 """The number of rows up to which many columns are added up row by row in given memory. For two and three rows bags and
 a copy take up to a third longer, for four as long, and for forty .8 of the time."""
+
+
+class ColumnSetting(NamedTuple):
+    """Setting of a combination row by row; see ``COLUMNS``. It changes no bit."""
+
+    COLUMNS: int
+
+
+served.tunable["columns"] = Tunable((3, 8, 40), lambda T, itemsize: ColumnSetting(COLUMNS))
 
 
 @implements(operators.combine)
@@ -173,11 +185,12 @@ def combine_flat(rows: Sequence[Tensor | None], weights: Sequence[float], out: T
         return
     # A sum in ``out`` would overwrite a row in the same memory before reading it, unless that row is the first.
     apart = arithmetic_dtype(out.dtype) != out.dtype or any(row.data_ptr() == out.data_ptr() for row, _ in terms[1:])
-    if len(out) <= COLUMNS:
+    (columns,) = served["columns", len(rows), arithmetic_dtype(out.dtype).itemsize, CPU]
+    if len(out) <= columns:
         _weighted_sum(terms, out, apart)
         return
-    for a in range(0, len(out), COLUMNS):
-        b = a + COLUMNS
+    for a in range(0, len(out), columns):
+        b = a + columns
         _weighted_sum([(row[a:b], w) for row, w in terms], out[a:b], apart)
 
 

@@ -9,7 +9,8 @@ from gradkern.kernels import gramian as kernel
 from gradkern.kernels import reduce
 from gradkern.kernels.masks import Mask as TileMask
 from gradkern.kernels.rows import Rows
-from gradkern.kernels.settings import DOT_T, LONGEST_PIECE, PROGRAMS
+from gradkern.kernels.served import setting_for
+from gradkern.kernels.settings import DOT_T
 from gradkern.ops import operators
 from gradkern.ops.arguments import Mask, TaskGrads, addresses
 from gradkern.ops.dtypes import arithmetic_dtype
@@ -46,7 +47,8 @@ def _gramian(rows: Rows, layout: Layout, mask: TileMask | None, device: torch.de
     """Compute partial sums of the pieces in one launch, and their totals in a second."""
     T = rows.count
     dtype = arithmetic_dtype(rows.dtype)
-    size = min(LONGEST_PIECE, max(1, len(layout.tiles) // PROGRAMS))
+    programs, longest = setting_for("pieces", rows)
+    size = min(longest, max(1, len(layout.tiles) // programs))
     tiles = tiles_of(layout, device)
     pieces, bounds = layout.pieces_on(device, size)
     partials = torch.empty(len(pieces), T * (T + 1) // 2, dtype=dtype, device=device)

@@ -1,0 +1,52 @@
+"""The clock of a device, and its free memory."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gradkern.ops.devices import GPU
+
+Moment = float | torch.cuda.Event
+
+
+def now(device: torch.device) -> Moment:
+    """Return the current time by the host's clock; on a GPU, an event after the work launched so far."""
+    if device.type != GPU:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Moment, end: Moment) -> float:
+    """Return the seconds between two moments, waiting until the second has passed."""
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert isinstance(end, torch.cuda.Event)
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
+    """Return the seconds per call over ``calls`` calls in a row; on a GPU by the GPU's own clock."""
+    if device.type == GPU:
+        torch.cuda.synchronize(device)
+    start = now(device)
+    for _ in range(calls):
+        run()
+    return between(start, now(device)) / calls
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the free memory of the device in bytes."""
+    if device.type == GPU:
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")  # Linux only; other systems report their total memory instead
+    for line in table.read_text().splitlines() if table.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

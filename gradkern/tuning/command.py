@@ -1,0 +1,65 @@
+"""``gradkern tune``: what it needs is looked at first, then it measures, tells and writes the table, in this order."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from gradkern.ops import backend
+from gradkern.ops.devices import GPU
+from gradkern.ops.triton.backend import BACKEND
+from gradkern.tuning import places, report
+from gradkern.tuning.candidates import keys
+from gradkern.tuning.card import Card, card_of
+from gradkern.tuning.progress import bar
+from gradkern.tuning.table import text_of
+from gradkern.tuning.tune import tuned
+
+
+def tune(device: torch.device, minutes: float, out: Path | None) -> int:
+    """Measure a device and write its table. Return the exit status: 1 if a setting is wrong, or nothing can be done.
+
+    Args:
+        device: the device.
+        minutes: the time for all measurements.
+        out: the file to write; None for the one that processes read.
+    """
+    name, reason = backend(device.type)
+    if device.type == GPU and name != BACKEND.name:
+        return _failed(f"gradkern tune needs Triton on a GPU: {reason}")
+    if device.type == GPU:
+        device = torch.device(device.type, torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    card = card_of(device)
+    assert card is not None, "the command line takes no other device"
+    path = places.place(card) if out is None else out
+    try:
+        places.require_writable(path)
+    except OSError as error:
+        return _failed(f"cannot write {path}: {error.strerror or error}")
+    todo = keys(card.kind)
+    with bar(len(todo)) as progress:
+        findings = tuned(todo, card.kind, device, 60 * minutes, progress)
+    print(f"{card.name}\n{report.text(findings, card.kind)}")
+    made = text_of(card, datetime.now(UTC), report.settings(findings), report.refused(findings))
+    try:
+        places.replace(path, made)
+    except OSError as error:
+        return _failed(f"cannot write {path}: {error.strerror or error}")
+    print(f"written to {path}; {_read_by(path, card)}")
+    return 1 if findings.refused else 0
+
+
+def _read_by(path: Path, card: Card) -> str:
+    """Return who reads a table, in words."""
+    if places.named() == places.OFF:
+        return f"no process reads a table while {places.VARIABLE} is {places.OFF}"
+    if path.absolute() == places.place(card).absolute():
+        return "later processes read it"
+    return f"processes read it under {places.VARIABLE}={path}"
+
+
+def _failed(text: str) -> int:
+    print(text, file=sys.stderr)
+    return 1

@@ -1,0 +1,62 @@
+"""Where tables lie: a file for each card in the user's cache directory, or the file that ``GRADKERN_TUNING`` names."""
+
+import os
+import re
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from gradkern.tuning.card import Card
+
+VARIABLE = "GRADKERN_TUNING"
+"""The environment variable that names the file to read, or is ``OFF``."""
+OFF = "off"
+
+
+def named() -> str | None:
+    """Return what the environment variable says; None if it says nothing."""
+    return os.environ.get(VARIABLE) or None
+
+
+def place(card: Card) -> Path:
+    """Return the file that processes read for a card, and that the command writes."""
+    name = named()
+    return default_place(card) if name is None or name == OFF else Path(name)
+
+
+def default_place(card: Card) -> Path:
+    """Return the file of a card in the cache directory. Its name carries the card's."""
+    plain = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
+    return _cache() / "gradkern" / "tuning" / f"{card.kind}-{plain}.json"
+
+
+def _cache() -> Path:
+    """Return the directory in which a user's programs keep files that they can make again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def require_writable(path: Path) -> None:
+    """Make the folder of a file that is to be written, and raise OSError if the file cannot be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder")
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file as a whole: whatever goes wrong, the old one stays."""
+    number, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise

@@ -1,0 +1,114 @@
+"""The table that serves a device. A file is read once in a process, before the first launch on the device."""
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from threading import RLock
+from typing import NamedTuple
+
+import torch
+
+from gradkern.distributed.agreement import digest
+from gradkern.kernels.served import Choices, served
+from gradkern.tuning.card import Card, card_of
+from gradkern.tuning.places import OFF, VARIABLE, default_place, named
+from gradkern.tuning.table import OtherKind, Table, Unfit, parsed
+
+WRITTEN = "written defaults"
+LARGEST = 1 << 20
+"""The most bytes that are read. A table has some tens of thousands."""
+
+
+class Serving(NamedTuple):
+    """What serves a device."""
+
+    choices: Choices
+    origin: str
+    """Where it comes from, in words."""
+
+
+def serving(device: torch.device) -> Serving:
+    """Return the settings that serve a device, and where they come from.
+
+    Warns:
+        UserWarning: a file cannot serve the device. It comes once for a file.
+    """
+    with _lock:  # two threads would warn twice
+        return _serving(device)
+
+
+def choices_of(device: torch.device) -> Choices:
+    """Return the choices of the table that serves a device; none without a table."""
+    return serving(device).choices
+
+
+def digest_of(device: torch.device) -> int:
+    """Return a number that is the same on ranks whose settings are the same."""
+    changed = {
+        key: tuple(setting)
+        for key, setting in choices_of(device).items()
+        if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
+    }
+    return digest("tuning", *sorted(map(_plain, changed.items()))) if changed else 0
+
+
+def _plain(item: tuple[tuple[object, ...], tuple[int, ...]]) -> tuple[object, ...]:
+    return (*item[0], *item[1])
+
+
+@cache
+def _serving(device: torch.device) -> Serving:
+    name = named()
+    if name == OFF:
+        return Serving({}, f"{WRITTEN} ({VARIABLE} is {OFF})")
+    card = card_of(device)
+    if card is None:
+        return Serving({}, WRITTEN)
+    path = default_place(card) if name is None else Path(name)
+    if name is None and not path.exists():
+        return Serving({}, WRITTEN)
+    try:
+        table = _read(path, card)
+    except OtherKind as error:  # the variable names the table of a GPU, say, and the process has a CPU too
+        return Serving({}, f"{WRITTEN} ({path} does not serve it: {error})")
+    except Unfit as error:
+        if path not in _warned:
+            _warned.add(path)
+            warnings.warn(
+                f"the tuning table {path} is ignored, and the written settings serve {device}: {error}. Write it anew "
+                f"by gradkern tune, or set {VARIABLE}={OFF}",
+                stacklevel=2,
+            )
+        return Serving({}, f"{WRITTEN} ({path} is ignored: {error})")
+    return Serving(table.choices, _told(path, table))
+
+
+def _read(path: Path, card: Card) -> Table:
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        if len(data) > LARGEST:
+            raise Unfit(f"it has more than {LARGEST} bytes")
+        return parsed(data.decode("utf-8"), card)
+    except UnicodeDecodeError:
+        raise Unfit("it is not text") from None
+    except OSError as error:
+        raise Unfit(f"it cannot be read: {error.strerror}") from None
+
+
+def _told(path: Path, table: Table) -> str:
+    versions: Mapping[str, str] = dict(table.card.versions)
+    under = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return f"{path}, measured {table.date:%Y-%m-%d} under {under}"
+
+
+def forget() -> None:
+    """Read files anew at the next launch."""
+    _serving.cache_clear()
+    _warned.clear()
+    served.clear()
+
+
+_lock = RLock()
+_warned: set[Path] = set()

@@ -1,0 +1,140 @@
+"""All measurements of a card within some time: candidates are checked, and the right ones are timed."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from gradkern.kernels.served import Key, served
+from gradkern.kernels.settings import Sizes
+from gradkern.tuning import sizes
+from gradkern.tuning.candidates import DTYPES, Setting, candidates
+from gradkern.tuning.contest import contest
+from gradkern.tuning.forced import Forced
+from gradkern.tuning.inputs import Inputs
+from gradkern.tuning.subjects import SUBJECTS, problem, problem_of_one_launch
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A setting that has been chosen, and why.
+
+    Attributes:
+        key: its launches.
+        setting: the setting.
+        seconds: the time of a run.
+        share: the bytes it moves in a second, as a share of those that a copy moves.
+        written: the same share for the written setting; None if its results are wrong.
+    """
+
+    key: Key
+    setting: Setting
+    seconds: float
+    share: float
+    written: float | None
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is another one than written."""
+        return self.setting != served.tunable[self.key.kernel].written(self.key.rows, self.key.itemsize)
+
+
+@dataclass(frozen=True)
+class OneLaunch:
+    """The range of lengths in which one launch wins, and by length its time over that of three launches."""
+
+    key: Key
+    setting: Sizes
+    ratios: dict[int, float]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A setting whose results are wrong, and the first wrong one in words."""
+
+    key: Key
+    setting: Setting | None
+    """None for the one launch, which has no other setting than its range."""
+    problem: str
+
+
+@dataclass
+class Findings:
+    """What the measurements have found; ``unreached`` are those that there was no time for."""
+
+    measured: list[Measured] = field(default_factory=list)
+    one_launch: list[OneLaunch] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+    unreached: list[Key] = field(default_factory=list)
+
+
+def tuned(
+    keys: Sequence[Key], kind: str, device: torch.device, seconds: float, progress: Callable[[str], object]
+) -> Findings:
+    """Check and measure the candidates of each key in turn.
+
+    Args:
+        keys: the keys, the most important ones first.
+        kind: the kind of card whose dtypes are measured.
+        device: the device.
+        seconds: the time for all of it. Each key gets an equal part of what is left, and what it takes at least. When
+            the time is over, the other keys are left out.
+        progress: called with a line before each key.
+    """
+    findings, end = Findings(), time.monotonic() + seconds
+    inputs: dict[tuple[int, torch.dtype], Inputs] = {}
+    for k, key in enumerate(keys):
+        left = end - time.monotonic()
+        if left <= 0:
+            findings.unreached += keys[k:]
+            break
+        dtype = DTYPES[kind][key.itemsize]
+        progress(f"{key.kernel}, T = {key.rows}, {str(dtype).removeprefix('torch.')}")
+        until = time.monotonic() + left / (len(keys) - k)
+        if key.kernel == "one_launch":
+            _one_launch(key, dtype, until, device, findings)
+            continue
+        right = _right(key, device, findings)
+        if not right:
+            continue
+        if (key.rows, dtype) not in inputs:
+            inputs.clear()  # before others are made: memory may not hold both
+            inputs[key.rows, dtype] = Inputs(key.rows, dtype, device)
+        findings.measured.append(_measured(key, right, inputs[key.rows, dtype], until))
+    return findings
+
+
+def _right(key: Key, device: torch.device, findings: Findings) -> list[Setting]:
+    """Return the candidates whose results are right; the others are refused."""
+    right = []
+    for setting in candidates(key):
+        wrong = problem(key, setting, device)
+        if wrong is None:
+            right.append(setting)
+        else:
+            findings.refused.append(Refused(key, setting, wrong))
+    return right
+
+
+def _measured(key: Key, settings: Sequence[Setting], x: Inputs, until: float) -> Measured:
+    subject = SUBJECTS[key.kernel]
+    won = contest(
+        [Forced({key: setting}) for setting in settings],
+        lambda: subject.run(x),
+        x.copy,
+        until - time.monotonic(),
+        x.device,
+    )
+    copy = 2 * x.J.numel() * x.J.itemsize / won.copy
+    share, first = (subject.moved(x) / t / copy for t in (won.seconds, won.first))
+    is_written = settings[0] == served.tunable[key.kernel].written(key.rows, key.itemsize)
+    return Measured(key, settings[won.winner], won.seconds, share, first if is_written else None)
+
+
+def _one_launch(key: Key, dtype: torch.dtype, until: float, device: torch.device, findings: Findings) -> None:
+    wrong = problem_of_one_launch(key, device)
+    if wrong is not None:
+        findings.refused.append(Refused(key, None, wrong))
+        return
+    findings.one_launch.append(OneLaunch(key, *sizes.measured(key, dtype, until - time.monotonic(), device)))
