@@ -48,7 +48,7 @@ UNEQUAL: dict[str, str] = {
 """The facts that all ranks must have in common, and how an error tells of them."""
 
 
-WORDS = 20
+WORDS = 21
 """The number of integers in a message, which is as long for a rank that has failed."""
 
 

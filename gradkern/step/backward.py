@@ -117,7 +117,8 @@ def backward(
             run torch's own backward pass; if that fails halfway, as by a hook that raises, ``.grad`` may be partly
             written. In all other steps post-accumulate hooks run after everything else: if one raises, ``.grad`` is
             written and the step counts.
-        RuntimeError: another rank has raised in this step. All ranks raise then.
+        RuntimeError: another rank has raised in this step, or has another table of ``gradkern tune``. All ranks raise
+            then.
         NotImplementedError: something in the step does not work on several ranks yet.
 
     Warns:

@@ -21,6 +21,7 @@ from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import box_here, is_dtensor, parts_here, place_here, refuse_meshes
 from gradkern.ops.capture import capturing
+from gradkern.ops.tuned import settings_digest, settings_origin
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink, runs_one_by_one
 from gradkern.step.way import Way
@@ -99,10 +100,12 @@ def start(comm: Comm, source: Source, options: Options, sink: Sink, opened: Call
             "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
             "plans": digest("plans", *sorted(plans.items())),
+            "settings": settings_digest(targets.device),
         }
 
     (targets, second, _), of_ranks = together(comm, open_here, facts)
     _refuse_other_replicas(of_ranks)
+    _refuse_other_settings(comm, of_ranks, targets)
     _note(comm, targets, options.aggregator)
     present = list(source.present)
     if not all(of_rank["all present"] for of_rank in of_ranks):
@@ -194,6 +197,22 @@ def _refuse_other_replicas(of_ranks: Sequence[Facts]) -> None:
                 f"ranks {holder} and {r} hold the same parts of DTensors in params, with other values: build the model "
                 "from the same seed, or broadcast its parameters, before it is sharded"
             )
+
+
+def _refuse_other_settings(comm: Comm, of_ranks: Sequence[Facts], targets: Targets) -> None:
+    """Raise RuntimeError, on all ranks, if the tuning tables of two of them choose different settings.
+
+    They would add up in different orders, and replicas would part in the last bits.
+    """
+    own = [of_rank["settings"] for of_rank in of_ranks]
+    if len(set(own)) == 1:
+        return
+    origins = comm.exchange_texts(settings_origin(targets.device))
+    told = "; ".join(f"rank {r}: {origins[r]}" for r in sorted({own.index(digest) for digest in own}))
+    raise RuntimeError(
+        f"all ranks must compute under the same settings, but they differ: {told}. Set GRADKERN_TUNING to the same "
+        "file on all ranks, or to off, and start them again"
+    )
 
 
 def _refuse_wrappers(source: Source, targets: Targets) -> None:

@@ -15,7 +15,6 @@ from gradkern.tuning.card import Card, card_of
 from gradkern.tuning.places import OFF, VARIABLE, default_place, named
 from gradkern.tuning.table import OtherKind, Table, Unfit, parsed
 
-WRITTEN = "written defaults"
 LARGEST = 1 << 20
 """The most bytes that are read. A table has some tens of thousands."""
 
@@ -26,6 +25,8 @@ class Serving(NamedTuple):
     choices: Choices
     origin: str
     """Where it comes from, in words."""
+    digest: int
+    """A number of the choices: ranks with the same one take the same settings."""
 
 
 def serving(device: torch.device) -> Serving:
@@ -38,40 +39,21 @@ def serving(device: torch.device) -> Serving:
         return _serving(device)
 
 
-def choices_of(device: torch.device) -> Choices:
-    """Return the choices of the table that serves a device; none without a table."""
-    return serving(device).choices
-
-
-def digest_of(device: torch.device) -> int:
-    """Return a number that is the same on ranks whose settings are the same."""
-    changed = {
-        key: tuple(setting)
-        for key, setting in choices_of(device).items()
-        if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
-    }
-    return digest("tuning", *sorted(map(_plain, changed.items()))) if changed else 0
-
-
-def _plain(item: tuple[tuple[object, ...], tuple[int, ...]]) -> tuple[object, ...]:
-    return (*item[0], *item[1])
-
-
 @cache
 def _serving(device: torch.device) -> Serving:
     name = named()
     if name == OFF:
-        return Serving({}, f"{WRITTEN} ({VARIABLE} is {OFF})")
+        return _written(f"({VARIABLE} is {OFF})")
     card = card_of(device)
     if card is None:
-        return Serving({}, WRITTEN)
+        return _written()
     path = default_place(card) if name is None else Path(name)
     if name is None and not path.exists():
-        return Serving({}, WRITTEN)
+        return _written()
     try:
         table = _read(path, card)
     except OtherKind as error:  # the variable names the table of a GPU, say, and the process has a CPU too
-        return Serving({}, f"{WRITTEN} ({path} does not serve it: {error})")
+        return _written(f"({path} does not serve it: {error})")
     except Unfit as error:
         if path not in _warned:
             _warned.add(path)
@@ -80,8 +62,22 @@ def _serving(device: torch.device) -> Serving:
                 f"by gradkern tune, or set {VARIABLE}={OFF}",
                 stacklevel=2,
             )
-        return Serving({}, f"{WRITTEN} ({path} is ignored: {error})")
-    return Serving(table.choices, _told(path, table))
+        return _written(f"({path} is ignored: {error})")
+    return Serving(table.choices, _told(path, table), _digest(table.choices))
+
+
+def _written(*why: str) -> Serving:
+    return Serving({}, " ".join(("written defaults", *why)), _digest({}))
+
+
+def _digest(choices: Choices) -> int:
+    """Return a number of the choices that are not as written, since those alone change bits."""
+    changed = [
+        (*key, *setting)
+        for key, setting in choices.items()
+        if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
+    ]
+    return digest("tuning", *sorted(changed))
 
 
 def _read(path: Path, card: Card) -> Table:

@@ -1,0 +1,148 @@
+"""Tests of ``gradkern tune`` on the kernels: they run in Triton's interpreter, as if this CPU were a GPU.
+
+The card is made up, and so are the times. Checks, choices, the table and the launches under it are real.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradkern as gk
+from gradkern.kernels.launch import Launch
+from gradkern.kernels.served import Key, one_launch, served
+from gradkern.kernels.settings import DotSetting, GramianSetting, PieceSetting, Sizes, TileSetting
+from gradkern.ops.devices import CPU
+from gradkern.tuning import candidates, command, contest, inputs, reading, subjects
+from gradkern.tuning.card import Card
+from gradkern.tuning.places import default_place
+from tests import interpreter
+from tests.tuning.conftest import Clock, read_anew
+
+pytestmark = interpreter.interpreted
+GPU = Card("cuda", "a GPU that is not there", (("gradkern", gk.__version__), ("triton", "3.7")))
+LENGTHS = (640, 1280, 1920)
+
+
+@pytest.fixture(autouse=True)
+def _as_if_on_a_gpu(triton_serves_the_cpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (command, reading):
+        monkeypatch.setattr(module, "card_of", lambda device: GPU)
+    monkeypatch.setattr(inputs, "BYTES", {"cpu": 1 << 11})
+    monkeypatch.setattr(subjects, "TILES", 77)
+    monkeypatch.setattr(contest, "FEWEST", 1)
+    monkeypatch.setattr(contest, "MOST", 1)
+    monkeypatch.setattr(candidates, "ONE_LAUNCH_SIZES", LENGTHS)
+
+
+@pytest.fixture
+def tune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Give a function that tunes some keys, and returns the exit status."""
+
+    def run(*todo: Key) -> int:
+        monkeypatch.setattr(command, "keys", lambda kind: list(todo))
+        status = command.tune(CPU, 60, None)
+        read_anew()
+        return status
+
+    return run
+
+
+CHOSEN = {
+    Key("gramian", 3, 4): GramianSetting(256, 4, 64),
+    Key("pieces", 4, 4): PieceSetting(2048, 64),
+    Key("combine", 3, 2): TileSetting(4096, 128),
+    Key("project", 2, 4): TileSetting(512, 128),
+    Key("adamw", 3, 4): TileSetting(2048, 256),
+}
+
+
+@pytest.mark.parametrize("key", CHOSEN, ids=lambda key: key.kernel)
+def test_the_fastest_setting_is_launched(key: Key, tune: Callable[..., int], stopped: Clock) -> None:
+    chosen = CHOSEN[key]
+    launch = (key.kernel, key.rows, key.itemsize, CPU)
+    stopped(lambda: 0.5 if served[launch] == chosen else 1.0)
+    assert tune(key) == 0
+    (told,) = json.loads(default_place(GPU).read_text())["settings"]
+    assert told["setting"] == chosen._asdict()
+    assert told["share of copy"] == pytest.approx(2 * told["written share"])
+    assert served[launch] == chosen
+    assert served[key.kernel, 40, key.itemsize, CPU] != chosen
+
+
+def test_launches_are_made_with_the_tables_setting(
+    tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve rows of float32 take the form on tl.dot, and thirteen too, with the setting as written."""
+    key = Key("gramian", 12, 4)
+    stopped(lambda: 0.5 if isinstance(served["gramian", 12, 4, CPU], DotSetting) else 1.0)
+    assert tune(key) == 0
+    launched: list[tuple[str, int]] = []
+    run = Launch.run
+
+    def noted(launch: Launch, device: torch.device) -> None:
+        launched.append((launch.kernel.__name__, launch.threads))
+        run(launch, device)
+
+    monkeypatch.setattr(Launch, "run", noted)
+    for T, name in ((8, "gramian_kernel"), (9, "gramian_dot_kernel"), (12, "gramian_dot_kernel")):
+        J = torch.randint(-8, 9, (T, 70)).float()  # all sums are exact
+        assert torch.equal(gk.gramian(J), J @ J.mT)
+        assert launched[-2][0] == name
+
+
+def test_one_launch_gets_the_sizes_at_which_it_wins(
+    tune: Callable[..., int], stopped: Clock, triton_serves_the_cpu: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(lambda: 0.5 if triton_serves_the_cpu[-1] == "surgery" else 1.0)
+    assert one_launch(3, 4, CPU) == range(0)
+    assert tune(Key("one_launch", 3, 4)) == 0
+    assert one_launch(3, 4, CPU) == range(640, 1921)
+    assert one_launch(4, 4, CPU) == one_launch(3, 2, CPU) == range(0)
+    assert "faster than three 640 to 1,920 numbers; its time over theirs: 0.50 at 640" in capsys.readouterr().out
+
+
+def test_one_launch_that_is_slower_gets_none(
+    tune: Callable[..., int], stopped: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(lambda: 1.0)
+    assert tune(Key("one_launch", 2, 4)) == 0
+    (told,) = json.loads(default_place(GPU).read_text())["settings"]
+    assert told["setting"] == Sizes(0, 0)._asdict()
+    assert "at no length" in capsys.readouterr().out
+
+
+def test_a_wrong_setting_is_refused(
+    tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its chains are shorter than its blocks, so that products are counted twice."""
+    wrong, key = DotSetting(16, 64, 32, 32), Key("gramian", 12, 4)
+    known = candidates.candidates
+    monkeypatch.setattr("gradkern.tuning.tune.candidates", lambda key: [*known(key), wrong])
+    stopped(lambda: 0.1 if served["gramian", 12, 4, CPU] == wrong else 1.0)
+    assert tune(key) == 1
+    told = json.loads(default_place(GPU).read_text())
+    assert told["settings"][0]["setting"] == known(key)[0]._asdict()
+    assert told["refused"][0]["setting"] == wrong._asdict()
+    assert "WRONG, ROWS 16, BLOCK 64, CHAIN 32, threads 32: float32" in capsys.readouterr().out
+
+
+def test_a_wrong_one_launch_is_refused(
+    tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(lambda: 1.0)
+    monkeypatch.setattr("gradkern.ops.operators.surgery.implementations", {})
+    assert tune(Key("one_launch", 3, 4)) == 1
+    told = json.loads(default_place(GPU).read_text())
+    assert (told["settings"], told["refused"][0]["setting"]) == ([], None)
+    assert "WRONG, the kernel itself: NotImplementedError" in capsys.readouterr().out
+
+
+def test_a_table_of_the_cpus_leaves_kernels_as_written(card: Card, place: Path) -> None:
+    """The interpreter and builds for other machines launch on CPU tensors. No table of a CPU names a kernel."""
+    assert {key.kernel for key in candidates.keys(card.kind)}.isdisjoint(candidates.KERNELS["cuda"])
+    for kernel in candidates.KERNELS["cuda"]:
+        for T in (1, 3, 13, 40, 64):
+            assert served[kernel, T, 4, CPU] == served.tunable[kernel].written(T, 4)
