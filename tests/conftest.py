@@ -27,7 +27,7 @@ SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
 SLOW |= {"solvers", "gramian", "history", "wrappers", "arguments", "test_out.py"}
 SLOW |= {"test_every_method.py", "test_no_host_reads.py", "test_layer_kinds.py", "test_random_graphs.py"}
 SLOW |= {"test_uses.py", "test_precision.py", "test_sketch.py", "test_through_features.py"}
-SLOW |= {"test_attention.py", "test_default_device.py"}
+SLOW |= {"test_attention.py", "test_default_device.py", "tuning"}
 """Folders and files of tests that run whole programs, other libraries, kernels in Triton's interpreter, or many cases
 of all methods or layers."""
 

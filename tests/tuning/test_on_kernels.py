@@ -5,25 +5,29 @@ The card is made up, and so are the times. Checks, choices, the table and the la
 
 import json
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 
 import gradkern as gk
+from gradkern.check import cases
 from gradkern.kernels.launch import Launch
 from gradkern.kernels.served import Key, one_launch, served
-from gradkern.kernels.settings import DotSetting, GramianSetting, PieceSetting, Sizes, TileSetting
+from gradkern.kernels.settings import DotSetting, GramianSetting, PieceSetting, Sizes, TileSetting, dot_setting
+from gradkern.ops import operators
 from gradkern.ops.devices import CPU
 from gradkern.tuning import candidates, command, contest, inputs, reading, subjects
 from gradkern.tuning.card import Card
 from gradkern.tuning.places import default_place
+from gradkern.tuning.table import entry, text_of
 from tests import interpreter
 from tests.tuning.conftest import Clock, read_anew
 
 pytestmark = interpreter.interpreted
 GPU = Card("cuda", "a GPU that is not there", (("gradkern", gk.__version__), ("triton", "3.7")))
-LENGTHS = (640, 1280, 1920)
+LENGTHS = (64, 128, 192)
 
 
 @pytest.fixture(autouse=True)
@@ -72,41 +76,49 @@ def test_the_fastest_setting_is_launched(key: Key, tune: Callable[..., int], sto
     assert served[key.kernel, 40, key.itemsize, CPU] != chosen
 
 
-def test_launches_are_made_with_the_tables_setting(
-    tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Twelve rows of float32 take the form on tl.dot, and thirteen too, with the setting as written."""
-    key = Key("gramian", 12, 4)
-    stopped(lambda: 0.5 if isinstance(served["gramian", 12, 4, CPU], DotSetting) else 1.0)
-    assert tune(key) == 0
-    launched: list[tuple[str, int]] = []
+def test_launches_are_made_with_the_tables_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By this table two rows have half the threads, and nine to twelve rows the form on tl.dot."""
+    half, dot = GramianSetting(256, 4, 64), dot_setting(12, 4)
+    chosen = [entry(Key("gramian", 2, 4), half), entry(Key("gramian", 12, 4), dot)]
+    place = default_place(GPU)
+    place.parent.mkdir(parents=True)
+    place.write_text(text_of(GPU, datetime.now(UTC), chosen, []))
+    launched: list[Launch] = []
     run = Launch.run
 
     def noted(launch: Launch, device: torch.device) -> None:
-        launched.append((launch.kernel.__name__, launch.threads))
+        launched.append(launch)
         run(launch, device)
 
     monkeypatch.setattr(Launch, "run", noted)
-    for T, name in ((8, "gramian_kernel"), (9, "gramian_dot_kernel"), (12, "gramian_dot_kernel")):
+    registers, on_dot = "gramian_kernel", "gramian_dot_kernel"
+    for T, name, threads in ((2, registers, 64), (3, registers, 128), (9, on_dot, dot.threads), (12, on_dot, 32)):
         J = torch.randint(-8, 9, (T, 70)).float()  # all sums are exact
         assert torch.equal(gk.gramian(J), J @ J.mT)
-        assert launched[-2][0] == name
+        gramian, _reduce = launched[-2:]
+        assert (gramian.kernel.__name__, gramian.threads) == (name, threads)
 
 
 def test_one_launch_gets_the_sizes_at_which_it_wins(
-    tune: Callable[..., int], stopped: Clock, triton_serves_the_cpu: list[str], capsys: pytest.CaptureFixture[str]
+    tune: Callable[..., int],
+    stopped: Clock,
+    triton_serves_the_cpu: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(cases, "MASKS", (None,))  # the others take seconds
     stopped(lambda: 0.5 if triton_serves_the_cpu[-1] == "surgery" else 1.0)
     assert one_launch(3, 4, CPU) == range(0)
     assert tune(Key("one_launch", 3, 4)) == 0
-    assert one_launch(3, 4, CPU) == range(640, 1921)
+    assert one_launch(3, 4, CPU) == range(64, 193)
     assert one_launch(4, 4, CPU) == one_launch(3, 2, CPU) == range(0)
-    assert "faster than three 640 to 1,920 numbers; its time over theirs: 0.50 at 640" in capsys.readouterr().out
+    assert "faster than three 64 to 192 numbers; its time over theirs: 0.50 at 64" in capsys.readouterr().out
 
 
 def test_one_launch_that_is_slower_gets_none(
-    tune: Callable[..., int], stopped: Clock, capsys: pytest.CaptureFixture[str]
+    tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("gradkern.tuning.tune.problem_of_one_launch", lambda *arguments: None)  # it takes seconds
     stopped(lambda: 1.0)
     assert tune(Key("one_launch", 2, 4)) == 0
     (told,) = json.loads(default_place(GPU).read_text())["settings"]
@@ -118,10 +130,10 @@ def test_a_wrong_setting_is_refused(
     tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its chains are shorter than its blocks, so that products are counted twice."""
-    wrong, key = DotSetting(16, 64, 32, 32), Key("gramian", 12, 4)
+    wrong, key = DotSetting(16, 64, 32, 32), Key("gramian", 16, 4)
     known = candidates.candidates
     monkeypatch.setattr("gradkern.tuning.tune.candidates", lambda key: [*known(key), wrong])
-    stopped(lambda: 0.1 if served["gramian", 12, 4, CPU] == wrong else 1.0)
+    stopped(lambda: 0.1 if served["gramian", 16, 4, CPU] == wrong else 1.0)
     assert tune(key) == 1
     told = json.loads(default_place(GPU).read_text())
     assert told["settings"][0]["setting"] == known(key)[0]._asdict()
@@ -133,11 +145,12 @@ def test_a_wrong_one_launch_is_refused(
     tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped(lambda: 1.0)
-    monkeypatch.setattr("gradkern.ops.operators.surgery.implementations", {})
-    assert tune(Key("one_launch", 3, 4)) == 1
+    with monkeypatch.context() as patched:
+        patched.setitem(operators.surgery.implementations, "cpu", lambda *arguments: 1 / 0)
+        assert tune(Key("one_launch", 3, 4)) == 1
     told = json.loads(default_place(GPU).read_text())
     assert (told["settings"], told["refused"][0]["setting"]) == ([], None)
-    assert "WRONG, the kernel itself: NotImplementedError" in capsys.readouterr().out
+    assert "WRONG, the kernel itself: ZeroDivisionError" in capsys.readouterr().out
 
 
 def test_a_table_of_the_cpus_leaves_kernels_as_written(card: Card, place: Path) -> None:
