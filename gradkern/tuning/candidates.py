@@ -93,9 +93,10 @@ def _combine(key: Key) -> Iterator[Setting]:
 
 
 def _tiles(key: Key) -> Iterator[Setting]:
-    """Yield half, once and twice the elements a thread, and half and twice the threads."""
+    """Yield half, once and twice the elements a thread, and half and twice the threads; no loads below 128 bits."""
     for block, threads in ((1024, 128), (512, 128), (2048, 128), (512, 64), (1024, 256), (2048, 256)):
-        yield TileSetting(block, threads)
+        if block * key.itemsize >= 16 * threads:
+            yield TileSetting(block, threads)
 
 
 def _one_launch(key: Key) -> Iterator[Setting]:

@@ -9,6 +9,9 @@ import torch
 
 from gradkern.ops.devices import GPU
 
+HEAD_START = 1_000_000
+"""Cycles for each call, some half a millisecond, in which the host launches it."""
+
 Moment = float | torch.cuda.Event
 
 
@@ -31,10 +34,19 @@ def between(start: Moment, end: Moment) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Return the seconds per call over ``calls`` calls in a row; on a GPU by the GPU's own clock."""
+def timed(run: Callable[[], object], calls: int, device: torch.device, ahead: bool = False) -> float:
+    """Return the seconds per call over ``calls`` calls in a row; on a GPU by the GPU's own clock.
+
+    Args:
+        run: what is called.
+        calls: how often.
+        device: the device.
+        ahead: whether a GPU begins only when the host has launched the calls, so that no launch counts.
+    """
     if device.type == GPU:
         torch.cuda.synchronize(device)
+        if ahead:
+            torch.cuda._sleep(calls * HEAD_START)
     start = now(device)
     for _ in range(calls):
         run()

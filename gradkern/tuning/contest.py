@@ -16,6 +16,8 @@ from gradkern.tuning import clock
 
 FEWEST, MOST = 5, 25
 """Rounds: few, if calls take long; more than ``MOST`` would tell nothing new."""
+MOST_CALLS = 100
+"""Calls of a round: more launches than some hundreds would not wait in a GPU's queue."""
 LEAST = 0.01
 """The least noise. A setting that gains less is not worth another one than the written."""
 
@@ -39,15 +41,15 @@ def rounds_of(contestants: Sequence[Contestant], seconds: float, device: torch.d
     for setting, run in contestants:
         with setting:
             run()  # compiles, and makes inputs
-            once.append(max(clock.timed(run, 1, device), 1e-7))
+            once.append(max(clock.timed(run, 1, device, ahead=True), 1e-7))
     rounds = min(MOST, max(FEWEST, int(seconds / 2 / sum(once))))
     times: list[list[float]] = [[] for _ in contestants]
     for _ in range(rounds):
         for (setting, run), estimate, of_contestant in zip(contestants, once, times, strict=True):
-            calls = max(1, int(seconds / rounds / len(contestants) / estimate / 2))
+            calls = min(MOST_CALLS, max(1, int(seconds / rounds / len(contestants) / estimate / 2)))
             with setting:
                 run()  # looks up the setting
-                of_contestant.append(clock.timed(run, calls, device))
+                of_contestant.append(clock.timed(run, calls, device, ahead=True))
     return times
 
 

@@ -10,12 +10,13 @@ from gradkern.ops.devices import CPU, GPU
 from gradkern.ops.dtypes import arithmetic_dtype
 from gradkern.tuning import clock
 
-BYTES = {CPU.type: 1 << 27, GPU: 1 << 30}
-"""The most bytes of the rows together, by the type of the device: several times what its caches hold."""
+BYTES = {CPU.type: 1 << 27, GPU: 1 << 32}
+"""The most bytes of the rows together, by the type of the device: several times what its caches hold, and on a GPU so
+many that launching takes no part of the time."""
 SHARE = 8
 """The part of the free memory that rows may take: there are copies, results and an optimizer's state beside them."""
-TENSORS, TENSOR = 64, 1 << 20
-"""The least number of tensors of a row, and the most elements of one."""
+TENSORS = {CPU.type: 2, GPU: 64}
+"""The tensors that a row is cut into: many, as a model has, or on a CPU large ones, which alone are cut into blocks."""
 LINE = 64
 """Elements between the starts of tensors are a multiple of this, so that all loads may be of 128 bits."""
 
@@ -36,7 +37,7 @@ class Inputs:
     ) -> None:
         self.T, self.dtype, self.device = T, dtype, device
         self.P = longest(T, dtype, device) if P is None else P
-        size = min(TENSOR, max(LINE, self.P // TENSORS // LINE * LINE))
+        size = max(LINE, self.P // TENSORS[device.type] // LINE * LINE)
         self.sizes = [min(size, self.P - start) for start in range(0, self.P, size)]
         self.segments = list(range(len(self.sizes))) if groups else [0] * len(self.sizes)
 

@@ -59,7 +59,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """Give a function that replaces the clock by one that tells a run's time, asked within the run's setting."""
 
     def stop(seconds: Callable[[], float]) -> None:
-        def timed(run: Callable[[], object], calls: int, device: torch.device) -> float:
+        def timed(run: Callable[[], object], calls: int, device: torch.device, ahead: bool) -> float:
             run()
             return seconds()
 

@@ -150,7 +150,7 @@ def test_the_written_setting_is_refused_too(
 def test_an_interrupt_leaves_the_old_table(
     at: str, place: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(*arguments: object) -> float:
+    def interrupt(*arguments: object, **options: object) -> float:
         raise KeyboardInterrupt
 
     place.parent.mkdir(parents=True)

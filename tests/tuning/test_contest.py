@@ -31,7 +31,7 @@ def won_by(times: dict[str, Sequence[float]], monkeypatch: pytest.MonkeyPatch, s
     """Let a contest run with the given times in turn; "copy" has no setting, and the first candidate runs twice."""
     seen: list[str] = [""]
     series = {name: endless(of_name) for name, of_name in times.items()}
-    monkeypatch.setattr(clock, "timed", lambda run, calls, device: next(series[seen[-1] or "copy"]))
+    monkeypatch.setattr(clock, "timed", lambda run, calls, device, ahead: next(series[seen[-1] or "copy"]))
     names = [name for name in times if name != "copy"]
     return contest([Turn(name, seen) for name in names], lambda: None, lambda: None, seconds, CPU), names, seen
 
