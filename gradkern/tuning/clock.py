@@ -11,6 +11,8 @@ from gradkern.ops.devices import GPU
 
 HEAD_START = 1_000_000
 """Cycles for each call, some half a millisecond, in which the host launches it."""
+UNKNOWN = 1 << 32
+"""The bytes that count as free where nothing tells."""
 
 Moment = float | torch.cuda.Event
 
@@ -57,8 +59,10 @@ def free_bytes(device: torch.device) -> int:
     """Return the free memory of the device in bytes."""
     if device.type == GPU:
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")  # Linux only; other systems report their total memory instead
+    table = Path("/proc/meminfo")  # Linux only; macOS reports its total memory instead, and Windows nothing
     for line in table.read_text().splitlines() if table.exists() else []:
         if line.startswith("MemAvailable:"):
             return 1024 * int(line.split()[1])
+    if not hasattr(os, "sysconf"):
+        return UNKNOWN
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -33,11 +33,12 @@ def tune(device: torch.device, minutes: float, out: Path | None) -> int:
         torch.cuda.set_device(device)
     card = card_of(device)
     assert card is not None, "the command line takes no other device"
-    path = places.place(card) if out is None else out
+    path = out
     try:
+        path = path or places.place(card)
         places.require_writable(path)
     except OSError as error:
-        return _failed(f"cannot write {path}: {error.strerror or error}")
+        return _failed(f"cannot write {path or 'a table'}: {error.strerror or error}")
     todo = keys(card.kind)
     with bar(len(todo)) as progress:
         findings = tuned(todo, card.kind, device, 60 * minutes, progress)

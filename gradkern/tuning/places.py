@@ -26,7 +26,11 @@ def place(card: Card) -> Path:
 
 
 def default_place(card: Card) -> Path:
-    """Return the file of a card in the cache directory. Its name carries the card's."""
+    """Return the file of a card in the cache directory. Its name carries the card's.
+
+    Raises:
+        FileNotFoundError: the user has no home directory.
+    """
     plain = re.sub(r"[^a-z0-9]+", "-", card.name.lower()).strip("-")
     return _cache() / "gradkern" / "tuning" / f"{card.kind}-{plain}.json"
 
@@ -34,10 +38,17 @@ def default_place(card: Card) -> Path:
 def _cache() -> Path:
     """Return the directory in which a user's programs keep files that they can make again."""
     if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        return Path(os.environ.get("LOCALAPPDATA") or _home() / "AppData" / "Local")
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return _home() / "Library" / "Caches"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache")
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as error:  # as in a container whose user has no name
+        raise FileNotFoundError(f"there is no place for tables: {error}") from None
 
 
 def require_writable(path: Path) -> None:

@@ -47,8 +47,8 @@ def _serving(device: torch.device) -> Serving:
     card = card_of(device)
     if card is None:
         return _written()
-    path = default_place(card) if name is None else Path(name)
-    if name is None and not path.exists():
+    path = _default(card) if name is None else Path(name)
+    if path is None:
         return _written()
     try:
         table = _read(path, card)
@@ -78,6 +78,15 @@ def _digest(choices: Choices) -> int:
         if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
     ]
     return digest("tuning", *sorted(changed))
+
+
+def _default(card: Card) -> Path | None:
+    """Return the file of a card in the cache directory; None if there is none, or nobody may look."""
+    try:
+        path = default_place(card)
+        return path if path.exists() else None
+    except OSError:
+        return None
 
 
 def _read(path: Path, card: Card) -> Table:

@@ -93,16 +93,23 @@ def tuned(
         progress(f"{key.kernel}, T = {key.rows}, {str(dtype).removeprefix('torch.')}")
         until = time.monotonic() + left / (len(keys) - k)
         if key.kernel == "one_launch":
+            _drop(inputs)
             _one_launch(key, dtype, until, device, findings)
             continue
         right = _right(key, device, findings)
         if not right:
             continue
         if (key.rows, dtype) not in inputs:
-            inputs.clear()  # before others are made: memory may not hold both
+            _drop(inputs)
             inputs[key.rows, dtype] = Inputs(key.rows, dtype, device)
         findings.measured.append(_measured(key, right, inputs[key.rows, dtype], until))
     return findings
+
+
+def _drop(inputs: dict[tuple[int, torch.dtype], Inputs]) -> None:
+    """Free the memory of inputs before others are made: it may not hold both."""
+    inputs.clear()
+    torch.cuda.empty_cache()  # does nothing without a GPU in use
 
 
 def _right(key: Key, device: torch.device, findings: Findings) -> list[Setting]:

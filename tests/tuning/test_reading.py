@@ -1,6 +1,7 @@
 """Tests of the table that serves a device: damaged and foreign files are ignored with one warning that says why."""
 
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import gradkern as gk
+from gradkern import cli
 from gradkern.kernels.served import Key, served
 from gradkern.ops.devices import CPU
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting, cut
@@ -22,6 +24,8 @@ from gradkern.tuning.reading import serving
 from gradkern.tuning.table import entry, parsed, text_of
 from tests.tuning.conftest import read_anew
 
+CACHE = places._cache
+"""The function, which each test replaces."""
 KEY = Key("chunks", 3, 4)
 SHORTER = ChunkSetting(LONGEST // 2, SCRATCH)
 DATE = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -165,6 +169,43 @@ def test_a_named_table_of_a_gpu_leaves_the_cpu_as_written(
 def first_of_gpu() -> tuple[Key, Setting]:
     key = Key("gramian", 3, 4)
     return key, candidates(key)[1]
+
+
+@pytest.mark.parametrize(
+    ("platform", "variable", "folder"),
+    [
+        ("linux", "XDG_CACHE_HOME", "home/.cache"),
+        ("darwin", None, "home/Library/Caches"),
+        ("win32", "LOCALAPPDATA", "home/AppData/Local"),
+    ],
+)
+def test_the_cache_directory_is_the_systems(
+    platform: str, variable: str | None, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    assert CACHE() == tmp_path / folder
+    if variable is not None:
+        monkeypatch.setenv(variable, str(tmp_path / "other"))
+        assert CACHE() == tmp_path / "other"
+
+
+def test_without_a_home_directory_nothing_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(places, "_cache", CACHE)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", home)
+    read_anew()
+    assert width() == LONGEST
+    assert serving(CPU).origin == "written defaults"
+    assert cli.main(["tune", "--device", "cpu"]) == 1
+    assert "cannot write a table: there is no place for tables: Could not" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", KERNELS)
