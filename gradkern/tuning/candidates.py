@@ -88,8 +88,9 @@ def _pieces(key: Key) -> Iterator[Setting]:
 
 
 def _combine(key: Key) -> Iterator[Setting]:
-    for threads in (128, 256, 512):
-        yield TileSetting(TILE, threads)
+    """Yield a whole tile a program too."""
+    yield from _tiles(key)
+    yield TileSetting(TILE, 256)
 
 
 def _tiles(key: Key) -> Iterator[Setting]:

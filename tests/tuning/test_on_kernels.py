@@ -57,7 +57,7 @@ def tune(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 CHOSEN = {
     Key("gramian", 3, 4): GramianSetting(256, 4, 64),
     Key("pieces", 4, 4): PieceSetting(2048, 64),
-    Key("combine", 3, 2): TileSetting(4096, 128),
+    Key("combine", 3, 2): TileSetting(4096, 256),
     Key("project", 2, 4): TileSetting(512, 128),
     Key("adamw", 3, 4): TileSetting(2048, 256),
 }
