@@ -70,9 +70,13 @@ def is_faster(of: Sequence[float], first: Sequence[float], again: Sequence[float
 
 
 class Won(NamedTuple):
-    """The result of a contest: which candidate has won, and the median seconds of it, of the first one, and a copy."""
+    """The result of a contest: which candidate has won, and the noise.
+
+    There are the median seconds of the winner, of the first candidate and of the copy.
+    """
 
     winner: int
+    noise: float
     seconds: float
     first: float
     copy: float
@@ -91,4 +95,4 @@ def contest(
     winner = min(range(len(times)), key=lambda k: ratio(times[k], times[0], again))
     if winner and not is_faster(times[winner], times[0], again):
         winner = 0
-    return Won(winner, *(statistics.median(t) for t in (times[winner], times[0], of_copy)))
+    return Won(winner, noise(times[0], again), *(statistics.median(t) for t in (times[winner], times[0], of_copy)))

@@ -8,7 +8,7 @@ from gradkern.tuning.candidates import DTYPES, Setting
 from gradkern.tuning.table import entry
 from gradkern.tuning.tune import Findings, Refused
 
-HEAD = f"{'kernel':12}{'T':>4}  {'dtype':10}{'time':>10}{'of copy':>9}{'written':>9}  setting"
+HEAD = f"{'kernel':12}{'T':>4}  {'dtype':10}{'time':>10}{'of copy':>9}{'written':>9}{'noise':>7}  setting"
 
 
 def text(findings: Findings, kind: str) -> str:
@@ -17,14 +17,13 @@ def text(findings: Findings, kind: str) -> str:
 
 
 def _lines(findings: Findings, kind: str) -> Iterator[str]:
-    yield "share of a copy's bandwidth: with the chosen setting, and with the written one"
+    yield "share of a copy's bandwidth with the chosen setting and with the written one; a gain below the noise is none"
     yield HEAD
     for m in findings.measured:
         written = "wrong" if m.written is None else f"{m.written:.1%}"
-        mark = "" if m.is_new else " (written)"
-        yield (
-            f"{_place(m.key, kind)}{1e3 * m.seconds:>7.3f} ms{m.share:>9.1%}{written:>9}  {_setting(m.setting)}{mark}"
-        )
+        chosen = _setting(m.setting) + ("" if m.is_new else " (written)")
+        numbers = f"{1e3 * m.seconds:>7.3f} ms{m.share:>9.1%}{written:>9}{m.noise:>7.0%}"
+        yield f"{_place(m.key, kind)}{numbers}  {chosen}"
     for one in findings.one_launch:
         start, stop = one.setting
         won = f"{start:,} to {stop - 1:,} numbers" if stop else "at no length"
@@ -42,7 +41,8 @@ def _lines(findings: Findings, kind: str) -> Iterator[str]:
 def settings(findings: Findings) -> list[dict[str, Any]]:
     """Return the settings as entries of a table, with numbers for people."""
     return [
-        entry(m.key, m.setting) | {"seconds": m.seconds, "share of copy": m.share, "written share": m.written}
+        entry(m.key, m.setting)
+        | {"seconds": m.seconds, "share of copy": m.share, "written share": m.written, "noise": m.noise}
         for m in findings.measured
     ] + [entry(one.key, one.setting) | {"time over three": one.ratios} for one in findings.one_launch]
 

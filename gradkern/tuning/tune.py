@@ -26,6 +26,7 @@ class Measured:
         seconds: the time of a run.
         share: the bytes it moves in a second, as a share of those that a copy moves.
         written: the same share for the written setting; None if its results are wrong.
+        noise: the part by which a setting had to be faster.
     """
 
     key: Key
@@ -33,6 +34,7 @@ class Measured:
     seconds: float
     share: float
     written: float | None
+    noise: float
 
     @property
     def is_new(self) -> bool:
@@ -136,7 +138,7 @@ def _measured(key: Key, settings: Sequence[Setting], x: Inputs, until: float) ->
     copy = 2 * x.J.numel() * x.J.itemsize / won.copy
     share, first = (subject.moved(x) / t / copy for t in (won.seconds, won.first))
     is_written = settings[0] == served.tunable[key.kernel].written(key.rows, key.itemsize)
-    return Measured(key, settings[won.winner], won.seconds, share, first if is_written else None)
+    return Measured(key, settings[won.winner], won.seconds, share, first if is_written else None, won.noise)
 
 
 def _one_launch(key: Key, dtype: torch.dtype, until: float, device: torch.device, findings: Findings) -> None:

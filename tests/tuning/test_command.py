@@ -143,7 +143,7 @@ def test_the_written_setting_is_refused_too(
     settings = [e for e in json.loads(place.read_text())["settings"] if e["kernel"] == "columns"]
     assert settings
     assert all(e["setting"]["COLUMNS"] > 0 and e["written share"] is None for e in settings)
-    assert "    wrong  COLUMNS" in capsys.readouterr().out
+    assert "    wrong     1%  COLUMNS" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("at", ["the first time", "the last moment"])

@@ -85,6 +85,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "no format": (lambda told: "{}", "it has format None"),
     "card": (changed(card="another"), "it is for 'another', not"),
     "gradkern": (changed(versions={"gradkern": "9.9"}), "it was measured under other versions than gradkern"),
+    "numbers of versions": (lambda told: json.dumps(told | {"versions": told["versions"] | {"torch": 5}}), "versions"),
     "versions": (changed(versions=None), "it was measured under other versions"),
     "date": (changed(date="yesterday"), "its date is 'yesterday'"),
     "no date": (changed(date=None), "its date is None"),
