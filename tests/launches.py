@@ -16,6 +16,7 @@ from triton import knobs
 
 from gradkern.kernels import launch, pcgrad
 from gradkern.kernels.launch import Launch
+from gradkern.tuning.compiling import compiling
 from tests import aot
 
 Handed = tuple[Any, ...]
@@ -197,6 +198,34 @@ def test_launch_hooks_hear_of_cached_launches() -> None:
     cached(given)
     assert [told["name"] for told in heard] == ["pcgrad_kernel"]
     assert heard[0]["stream"] == 1000
+
+
+def test_kernels_compiled_ahead_are_launched_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``gradkern tune`` compiles in threads first, and launches nothing meanwhile."""
+    M = torch.zeros(1, 3, 3)
+    given = pcgrad.pcgrad(M, M, "all", M)._replace(fp_fusion=True)  # no other test has compiled it
+    DRIVER.handed.clear()
+    with compiling():
+        given.run(CPU)
+        given.run(CPU)
+        given._replace(grid=(0,)).run(CPU)
+    assert not DRIVER.handed
+    assert not launch._compiled
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("not compiled")
+
+    monkeypatch.setattr(triton.JITFunction, "_do_compile", refuse, raising=False)
+    assert_same(handed_by_us(given), handed_by_triton(given))
+
+
+def test_a_kernel_that_does_not_compile_raises_when_it_is_launched() -> None:
+    right = next(case.launch for case in aot.cases(DRIVER.target) if case.kernel == "combine")
+    wrong = right._replace(arguments=right.arguments | {"BLOCK": 96})
+    with compiling():
+        wrong.run(CPU)
+    with pytest.raises(triton.CompilationError):
+        wrong.run(CPU)
 
 
 def test_an_empty_grid_is_no_launch() -> None:

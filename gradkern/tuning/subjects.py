@@ -1,6 +1,9 @@
 """What is done with each kernel: its comparison with the reference, a run of it, and the bytes that this moves."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -10,10 +13,11 @@ from gradkern.check.problems import Shapes
 from gradkern.check.selfcheck import compared
 from gradkern.kernels.served import Key
 from gradkern.ops import operators, project
-from gradkern.ops.devices import CPU
+from gradkern.ops.devices import CPU, GPU
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.ops.registry import Cases, Comparison
 from gradkern.tuning.candidates import KERNELS, Setting
+from gradkern.tuning.compiling import compiling
 from gradkern.tuning.forced import Forced
 from gradkern.tuning.inputs import Inputs
 
@@ -73,31 +77,48 @@ BLOCKS = (1 << 20) + 1037
 """Numbers in the rows of a CPU's check: more than any block of scratch memory holds."""
 
 
-def problem(key: Key, setting: Setting, device: torch.device) -> str | None:
-    """Return what is wrong with the results of a setting, in words; None if they are right."""
-    P = BLOCKS // key.rows if key.kernel in KERNELS[CPU.type] else TILES
-    with Forced({key: setting}):
-        return _first_problem(SUBJECTS[key.kernel].checks, key, [(key.rows, P)], device)
+def problem(key: Key, setting: Setting | None, device: torch.device) -> str | None:
+    """Return what is wrong with the results of a setting, in words; None if they are right.
+
+    Args:
+        key: the launches that it is for.
+        setting: the setting; None for the one launch, which is checked whatever the sizes it is for.
+        device: the device.
+    """
+    with _under(key, setting):
+        outcomes = (compared(case, device, dtypes_of(key)) for case in _checks(key))
+        return next((outcome.problem for outcome in outcomes if outcome.problem is not None), None)
 
 
-def problem_of_one_launch(key: Key, device: torch.device) -> str | None:
-    """Return what is wrong with the results of the one launch; None if they are right."""
-    return _first_problem((cases.of_surgery,), key, [(key.rows, TILES)], device)
+def compile_ahead(key: Key, settings: Sequence[Setting | None], device: torch.device) -> None:
+    """Compile the kernels that the checks of the settings launch on a GPU. What fails here fails in the check too."""
+    if device.type != GPU:
+        return
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), compiling():
+        for setting, case, dtype in product(settings, _checks(key), dtypes_of(key)):
+            with _under(key, setting), suppress(Exception):
+                for _comparison in case(dtype, device):
+                    pass
 
 
-def _first_problem(checks: tuple[Case, ...], key: Key, shapes: Shapes, device: torch.device) -> str | None:
-    dtypes = [dtype for dtype in DTYPES if served_itemsize(key, dtype) == key.itemsize]
-    outcomes = (compared(_of_shapes(case, shapes), device, dtypes) for case in checks)
-    return next((outcome.problem for outcome in outcomes if outcome.problem is not None), None)
-
-
-def _of_shapes(case: Case, shapes: Shapes) -> Cases:
-    return lambda dtype, device: case(dtype, device, shapes)
-
-
-def served_itemsize(key: Key, dtype: torch.dtype) -> int:
-    """Return the bytes of a number by which a launch on rows of a dtype finds its setting.
+def dtypes_of(key: Key) -> list[torch.dtype]:
+    """Return the dtypes of rows whose launches find their setting by this key.
 
     Kernels go by the rows as they are stored. A CPU's blocks hold numbers in arithmetic dtype.
     """
-    return arithmetic_dtype(dtype).itemsize if key.kernel in KERNELS[CPU.type] else dtype.itemsize
+    of_cpu = key.kernel in KERNELS[CPU.type]
+    return [d for d in DTYPES if (arithmetic_dtype(d) if of_cpu else d).itemsize == key.itemsize]
+
+
+def _under(key: Key, setting: Setting | None) -> Forced:
+    return Forced({} if setting is None else {key: setting})
+
+
+def _checks(key: Key) -> list[Cases]:
+    P = BLOCKS // key.rows if key.kernel in KERNELS[CPU.type] else TILES
+    checks = (cases.of_surgery,) if key.kernel == "one_launch" else SUBJECTS[key.kernel].checks
+    return [partial(_of_shapes, case, [(key.rows, P)]) for case in checks]
+
+
+def _of_shapes(case: Case, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Comparison]:
+    return case(dtype, device, shapes)

@@ -13,7 +13,7 @@ from gradkern.tuning.candidates import DTYPES, Setting, candidates
 from gradkern.tuning.contest import contest
 from gradkern.tuning.forced import Forced
 from gradkern.tuning.inputs import Inputs
-from gradkern.tuning.subjects import SUBJECTS, problem, problem_of_one_launch
+from gradkern.tuning.subjects import SUBJECTS, compile_ahead, problem
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def _drop(inputs: dict[tuple[int, torch.dtype], Inputs]) -> None:
 
 def _right(key: Key, device: torch.device, findings: Findings) -> list[Setting]:
     """Return the candidates whose results are right; the others are refused."""
-    right = []
-    for setting in candidates(key):
+    right, known = [], candidates(key)
+    compile_ahead(key, known, device)
+    for setting in known:
         wrong = problem(key, setting, device)
         if wrong is None:
             right.append(setting)
@@ -142,7 +143,8 @@ def _measured(key: Key, settings: Sequence[Setting], x: Inputs, until: float) ->
 
 
 def _one_launch(key: Key, dtype: torch.dtype, until: float, device: torch.device, findings: Findings) -> None:
-    wrong = problem_of_one_launch(key, device)
+    compile_ahead(key, [None], device)
+    wrong = problem(key, None, device)
     if wrong is not None:
         findings.refused.append(Refused(key, None, wrong))
         return

@@ -118,7 +118,7 @@ def test_one_launch_gets_the_sizes_at_which_it_wins(
 def test_one_launch_that_is_slower_gets_none(
     tune: Callable[..., int], stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gradkern.tuning.tune.problem_of_one_launch", lambda *arguments: None)  # it takes seconds
+    monkeypatch.setattr("gradkern.tuning.tune.problem", lambda *arguments: None)  # it takes seconds
     stopped(lambda: 1.0)
     assert tune(Key("one_launch", 2, 4)) == 0
     (told,) = json.loads(default_place(GPU).read_text())["settings"]
