@@ -80,31 +80,36 @@ def tuned(
         keys: the keys, the most important ones first.
         kind: the kind of card whose dtypes are measured.
         device: the device.
-        seconds: the time for all of it. Each key gets an equal part of what is left, and what it takes at least. When
-            the time is over, the other keys are left out.
+        seconds: the time for all of it. Each key gets an equal part of what is left, and what its check takes. It is
+            left out if the last check of its kernel took longer than what is left of all.
         progress: called with a line before each key.
     """
     findings, end = Findings(), time.monotonic() + seconds
+    took: dict[str, float] = {}  # the last check of each kernel, most of it compiling
     inputs: dict[tuple[int, torch.dtype], Inputs] = {}
     for k, key in enumerate(keys):
-        left = end - time.monotonic()
-        if left <= 0:
-            findings.unreached += keys[k:]
-            break
+        begun = time.monotonic()
+        left = end - begun
+        if took and left < took.get(key.kernel, max(took.values())):
+            findings.unreached.append(key)
+            continue
         dtype = DTYPES[kind][key.itemsize]
         progress(f"{key.kernel}, T = {key.rows}, {str(dtype).removeprefix('torch.')}")
-        until = time.monotonic() + left / (len(keys) - k)
+        until = begun + left / (len(keys) - k)
+        right = _right(key, device, findings)
+        took[key.kernel] = time.monotonic() - begun
+        if not right:
+            continue
         if key.kernel == "one_launch":
             _drop(inputs)
-            _one_launch(key, dtype, until, device, findings)
-            continue
-        right = _right(key, device, findings)
-        if not right:
+            won, ratios = sizes.measured(key, dtype, until - time.monotonic(), device)
+            findings.one_launch.append(OneLaunch(key, won, ratios))
             continue
         if (key.rows, dtype) not in inputs:
             _drop(inputs)
             inputs[key.rows, dtype] = Inputs(key.rows, dtype, device)
-        findings.measured.append(_measured(key, right, inputs[key.rows, dtype], until))
+        settings = [setting for setting in right if setting is not None]
+        findings.measured.append(_measured(key, settings, inputs[key.rows, dtype], until))
     return findings
 
 
@@ -114,9 +119,10 @@ def _drop(inputs: dict[tuple[int, torch.dtype], Inputs]) -> None:
     torch.cuda.empty_cache()  # does nothing without a GPU in use
 
 
-def _right(key: Key, device: torch.device, findings: Findings) -> list[Setting]:
-    """Return the candidates whose results are right; the others are refused."""
-    right, known = [], candidates(key)
+def _right(key: Key, device: torch.device, findings: Findings) -> list[Setting | None]:
+    """Return the candidates whose results are right; the others are refused. The one launch has None to check."""
+    right: list[Setting | None] = []
+    known: list[Setting | None] = [None] if key.kernel == "one_launch" else [*candidates(key)]
     compile_ahead(key, known, device)
     for setting in known:
         wrong = problem(key, setting, device)
@@ -140,12 +146,3 @@ def _measured(key: Key, settings: Sequence[Setting], x: Inputs, until: float) ->
     share, first = (subject.moved(x) / t / copy for t in (won.seconds, won.first))
     is_written = settings[0] == served.tunable[key.kernel].written(key.rows, key.itemsize)
     return Measured(key, settings[won.winner], won.seconds, share, first if is_written else None, won.noise)
-
-
-def _one_launch(key: Key, dtype: torch.dtype, until: float, device: torch.device, findings: Findings) -> None:
-    compile_ahead(key, [None], device)
-    wrong = problem(key, None, device)
-    if wrong is not None:
-        findings.refused.append(Refused(key, None, wrong))
-        return
-    findings.one_launch.append(OneLaunch(key, *sizes.measured(key, dtype, until - time.monotonic(), device)))

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from gradkern.kernels.served import Key
 from gradkern.kernels.settings import Sizes
-from gradkern.tuning import clock
+from gradkern.tuning import clock, tune
 from gradkern.tuning.contest import FEWEST, LEAST, MOST, contest, is_faster, noise
 from gradkern.tuning.sizes import longest_run
 
@@ -90,3 +91,21 @@ def test_candidates_take_turns_in_each_round(seconds: float, rounds: int, monkey
 )
 def test_one_launch_gets_the_longest_run_of_lengths(wins: str, run: Sizes) -> None:
     assert longest_run([10, 20, 30, 40][: len(wins)], [won == "1" for won in wins]) == run
+
+
+def test_a_key_is_begun_only_if_a_check_as_long_as_the_last_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks of one kernel take 30 s, and 2 s once it is compiled; those of the other take 1 s."""
+    clock_says, checks = [0.0], {"chunks": iter([30.0, 2.0, 2.0]), "columns": iter([1.0] * 9)}
+
+    def check(key: Key, device: torch.device, findings: tune.Findings) -> list[Any]:
+        clock_says[0] += next(checks[key.kernel])
+        return []
+
+    monkeypatch.setattr(tune.time, "monotonic", lambda: clock_says[0])
+    monkeypatch.setattr(tune, "_right", check)
+    keys = [Key(kernel, rows, 4) for rows in (3, 8) for kernel in ("chunks", "columns")]
+    begun: list[str] = []
+    for seconds, unreached in ((100, []), (60.5, keys[2:3]), (10, keys[1:])):
+        clock_says[0], checks["chunks"] = 0.0, iter([30.0, 2.0])
+        assert tune.tuned(keys, "cpu", CPU, seconds, begun.append).unreached == unreached
+    assert len(begun) == 4 + 3 + 1
