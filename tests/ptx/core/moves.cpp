@@ -1,50 +1,53 @@
 // Copies between registers, and numbers that are put together from halves or taken apart.
-#include "elementwise.h"
+#include "warp.h"
 
 namespace {
 
 template <class T>
-void moves(Operations& operations, const std::string& type) {
-    elementwise<T>(operations, "mov." + type, [](T a) { return a; });
+void move(Warp& warp, const Instruction& instruction, Mask lanes) {
+    const Lanes& input = warp.read(instruction.inputs[0]);
+    Lanes& output = warp.write(instruction.outputs[0]);
+    for_lanes(lanes, [&](int lane) { output.lane[lane] = to_bits(from_bits<T>(input.lane[lane])); });
+    warp.define_halves(instruction.outputs[0], lanes, warp.halves_defined(instruction.inputs[0]));
 }
 
-// Inputs side by side in the output, the first in the lowest bits.
+// Two inputs side by side in the output, the first in the low half.
 template <int Width>
 void pack(Warp& warp, const Instruction& instruction, Mask lanes) {
-    const int n = instruction.inputs.size(), bits = Width / n;
-    const uint64_t part = (uint64_t(1) << bits) - 1;
+    constexpr int half = Width / 2;
+    constexpr uint64_t part = (uint64_t(1) << half) - 1;
+    const Lanes& low = warp.read(instruction.inputs[0]);
+    const Lanes& high = warp.read(instruction.inputs[1]);
+    const Halves defined{warp.defined(instruction.inputs[0]), warp.defined(instruction.inputs[1])};
     Lanes& output = warp.write(instruction.outputs[0]);
-    Mask defined = ALL;
-    for (const int input : instruction.inputs) defined &= warp.defined(input);
-    for_lanes(lanes, [&](int lane) {
-        uint64_t whole = 0;
-        for (int i = 0; i < n; ++i) whole |= (warp.read(instruction.inputs[i]).lane[lane] & part) << i * bits;
-        output.lane[lane] = whole;
-    });
-    warp.define(instruction.outputs[0], lanes, defined);
+    for_lanes(lanes, [&](int lane) { output.lane[lane] = (low.lane[lane] & part) | (high.lane[lane] & part) << half; });
+    warp.define_halves(instruction.outputs[0], lanes, defined);
 }
 
 template <int Width>
 void unpack(Warp& warp, const Instruction& instruction, Mask lanes) {
-    const int n = instruction.outputs.size(), bits = Width / n;
-    const uint64_t part = (uint64_t(1) << bits) - 1;
-    const Lanes input = warp.read(instruction.inputs[0]);
-    const Mask defined = warp.defined(instruction.inputs[0]);
-    for (int i = 0; i < n; ++i) {
-        Lanes& output = warp.write(instruction.outputs[i]);
-        for_lanes(lanes, [&](int lane) { output.lane[lane] = input.lane[lane] >> i * bits & part; });
-        warp.define(instruction.outputs[i], lanes, defined);
-    }
+    constexpr int half = Width / 2;
+    constexpr uint64_t part = (uint64_t(1) << half) - 1;
+    const Lanes input = warp.read(instruction.inputs[0]);  // a copy, because an output may be the same register
+    const Halves defined = warp.halves_defined(instruction.inputs[0]);
+    Lanes& low = warp.write(instruction.outputs[0]);
+    Lanes& high = warp.write(instruction.outputs[1]);
+    for_lanes(lanes, [&](int lane) {
+        low.lane[lane] = input.lane[lane] & part;
+        high.lane[lane] = input.lane[lane] >> half & part;
+    });
+    warp.define(instruction.outputs[0], lanes, defined.low);
+    warp.define(instruction.outputs[1], lanes, defined.high);
 }
 
 }  // namespace
 
 void add_moves(Operations& operations) {
-    moves<bool>(operations, "pred");
+    add(operations, "mov.pred", move<bool>);
     for (const char* kind : {"b", "u"}) {
-        moves<uint16_t>(operations, std::string(kind) + "16");
-        moves<uint32_t>(operations, std::string(kind) + "32");
-        moves<uint64_t>(operations, std::string(kind) + "64");
+        add(operations, std::string("mov.") + kind + "16", move<uint16_t>);
+        add(operations, std::string("mov.") + kind + "32", move<uint32_t>);
+        add(operations, std::string("mov.") + kind + "64", move<uint64_t>);
     }
     add(operations, "pack.b32", pack<32>);
     add(operations, "pack.b64", pack<64>);

@@ -7,7 +7,7 @@ Warp::Warp(Block& block, const Code& code, int number)
     : block(block), code(code), number(number), registers_(new Lanes[code.n_registers]), defined_(code.n_registers) {}
 
 void Warp::start(int entry) {
-    std::fill(defined_.begin(), defined_.end(), 0);
+    std::fill(defined_.begin(), defined_.end(), Halves{0, 0});
     paths_ = {Path{ALL, entry, {}}};
     at_barrier_ = false;
     copies = {};
@@ -20,7 +20,7 @@ void Warp::require(int operand, Mask lanes, const char* use) const {
 
 void Warp::set_everywhere(int reg, uint64_t value) {
     std::fill_n(registers_[reg].lane, WARP, value);
-    defined_[reg] = ALL;
+    define(reg, ALL, ALL);
 }
 
 void Warp::set_lane_numbers(int thread, int lane) {
@@ -28,7 +28,8 @@ void Warp::set_lane_numbers(int thread, int lane) {
         registers_[thread].lane[i] = number * WARP + i;
         registers_[lane].lane[i] = i;
     }
-    defined_[thread] = defined_[lane] = ALL;
+    define(thread, ALL, ALL);
+    define(lane, ALL, ALL);
 }
 
 Mask Warp::alive() const {

@@ -17,6 +17,13 @@ struct Path {
     std::vector<int> returns;
 };
 
+// In which lanes the two halves of a value are defined: code puts a defined half beside an undefined one and takes it out
+// again.
+struct Halves {
+    Mask low, high;
+    Mask both() const { return low & high; }
+};
+
 class Warp {
    public:
     Block& block;
@@ -38,11 +45,15 @@ class Warp {
     // What an operand holds. Values that nobody has defined are followed from register to register, as memory checkers
     // do; whoever acts on one, by an address, a branch or a store, calls require.
     const Lanes& read(int operand) const { return operand < 0 ? code.constants[~operand] : registers_[operand]; }
-    Mask defined(int operand) const { return operand < 0 ? ALL : defined_[operand]; }
+    Mask defined(int operand) const { return halves_defined(operand).both(); }
     void require(int operand, Mask lanes, const char* use) const;
     Lanes& write(int reg) { return registers_[reg]; }
-    void define(int reg, Mask lanes, Mask defined) {
-        defined_[reg] = (defined_[reg] & ~lanes) | (lanes & defined);
+    void define(int reg, Mask lanes, Mask defined) { define_halves(reg, lanes, {defined, defined}); }
+    Halves halves_defined(int operand) const { return operand < 0 ? Halves{ALL, ALL} : defined_[operand]; }
+    void define_halves(int reg, Mask lanes, Halves defined) {
+        Halves& known = defined_[reg];
+        known.low = (known.low & ~lanes) | (lanes & defined.low);
+        known.high = (known.high & ~lanes) | (lanes & defined.high);
     }
     template <class T>
     T value(int operand, int lane) const {
@@ -60,7 +71,7 @@ class Warp {
     void merge();
 
     std::unique_ptr<Lanes[]> registers_;
-    std::vector<Mask> defined_;
+    std::vector<Halves> defined_;
     std::vector<Path> paths_;
     bool at_barrier_ = false;
     const Instruction* current_ = nullptr;
