@@ -1,4 +1,7 @@
-"""Fixtures that all tests share. Triton must know before its first import that kernels are to be interpreted."""
+"""Fixtures that all tests share, and the option ``--ptx``.
+
+Triton must know before its first import whether kernels are to be interpreted.
+"""
 
 import importlib.util
 import os
@@ -6,7 +9,9 @@ import sys
 
 import torch
 
-if not torch.cuda.is_available():
+from tests.ptx import option
+
+if not torch.cuda.is_available() and not option.wanted():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ["GRADKERN_TUNING"] = "off"  # a table of this machine's would change bits and launches
 
@@ -27,9 +32,24 @@ SLOW |= {"test_bits.py", "test_readme.py", "test_package.py", "test_docs.py"}
 SLOW |= {"solvers", "gramian", "history", "wrappers", "arguments", "test_out.py"}
 SLOW |= {"test_every_method.py", "test_no_host_reads.py", "test_layer_kinds.py", "test_random_graphs.py"}
 SLOW |= {"test_uses.py", "test_precision.py", "test_sketch.py", "test_through_features.py"}
-SLOW |= {"test_attention.py", "test_default_device.py", "tuning"}
+SLOW |= {"test_attention.py", "test_default_device.py", "tuning", "ptx"}
 """Folders and files of tests that run whole programs, other libraries, kernels in Triton's interpreter, or many cases
 of all methods or layers."""
+
+
+pytest_addoption = option.add
+
+
+def pytest_configure() -> None:
+    """With ``--ptx``, let an emulated GPU run all launches."""
+    if option.wanted():
+        option.start()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """With ``--ptx``, tell which kernels were run."""
+    if option.wanted():
+        terminalreporter.write_line(option.summary())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

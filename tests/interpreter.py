@@ -1,4 +1,7 @@
-"""Tools that run the Triton kernels on CPU tensors in Triton's interpreter, in place of the PyTorch back end."""
+"""Tools that run the Triton kernels on CPU tensors, in place of the PyTorch back end.
+
+Triton's interpreter runs them; with ``pytest --ptx``, the emulator of ``tests/ptx`` does.
+"""
 
 import importlib.util
 import multiprocessing
@@ -12,14 +15,17 @@ import torch
 
 from gradkern.ops import registry
 from gradkern.ops.triton.backend import BACKEND
+from tests.ptx import option
 
 TRITON = BACKEND.device_type
 
 
 def why_not() -> str | None:
-    """Return why the interpreter cannot run here; None if it can."""
+    """Return why neither the interpreter nor the emulator can run here; None if one can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    if option.wanted():
+        return option.why_not()
     if torch.cuda.is_available():
         return "with a GPU the kernels are compiled, not interpreted"
     import triton
@@ -45,8 +51,12 @@ def programs_at_once(n: int) -> Iterator[None]:
 
     This is for kernels whose programs divide the work among themselves, however many there are. The tensors given to a
     launch move to memory that the processes share. Tensors that are written through a table of addresses must be there
-    already.
+    already. The emulator needs no processes: it has programs of its own, and weak memory.
     """
+    if option.wanted():
+        with option.programs_at_once(n):
+            yield
+        return
     from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     from gradkern.kernels.launch import Launch

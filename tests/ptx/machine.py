@@ -1,28 +1,31 @@
 """Launches of the project's kernels, compiled for an NVIDIA GPU and run by the emulator on CPU tensors."""
 
-import gc
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
+import gradkern.ops.one_launch.surgery
+import gradkern.ops.triton.gramian
 from gradkern.kernels.launch import Launch
 from tests.aot import Driver
 from tests.ptx.core_library import Settings
 from tests.ptx.program import Program
+from tests.ptx.tensors import storages
 
-Memory = tuple[int, int]
-"""Addresses from the first up to the second."""
+PATIENCE = 1 << 23
+"""After so many instructions of warps with no change of memory, programs are said to wait for ever."""
 
 
 @dataclass
 class Ran:
-    """What has run of a kernel."""
+    """How much of a kernel has run, instructions by the thread."""
 
     launches: int = 0
     instructions: int = 0
@@ -34,15 +37,11 @@ class Machine:
 
     Attributes:
         arch: the compute capability, 80 or 90.
-        weak: whether caches grow stale and stores arrive late.
-        at_once: how many programs run at once.
         seed: of the order in which programs and warps go; each launch takes the next.
-        ran: of each kernel, how much has run.
+        ran: how much of each kernel has run.
     """
 
     arch: int
-    weak: bool = False
-    at_once: int = 2
     seed: int = 0
     ran: dict[str, Ran] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
@@ -55,30 +54,37 @@ class Machine:
         program = self._programs.get(compiled.hash)
         if program is None:
             program = self._programs[compiled.hash] = Program(compiled.asm["ptx"], compiled.metadata.shared)
-        instructions = self.run_program(program, launch)
-        ran = self.ran.setdefault(program.name, Ran())
-        ran.launches += 1
-        ran.instructions += 32 * instructions
-
-    def run_program(self, program: Program, launch: Launch) -> int:
-        """Run a program with the arguments and the grid of a launch."""
-        kernel = launch.kernel
-        arguments = [launch.arguments[name] for i, name in enumerate(kernel.arg_names) if i not in kernel.constexprs]
-        arguments = [argument for argument in arguments if argument is not None]
-        # Triton's own parameters follow, pointers to memory for scratch, which these kernels have none of.
-        types = [parameter.type for parameter in program.parameters]
-        values = [bits(argument, kind) for argument, kind in zip(arguments, types, strict=False)]
-        values += [0] * (len(types) - len(values))
-        self.seed += 1
-        few = 2 * self.at_once
-        settings = Settings(self.at_once, max(1, self.at_once // 2), 40 if self.weak else 400, self.weak, self.seed, 1 << 25)
-        assert few
-        return program.run(launch.grid, values, storages(arguments), settings)
+        self.run_program(program, launch)
 
     def compile(self, launch: Launch) -> Any:
         """Compile a launch for this machine."""
         triton.runtime.driver.set_active(Driver(GPUTarget("cuda", self.arch, 32)))
         return launch.compile()
+
+    def run_program(self, program: Program, launch: Launch) -> None:
+        """Run a program with the arguments and the grid of a launch."""
+        kernel = launch.kernel
+        arguments = [launch.arguments[name] for i, name in enumerate(kernel.arg_names) if i not in kernel.constexprs]
+        arguments = [argument for argument in arguments if argument is not None]
+        types = [parameter.type for parameter in program.parameters]
+        values = [bits(argument, kind) for argument, kind in zip(arguments, types, strict=False)]
+        values += [0] * (len(types) - len(values))  # Triton's own: memory for scratch, which these kernels do not use
+        self.seed += 1
+        settings = talking(self.seed) if program.talks else alone(self.seed)
+        instructions = program.run(launch.grid, values, storages(arguments), settings)
+        ran = self.ran.setdefault(program.name, Ran())
+        ran.launches += 1
+        ran.instructions += 32 * instructions
+
+
+def alone(seed: int) -> Settings:
+    """Return settings for programs that have nothing to do with each other: the order matters little, so few turns."""
+    return Settings(at_once=2, multiprocessors=1, turn=400, weak=False, seed=seed, patience=PATIENCE)
+
+
+def talking(seed: int) -> Settings:
+    """Return settings for programs that tell each other something: many at once, short turns, weak memory."""
+    return Settings(at_once=5, multiprocessors=3, turn=40, weak=True, seed=seed, patience=PATIENCE)
 
 
 def bits(argument: Any, kind: str) -> int:
@@ -91,27 +97,31 @@ def bits(argument: Any, kind: str) -> int:
     return int(argument) & ((1 << int(kind[1:])) - 1)
 
 
-def storages(arguments: list[Any]) -> list[Memory]:
-    """Return where the tensors that are alive have their memory.
+MACHINES: list[Machine] = []
+"""The machine that has taken over, if one has."""
 
-    A kernel may access no other. It is all tensors, because tables of addresses point at some that are no arguments.
-    """
-    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
-    tensors += [o for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
-    found = set()
-    for tensor in tensors:
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            storage = tensor.untyped_storage()
-            found.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
-    return list(found)
+
+def take_over(arch: int, programs: int) -> None:
+    """Let a machine run every launch of this process from now on, the one launch with so many programs."""
+    machine = Machine(arch)
+    MACHINES.append(machine)
+    Launch.run = lambda launch, device: machine.run(launch)  # type: ignore[method-assign]
+    gradkern.ops.triton.gramian.is_interpreted = lambda device: False
+    gradkern.ops.one_launch.surgery.n_programs = lambda device, n_items: min(n_items, programs)
 
 
 @contextmanager
-def serving(machine: Machine) -> Iterator[Machine]:
-    """Let a machine run every launch."""
-    run = Launch.run
-    Launch.run = lambda launch, device: machine.run(launch)
-    try:
-        yield machine
-    finally:
-        Launch.run = run
+def programs_at_once(n: int) -> Iterator[None]:
+    """Let the one launch have ``n`` programs."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(gradkern.ops.one_launch.surgery, "n_programs", lambda device, n_items: n)
+        yield
+
+
+def summary() -> str:
+    """Return which kernels have run in this process, and how much of them, in lines."""
+    lines = ["Kernels executed from PTX:"]
+    for machine in MACHINES:
+        for name, ran in sorted(machine.ran.items()):
+            lines.append(f"  {name} (sm_{machine.arch}): {ran.launches} launches, {ran.instructions:,} instructions")
+    return "\n".join(lines if len(lines) > 1 else ["No kernel was executed from PTX."])

@@ -32,6 +32,7 @@ class Program:
     Attributes:
         name: the kernel's.
         parameters: its parameters, with their types.
+        talks: whether its programs tell each other something, by atomics.
     """
 
     def __init__(self, ptx: str, shared_bytes: int) -> None:
@@ -39,6 +40,7 @@ class Program:
         kernel = module.kernel
         self.name = kernel.name
         self.parameters = kernel.parameters
+        self.talks = any(s.opcode.startswith("atom.") for f in module.functions.values() for s in f.statements)
         encoder = _Encoder()
         numbers = [encoder.special(name) for name in SPECIAL]
         triple = ctypes.c_int32 * 3

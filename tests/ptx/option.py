@@ -1,0 +1,78 @@
+"""The option ``pytest --ptx[=80|90]``: Triton compiles the kernels for such a GPU, and the emulator runs what it compiled.
+
+It must be known before Triton is imported, so it is read from the command line. Processes that the tests start read it
+from the environment.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from tests.ptx import build
+
+VARIABLE = "GRADKERN_PTX"
+ARCHS = ("80", "90")
+PROGRAMS = 5
+"""How many programs the one launch has."""
+
+OPTION: dict[str, Any] = {
+    "nargs": "?",
+    "const": ARCHS[-1],
+    "choices": ARCHS,
+    "help": "run what Triton compiles for compute capability 8.0 or 9.0 (default) on an emulator",
+}
+
+
+def _read() -> None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ptx", **OPTION)
+    given = parser.parse_known_args(sys.argv[1:])[0].ptx
+    if given:
+        os.environ[VARIABLE] = given
+
+
+_read()
+
+
+def add(parser: pytest.Parser) -> None:
+    """Declare the option to pytest."""
+    parser.addoption("--ptx", **OPTION)
+
+
+def wanted() -> bool:
+    """Return whether the emulator is to run the kernels."""
+    return VARIABLE in os.environ
+
+
+def why_not() -> str | None:
+    """Return why the emulator cannot run here; None if it can."""
+    return build.why_not()
+
+
+def start() -> None:
+    """Let one emulated GPU run every launch of this process from now on."""
+    from tests.ptx import machine
+
+    if why_not() is None:
+        machine.take_over(int(os.environ[VARIABLE]), PROGRAMS)
+
+
+def summary() -> str:
+    """Return which kernels have run, in lines."""
+    from tests.ptx import machine
+
+    return machine.summary() if why_not() is None else f"No kernel was executed from PTX: {why_not()}"
+
+
+@contextmanager
+def programs_at_once(n: int) -> Iterator[None]:
+    """Let the one launch have ``n`` programs."""
+    from tests.ptx import machine
+
+    with machine.programs_at_once(n):
+        yield
