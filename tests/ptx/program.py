@@ -185,9 +185,7 @@ class _Encoder:
         for i, (kind, operand) in enumerate(zip(form.row.kinds, statement.operands, strict=True)):
             if kind[0] != "-" and not kind[0].isdigit():
                 (outputs if i < form.row.n_outputs else inputs).extend(self._numbers(function, operand))
-        width = re.search(r"\.v([24])\b", statement.opcode)
-        if width and int(width[1]) not in (len(outputs), len(inputs) - 2):
-            raise PtxError(f"line {statement.line}: {statement.opcode} of {statement.operands}")
+        _check_vector(statement, len(outputs), len(inputs))
         return outputs, inputs
 
     def _numbers(self, function: Function, operand: Operand) -> list[int]:
@@ -214,6 +212,13 @@ class _Encoder:
 
     def _register(self, function: str, name: str) -> int:
         return self._registers.setdefault((function, name), len(self._registers))
+
+
+def _check_vector(statement: Statement, n_outputs: int, n_inputs: int) -> None:
+    """Check that a load or a store has as many registers as its opcode says; an address and its offset are inputs too."""
+    memory = re.fullmatch(r"(ld|st)\.(?:global|shared).*?(?:\.v([24]))?\.[bs]\d+", statement.opcode)
+    if memory and (n_outputs if memory[1] == "ld" else n_inputs - 2) != int(memory[2] or 1):
+        raise PtxError(f"line {statement.line}: {statement.opcode} of {statement.operands}")
 
 
 def _bits(constant: str) -> int:
