@@ -5,41 +5,23 @@
 
 namespace {
 
-template <class T>
-T inverted(T a) {
-    if constexpr (std::is_same_v<T, bool>) return !a;
-    else return T(~a);
-}
-
-// Whether a lane's result is known although one input is not: an input of zeros decides "and", one of ones "or".
-template <class T, bool Or>
-Mask decided(Warp& warp, const Instruction& instruction, Mask lanes) {
-    Mask found = 0;
-    for (const int operand : instruction.inputs) {
-        const Lanes& input = warp.read(operand);
-        for_lanes(lanes & warp.defined(operand), [&](int lane) {
-            if (from_bits<T>(input.lane[lane]) == (Or ? inverted(T(0)) : T(0))) found |= Mask(1) << lane;
-        });
-    }
-    return found;
-}
-
-template <class T, class Function, bool Or>
-void and_or(Warp& warp, const Instruction& instruction, Mask lanes) {
-    const Mask undefined = lanes & ~(warp.defined(instruction.inputs[0]) & warp.defined(instruction.inputs[1]));
-    const Mask known = undefined ? decided<T, Or>(warp, instruction, undefined) : 0;
-    Elementwise<Function, T, T>::run(warp, instruction, lanes);
-    warp.define(instruction.outputs[0], known, ALL);
-}
-
+// A bit of the result is known if both inputs' are, or if one is that decides: a zero for "and", a one for "or".
 template <class T>
 void logic(Operations& operations, const std::string& type) {
-    const auto conjunction = [](T a, T b) { return T(a & b); };
-    const auto disjunction = [](T a, T b) { return T(a | b); };
-    add(operations, "and." + type, and_or<T, decltype(conjunction), false>);
-    add(operations, "or." + type, and_or<T, decltype(disjunction), true>);
-    elementwise<T, T>(operations, "xor." + type, [](T a, T b) { return T(a ^ b); });
-    elementwise<T>(operations, "not." + type, [](T a) { return inverted(a); });
+    using Bit = Tracked<T>;
+    bit_by_bit<T, T>(operations, "and." + type, [](T a, T b) { return T(a & b); }, [](Bit a, Bit b) {
+        return T((a.defined & b.defined) | (a.defined & ~a.value) | (b.defined & ~b.value));
+    });
+    bit_by_bit<T, T>(operations, "or." + type, [](T a, T b) { return T(a | b); }, [](Bit a, Bit b) {
+        return T((a.defined & b.defined) | (a.defined & a.value) | (b.defined & b.value));
+    });
+    bit_by_bit<T, T>(operations, "xor." + type, [](T a, T b) { return T(a ^ b); },
+                     [](Bit a, Bit b) { return T(a.defined & b.defined); });
+}
+
+template <class T>
+void inversion(Operations& operations, const std::string& type) {
+    elementwise<T>(operations, "not." + type, [](T a) { return T(~a); });
 }
 
 // Shifts by the width or more leave zeros, or copies of the sign.
@@ -47,8 +29,15 @@ template <class T>
 void shifts(Operations& operations, const std::string& bits) {
     using Signed = std::make_signed_t<T>;
     constexpr uint32_t width = 8 * sizeof(T);
-    elementwise<T, uint32_t>(operations, "shl.b" + bits, [](T a, uint32_t n) { return T(n < width ? a << n : 0); });
-    elementwise<T, uint32_t>(operations, "shr.u" + bits, [](T a, uint32_t n) { return T(n < width ? a >> n : 0); });
+    const auto left = [](T a, uint32_t n) { return T(n < width ? a << n : 0); };
+    const auto right = [](T a, uint32_t n) { return T(n < width ? a >> n : 0); };
+    // What is shifted in is defined.
+    bit_by_bit<T, uint32_t>(operations, "shl.b" + bits, left, [](Tracked<T> a, Tracked<uint32_t> n) {
+        return n.defined == ALL ? T(~decltype(left){}(T(~a.defined), n.value)) : T(0);
+    });
+    bit_by_bit<T, uint32_t>(operations, "shr.u" + bits, right, [](Tracked<T> a, Tracked<uint32_t> n) {
+        return n.defined == ALL ? T(~decltype(right){}(T(~a.defined), n.value)) : T(0);
+    });
     elementwise<Signed, uint32_t>(operations, "shr.s" + bits, [](Signed a, uint32_t n) {
         return Signed(a >> std::min(n, width - 1));
     });
@@ -92,20 +81,39 @@ uint32_t inserted(uint32_t a, uint32_t into, uint32_t position, uint32_t length)
     return uint32_t((into & ~place) | (uint64_t(a) << position & place));
 }
 
+// Fields and bytes of the definedness are moved as those of the value; the numbers that say where must be defined.
+template <class... Where>
+bool known(Where... where) {
+    return ((where.defined == ALL) && ...);
+}
+
 }  // namespace
 
 void add_bits(Operations& operations) {
-    logic<bool>(operations, "pred");
+    logic<uint8_t>(operations, "pred");
     logic<uint16_t>(operations, "b16");
     logic<uint32_t>(operations, "b32");
     logic<uint64_t>(operations, "b64");
+    elementwise<bool>(operations, "not.pred", [](bool a) { return !a; });
+    inversion<uint16_t>(operations, "b16");
+    inversion<uint32_t>(operations, "b32");
+    inversion<uint64_t>(operations, "b64");
     shifts<uint16_t>(operations, "16");
     shifts<uint32_t>(operations, "32");
     shifts<uint64_t>(operations, "64");
     using U = uint32_t;
+    using Bits = Tracked<U>;
     elementwise<U>(operations, "popc.b32", [](U a) { return U(std::popcount(a)); });
-    elementwise<U, U, U>(operations, "prmt.b32", [](U a, U b, U c) { return permuted(a, b, c); });
-    elementwise<U, U, U>(operations, "bfe.u32", [](U a, U b, U c) { return extracted(a, b, c); });
     elementwise<U, U, U>(operations, "bfe.s32", [](U a, U b, U c) { return extracted_signed(a, b, c); });
-    elementwise<U, U, U, U>(operations, "bfi.b32", [](U a, U b, U c, U d) { return inserted(a, b, c, d); });
+    bit_by_bit<U, U, U>(
+        operations, "bfe.u32", [](U a, U b, U c) { return extracted(a, b, c); },
+        [](Bits a, Bits b, Bits c) { return known(b, c) ? ~extracted(~a.defined, b.value, c.value) : 0; });
+    bit_by_bit<U, U, U>(
+        operations, "prmt.b32", [](U a, U b, U c) { return permuted(a, b, c); },
+        [](Bits a, Bits b, Bits c) { return known(c) ? permuted(a.defined, b.defined, c.value) : 0; });
+    bit_by_bit<U, U, U, U>(
+        operations, "bfi.b32", [](U a, U b, U c, U d) { return inserted(a, b, c, d); },
+        [](Bits a, Bits b, Bits c, Bits d) {
+            return known(c, d) ? inserted(a.defined, b.defined, c.value, d.value) : 0;
+        });
 }

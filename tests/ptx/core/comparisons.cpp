@@ -52,22 +52,14 @@ void of_pairs(Warp& warp, const Instruction& instruction, Mask lanes) {
     for (const int output : instruction.outputs) warp.define(output, lanes, defined);
 }
 
-// A value not chosen may be undefined.
+// Bits of a value that is not chosen may be undefined.
 template <class T>
-void select(Warp& warp, const Instruction& instruction, Mask lanes) {
-    const Lanes& a = warp.read(instruction.inputs[0]);
-    const Lanes& b = warp.read(instruction.inputs[1]);
-    const Lanes& choice = warp.read(instruction.inputs[2]);
-    const Mask defined_a = warp.defined(instruction.inputs[0]), defined_b = warp.defined(instruction.inputs[1]);
-    Mask chosen = 0;
-    Lanes& output = warp.write(instruction.outputs[0]);
-    for_lanes(lanes, [&](int lane) {
-        const bool first = choice.lane[lane] & 1;
-        chosen |= Mask(first) << lane;
-        output.lane[lane] = to_bits(from_bits<T>(first ? a.lane[lane] : b.lane[lane]));
-    });
-    const Mask defined = ((chosen & defined_a) | (~chosen & defined_b)) & warp.defined(instruction.inputs[2]);
-    warp.define(instruction.outputs[0], lanes, defined);
+void selection(Operations& operations, const std::string& type) {
+    bit_by_bit<T, T, uint8_t>(
+        operations, "selp." + type, [](T a, T b, uint8_t choice) { return choice & 1 ? a : b; },
+        [](Tracked<T> a, Tracked<T> b, Tracked<uint8_t> choice) {
+            return choice.defined != 255 ? T(0) : choice.value & 1 ? a.defined : b.defined;
+        });
 }
 
 }  // namespace
@@ -82,7 +74,9 @@ void add_comparisons(Operations& operations) {
     float_comparisons<double>(operations);
     add(operations, "setp.lt.bf16x2", of_pairs<std::less<float>>);
     add(operations, "setp.gt.bf16x2", of_pairs<std::greater<float>>);
-    for (const char* type : {"b16"}) add(operations, std::string("selp.") + type, select<uint16_t>);
-    for (const char* type : {"b32", "f32"}) add(operations, std::string("selp.") + type, select<uint32_t>);
-    for (const char* type : {"b64", "f64"}) add(operations, std::string("selp.") + type, select<uint64_t>);
+    selection<uint16_t>(operations, "b16");
+    for (const char* kind : {"b", "f"}) {
+        selection<uint32_t>(operations, std::string(kind) + "32");
+        selection<uint64_t>(operations, std::string(kind) + "64");
+    }
 }

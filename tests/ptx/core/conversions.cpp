@@ -7,7 +7,12 @@ namespace {
 template <class To, class From>
 void integer(Operations& operations) {
     const std::string name = std::string("cvt.") + type_name<To> + "." + type_name<From>;
-    elementwise<From>(operations, name, [](From a) { return To(a); });
+    using Bits = std::make_unsigned_t<To>;
+    if constexpr (sizeof(To) > sizeof(From) && std::is_signed_v<From>)
+        elementwise<From>(operations, name, [](From a) { return To(a); });
+    else  // what is added or cut off at the top says nothing about the other bits
+        bit_by_bit<From>(operations, name, [](From a) { return To(a); },
+                         [](Tracked<From> a) { return Bits(~Bits(decltype(a.defined)(~a.defined))); });
 }
 
 // From an integer to the nearest number.

@@ -87,12 +87,14 @@ void store(Warp& warp, const Instruction& instruction, Mask) {
     const int n = instruction.inputs.size() - 2;
     for (int matrix = 0; matrix < n; ++matrix) {
         const Lanes& input = warp.read(instruction.inputs[2 + matrix]);
-        const Mask defined = warp.defined(instruction.inputs[2 + matrix]);
         for (int row = 0; row < 8; ++row) {
-            uint32_t pairs[4];
-            for (int i = 0; i < 4; ++i) pairs[i] = from_bits<uint32_t>(input.lane[4 * row + i]);
+            uint32_t pairs[4], defined[4];
+            for (int i = 0; i < 4; ++i) {
+                pairs[i] = from_bits<uint32_t>(input.lane[4 * row + i]);
+                defined[i] = warp.defined_bits(instruction.inputs[2 + matrix], 4 * row + i);
+            }
             const uint64_t address = row_address(warp, instruction, matrix, row);
-            warp.block.shared.store(address, 16, warp.number, pairs, (defined >> 4 * row & 15) == 15);
+            warp.block.shared.store(address, 16, warp.number, pairs, reinterpret_cast<uint8_t*>(defined));
         }
     }
 }

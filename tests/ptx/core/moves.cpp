@@ -1,56 +1,52 @@
 // Copies between registers, and numbers that are put together from halves or taken apart.
-#include "warp.h"
+#include "elementwise.h"
 
 namespace {
 
 template <class T>
-void move(Warp& warp, const Instruction& instruction, Mask lanes) {
-    const Lanes& input = warp.read(instruction.inputs[0]);
-    Lanes& output = warp.write(instruction.outputs[0]);
-    for_lanes(lanes, [&](int lane) { output.lane[lane] = to_bits(from_bits<T>(input.lane[lane])); });
-    warp.define_halves(instruction.outputs[0], lanes, warp.halves_defined(instruction.inputs[0]));
+void move(Operations& operations, const std::string& type) {
+    bit_by_bit<T>(operations, "mov." + type, [](T a) { return a; }, [](Tracked<T> a) { return a.defined; });
 }
 
-// Two inputs side by side in the output, the first in the low half.
-template <int Width>
-void pack(Warp& warp, const Instruction& instruction, Mask lanes) {
-    constexpr int half = Width / 2;
-    constexpr uint64_t part = (uint64_t(1) << half) - 1;
-    const Lanes& low = warp.read(instruction.inputs[0]);
-    const Lanes& high = warp.read(instruction.inputs[1]);
-    const Halves defined{warp.defined(instruction.inputs[0]), warp.defined(instruction.inputs[1])};
-    Lanes& output = warp.write(instruction.outputs[0]);
-    for_lanes(lanes, [&](int lane) { output.lane[lane] = (low.lane[lane] & part) | (high.lane[lane] & part) << half; });
-    warp.define_halves(instruction.outputs[0], lanes, defined);
-}
-
-template <int Width>
-void unpack(Warp& warp, const Instruction& instruction, Mask lanes) {
-    constexpr int half = Width / 2;
-    constexpr uint64_t part = (uint64_t(1) << half) - 1;
-    const Lanes input = warp.read(instruction.inputs[0]);  // a copy, because an output may be the same register
-    const Halves defined = warp.halves_defined(instruction.inputs[0]);
-    Lanes& low = warp.write(instruction.outputs[0]);
-    Lanes& high = warp.write(instruction.outputs[1]);
-    for_lanes(lanes, [&](int lane) {
-        low.lane[lane] = input.lane[lane] & part;
-        high.lane[lane] = input.lane[lane] >> half & part;
+// Two halves side by side, the first in the low bits.
+template <class Whole, class Half>
+void pack(Operations& operations, const std::string& type) {
+    constexpr int n = 8 * sizeof(Half);
+    const auto packed = [](Half low, Half high) { return Whole(Whole(high) << n | low); };
+    bit_by_bit<Half, Half>(operations, "pack." + type, packed, [](Tracked<Half> low, Tracked<Half> high) {
+        return Whole(Whole(high.defined) << n | low.defined);
     });
-    warp.define(instruction.outputs[0], lanes, defined.low);
-    warp.define(instruction.outputs[1], lanes, defined.high);
+}
+
+template <class Whole, class Half>
+void unpack(Warp& warp, const Instruction& instruction, Mask lanes) {
+    constexpr int n = 8 * sizeof(Half);
+    const int input = instruction.inputs[0];
+    const Mask unclear = lanes & ~warp.defined(input);
+    const Lanes value = warp.read(input);  // a copy, because an output may be the same register
+    Lanes bits;
+    for_lanes(unclear, [&](int lane) { bits.lane[lane] = warp.defined_bits(input, lane); });
+    for (int i = 0; i < 2; ++i) {
+        Lanes& output = warp.write(instruction.outputs[i]);
+        for_lanes(lanes, [&](int lane) { output.lane[lane] = to_bits(Half(value.lane[lane] >> i * n)); });
+        warp.define(instruction.outputs[i], lanes, ~unclear);
+        for_lanes(unclear, [&](int lane) {
+            warp.define_bits(instruction.outputs[i], lane, ~to_bits(Half(~(bits.lane[lane] >> i * n))));
+        });
+    }
 }
 
 }  // namespace
 
 void add_moves(Operations& operations) {
-    add(operations, "mov.pred", move<bool>);
+    move<uint8_t>(operations, "pred");
     for (const char* kind : {"b", "u"}) {
-        add(operations, std::string("mov.") + kind + "16", move<uint16_t>);
-        add(operations, std::string("mov.") + kind + "32", move<uint32_t>);
-        add(operations, std::string("mov.") + kind + "64", move<uint64_t>);
+        move<uint16_t>(operations, std::string(kind) + "16");
+        move<uint32_t>(operations, std::string(kind) + "32");
+        move<uint64_t>(operations, std::string(kind) + "64");
     }
-    add(operations, "pack.b32", pack<32>);
-    add(operations, "pack.b64", pack<64>);
-    add(operations, "unpack.b32", unpack<32>);
-    add(operations, "unpack.b64", unpack<64>);
+    pack<uint32_t, uint16_t>(operations, "b32");
+    pack<uint64_t, uint32_t>(operations, "b64");
+    add(operations, "unpack.b32", unpack<uint32_t, uint16_t>);
+    add(operations, "unpack.b64", unpack<uint64_t, uint32_t>);
 }

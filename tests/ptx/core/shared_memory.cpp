@@ -37,27 +37,30 @@ void SharedMemory::note_store(uint64_t at, int warp) {
     cell.fences = fences_;
 }
 
-bool SharedMemory::load(uint64_t address, int bytes, int warp, void* into) {
+bool SharedMemory::load(uint64_t address, int bytes, int warp, void* into, uint8_t* defined) {
     check(address, bytes);
-    bool defined = true;
-    for (uint64_t at = address; at < address + bytes; ++at) {
-        note_load(at, warp);
-        defined &= cells_[at].state == State::defined;
+    bool all = true;
+    for (int i = 0; i < bytes; ++i) {
+        note_load(address + i, warp);
+        const bool one = cells_[address + i].state == State::defined;
+        if (defined) defined[i] = one ? 255 : 0;
+        all &= one;
     }
     std::memcpy(into, &values_[address], bytes);
-    return defined;
+    return all;
 }
 
 // Storing what is there already does no harm: threads may hold copies of one value.
-void SharedMemory::store(uint64_t address, int bytes, int warp, const void* from, bool defined) {
+void SharedMemory::store(uint64_t address, int bytes, int warp, const void* from, const uint8_t* defined) {
     check(address, bytes);
     const unsigned char* value = static_cast<const unsigned char*>(from);
     for (int i = 0; i < bytes; ++i) {
         Cell& cell = cells_[address + i];
-        const bool changes = cell.state != State::defined || !defined || values_[address + i] != value[i];
+        const bool one = defined[i] == 255;  // a byte with any undefined bit is undefined
+        const bool changes = cell.state != State::defined || !one || values_[address + i] != value[i];
         if (changes) note_store(address + i, warp);
         values_[address + i] = value[i];
-        cell.state = defined ? State::defined : State::undefined;
+        cell.state = one ? State::defined : State::undefined;
     }
 }
 
@@ -93,32 +96,41 @@ uint64_t address_of(Warp& warp, const Instruction& instruction, int lane) {
     return warp.value<uint32_t>(instruction.inputs[0], lane) + warp.value<uint32_t>(instruction.inputs[1], lane);
 }
 
-// Loads values of type T, and widens them to Wide.
+template <class T>
+constexpr uint64_t above = ~uint64_t(std::make_unsigned_t<T>(-1));  // the bits of a register above the type's
+
+// Loads values of type T, and widens them to Wide, and to the register, in which bits above the value's are zero.
 template <class T, class Wide = T>
 void load(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.require(instruction.inputs[0], lanes, "an address");
     const int n = instruction.outputs.size();
-    Mask defined = 0;
+    for (const int output : instruction.outputs) warp.define(output, lanes, ALL);
     for_lanes(lanes, [&](int lane) {
-        T values[16 / sizeof(T)];
+        constexpr int most = 16 / sizeof(T);
+        T values[most];
+        std::make_unsigned_t<T> defined[most];
         const uint64_t address = address_of(warp, instruction, lane);
-        if (warp.block.shared.load(address, n * sizeof(T), warp.number, values)) defined |= Mask(1) << lane;
-        for (int i = 0; i < n; ++i) warp.write(instruction.outputs[i]).lane[lane] = to_bits(Wide(values[i]));
+        const bool all = warp.block.shared.load(address, n * sizeof(T), warp.number, values, reinterpret_cast<uint8_t*>(defined));
+        for (int i = 0; i < n; ++i) {
+            warp.write(instruction.outputs[i]).lane[lane] = to_bits(Wide(values[i]));
+            if (!all) warp.define_bits(instruction.outputs[i], lane, above<T> | defined[i]);
+        }
     });
-    for (const int output : instruction.outputs) warp.define(output, lanes, defined);
 }
 
 template <class T>
 void store(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.require(instruction.inputs[0], lanes, "an address");
     const int n = instruction.inputs.size() - 2;
-    Mask defined = ALL;
-    for (int i = 0; i < n; ++i) defined &= warp.defined(instruction.inputs[2 + i]);
     for_lanes(lanes, [&](int lane) {
-        T values[16 / sizeof(T)];
-        for (int i = 0; i < n; ++i) values[i] = warp.value<T>(instruction.inputs[2 + i], lane);
+        constexpr int most = 16 / sizeof(T);
+        T values[most], defined[most];
+        for (int i = 0; i < n; ++i) {
+            values[i] = warp.value<T>(instruction.inputs[2 + i], lane);
+            defined[i] = warp.defined_bits(instruction.inputs[2 + i], lane);
+        }
         const uint64_t address = address_of(warp, instruction, lane);
-        warp.block.shared.store(address, n * sizeof(T), warp.number, values, defined >> lane & 1);
+        warp.block.shared.store(address, n * sizeof(T), warp.number, values, reinterpret_cast<uint8_t*>(defined));
     });
 }
 

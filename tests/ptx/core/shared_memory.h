@@ -11,9 +11,9 @@ class SharedMemory {
     SharedMemory(int bytes, const uint32_t& epoch) : values_(bytes), cells_(bytes), epoch_(epoch) {}
     void clear();
 
-    // Returns whether all bytes are defined.
-    bool load(uint64_t address, int bytes, int warp, void* into);
-    void store(uint64_t address, int bytes, int warp, const void* from, bool defined);
+    // ``defined`` gets, or has, 255 for each byte that is defined and 0 for the others. Returns whether all are.
+    bool load(uint64_t address, int bytes, int warp, void* into, uint8_t* defined = nullptr);
+    void store(uint64_t address, int bytes, int warp, const void* from, const uint8_t* defined);
 
     // A copy that lands when it is waited for: until then nobody may touch the bytes.
     void begin_copy(uint64_t address, int bytes, int warp);

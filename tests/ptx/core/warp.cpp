@@ -7,7 +7,8 @@ Warp::Warp(Block& block, const Code& code, int number)
     : block(block), code(code), number(number), registers_(new Lanes[code.n_registers]), defined_(code.n_registers) {}
 
 void Warp::start(int entry) {
-    std::fill(defined_.begin(), defined_.end(), Halves{0, 0});
+    std::fill(defined_.begin(), defined_.end(), 0);
+    partly_defined_.clear();
     paths_ = {Path{ALL, entry, {}}};
     at_barrier_ = false;
     copies = {};
@@ -16,6 +17,27 @@ void Warp::start(int entry) {
 
 void Warp::require(int operand, Mask lanes, const char* use) const {
     if (lanes & ~defined(operand)) throw Trap(std::string("a value that nobody has defined is ") + use);
+}
+
+uint64_t Warp::defined_bits(int operand, int lane) const {
+    if (defined(operand) >> lane & 1) return ~uint64_t(0);
+    const auto found = partly_defined_.find(operand);
+    return found == partly_defined_.end() ? 0 : found->second.lane[lane];
+}
+
+void Warp::define_bits(int reg, int lane, uint64_t defined) {
+    const Mask bit = Mask(1) << lane;
+    if (defined == ~uint64_t(0)) {
+        defined_[reg] |= bit;
+    } else {
+        defined_[reg] &= ~bit;
+        if (defined || partly_defined_.contains(reg)) partly_defined_[reg].lane[lane] = defined;
+    }
+}
+
+void Warp::forget_bits(int reg, Mask lanes) {
+    const auto found = partly_defined_.find(reg);
+    if (found != partly_defined_.end()) for_lanes(lanes, [&](int lane) { found->second.lane[lane] = 0; });
 }
 
 void Warp::set_everywhere(int reg, uint64_t value) {

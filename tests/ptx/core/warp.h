@@ -1,7 +1,7 @@
 // A warp: registers, and the paths on which its lanes go.
 #pragma once
 #include <memory>
-#include <random>
+#include <unordered_map>
 #include <vector>
 
 #include "async_copies.h"
@@ -15,13 +15,6 @@ struct Path {
     Mask lanes;
     int next;
     std::vector<int> returns;
-};
-
-// In which lanes the two halves of a value are defined: code puts a defined half beside an undefined one and takes it out
-// again.
-struct Halves {
-    Mask low, high;
-    Mask both() const { return low & high; }
 };
 
 class Warp {
@@ -45,16 +38,15 @@ class Warp {
     // What an operand holds. Values that nobody has defined are followed from register to register, as memory checkers
     // do; whoever acts on one, by an address, a branch or a store, calls require.
     const Lanes& read(int operand) const { return operand < 0 ? code.constants[~operand] : registers_[operand]; }
-    Mask defined(int operand) const { return halves_defined(operand).both(); }
+    Mask defined(int operand) const { return operand < 0 ? ALL : defined_[operand]; }  // lanes with all bits defined
+    uint64_t defined_bits(int operand, int lane) const;
     void require(int operand, Mask lanes, const char* use) const;
     Lanes& write(int reg) { return registers_[reg]; }
-    void define(int reg, Mask lanes, Mask defined) { define_halves(reg, lanes, {defined, defined}); }
-    Halves halves_defined(int operand) const { return operand < 0 ? Halves{ALL, ALL} : defined_[operand]; }
-    void define_halves(int reg, Mask lanes, Halves defined) {
-        Halves& known = defined_[reg];
-        known.low = (known.low & ~lanes) | (lanes & defined.low);
-        known.high = (known.high & ~lanes) | (lanes & defined.high);
+    void define(int reg, Mask lanes, Mask defined) {
+        defined_[reg] = (defined_[reg] & ~lanes) | (lanes & defined);
+        if (lanes & ~defined) forget_bits(reg, lanes & ~defined);
     }
+    void define_bits(int reg, int lane, uint64_t defined);
     template <class T>
     T value(int operand, int lane) const {
         return from_bits<T>(read(operand).lane[lane]);
@@ -65,13 +57,15 @@ class Warp {
 
    private:
     bool ready(const Path& path, const Instruction& instruction) const;
+    void forget_bits(int reg, Mask lanes);
     void run(size_t path);
     void follow(size_t path, const Instruction& instruction, Mask taken);
     size_t first_of_the_rest(const std::vector<size_t>& waiting) const;
     void merge();
 
     std::unique_ptr<Lanes[]> registers_;
-    std::vector<Halves> defined_;
+    std::vector<Mask> defined_;
+    std::unordered_map<int, Lanes> partly_defined_;  // bits, of lanes that are not in defined_
     std::vector<Path> paths_;
     bool at_barrier_ = false;
     const Instruction* current_ = nullptr;
