@@ -101,7 +101,8 @@ COMPARISONS = [
     Row(f"setp.{ORDERS}.{FLOATS}", "p, a, b", "p = whether a and b are numbers, and so ordered"),
     Row(f"setp.<equ|neu|ltu|leu|gtu|geu>.{FLOATS}", "p, a, b", "p = whether they are so, or one of them is NaN"),
     Row(f"setp.<num|nan>.{FLOATS}", "p, a, b", "p = whether both are numbers, or one is NaN"),
-    Row("setp.<lt|gt>.bf16x2", "{p}, a, b", "p = whether the low halves are so ordered, and the high ones"),
+    Row("setp.<lt|gt>.<f16|bf16>", "p, a, b", "p = whether a and b are numbers, and so ordered"),
+    Row("setp.<lt|gt>.<f16x2|bf16x2>", "{p}, a, b", "p = whether the low halves are so ordered, and the high ones"),
 ]
 CONVERSIONS = [
     Row("cvt.<u32|s32|u64|s64>.<u16|s16>", "d, a", "d = a, widened by zeros or its sign"),

@@ -127,29 +127,31 @@ def test_floats(opcode: str) -> None:
     check(opcode, [kind] * n, kind, closed_forms.FLOATS[operation])
 
 
-@pytest.mark.parametrize("opcode", opcodes(COMPARISONS, without="setp.lt.bf16x2"))
+@pytest.mark.parametrize("opcode", [o for o in opcodes(COMPARISONS) if "16" not in o or o.endswith(("b16", "u16", "s16"))])
 def test_comparisons(opcode: str) -> None:
     _, comparison, kind = opcode.split(".")
-    if kind == "bf16x2":
-        return
     check(opcode, [kind, kind], "pred", partial(closed_forms.compared, comparison))
 
 
-@pytest.mark.parametrize("comparison", ["lt", "gt"])
-def test_comparisons_of_pairs(comparison: str) -> None:
-    """``setp.lt.bf16x2`` and ``setp.gt.bf16x2``: two results, of the low and the high halves."""
-    floats = np.array([0.0, -0.0, 1.0, -2.0, np.inf, np.nan, 1.0078125], np.float32)
-    low = np.array(list(product(floats, floats)), np.float32)
-    high = low[::-1]
-    pairs = [(low[:, i].view("u4") >> 16 | high[:, i].view("u4") & 0xFFFF0000).astype("u4") for i in range(2)]
-    choice = "selp.b32 %l, 1, 0, %low; selp.b32 %h, 2, 0, %high; or.b32 %d, %l, %h"
-    found = apply(f"setp.{comparison}.bf16x2 %low|%high, %x0, %x1; {choice}", pairs, ["b32", "b32"], "u32")
-    expected = [
-        compare(*a) + 2 * compare(*b)
-        for compare in [closed_forms.ORDERS[comparison]]
-        for a, b in zip(low.tolist(), high.tolist(), strict=True)
-    ]
-    assert found.tolist() == expected
+FLOATS_16 = np.array([0.0, -0.0, 1.0, -2.0, np.inf, -np.inf, np.nan, 1.0078125], np.float32)
+
+
+@pytest.mark.parametrize("opcode", [o for o in opcodes(COMPARISONS) if "f16" in o])
+def test_comparisons_of_16_bits(opcode: str) -> None:
+    """Of one number, or of two: the low halves and the high ones."""
+    _, comparison, kind = opcode.split(".")
+    compare = closed_forms.ORDERS[comparison]
+    low = np.array(list(product(FLOATS_16, FLOATS_16)), np.float32)
+    high = low[::-1].copy()
+    expected = [compare(a, b) for a, b in low.tolist()]
+    low_bits, high_bits = (closed_forms.converted(x, "f32", kind.removesuffix("x2")).astype("u4") for x in (low, high))
+    if kind.endswith("x2"):
+        pairs = low_bits | high_bits << 16
+        choice = "selp.b32 %l, 1, 0, %low; selp.b32 %h, 2, 0, %high; or.b32 %d, %l, %h"
+        found = apply(f"{opcode} %low|%high, %x0, %x1; {choice}", list(pairs.T), ["b32", "b32"], "u32")
+        assert found.tolist() == [a + 2 * compare(*b) for a, b in zip(expected, high.tolist(), strict=True)]
+    else:
+        assert apply(f"{opcode} %d, %x0, %x1", list(low_bits.T), ["b16", "b16"], "pred").tolist() == expected
 
 
 @pytest.mark.parametrize("opcode", opcodes(CONVERSIONS))

@@ -38,18 +38,25 @@ void float_comparisons(Operations& operations) {
 }
 
 // Two comparisons, of the low and the high half of both inputs.
-template <class Compare>
+template <class T, class Compare>
 void of_pairs(Warp& warp, const Instruction& instruction, Mask lanes) {
     const Mask defined = warp.defined(instruction.inputs[0]) & warp.defined(instruction.inputs[1]);
     for_lanes(lanes, [&](int lane) {
         const uint32_t a = warp.value<uint32_t>(instruction.inputs[0], lane);
         const uint32_t b = warp.value<uint32_t>(instruction.inputs[1], lane);
         for (int half = 0; half < 2; ++half) {
-            const float x = to_float(Bfloat{uint16_t(a >> 16 * half)}), y = to_float(Bfloat{uint16_t(b >> 16 * half)});
+            const float x = to_float(T{uint16_t(a >> 16 * half)}), y = to_float(T{uint16_t(b >> 16 * half)});
             warp.write(instruction.outputs[half]).lane[lane] = Compare{}(x, y);
         }
     });
     for (const int output : instruction.outputs) warp.define(output, lanes, defined);
+}
+
+template <class T, class Compare>
+void of_16_bits(Operations& operations, const std::string& comparison, const std::string& type, Compare) {
+    const auto compare = [](T a, T b) { return Compare{}(to_float(a), to_float(b)); };
+    elementwise<T, T>(operations, "setp." + comparison + "." + type, compare);
+    add(operations, "setp." + comparison + "." + type + "x2", of_pairs<T, Compare>);
 }
 
 // Bits of a value that is not chosen may be undefined.
@@ -72,8 +79,10 @@ void add_comparisons(Operations& operations) {
     });
     float_comparisons<float>(operations);
     float_comparisons<double>(operations);
-    add(operations, "setp.lt.bf16x2", of_pairs<std::less<float>>);
-    add(operations, "setp.gt.bf16x2", of_pairs<std::greater<float>>);
+    of_16_bits<Bfloat>(operations, "lt", "bf16", std::less<float>());
+    of_16_bits<Bfloat>(operations, "gt", "bf16", std::greater<float>());
+    of_16_bits<Half>(operations, "lt", "f16", std::less<float>());
+    of_16_bits<Half>(operations, "gt", "f16", std::greater<float>());
     selection<uint16_t>(operations, "b16");
     for (const char* kind : {"b", "f"}) {
         selection<uint32_t>(operations, std::string(kind) + "32");
