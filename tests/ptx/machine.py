@@ -1,7 +1,7 @@
 """Launches of the project's kernels, compiled for an NVIDIA GPU and run by the emulator on CPU tensors."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +37,13 @@ class Machine:
 
     Attributes:
         arch: the compute capability, 80 or 90.
+        edit: what is done to the PTX of a kernel before it runs.
         seed: of the order in which programs and warps go; each launch takes the next.
         ran: how much of each kernel has run.
     """
 
     arch: int
+    edit: Callable[[str], str] = str
     seed: int = 0
     ran: dict[str, Ran] = field(default_factory=dict)
     _programs: dict[str, Program] = field(default_factory=dict)
@@ -53,7 +55,7 @@ class Machine:
         compiled = self.compile(launch)
         program = self._programs.get(compiled.hash)
         if program is None:
-            program = self._programs[compiled.hash] = Program(compiled.asm["ptx"], compiled.metadata.shared)
+            program = self._programs[compiled.hash] = Program(self.edit(compiled.asm["ptx"]), compiled.metadata.shared)
         self.run_program(program, launch)
 
     def compile(self, launch: Launch) -> Any:
@@ -95,6 +97,14 @@ def bits(argument: Any, kind: str) -> int:
         float_code, integer_code = {"f32": "fI", "f64": "dQ"}[kind]
         return struct.unpack(f"<{integer_code}", struct.pack(f"<{float_code}", argument))[0]
     return int(argument) & ((1 << int(kind[1:])) - 1)
+
+
+@contextmanager
+def serving(machine: Machine) -> Iterator[None]:
+    """Let a machine run every launch."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Launch, "run", lambda launch, device: machine.run(launch))
+        yield
 
 
 MACHINES: list[Machine] = []

@@ -54,12 +54,17 @@ def why_not() -> str | None:
     return build.why_not()
 
 
+def arch() -> int:
+    """Return the compute capability for which Triton compiles."""
+    return int(os.environ[VARIABLE])
+
+
 def start() -> None:
     """Let one emulated GPU run every launch of this process from now on."""
     from tests.ptx import machine
 
     if why_not() is None:
-        machine.take_over(int(os.environ[VARIABLE]), PROGRAMS)
+        machine.take_over(arch(), PROGRAMS)
 
 
 def summary() -> str:
