@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 CORE = Path(__file__).parent / "core"
-FLAGS = ("-std=c++20", "-O2", "-shared", "-fPIC", "-ffp-contract=off")
+FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off")
 """-ffp-contract=off: a product and a sum are rounded once each, where the code of the kernel says so."""
 
 
@@ -47,8 +48,20 @@ def library() -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             made = Path(unfinished) / "core.so"
-            run = subprocess.run([command, *FLAGS, "-o", made, *sources], capture_output=True, text=True)
-            if run.returncode:
-                raise RuntimeError(f"{command} fails:\n{run.stderr}")
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = list(pool.map(partial(_compile, command, Path(unfinished)), sources))
+            _run([command, "-shared", "-o", made, *objects])
             os.replace(made, path)
     return path
+
+
+def _compile(command: str, folder: Path, source: Path) -> Path:
+    made = folder / f"{source.stem}.o"
+    _run([command, *FLAGS, "-c", "-o", made, source])
+    return made
+
+
+def _run(command: list[str | Path]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{command[0]} fails:\n{run.stderr}")

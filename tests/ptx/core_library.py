@@ -57,6 +57,7 @@ class Settings(Structure):
         ("multiprocessors", c_int32),
         ("turn", c_int32),
         ("weak", c_int32),
+        ("ordered", c_int32),
         ("seed", c_uint64),
         ("patience", c_uint64),
     ]

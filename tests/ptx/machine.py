@@ -81,12 +81,12 @@ class Machine:
 
 def alone(seed: int) -> Settings:
     """Return settings for programs that have nothing to do with each other: the order matters little, so few turns."""
-    return Settings(at_once=2, multiprocessors=1, turn=400, weak=False, seed=seed, patience=PATIENCE)
+    return Settings(at_once=2, multiprocessors=1, turn=400, weak=False, ordered=False, seed=seed, patience=PATIENCE)
 
 
 def talking(seed: int) -> Settings:
     """Return settings for programs that tell each other something: many at once, short turns, weak memory."""
-    return Settings(at_once=5, multiprocessors=3, turn=40, weak=True, seed=seed, patience=PATIENCE)
+    return Settings(at_once=5, multiprocessors=3, turn=40, weak=True, ordered=True, seed=seed, patience=PATIENCE)
 
 
 def bits(argument: Any, kind: str) -> int:

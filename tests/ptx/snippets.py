@@ -33,6 +33,7 @@ def run(
     grid: int = 1,
     shared: int = 0,
     weak: bool = False,
+    ordered: bool = False,
     at_once: int = 8,
     seed: int = 0,
     patience: int = 100_000,
@@ -48,7 +49,7 @@ def run(
     {body}
     ret;
     }}"""
-    settings = Settings(at_once, multiprocessors=at_once, turn=5, weak=weak, seed=seed, patience=patience)
+    settings = Settings(at_once, multiprocessors=at_once, turn=5, weak=weak, ordered=ordered, seed=seed, patience=patience)
     values = [array.ctypes.data for array in arrays]
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
     Program(text, shared).run((grid,), values, ranges, settings)

@@ -1,4 +1,4 @@
-"""What orders the programs of the one launch is taken away, piece by piece, and each time a run goes wrong.
+"""What orders the programs of the one launch is taken away, piece by piece, and each time the emulator notices.
 
 A mutant is the PTX of the kernel with something missing. It is caught if a run traps, or gives other bits than one
 program alone. So the emulator would notice if the kernel lacked it.
@@ -27,8 +27,8 @@ from tests.ptx.machine import Machine, programs_at_once, serving
 
 __all__ = ["groups_of_two"]
 
-MOST_RUNS = 40
-"""Of each mutant. The order of programs differs from run to run, and not every order shows what is missing."""
+MOST_RUNS = 20
+"""The order of programs differs from run to run, and not every order shows what is missing."""
 
 
 def order(kind: str, instead: str) -> Callable[[str], str]:

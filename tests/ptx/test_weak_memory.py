@@ -94,6 +94,27 @@ def test_loads_past_the_cache_see_what_is_released() -> None:
     assert outcomes(program.replace("ld.global.b32 %late", "ld.global.cg.b32 %late")) == {(1, 0)}
 
 
+ORDERED = "race between programs: nothing orders this load after another program's store"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_nothing_orders_is_a_race_even_if_it_goes_well(seed: int) -> None:
+    memory = np.zeros(320, np.int32)
+    for raised in ("release", "acq_rel"):
+        for seen in (WAIT.format("acquire"), "ld.global.gpu.acquire.b32 %x, {};"):
+            memory[:] = 0
+            run(late(message("1", RAISE.format(raised), seen)), [memory], grid=2, weak=True, ordered=True, seed=seed)
+    for raised, seen in (("relaxed", "acquire"), ("acquire", "acquire"), ("release", "relaxed"), ("release", "release")):
+        memory[:] = 0
+        with pytest.raises(Trap, match=ORDERED):
+            run(late(message("1", RAISE.format(raised), WAIT.format(seen))), [memory], grid=2, ordered=True, seed=seed)
+
+
+def late(program: str) -> str:
+    """Leave out the load before the flag is seen, which nothing orders."""
+    return program.replace(f"ld.global.b32 %early, {at(DATA)};", "")
+
+
 BUFFERED = f"""
     {ONE_THREAD}
     selp.b32 %mine, {4 * DATA}, {4 * FLAG}, %first;
@@ -185,6 +206,29 @@ def relayed(barrier: str) -> str:
 def test_a_barrier_before_a_release_hands_other_threads_stores_over() -> None:
     assert outcomes(relayed("bar.sync 0;"), threads=64) == {(1, 0)}
     assert outcomes(relayed(""), threads=64) == {(0, 0), (1, 0)}
+
+
+def test_another_threads_store_with_no_barrier_before_the_release_is_a_race() -> None:
+    def go(barrier: str) -> None:
+        run(late(relayed(barrier)), [np.zeros(320, np.int32)], grid=2, threads=64, weak=True, ordered=True)
+
+    go("bar.sync 0;")
+    with pytest.raises(Trap, match=ORDERED):
+        go("")
+
+
+@pytest.mark.parametrize(
+    "second", ["st.global.b32 [%a0], 2;", "ld.global.b32 %x, [%a0];", "atom.global.gpu.relaxed.add.u32 %x, [%a0], %one;"]
+)
+def test_a_store_and_anything_beside_it_is_a_race(second: str) -> None:
+    program = f"{ONE_THREAD} mov.b32 %one, 1; @%first st.global.b32 [%a0], 1; @%first ret; {second}"
+    with pytest.raises(Trap, match="race between programs"):
+        run(program, [np.zeros(4, np.int32)], grid=2, ordered=True)
+
+
+@pytest.mark.parametrize("both", ["ld.global.b32 %x, [%a0];", "atom.global.gpu.relaxed.add.u32 %x, [%a0], %one;"])
+def test_loads_beside_loads_and_atomics_beside_atomics_are_none(both: str) -> None:
+    run(f"{ONE_THREAD} mov.b32 %one, 1; {both}", [np.zeros(4, np.int32)], grid=8, ordered=True)
 
 
 def test_programs_that_wait_for_each_other_for_ever() -> None:

@@ -21,7 +21,7 @@ void AsyncCopies::wait(Warp& warp, Mask lanes, int pending) {
         if (!waits(copy)) continue;
         unsigned char value[16] = {};
         const Thread thread{warp.block, warp.number, copy.lane};
-        if (copy.given) warp.block.memory.load(thread, copy.from, copy.given, copy.cached, true, value);
+        if (copy.given) warp.block.memory.load(thread, copy.from, copy.given, copy.cached, false, value);
         warp.block.shared.end_copy(copy.to, copy.bytes, warp.number, value);
     }
     std::erase_if(copies_, waits);

@@ -17,11 +17,12 @@ struct Block {
     PendingStores stores;
     GlobalRaces races;
     uint32_t epoch = 0;  // how many barriers there have been, of this program and of those before it in this place
-    uint64_t number = 0;
+    const int place;     // among those that run at once
+    uint64_t number = 0;  // in the grid
     bool running = false;
 
-    Block(GlobalMemory& memory, Multiprocessor& multiprocessor, const Code& code)
-        : memory(memory), multiprocessor(multiprocessor), shared(code.shared_bytes, epoch) {
+    Block(GlobalMemory& memory, Multiprocessor& multiprocessor, const Code& code, int place)
+        : memory(memory), multiprocessor(multiprocessor), shared(code.shared_bytes, epoch), place(place) {
         for (int i = 0; i < code.n_warps(); ++i) warps.push_back(std::make_unique<Warp>(*this, code, i));
         multiprocessor.pending.push_back(&stores);
     }

@@ -13,10 +13,11 @@ void GlobalMemory::check(Thread thread, uint64_t address, int bytes, const char*
     throw Trap(text);
 }
 
-void GlobalMemory::load(Thread thread, uint64_t address, int bytes, bool cached, bool plain, void* into) {
+void GlobalMemory::load(Thread thread, uint64_t address, int bytes, bool cached, bool atomic, void* into) {
     Block& block = thread.block;
     check(thread, address, bytes, "load");
-    if (plain) block.races.check(address, bytes, thread.warp, block.epoch, false, false);
+    if (!atomic) block.races.check(address, bytes, thread.warp, block.epoch, false, false);
+    if (races_) races_->access(block.place, thread.warp, {address, bytes, false, atomic});
     if (weak_ && cached) return block.multiprocessor.load(address, bytes, into);
     std::memcpy(into, reinterpret_cast<const void*>(address), bytes);
     if (weak_) block.stores.overlay(address, bytes, into);
@@ -30,6 +31,7 @@ void GlobalMemory::store(Thread thread, uint64_t address, int bytes, const void*
     if (weak_) block.stores.overlay(address, bytes, before);
     const bool changes = std::memcmp(before, from, bytes) != 0;
     block.races.check(address, bytes, thread.warp, block.epoch, true, changes);
+    if (changes && races_) races_->access(block.place, thread.warp, {address, bytes, true, false});
     changes_ += changes;
     if (!weak_) {
         std::memcpy(reinterpret_cast<void*>(address), from, bytes);
@@ -45,6 +47,7 @@ void GlobalMemory::store(Thread thread, uint64_t address, int bytes, const void*
 template <class T, class Function>
 T GlobalMemory::atomic(Thread thread, uint64_t address, Function function) {
     check(thread, address, sizeof(T), "atomic");
+    if (races_) races_->access(thread.block.place, thread.warp, {address, sizeof(T), true, true});
     if (weak_) thread.block.stores.arrive_at(address, sizeof(T));
     T before;
     std::memcpy(&before, reinterpret_cast<const void*>(address), sizeof before);
@@ -55,9 +58,23 @@ T GlobalMemory::atomic(Thread thread, uint64_t address, Function function) {
     return before;
 }
 
-void GlobalMemory::acquire(Block& block) { block.multiprocessor.cache.clear(); }
+void GlobalMemory::release(Thread thread, uint64_t address) {
+    thread.block.stores.release(thread.number(), thread.block.epoch);
+    if (races_) races_->release(thread.block.place, thread.warp, address);
+}
 
-void GlobalMemory::release(Thread thread) { thread.block.stores.release(thread.number(), thread.block.epoch); }
+void GlobalMemory::acquire(Thread thread, uint64_t address) {
+    thread.block.multiprocessor.cache.clear();
+    if (races_) races_->acquire(thread.block.place, thread.warp, address);
+}
+
+void GlobalMemory::start(const Block& block) {
+    if (races_) races_->start(block.place);
+}
+
+void GlobalMemory::barrier(const Block& block) {
+    if (races_) races_->barrier(block.place);
+}
 
 void GlobalMemory::let_time_pass(Block& block) {
     constexpr int rarely = 64;
@@ -78,15 +95,17 @@ template <class T, Loaded How>
 void load(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.require(instruction.inputs[0], lanes, "an address");
     const int n = instruction.outputs.size();
-    constexpr bool cached = How == Loaded::cached, plain = cached || How == Loaded::past_the_cache;
+    constexpr bool cached = How == Loaded::cached, atomic = !cached && How != Loaded::past_the_cache;
+    GlobalMemory& memory = warp.block.memory;
     for_lanes(lanes, [&](int lane) {
         T values[16 / sizeof(T)];
+        const Thread thread{warp.block, warp.number, lane};
         const uint64_t address = address_of(warp, instruction, lane);
-        warp.block.memory.load({warp.block, warp.number, lane}, address, n * sizeof(T), cached, plain, values);
+        memory.load(thread, address, n * sizeof(T), cached, atomic, values);
+        if (How == Loaded::acquiring) memory.acquire(thread, address);
         for (int i = 0; i < n; ++i) warp.write(instruction.outputs[i]).lane[lane] = to_bits(values[i]);
     });
     for (const int output : instruction.outputs) warp.define(output, lanes, ALL);
-    if (How == Loaded::acquiring) warp.block.memory.acquire(warp.block);
 }
 
 template <class T>
@@ -109,11 +128,11 @@ void atomic(Warp& warp, const Instruction& instruction, Mask lanes) {
     GlobalMemory& memory = warp.block.memory;
     for_lanes(lanes, [&](int lane) {
         const Thread thread{warp.block, warp.number, lane};
+        const uint64_t address = address_of(warp, instruction, lane);
         const T operand = warp.value<T>(instruction.inputs[2], lane);
-        if (Release) memory.release(thread);
-        const T before = memory.atomic<T>(thread, address_of(warp, instruction, lane),
-                                          [&](T value) { return Function{}(value, operand); });
-        if (Acquire) memory.acquire(warp.block);
+        if (Release) memory.release(thread, address);
+        const T before = memory.atomic<T>(thread, address, [&](T value) { return Function{}(value, operand); });
+        if (Acquire) memory.acquire(thread, address);
         warp.write(instruction.outputs[0]).lane[lane] = to_bits(before);
     });
     warp.define(instruction.outputs[0], lanes, ALL);

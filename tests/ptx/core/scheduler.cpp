@@ -9,12 +9,12 @@ class Scheduler {
     Scheduler(const Code& code, int entry, const StartRegisters& registers, const std::vector<Parameter>& parameters,
               const Grid& grid, Ranges ranges, const Settings& settings)
         : code_(code), entry_(entry), registers_(registers), parameters_(parameters), grid_(grid), settings_(settings),
-          random_(settings.seed), memory_(std::move(ranges), settings.weak, random_),
+          random_(settings.seed), memory_(std::move(ranges), settings.weak, races(code, settings), random_),
           multiprocessors_(settings.multiprocessors) {
         const uint64_t n = std::min<uint64_t>(settings.at_once, grid.total());
         for (uint64_t i = 0; i < n; ++i) {
             Multiprocessor& multiprocessor = multiprocessors_[i % multiprocessors_.size()];
-            blocks_.push_back(std::make_unique<Block>(memory_, multiprocessor, code));
+            blocks_.push_back(std::make_unique<Block>(memory_, multiprocessor, code, i));
         }
     }
 
@@ -32,6 +32,11 @@ class Scheduler {
     }
 
    private:
+    static std::optional<ProgramRaces> races(const Code& code, const Settings& settings) {
+        if (!settings.ordered) return std::nullopt;
+        return ProgramRaces(settings.at_once, code.n_warps());
+    }
+
     size_t pick(size_t n) { return n == 1 ? 0 : random_() % n; }
 
     void start(Block& block) {
@@ -39,6 +44,7 @@ class Scheduler {
         block.number = started_++;
         block.running = true;
         block.shared.clear();
+        memory_.start(block);
         ++block.epoch;
         const uint64_t* size = grid_.size;
         const uint64_t n = block.number;
@@ -94,6 +100,7 @@ class Scheduler {
             for (const auto& warp : block.warps)
                 if (!warp->ended()) throw Trap("deadlock: some wait for others that never come, in " + place(block, *warp));
         }
+        memory_.barrier(block);
         ++block.epoch;
         for (const auto& warp : block.warps) warp->pass_barrier();
     }

@@ -15,6 +15,7 @@ struct Settings {
     int32_t multiprocessors;  // that they are on, by turns
     int32_t turn;             // how many instructions a warp runs at most before another's turn
     int32_t weak;             // whether memory is
+    int32_t ordered;          // whether it is a fault that nothing orders two programs' accesses
     uint64_t seed;
     uint64_t patience;        // instructions without any change of memory after which all wait for ever
 };
