@@ -2,8 +2,8 @@
 
 import operator
 from collections.abc import Callable
-from functools import partial
 from fractions import Fraction
+from functools import partial
 from math import copysign, isfinite, isnan, nan
 from typing import Any
 

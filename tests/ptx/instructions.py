@@ -8,14 +8,13 @@ same name:
 - ``[a]``, ``[a|b]``: may be there, and changes nothing here: a hint for speed, or the only way that the core has;
 - ``(a=b)``: spelled a, called b in the core.
 
-Operands: ``d`` and ``p`` at the beginning are results; ``[a]`` is an address, ``{a}`` a vector, ``a...`` one register or a
-vector; ``0`` must be that number; ``-a`` has no effect here.
+Operands: ``d`` and ``p`` at the beginning are results; ``[a]`` is an address, ``{a}`` a vector, ``a...`` one register
+or a vector; ``0`` must be that number; ``-a`` has no effect here.
 """
 
 import re
 from itertools import product
 from typing import NamedTuple
-
 
 from tests.ptx.parse import Address, Operand, PtxError, Statement
 
@@ -124,12 +123,18 @@ GLOBAL_MEMORY = [
     Row("ld.global.cg[.v2|.v4].b32", "d..., [a]", "d = what is at a, past the first-level cache"),
     Row("ld.global.cg[.v2].b64", "d..., [a]", "the same, of 64 bits"),
     Row("ld.global.gpu.relaxed.b32", "d, [a]", "d = what is at a, for all programs the same"),
-    Row("ld.global.gpu.acquire.b32", "d, [a]", "the same, and what the releasing thread had stored is seen from now on"),
+    Row(
+        "ld.global.gpu.acquire.b32", "d, [a]", "the same, and what the releasing thread had stored is seen from now on"
+    ),
     Row("st.global[.v2|.v4].<b8|b16|b32>", "[a], b...", "at a goes b, some time before a release"),
     Row("st.global[.v2].b64", "[a], b...", "the same, of 64 bits"),
     Row("st.global(.L1::evict_first.L2::cache_hint=)[.v2|.v4].<b16|b32>", "[a], b..., -policy", "the same"),
     Row("st.global(.L1::evict_first.L2::cache_hint=)[.v2].b64", "[a], b..., -policy", "the same, of 64 bits"),
-    Row("atom.global.gpu.<relaxed|acquire|release|acq_rel>.add.<u32|u64>", "d, [a], b", "d = what is at a; there goes d + b"),
+    Row(
+        "atom.global.gpu.<relaxed|acquire|release|acq_rel>.add.<u32|u64>",
+        "d, [a], b",
+        "d = what is at a; there goes d + b",
+    ),
     Row("atom.global.gpu.<relaxed|acquire|release|acq_rel>.exch.b32", "d, [a], b", "d = what is at a; there goes b"),
     Row("(createpolicy.fractional.L2::evict_first.b64=nothing)", "-policy, 1.0", "how to cache; no result hangs on it"),
 ]
@@ -157,7 +162,7 @@ WARP = [
 ]
 MATRICES = [
     Row("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "{d}, {a}, {b}, {c}", "D = A B + C in tf32"),
-    Row("mma.sync.aligned.m16n8k16.row.col.f32.<bf16.bf16|f16.f16>.f32", "{d}, {a}, {b}, {c}", "D = A B + C in 16 bits"),
+    Row("mma.sync.aligned.m16n8k16.row.col.f32.<bf16.bf16|f16.f16>.f32", "{d}, {a}, {b}, {c}", "the same in 16 bits"),
     Row("mma.sync.aligned.<m8n8k4|m16n8k16>.row.col.f64.f64.f64.f64", "{d}, {a}, {b}, {c}", "D = A B + C in float64"),
     Row("ldmatrix.sync.aligned.m8n8.x4<|.trans>.shared.b16", "{d}, [a]", "d = four matrices of 8 x 8, or transposed"),
     Row("stmatrix.sync.aligned.m8n8.x4.shared.b16", "[a], {b}", "at a go four matrices"),

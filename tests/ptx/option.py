@@ -1,4 +1,4 @@
-"""The option ``pytest --ptx[=80|90]``: Triton compiles the kernels for such a GPU, and the emulator runs what it compiled.
+"""The option ``pytest --ptx[=80|90]``: Triton compiles the kernels for such a GPU, and the emulator runs the result.
 
 It must be known before Triton is imported, so it is read from the command line. Processes that the tests start read it
 from the environment.

@@ -1,8 +1,8 @@
 """PTX text as functions and statements. What the names of instructions mean is not known here.
 
 Triton writes a part of a kernel as inline assembly, and some of that on one line, between braces that are a scope of
-their own: ``{ .reg .b32 tmp; mov.b64 {tmp, %r1}, %rd1; }``. A scope's registers are written before they are read, so the
-same name may stand for one register in all scopes of a function.
+their own: ``{ .reg .b32 tmp; mov.b64 {tmp, %r1}, %rd1; }``. A scope's registers are written before they are read, so
+the same name may stand for one register in all scopes of a function.
 """
 
 import re
@@ -101,7 +101,9 @@ def parse(text: str) -> Module:
         kind, name, parameters, attributes, end = header.groups()
         if end == ";":  # declared, and defined later
             continue
-        functions[name] = Function(name, kind == "entry", [_parameter(part) for part in parameters.split(",") if part.strip()])
+        functions[name] = Function(
+            name, kind == "entry", [_parameter(part) for part in parameters.split(",") if part.strip()]
+        )
         _parse_body(functions[name], text, header.end())
         threads = re.search(r"\.reqntid\s+(\d+)", attributes)
         if threads:

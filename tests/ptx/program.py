@@ -55,7 +55,9 @@ class Program:
             raise PtxError(f"{self.name}: {error}") from None
         weakref.finalize(self, core().free_code, self._code)
 
-    def run(self, grid: Sequence[int], values: Sequence[int], ranges: Sequence[tuple[int, int]], settings: Settings) -> int:
+    def run(
+        self, grid: Sequence[int], values: Sequence[int], ranges: Sequence[tuple[int, int]], settings: Settings
+    ) -> int:
         """Run programs of a grid, and return how many instructions their warps have run.
 
         Args:
@@ -215,7 +217,7 @@ class _Encoder:
 
 
 def _check_vector(statement: Statement, n_outputs: int, n_inputs: int) -> None:
-    """Check that a load or a store has as many registers as its opcode says; an address and its offset are inputs too."""
+    """Check that a load or a store has as many registers as its opcode says; an address gives two inputs more."""
     memory = re.fullmatch(r"(ld|st)\.(?:global|shared).*?(?:\.v([24]))?\.[bs]\d+", statement.opcode)
     if memory and (n_outputs if memory[1] == "ld" else n_inputs - 2) != int(memory[2] or 1):
         raise PtxError(f"line {statement.line}: {statement.opcode} of {statement.operands}")

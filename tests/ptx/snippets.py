@@ -49,7 +49,9 @@ def run(
     {body}
     ret;
     }}"""
-    settings = Settings(at_once, multiprocessors=at_once, turn=5, weak=weak, ordered=ordered, seed=seed, patience=patience)
+    settings = Settings(
+        at_once, multiprocessors=at_once, turn=5, weak=weak, ordered=ordered, seed=seed, patience=patience
+    )
     values = [array.ctypes.data for array in arrays]
     ranges = [(array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays]
     Program(text, shared).run((grid,), values, ranges, settings)
@@ -61,7 +63,9 @@ def apply(statement: str, inputs: Sequence[Array], types: Sequence[str], result:
     In the statement ``%x0``, ``%x1``, … stand for the inputs, of the given types, and ``%d`` for the result.
     """
     n = len(inputs[0])
-    padded = [np.resize(array.astype(DTYPES[kind]), -(-n // 32) * 32) for array, kind in zip(inputs, types, strict=True)]
+    padded = [
+        np.resize(array.astype(DTYPES[kind]), -(-n // 32) * 32) for array, kind in zip(inputs, types, strict=True)
+    ]
     out = np.zeros(len(padded[0]), DTYPES[result])
     body = "mov.u32 %c, %ctaid.x; mad.lo.s32 %i, %c, 32, %t;\n"
     for k, kind in enumerate(types):

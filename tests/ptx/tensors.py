@@ -16,7 +16,7 @@ _set_aside: list["weakref.ref[torch.Tensor]"] = []
 
 
 def storages(arguments: Iterable[object]) -> list[tuple[int, int]]:
-    """Return the first address of each storage and the one after its last, of the arguments and of all other tensors."""
+    """Return the first address of each storage and the one after its last, of the arguments and all other tensors."""
     tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
     tensors += [tensor for reference in _set_aside if (tensor := reference()) is not None]
     tensors += _of_objects()

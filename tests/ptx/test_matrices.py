@@ -1,4 +1,4 @@
-"""Matrix instructions against NumPy. Where a lane holds which element is written down here once more, from the manual."""
+"""Matrix instructions against NumPy. Which elements a lane holds is written down here once more, from the manual."""
 
 from itertools import product
 from typing import Any, NamedTuple
@@ -111,7 +111,8 @@ def test_tf32_leaves_the_last_bits_out() -> None:
     out = np.zeros(1, np.float32)
     text = f"""
         mov.b32 %x, {a}; mov.b32 %y, {b}; mov.b32 %z, 0;
-        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {{%d, %e, %f, %g}}, {{%x, %x, %x, %x}}, {{%y, %y}}, {{%z, %z, %z, %z}};
+        mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32
+            {{%d, %e, %f, %g}}, {{%x, %x, %x, %x}}, {{%y, %y}}, {{%z, %z, %z, %z}};
         st.global.b32 [%a0], %d;
     """
     run(text, [out])
@@ -123,7 +124,9 @@ def test_four_matrices_are_loaded(transposed: bool) -> None:
     """The rows of matrix m are where lanes 8 m to 8 m + 7 say; here they lie in turn, in reverse."""
     elements = RNG.integers(0, 1 << 16, (32, 8), np.uint16)
     out = np.zeros((32, 4), np.uint32)
-    opcode = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" if transposed else "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+    opcode = (
+        "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16" if transposed else "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
+    )
     run(STORE_ROW + f"{opcode} {{%x0, %x1, %x2, %x3}}, [%s];" + STORE_REGISTERS, [elements, out], shared=512)
     for matrix_number, lane, e in product(range(4), LANES, range(2)):
         row, column = lane // 4, 2 * (lane % 4) + e

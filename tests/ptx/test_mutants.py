@@ -63,12 +63,12 @@ MUTATIONS = {
 
 
 @pytest.fixture
-def given(groups_of_two: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Problem]:
+def given(groups_of_two: None, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """Give a surgery of many small groups, whose combinations come close behind their dot products."""
     monkeypatch.setattr(work_list, "LAG", {4: 1})
     monkeypatch.setattr(workspace, "_of_stream", {})
     numels = [300, 5, 2 * TILE + 7, 40, 1, 700, 33]
-    yield Problem(2, torch.float32, numels, [0, 1, 2, 3, 4, 5, -1], 7, missing=False)
+    return Problem(2, torch.float32, numels, [0, 1, 2, 3, 4, 5, -1], 7, missing=False)
 
 
 @pytest.fixture

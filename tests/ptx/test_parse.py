@@ -62,7 +62,10 @@ def test_functions() -> None:
     assert module.n_threads == 128
     assert list(module.functions) == ["some_kernel", "helper"]
     assert module.kernel.name == "some_kernel"
-    assert module.kernel.parameters == [Parameter("some_kernel_param_0", "u64"), Parameter("some_kernel_param_1", "f64")]
+    assert module.kernel.parameters == [
+        Parameter("some_kernel_param_0", "u64"),
+        Parameter("some_kernel_param_1", "f64"),
+    ]
     helper = module.functions["helper"]
     assert not helper.entry
     assert [parameter.type for parameter in helper.parameters] == ["b64", "b32"]
@@ -74,9 +77,7 @@ def test_statements() -> None:
     assert parse(TEXT).kernel.statements == [
         Statement(20, None, "ld.param.b64", ("%rd1", Address("some_kernel_param_0", "0"))),
         Statement(22, None, "mov.u32", ("%r18", "0x0")),
-        Statement(
-            23, Guard("%p1", False), "atom.global.gpu.relaxed.add.u32", ("%r18", Address("%rd1", "0"), "%r19")
-        ),
+        Statement(23, Guard("%p1", False), "atom.global.gpu.relaxed.add.u32", ("%r18", Address("%rd1", "0"), "%r19")),
         Statement(25, None, "mov.b64", (("tmp", "%r271"), "%rd5")),
         Statement(26, None, "ld.global.v4.b32", (("%r1", "%r2", "%r3", "%r4"), Address("%rd1", "-16"))),
         Statement(27, Guard("%p2", True), "bra", ("$L__BB0_1",)),
@@ -94,7 +95,11 @@ def test_labels() -> None:
 
 @pytest.mark.parametrize(
     ("body", "message"),
-    [("ret;", "k does not end"), ("ld.global.b32 %r1, [%rd1 - 4]; }", "line 1: no address"), ("=; }", "line 1: no statement")],
+    [
+        ("ret;", "k does not end"),
+        ("ld.global.b32 %r1, [%rd1 - 4]; }", "line 1: no address"),
+        ("=; }", "line 1: no statement"),
+    ],
 )
 def test_what_cannot_be_read(body: str, message: str) -> None:
     with pytest.raises(PtxError, match=message):

@@ -51,7 +51,14 @@ def descriptor(start: int, size: int) -> int:
     return start >> 4 | leading >> 4 << 16 | stride >> 4 << 32 | CODES[size] << 62
 
 
-LAYOUTS = {"none": (0, 0), "32": (32, 0), "64": (64, 0), "64 further": (64, 32), "128": (128, 0), "128 further": (128, 96)}
+LAYOUTS = {
+    "none": (0, 0),
+    "32": (32, 0),
+    "64": (64, 0),
+    "64 further": (64, 32),
+    "128": (128, 0),
+    "128 further": (128, 96),
+}
 
 
 def laid_out(bits: Array, start: int, layout: str, shared: Array) -> int:

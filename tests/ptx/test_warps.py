@@ -130,7 +130,9 @@ def test_a_call() -> None:
     """
     out = np.zeros(64, np.int32)
     begin = out.ctypes.data
-    Program(text, 0).run((1,), [begin], [(begin, begin + out.nbytes)], Settings(at_once=1, multiprocessors=1, turn=9, patience=1000))
+    Program(text, 0).run(
+        (1,), [begin], [(begin, begin + out.nbytes)], Settings(at_once=1, multiprocessors=1, turn=9, patience=1000)
+    )
     lanes = np.arange(32)
     expected = np.where(lanes < 9, lanes**2, 0), np.where(lanes < 9, (lanes + 1) ** 2, 0)
     np.testing.assert_array_equal(out.reshape(2, 32), expected)

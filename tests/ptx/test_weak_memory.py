@@ -104,7 +104,12 @@ def test_what_nothing_orders_is_a_race_even_if_it_goes_well(seed: int) -> None:
         for seen in (WAIT.format("acquire"), "ld.global.gpu.acquire.b32 %x, {};"):
             memory[:] = 0
             run(late(message("1", RAISE.format(raised), seen)), [memory], grid=2, weak=True, ordered=True, seed=seed)
-    for raised, seen in (("relaxed", "acquire"), ("acquire", "acquire"), ("release", "relaxed"), ("release", "release")):
+    for raised, seen in (
+        ("relaxed", "acquire"),
+        ("acquire", "acquire"),
+        ("release", "relaxed"),
+        ("release", "release"),
+    ):
         memory[:] = 0
         with pytest.raises(Trap, match=ORDERED):
             run(late(message("1", RAISE.format(raised), WAIT.format(seen))), [memory], grid=2, ordered=True, seed=seed)
@@ -163,7 +168,7 @@ def test_stores_to_one_place_arrive_in_order() -> None:
 
 def test_a_program_sees_its_own_stores() -> None:
     """Also beside a part of a line that another program stores to."""
-    program = f"""
+    program = """
         mov.u32 %p, %ctaid.x;
         mad.lo.u32 %i, %t, 2, %p;
         mad.wide.u32 %at, %i, 4, %a0;
@@ -218,7 +223,8 @@ def test_another_threads_store_with_no_barrier_before_the_release_is_a_race() ->
 
 
 @pytest.mark.parametrize(
-    "second", ["st.global.b32 [%a0], 2;", "ld.global.b32 %x, [%a0];", "atom.global.gpu.relaxed.add.u32 %x, [%a0], %one;"]
+    "second",
+    ["st.global.b32 [%a0], 2;", "ld.global.b32 %x, [%a0];", "atom.global.gpu.relaxed.add.u32 %x, [%a0], %one;"],
 )
 def test_a_store_and_anything_beside_it_is_a_race(second: str) -> None:
     program = f"{ONE_THREAD} mov.b32 %one, 1; @%first st.global.b32 [%a0], 1; @%first ret; {second}"

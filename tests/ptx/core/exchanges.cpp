@@ -52,7 +52,8 @@ void reduction(Operations& operations, const std::string& name, Function) {
 void add_exchanges(Operations& operations) {
     add(operations, "shfl.sync.bfly.b32", shuffle<Butterfly>, Gather::members);
     add(operations, "shfl.sync.idx.b32", shuffle<Index>, Gather::members);
-    reduction(operations, "redux.sync.add.s32", [](int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); });
+    const auto sum = [](int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); };
+    reduction(operations, "redux.sync.add.s32", sum);
     reduction(operations, "redux.sync.min.s32", [](int32_t a, int32_t b) { return std::min(a, b); });
     reduction(operations, "redux.sync.max.s32", [](int32_t a, int32_t b) { return std::max(a, b); });
 }

@@ -8,8 +8,9 @@ void GlobalMemory::check(Thread thread, uint64_t address, int bytes, const char*
     const bool aligned = address % bytes == 0;
     if (aligned && ranges_.contain(address, bytes)) return;
     char text[160];
-    std::snprintf(text, sizeof text, "%s %s of %d bytes at %#llx by thread %d", aligned ? "out of range:" : "misaligned:",
-                  what, bytes, static_cast<unsigned long long>(address), thread.number());
+    std::snprintf(text, sizeof text, "%s: %s of %d bytes at %#llx by thread %d",
+                  aligned ? "out of range" : "misaligned", what, bytes, static_cast<unsigned long long>(address),
+                  thread.number());
     throw Trap(text);
 }
 

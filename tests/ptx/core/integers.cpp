@@ -28,8 +28,8 @@ void products(Operations& operations) {
     elementwise<T, T, T>(operations, named<T>("mad.lo"), product_and_sum);
 }
 
-// Two cases that a processor refuses are spelled out: by zero, where PTX leaves the result open and a GPU gives all ones,
-// and the most negative number by -1.
+// Two cases that a processor refuses are spelled out: by zero, where PTX leaves the result open and a GPU gives all
+// ones, and the most negative number by -1.
 template <class T>
 T quotient(T a, T b) {
     if (b == 0) return T(-1);

@@ -32,11 +32,14 @@ void product(Warp& warp, const Instruction& instruction, Mask) {
     for (int lane = 0; lane < WARP; ++lane) {
         const int row = lane / 4, column = lane % 4;
         const auto input = [&](int i) { return warp.read(instruction.inputs[i]).lane[lane]; };
-        for (int i = 0; i < in_A; ++i)
-            for (int e = 0; e < n; ++e) A[row + 8 * (i % down)][column * n + e + wide * (i / down)] = Input::element(input(i), e);
-        for (int i = 0; i < in_B; ++i)
-            for (int e = 0; e < n; ++e) B[column * n + e + wide * i][row] = Input::element(input(in_A + i), e);
-        for (int i = 0; i < in_C; ++i) C[row + 8 * (i / 2)][2 * column + i % 2] = from_bits<Sum>(input(in_A + in_B + i));
+        for (int e = 0; e < n; ++e) {
+            const int k = column * n + e;
+            for (int i = 0; i < in_A; ++i)
+                A[row + 8 * (i % down)][k + wide * (i / down)] = Input::element(input(i), e);
+            for (int i = 0; i < in_B; ++i) B[k + wide * i][row] = Input::element(input(in_A + i), e);
+        }
+        for (int i = 0; i < in_C; ++i)
+            C[row + 8 * (i / 2)][2 * column + i % 2] = from_bits<Sum>(input(in_A + in_B + i));
     }
     for (int i = 0; i < ROWS; ++i)
         for (int j = 0; j < 8; ++j)

@@ -97,8 +97,10 @@ class Scheduler {
             return;
         }
         if (waiting != n) {
-            for (const auto& warp : block.warps)
-                if (!warp->ended()) throw Trap("deadlock: some wait for others that never come, in " + place(block, *warp));
+            for (const auto& warp : block.warps) {
+                if (warp->ended()) continue;
+                throw Trap("deadlock: some wait for others that never come, in " + place(block, *warp));
+            }
         }
         memory_.barrier(block);
         ++block.epoch;
@@ -134,7 +136,7 @@ class Scheduler {
 
 }  // namespace
 
-uint64_t run_grid(const Code& code, int entry, const StartRegisters& registers, const std::vector<Parameter>& parameters,
-                  const Grid& grid, Ranges ranges, const Settings& settings) {
+uint64_t run_grid(const Code& code, int entry, const StartRegisters& registers,
+                  const std::vector<Parameter>& parameters, const Grid& grid, Ranges ranges, const Settings& settings) {
     return Scheduler(code, entry, registers, parameters, grid, std::move(ranges), settings).run();
 }

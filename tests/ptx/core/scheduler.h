@@ -31,4 +31,5 @@ struct Parameter {
 };
 
 // Returns the number of instructions that warps have run. Throws a Trap that says where.
-uint64_t run_grid(const Code&, int entry, const StartRegisters&, const std::vector<Parameter>&, const Grid&, Ranges, const Settings&);
+uint64_t run_grid(const Code&, int entry, const StartRegisters&, const std::vector<Parameter>&, const Grid&, Ranges,
+                  const Settings&);

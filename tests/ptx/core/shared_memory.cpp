@@ -31,7 +31,8 @@ void SharedMemory::note_store(uint64_t at, int warp) {
     Cell& cell = cells_[at];
     if (cell.state == State::arriving) throw Trap("cp.async has not been waited for, and its bytes are accessed");
     if (cell.stored == epoch_ && cell.stored_by != warp) race("stored over what another warp has stored", at, warp);
-    if (cell.loaded == epoch_ && cell.loaded_by & ~(1u << warp)) race("stored over what another warp has loaded", at, warp);
+    if (cell.loaded == epoch_ && cell.loaded_by & ~(1u << warp))
+        race("stored over what another warp has loaded", at, warp);
     cell.stored = epoch_;
     cell.stored_by = warp;
     cell.fences = fences_;
@@ -110,7 +111,8 @@ void load(Warp& warp, const Instruction& instruction, Mask lanes) {
         T values[most];
         std::make_unsigned_t<T> defined[most];
         const uint64_t address = address_of(warp, instruction, lane);
-        const bool all = warp.block.shared.load(address, n * sizeof(T), warp.number, values, reinterpret_cast<uint8_t*>(defined));
+        auto* bytes_defined = reinterpret_cast<uint8_t*>(defined);
+        const bool all = warp.block.shared.load(address, n * sizeof(T), warp.number, values, bytes_defined);
         for (int i = 0; i < n; ++i) {
             warp.write(instruction.outputs[i]).lane[lane] = to_bits(Wide(values[i]));
             if (!all) warp.define_bits(instruction.outputs[i], lane, above<T> | defined[i]);

@@ -1,4 +1,4 @@
-// A program's shared memory: bounds, alignment, races between warps, and bytes that are undefined or still on their way.
+// A program's shared memory: bounds, alignment, races between warps, and bytes that are undefined or on their way.
 //
 // Two warps race that access a byte in the same epoch, between the same two barriers, if one of them changes it.
 #pragma once

@@ -65,7 +65,6 @@ float element(const unsigned char* row, int k) {
 }
 
 // The 16 rows of A that belong to this warp, from four registers placed as for mma, or from shared memory.
-template <class T>
 void gather_A(Warp& warp, const WarpgroupProducts::Product& product, unsigned char (&A)[OF_WARP][BYTES]) {
     if (product.A.empty()) {
         const Descriptor from(product.A_at);
@@ -84,7 +83,7 @@ template <class T>
 void carry_out(Warp& warp, const WarpgroupProducts::Product& product) {
     constexpr int K = BYTES / sizeof(T);
     unsigned char A[OF_WARP][BYTES], B[COLUMNS][BYTES];
-    gather_A<T>(warp, product, A);
+    gather_A(warp, product, A);
     const Descriptor from(product.B_at);
     for (int column = 0; column < COLUMNS; ++column) from.load_row(warp, column, B[column]);
     const auto outputs = product.instruction->outputs;
@@ -105,7 +104,8 @@ void begin(Warp& warp, const Instruction& instruction, Mask) {
     constexpr int in_A = InRegisters ? 4 : 1;
     for (const int input : instruction.inputs) warp.require(input, ALL, "an input of wgmma");
     const auto input = [&](int i) { return warp.value<uint64_t>(instruction.inputs[i], 0); };
-    WarpgroupProducts::Product product{&instruction, {}, input(0), input(in_A), bool(input(in_A + 1) & 1), carry_out<T>, 0};
+    const bool accumulates = input(in_A + 1) & 1;
+    WarpgroupProducts::Product product{&instruction, {}, input(0), input(in_A), accumulates, carry_out<T>, 0};
     if (InRegisters)
         for (int i = 0; i < in_A; ++i) product.A.push_back(warp.read(instruction.inputs[i]));
     if (product.accumulates && !warp.products.follows(instruction))

@@ -1,8 +1,8 @@
 // What makes global memory weak: first-level caches that grow stale, and stores that arrive late and out of order.
 //
-// A multiprocessor's cache keeps a line from its first load on, whatever other multiprocessors store, until a program on
-// it acquires. A program's stores wait; its own loads see them, others' do not. They arrive in memory at random, and at
-// the latest when a thread releases: its own stores, and those that a barrier has ordered before.
+// A multiprocessor's cache keeps a line from its first load on, whatever other multiprocessors store, until a program
+// on it acquires. A program's stores wait; its own loads see them, others' do not. They arrive in memory at random, and
+// at the latest when a thread releases: its own stores, and those that a barrier has ordered before.
 #pragma once
 #include <array>
 #include <bitset>
