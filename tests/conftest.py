@@ -40,16 +40,10 @@ of all methods or layers."""
 pytest_addoption = option.add
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """With ``--ptx``, let an emulated GPU run all launches."""
     if option.wanted():
-        option.start()
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """With ``--ptx``, tell which kernels were run."""
-    if option.wanted():
-        terminalreporter.write_line(option.summary())
+        option.start(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

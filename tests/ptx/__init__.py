@@ -20,7 +20,7 @@ rounded correctly, also that of an instruction that only approximates on a GPU, 
 
 The modules, in the order in which they work:
 
-- ``option``: the option ``--ptx``;
+- ``option``, ``hooks``: the option ``--ptx``, and what a run with it tells at its end;
 - ``machine``: a launch of the project on the emulator;
 - ``parse``: PTX text as statements;
 - ``instructions``: the table of all instructions, and what each does;

@@ -30,6 +30,11 @@ class Ran:
     launches: int = 0
     instructions: int = 0
 
+    def add(self, other: "Ran") -> None:
+        """Count another one in."""
+        self.launches += other.launches
+        self.instructions += other.instructions
+
 
 @dataclass
 class Machine:
@@ -74,9 +79,7 @@ class Machine:
         self.seed += 1
         settings = talking(self.seed) if program.talks else alone(self.seed)
         instructions = program.run(launch.grid, values, storages(arguments), settings)
-        ran = self.ran.setdefault(program.name, Ran())
-        ran.launches += 1
-        ran.instructions += 32 * instructions
+        self.ran.setdefault(program.name, Ran()).add(Ran(1, 32 * instructions))
 
 
 def alone(seed: int) -> Settings:
@@ -107,14 +110,14 @@ def serving(machine: Machine) -> Iterator[None]:
         yield
 
 
-MACHINES: list[Machine] = []
+_taken_over: list[Machine] = []
 """The machine that has taken over, if one has."""
 
 
 def take_over(arch: int, programs: int) -> None:
     """Let a machine run every launch of this process from now on, the one launch with so many programs."""
     machine = Machine(arch)
-    MACHINES.append(machine)
+    _taken_over.append(machine)
     Launch.run = lambda launch, device: machine.run(launch)  # type: ignore[method-assign]
     gradkern.ops.triton.gramian.is_interpreted = lambda device: False
     gradkern.ops.one_launch.surgery.n_programs = lambda device, n_items: min(n_items, programs)
@@ -128,10 +131,6 @@ def programs_at_once(n: int) -> Iterator[None]:
         yield
 
 
-def summary() -> str:
-    """Return which kernels have run in this process, and how much of them, in lines."""
-    lines = ["Kernels executed from PTX:"]
-    for machine in MACHINES:
-        for name, ran in sorted(machine.ran.items()):
-            lines.append(f"  {name} (sm_{machine.arch}): {ran.launches} launches, {ran.instructions:,} instructions")
-    return "\n".join(lines if len(lines) > 1 else ["No kernel was executed from PTX."])
+def ran() -> dict[str, Ran]:
+    """Return how much of each kernel has run on the machine that has taken over."""
+    return _taken_over[0].ran if _taken_over else {}

@@ -59,19 +59,13 @@ def arch() -> int:
     return int(os.environ[VARIABLE])
 
 
-def start() -> None:
+def start(config: pytest.Config) -> None:
     """Let one emulated GPU run every launch of this process from now on."""
-    from tests.ptx import machine
+    from tests.ptx import hooks, machine
 
     if why_not() is None:
         machine.take_over(arch(), PROGRAMS)
-
-
-def summary() -> str:
-    """Return which kernels have run, in lines."""
-    from tests.ptx import machine
-
-    return machine.summary() if why_not() is None else f"No kernel was executed from PTX: {why_not()}"
+        config.pluginmanager.register(hooks)
 
 
 @contextmanager
