@@ -5,6 +5,7 @@ from the environment.
 """
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ptx import build
 
@@ -50,7 +52,9 @@ def wanted() -> bool:
 
 
 def why_not() -> str | None:
-    """Return why the emulator cannot run here; None if it can."""
+    """Return why the emulator cannot run kernels here; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
     return build.why_not()
 
 
@@ -60,10 +64,16 @@ def arch() -> int:
 
 
 def start(config: pytest.Config) -> None:
-    """Let one emulated GPU run every launch of this process from now on."""
-    from tests.ptx import hooks, machine
+    """Let one emulated GPU run every launch of this process from now on.
 
+    Raises:
+        pytest.UsageError: there is a GPU, whose memory the emulator cannot access.
+    """
+    if torch.cuda.is_available():
+        raise pytest.UsageError("--ptx is for machines without a GPU")
     if why_not() is None:
+        from tests.ptx import hooks, machine
+
         machine.take_over(arch(), PROGRAMS)
         config.pluginmanager.register(hooks)
 
