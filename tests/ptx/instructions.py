@@ -135,6 +135,7 @@ GLOBAL_MEMORY = [
         "d, [a], b",
         "d = what is at a; there goes d + b",
     ),
+    Row("red.global.gpu.<relaxed|release>.add.<u32|u64>", "[a], b", "at a goes what is there + b"),
     Row("atom.global.gpu.<relaxed|acquire|release|acq_rel>.exch.b32", "d, [a], b", "d = what is at a; there goes b"),
     Row("(createpolicy.fractional.L2::evict_first.b64=nothing)", "-policy, 1.0", "how to cache; no result hangs on it"),
 ]
@@ -158,7 +159,7 @@ WARP = [
     Row("bar.warp.sync", "members", "wait until these lanes of the warp are here"),
     Row("shfl.sync.bfly.b32", "d, a, b, 31, members", "d = a of the lane whose number differs in the bits of b"),
     Row("shfl.sync.idx.b32", "d, a, b, 31, members", "d = a of lane b"),
-    Row("redux.sync.<add|min|max>.s32", "d, a, members", "d = the sum, least or largest of a over the lanes"),
+    Row("redux.sync.<add|min|max>.<s32|u32>", "d, a, members", "d = the sum, least or largest of a over the lanes"),
 ]
 MATRICES = [
     Row("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "{d}, {a}, {b}, {c}", "D = A B + C in tf32"),

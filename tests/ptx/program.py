@@ -40,7 +40,9 @@ class Program:
         kernel = module.kernel
         self.name = kernel.name
         self.parameters = kernel.parameters
-        self.talks = any(s.opcode.startswith("atom.") for f in module.functions.values() for s in f.statements)
+        self.talks = any(
+            s.opcode.startswith(("atom.", "red.")) for f in module.functions.values() for s in f.statements
+        )
         encoder = _Encoder()
         numbers = [encoder.special(name) for name in SPECIAL]
         triple = ctypes.c_int32 * 3

@@ -124,6 +124,15 @@ def test_atomics(opcode: str) -> None:
         assert sorted([*before, *number]) == [5, *given]
 
 
+@pytest.mark.parametrize("opcode", opcodes("red."))
+def test_atomics_that_tell_nothing(opcode: str) -> None:
+    kind = opcode.rpartition(".")[2]
+    number = np.array([5], DTYPES[kind])
+    operand = "%wide" if kind == "u64" else "%t"
+    run(f"cvt.u64.u32 %wide, %t; {opcode} [ %a0 + 0 ], {operand};", [number], grid=3, weak=True, ordered=True)
+    assert number[0] == 5 + 3 * sum(range(32))
+
+
 @pytest.mark.parametrize("size", [4, 8, 16])
 @pytest.mark.parametrize("through", ["ca", "cg"])
 def test_asynchronous_copies(through: str, size: int) -> None:

@@ -37,8 +37,22 @@ def order(kind: str, instead: str) -> Callable[[str], str]:
 
 
 def no_barrier_before(opcode: str) -> Callable[[str], str]:
-    """Return a mutation that leaves out the last barrier before each instruction of a kind."""
-    return lambda ptx: re.sub(rf"bar\.sync\s+0;((?:(?!bar\.sync)[\s\S])*?{opcode})", r"\1", ptx)
+    """Return a mutation that leaves out the barriers before each instruction of a kind: back to the last access.
+
+    There may be two: some versions of Triton put one of their own before an atomic.
+    """
+
+    def mutate(ptx: str) -> str:
+        lines = ptx.split("\n")
+        for i in [i for i, line in enumerate(lines) if opcode in line]:
+            for k in range(i - 1, 0, -1):
+                if re.search(r"\b(ld|st|atom)\.(global|shared)|\bbra\b|\$L__BB", lines[k]):
+                    break
+                if "bar.sync" in lines[k]:
+                    lines[k] = ""
+        return "\n".join(lines)
+
+    return mutate
 
 
 def no_barrier_before_M(ptx: str) -> str:
@@ -56,8 +70,8 @@ MUTATIONS = {
     "counters that do not release": order("acq_rel", "acquire"),
     "flags that do not release": order("release", "relaxed"),
     "flags that nobody acquires": order("acquire", "relaxed"),
-    "no barrier before counters": no_barrier_before(r"atom\.global\.gpu\.acq_rel"),
-    "no barrier before flags": no_barrier_before(r"atom\.global\.gpu\.release"),
+    "no barrier before counters": no_barrier_before("atom.global.gpu.acq_rel"),
+    "no barrier before flags": no_barrier_before("atom.global.gpu.release"),
     "no barrier before M": no_barrier_before_M,
 }
 

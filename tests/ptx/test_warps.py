@@ -35,13 +35,13 @@ def test_a_shuffle_by_number() -> None:
     assert out.tolist() == [VALUES[7 * lane % 32] for lane in range(32)]
 
 
-@pytest.mark.parametrize(
-    ("opcode", "function"),
-    [("redux.sync.add.s32", np.sum), ("redux.sync.min.s32", np.min), ("redux.sync.max.s32", np.max)],
-)
-def test_reductions(opcode: str, function: object) -> None:
-    out = exchanged(f"mov.b32 %all, -1; {opcode} %d, %x, %all;", VALUES)
-    assert out.tolist() == [function(VALUES)] * 32  # type: ignore[operator]
+@pytest.mark.parametrize("function", ["add", "min", "max"])
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_reductions(function: str, kind: str) -> None:
+    values = VALUES.astype(np.int32).view({"s32": np.int32, "u32": np.uint32}[kind])
+    expected = {"add": np.add, "min": np.minimum, "max": np.maximum}[function].reduce(values, dtype=values.dtype)
+    out = exchanged(f"mov.b32 %all, -1; redux.sync.{function}.{kind} %d, %x, %all;", VALUES)
+    assert out.view(values.dtype).tolist() == [expected] * 32
 
 
 def test_a_reduction_of_some_lanes() -> None:

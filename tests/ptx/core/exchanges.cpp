@@ -29,12 +29,12 @@ void shuffle(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.define(instruction.outputs[0], lanes, known);
 }
 
-template <class Function>
+template <class T, class Function>
 void reduce(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.require(instruction.inputs[1], lanes, "the members of a reduction");
-    int32_t result = warp.value<int32_t>(instruction.inputs[0], std::countr_zero(lanes));
+    T result = warp.value<T>(instruction.inputs[0], std::countr_zero(lanes));
     for_lanes(lanes & (lanes - 1), [&](int lane) {
-        result = Function{}(result, warp.value<int32_t>(instruction.inputs[0], lane));
+        result = Function{}(result, warp.value<T>(instruction.inputs[0], lane));
     });
     Lanes& output = warp.write(instruction.outputs[0]);
     for_lanes(lanes, [&](int lane) { output.lane[lane] = to_bits(result); });
@@ -42,9 +42,16 @@ void reduce(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.define(instruction.outputs[0], lanes, undefined ? 0 : ALL);
 }
 
-template <class Function>
-void reduction(Operations& operations, const std::string& name, Function) {
-    add(operations, name, reduce<Function>, Gather::members);
+template <class T, class Function>
+void reduction(Operations& operations, const std::string& operation, const std::string& type, Function) {
+    add(operations, "redux.sync." + operation + "." + type, reduce<T, Function>, Gather::members);
+}
+
+template <class T>
+void reductions(Operations& operations, const std::string& type) {
+    reduction<T>(operations, "add", type, [](T a, T b) { return T(uint32_t(a) + uint32_t(b)); });
+    reduction<T>(operations, "min", type, [](T a, T b) { return std::min(a, b); });
+    reduction<T>(operations, "max", type, [](T a, T b) { return std::max(a, b); });
 }
 
 }  // namespace
@@ -52,8 +59,6 @@ void reduction(Operations& operations, const std::string& name, Function) {
 void add_exchanges(Operations& operations) {
     add(operations, "shfl.sync.bfly.b32", shuffle<Butterfly>, Gather::members);
     add(operations, "shfl.sync.idx.b32", shuffle<Index>, Gather::members);
-    const auto sum = [](int32_t a, int32_t b) { return int32_t(uint32_t(a) + uint32_t(b)); };
-    reduction(operations, "redux.sync.add.s32", sum);
-    reduction(operations, "redux.sync.min.s32", [](int32_t a, int32_t b) { return std::min(a, b); });
-    reduction(operations, "redux.sync.max.s32", [](int32_t a, int32_t b) { return std::max(a, b); });
+    reductions<int32_t>(operations, "s32");
+    reductions<uint32_t>(operations, "u32");
 }

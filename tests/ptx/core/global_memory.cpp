@@ -126,6 +126,7 @@ template <class T, class Function, bool Release, bool Acquire>
 void atomic(Warp& warp, const Instruction& instruction, Mask lanes) {
     warp.require(instruction.inputs[0], lanes, "an address");
     warp.require(instruction.inputs[2], lanes, "stored");
+    const bool tells = !instruction.outputs.empty();  // what was there before
     GlobalMemory& memory = warp.block.memory;
     for_lanes(lanes, [&](int lane) {
         const Thread thread{warp.block, warp.number, lane};
@@ -134,9 +135,9 @@ void atomic(Warp& warp, const Instruction& instruction, Mask lanes) {
         if (Release) memory.release(thread, address);
         const T before = memory.atomic<T>(thread, address, [&](T value) { return Function{}(value, operand); });
         if (Acquire) memory.acquire(thread, address);
-        warp.write(instruction.outputs[0]).lane[lane] = to_bits(before);
+        if (tells) warp.write(instruction.outputs[0]).lane[lane] = to_bits(before);
     });
-    warp.define(instruction.outputs[0], lanes, ALL);
+    if (tells) warp.define(instruction.outputs[0], lanes, ALL);
 }
 
 template <class T, class Function>
@@ -145,6 +146,8 @@ void atomics(Operations& operations, const std::string& operation, Function) {
     add(operations, "atom.global.gpu.acquire." + operation, atomic<T, Function, false, true>);
     add(operations, "atom.global.gpu.release." + operation, atomic<T, Function, true, false>);
     add(operations, "atom.global.gpu.acq_rel." + operation, atomic<T, Function, true, true>);
+    add(operations, "red.global.gpu.relaxed." + operation, atomic<T, Function, false, false>);
+    add(operations, "red.global.gpu.release." + operation, atomic<T, Function, true, false>);
 }
 
 template <class T>
