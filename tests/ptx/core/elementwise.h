@@ -66,7 +66,6 @@ void bit_by_bit(Operations& operations, const std::string& name, Function, Shado
 }
 
 template <class T> inline const char* type_name;
-template <> inline constexpr const char* type_name<bool> = "pred";
 template <> inline constexpr const char* type_name<uint16_t> = "u16";
 template <> inline constexpr const char* type_name<uint32_t> = "u32";
 template <> inline constexpr const char* type_name<uint64_t> = "u64";
