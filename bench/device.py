@@ -4,7 +4,7 @@ import argparse
 
 import torch
 
-from gradkern.check import processor
+from gradkern.ops import processor
 from gradkern.tuning.clock import Moment, between, free_bytes, now, timed
 
 __all__ = ["Moment", "between", "free_bytes", "name", "now", "parse_device", "timed"]

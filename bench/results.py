@@ -15,7 +15,7 @@ import torch
 import gradkern
 from bench import device as machine
 from bench.peers import Peers
-from gradkern.check import processor
+from gradkern.ops import processor
 
 
 def new_results(device: torch.device, peers: Peers, options: dict[str, Any]) -> dict[str, Any]:

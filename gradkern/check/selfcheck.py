@@ -16,17 +16,16 @@ from torch import Tensor
 import gradkern
 from gradkern.check import (
     cases,  # noqa: F401  (registers the operators' cases)
-    processor,
     solver_cases,  # noqa: F401
 )
 from gradkern.check.bits import differences
 from gradkern.check.methods import CASES as METHODS
-from gradkern.ops import backend, registry
+from gradkern.ops import backend, processor, registry
 from gradkern.ops.devices import GPU
 from gradkern.ops.dtypes import DTYPES
 from gradkern.ops.registry import Cases
-from gradkern.tuning.card import gpu
-from gradkern.tuning.reading import serving
+from gradkern.ops.tables.card import gpu
+from gradkern.ops.tables.reading import serving
 
 ALLOWED = {torch.float32: 3e-6, torch.float64: 1e-13, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 """The largest allowed error of a result, by its dtype. float64: some hundred roundings of 1e-16. float32: sums of up to

@@ -21,7 +21,7 @@ from gradkern.gradients.losses import Losses, Source
 from gradkern.gradients.parameters import Targets
 from gradkern.gradients.sharded import box_here, is_dtensor, parts_here, place_here, refuse_meshes
 from gradkern.ops.capture import capturing
-from gradkern.ops.tuned import settings_digest, settings_origin
+from gradkern.ops.tuned import changed_settings, settings_origin
 from gradkern.step.options import Options
 from gradkern.step.sinks import Sink, runs_one_by_one
 from gradkern.step.way import Way
@@ -100,7 +100,7 @@ def start(comm: Comm, source: Source, options: Options, sink: Sink, opened: Call
             "values of part": _bits(_parts(targets)) if is_new and targets.has_dtensors else 0,
             "all present": all(source.present),
             "plans": digest("plans", *sorted(plans.items())),
-            "settings": settings_digest(targets.device),
+            "settings": digest("settings", *changed_settings(targets.device)),
         }
 
     (targets, second, _), of_ranks = together(comm, open_here, facts)

@@ -8,12 +8,13 @@ import torch
 
 from gradkern.ops import backend
 from gradkern.ops.devices import GPU
+from gradkern.ops.tables import places
+from gradkern.ops.tables.candidates import keys
+from gradkern.ops.tables.card import Card, card_of
+from gradkern.ops.tables.table import text_of
 from gradkern.ops.triton.backend import BACKEND
-from gradkern.tuning import places, report
-from gradkern.tuning.candidates import keys
-from gradkern.tuning.card import Card, card_of
+from gradkern.tuning import report
 from gradkern.tuning.progress import bar
-from gradkern.tuning.table import text_of
 from gradkern.tuning.tune import tuned
 
 

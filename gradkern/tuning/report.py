@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from gradkern.kernels.served import Key
-from gradkern.tuning.candidates import DTYPES, Setting
-from gradkern.tuning.table import entry
+from gradkern.ops.tables.candidates import DTYPES, Setting
+from gradkern.ops.tables.table import entry
 from gradkern.tuning.tune import Findings, Refused
 
 HEAD = f"{'kernel':12}{'T':>4}  {'dtype':10}{'time':>10}{'of copy':>9}{'written':>9}{'noise':>7}  setting"

@@ -13,7 +13,8 @@ from gradkern.kernels.served import Key
 from gradkern.kernels.settings import Sizes
 from gradkern.ops import operators
 from gradkern.ops.arguments import ProjectionArguments
-from gradkern.tuning import candidates, clock
+from gradkern.ops.tables import candidates
+from gradkern.tuning import clock
 from gradkern.tuning.contest import Contestant, is_faster, rounds_of
 from gradkern.tuning.inputs import SHARE, Inputs
 

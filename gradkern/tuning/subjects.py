@@ -16,7 +16,7 @@ from gradkern.ops import operators, project
 from gradkern.ops.devices import CPU, GPU
 from gradkern.ops.dtypes import DTYPES, arithmetic_dtype
 from gradkern.ops.registry import Cases, Comparison
-from gradkern.tuning.candidates import KERNELS, Setting
+from gradkern.ops.tables.candidates import KERNELS, Setting
 from gradkern.tuning.compiling import compiling
 from gradkern.tuning.forced import Forced
 from gradkern.tuning.inputs import Inputs

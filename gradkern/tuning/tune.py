@@ -8,8 +8,8 @@ import torch
 
 from gradkern.kernels.served import Key, served
 from gradkern.kernels.settings import Sizes
+from gradkern.ops.tables.candidates import DTYPES, Setting, candidates
 from gradkern.tuning import sizes
-from gradkern.tuning.candidates import DTYPES, Setting, candidates
 from gradkern.tuning.contest import contest
 from gradkern.tuning.forced import Forced
 from gradkern.tuning.inputs import Inputs

@@ -29,8 +29,8 @@ from bench.report import summary
 from bench.shapes import BERT_BASE, numbers
 from gradkern import reference
 from gradkern.aggregators.methods import METHODS
-from gradkern.check import processor
 from gradkern.kernels.served import one_launch, served
+from gradkern.ops import processor
 
 CPU = torch.device("cpu")
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -14,8 +14,8 @@ import gradkern
 import gradkern as gk
 from gradkern import cli
 from gradkern.aggregators.methods import METHODS
-from gradkern.check import processor, selfcheck
-from gradkern.ops import operators, registry
+from gradkern.check import selfcheck
+from gradkern.ops import operators, processor, registry
 
 DEVICES = [str(device) for device in selfcheck.devices()]
 

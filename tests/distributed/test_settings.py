@@ -9,10 +9,10 @@ import torch
 
 from gradkern.kernels.served import Key
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting, cut
-from gradkern.tuning import reading
-from gradkern.tuning.card import card_of
-from gradkern.tuning.places import VARIABLE
-from gradkern.tuning.table import entry, text_of
+from gradkern.ops.tables import reading
+from gradkern.ops.tables.card import card_of
+from gradkern.ops.tables.places import VARIABLE
+from gradkern.ops.tables.table import entry, text_of
 from tests.distributed.pool import Pool
 from tests.distributed.test_faults import Step, forget
 

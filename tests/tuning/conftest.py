@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from gradkern.ops.pytorch.chunks import cut, even_width
-from gradkern.tuning import clock, command, inputs, places, reading, subjects
-from gradkern.tuning.candidates import keys
-from gradkern.tuning.card import Card, card_of
-from gradkern.tuning.places import default_place
+from gradkern.ops.tables import places, reading
+from gradkern.ops.tables.candidates import keys
+from gradkern.ops.tables.card import Card, card_of
+from gradkern.ops.tables.places import default_place
+from gradkern.tuning import clock, command, inputs, subjects
 
 
 def read_anew() -> None:

@@ -16,8 +16,9 @@ from gradkern.kernels.served import served
 from gradkern.ops.devices import CPU
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting
 from gradkern.ops.pytorch.combination import ColumnSetting
+from gradkern.ops.tables import candidates, places
 from gradkern.ops.triton.backend import BACKEND
-from gradkern.tuning import candidates, clock, command, places
+from gradkern.tuning import clock, command
 from gradkern.tuning.progress import bar
 from tests.tuning.conftest import Clock, read_anew
 

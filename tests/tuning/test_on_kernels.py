@@ -18,10 +18,11 @@ from gradkern.kernels.served import Key, one_launch, served
 from gradkern.kernels.settings import DotSetting, GramianSetting, PieceSetting, Sizes, TileSetting, dot_setting
 from gradkern.ops import operators
 from gradkern.ops.devices import CPU
-from gradkern.tuning import candidates, command, contest, inputs, reading, subjects
-from gradkern.tuning.card import Card
-from gradkern.tuning.places import default_place
-from gradkern.tuning.table import entry, text_of
+from gradkern.ops.tables import candidates, reading
+from gradkern.ops.tables.card import Card
+from gradkern.ops.tables.places import default_place
+from gradkern.ops.tables.table import entry, text_of
+from gradkern.tuning import command, contest, inputs, subjects
 from tests import interpreter
 from tests.tuning.conftest import Clock, read_anew
 

@@ -16,12 +16,12 @@ from gradkern import cli
 from gradkern.kernels.served import Key, served
 from gradkern.ops.devices import CPU
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting, cut
-from gradkern.tuning import places, reading
-from gradkern.tuning.candidates import KERNELS, Setting, candidates, keys
-from gradkern.tuning.card import Card
-from gradkern.tuning.places import default_place
-from gradkern.tuning.reading import serving
-from gradkern.tuning.table import entry, parsed, text_of
+from gradkern.ops.tables import places, reading
+from gradkern.ops.tables.candidates import KERNELS, Setting, candidates, keys
+from gradkern.ops.tables.card import Card
+from gradkern.ops.tables.places import default_place
+from gradkern.ops.tables.reading import serving
+from gradkern.ops.tables.table import entry, parsed, text_of
 from tests.tuning.conftest import read_anew
 
 CACHE = places._cache
@@ -228,9 +228,9 @@ def test_the_written_setting_is_the_first_candidate() -> None:
 
 def test_ranks_agree_by_what_is_not_as_written(card: Card, place: Path) -> None:
     written = entry(KEY, candidates(KEY)[0])
-    digests = []
+    changed = []
     for entries in ([], [written], [entry(KEY, SHORTER)], [entry(KEY, candidates(KEY)[1])]):
         write(place, text_of(card, DATE, entries, []))
-        digests.append(serving(CPU).digest)
-    assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
+        changed.append(serving(CPU).changed)
+    assert changed[0] == changed[1]
+    assert len(set(changed)) == 3

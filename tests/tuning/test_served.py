@@ -9,7 +9,7 @@ from gradkern.kernels.served import Key, served
 from gradkern.kernels.settings import DOT_T, DotSetting, GramianSetting
 from gradkern.ops.devices import CPU, GPU
 from gradkern.ops.layout import TILE
-from gradkern.tuning.candidates import candidates, keys
+from gradkern.ops.tables.candidates import candidates, keys
 from gradkern.tuning.forced import Forced
 from tests import interpreter
 

@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from threading import RLock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from gradkern.distributed.agreement import digest
 from gradkern.kernels.served import Choices, served
-from gradkern.tuning.card import Card, card_of
-from gradkern.tuning.places import OFF, VARIABLE, default_place, named
-from gradkern.tuning.table import OtherKind, Table, Unfit, parsed
+from gradkern.ops.tables.card import Card, card_of
+from gradkern.ops.tables.places import OFF, VARIABLE, default_place, named
+from gradkern.ops.tables.table import OtherKind, Table, Unfit, parsed
 
 LARGEST = 1 << 20
 """The most bytes that are read. A table has some tens of thousands."""
@@ -25,8 +24,8 @@ class Serving(NamedTuple):
     choices: Choices
     origin: str
     """Where it comes from, in words."""
-    digest: int
-    """A number of the choices: ranks with the same one take the same settings."""
+    changed: tuple[tuple[Any, ...], ...]
+    """The choices that are not as written, sorted: ranks that have the same ones take the same settings."""
 
 
 def serving(device: torch.device) -> Serving:
@@ -63,21 +62,20 @@ def _serving(device: torch.device) -> Serving:
                 stacklevel=2,
             )
         return _written(f"({path} is ignored: {error})")
-    return Serving(table.choices, _told(path, table), _digest(table.choices))
+    return Serving(table.choices, _told(path, table), _changed(table.choices))
 
 
 def _written(*why: str) -> Serving:
-    return Serving({}, " ".join(("written defaults", *why)), _digest({}))
+    return Serving({}, " ".join(("written defaults", *why)), ())
 
 
-def _digest(choices: Choices) -> int:
-    """Return a number of the choices that are not as written, since those alone change bits."""
+def _changed(choices: Choices) -> tuple[tuple[Any, ...], ...]:
     changed = [
         (*key, *setting)
         for key, setting in choices.items()
         if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
     ]
-    return digest("tuning", *sorted(changed))
+    return tuple(sorted(changed))
 
 
 def _default(card: Card) -> Path | None:

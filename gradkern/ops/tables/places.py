@@ -7,7 +7,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from gradkern.tuning.card import Card
+from gradkern.ops.tables.card import Card
 
 VARIABLE = "GRADKERN_TUNING"
 """The environment variable that names the file to read, or is ``OFF``."""

@@ -10,8 +10,8 @@ from datetime import datetime
 from typing import Any
 
 from gradkern.kernels.served import Choices, Key
-from gradkern.tuning.candidates import Setting, candidates, keys
-from gradkern.tuning.card import Card
+from gradkern.ops.tables.candidates import Setting, candidates, keys
+from gradkern.ops.tables.card import Card
 
 FORMAT = 1
 

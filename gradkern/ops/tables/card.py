@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 import gradkern
-from gradkern.check import processor
+from gradkern.ops import processor
 from gradkern.ops.devices import CPU, GPU
 
 
