@@ -26,8 +26,7 @@ from gradkern.modifiers.suppression import Suppression
 from gradkern.ops import combine, gramian, project
 from gradkern.optim import SurgeryOptimizer
 from gradkern.step.backward import backward
-
-__version__ = "0.1.0"
+from gradkern.version import __version__ as __version__
 
 __all__ = [
     "Advice",

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import torch
 
-import gradkern
 from gradkern.ops import processor
 from gradkern.ops.devices import CPU, GPU
+from gradkern.version import __version__
 
 
 class Card(NamedTuple):
@@ -21,7 +21,7 @@ class Card(NamedTuple):
 
 def card_of(device: torch.device) -> Card | None:
     """Return the card of a device; None for a type of device that has no tables."""
-    versions = {"gradkern": gradkern.__version__, "torch": str(torch.__version__)}  # not a TorchVersion
+    versions = {"gradkern": __version__, "torch": str(torch.__version__)}  # not a TorchVersion
     if device.type == CPU.type:
         name = f"{processor.name()}, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     elif device.type == GPU:

@@ -1,0 +1,3 @@
+"""gradkern's version."""
+
+__version__ = "0.1.0"
