@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 from bench.first_contact.child import SKIP
-from bench.first_contact.plan import DRY
-from bench.first_contact.tools import found, missing
+from bench.first_contact.tools import run
 
 TOOL = "ncu"
 METRICS = {
@@ -39,20 +38,6 @@ def figures(output: str) -> list[str]:
     return [f"{launch}: {', '.join(values)}" for launch, values in launches.items()]
 
 
-def main() -> int:
-    """Run the program alone, then under ncu, and return the exit status."""
-    device, path = sys.argv[1], Path(sys.argv[2]) / "tools.txt"
-    program = [sys.executable, "-m", "bench.first_contact.combination", device]
-    alone = subprocess.run(program).returncode
-    if alone:
-        return alone
-    tool = found(TOOL)
-    if device == DRY or tool is None:
-        print(f"the program passes; a dry run does not call {TOOL}" if device == DRY else missing(TOOL))
-        return SKIP
-    return measured(tool, program, path)
-
-
 def measured(tool: str, program: list[str], path: Path) -> int:
     """Measure the program, add the figures to a file, and return the exit status."""
     done = subprocess.run(command(tool, program), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -67,4 +52,4 @@ def measured(tool: str, program: list[str], path: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("combination", TOOL, measured))

@@ -1,6 +1,6 @@
 """``python -m bench.first_contact.sanitizer DEVICE OUT``: compute-sanitizer's tools on the one launch and AdamW.
 
-The checked program first runs alone, which compiles its kernels and shows that its results are right.
+The checked program first runs alone, which shows that its results are right.
 """
 
 import os
@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.first_contact.child import SKIP
-from bench.first_contact.plan import DRY
-from bench.first_contact.tools import found, missing
+from bench.first_contact.tools import run
 
 TOOL = "compute-sanitizer"
 CHECKS = ("memcheck", "racecheck", "initcheck")
@@ -45,22 +43,6 @@ def result(check: str, code: int, output: str) -> Checked:
     return Checked(check, code == 0 and bool(summaries), summaries[-1] if summaries else f"no summary: {reason}")
 
 
-def main() -> int:
-    """Run the program alone, then under all checks, and return the exit status."""
-    device, path = sys.argv[1], Path(sys.argv[2]) / "tools.txt"
-    program = [sys.executable, "-m", "bench.first_contact.small", device]
-    alone = subprocess.run(program).returncode
-    if alone:
-        return alone
-    tool = found(TOOL)
-    if device == DRY or tool is None:
-        print(f"the program passes; a dry run does not call {TOOL}" if device == DRY else missing(TOOL))
-        return SKIP
-    results = checked(tool, program, path)
-    print("; ".join(map(str, results)))
-    return 0 if all(of.clean for of in results) else 1
-
-
 def checked(tool: str, program: list[str], path: Path) -> list[Checked]:
     """Run all checks of a program at once, and add what they say to a file."""
     # Without PyTorch's cache each tensor is an allocation of its own, whose ends memcheck knows.
@@ -81,5 +63,12 @@ def checked(tool: str, program: list[str], path: Path) -> list[Checked]:
     return results
 
 
+def measured(tool: str, program: list[str], path: Path) -> int:
+    """Check the program, print a line of what is found, and return the exit status."""
+    results = checked(tool, program, path)
+    print("; ".join(map(str, results)))
+    return 0 if all(of.clean for of in results) else 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("small", TOOL, measured))

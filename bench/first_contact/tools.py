@@ -2,7 +2,14 @@
 
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from glob import glob
+from pathlib import Path
+
+from bench.first_contact.child import SKIP
+from bench.first_contact.plan import DRY
 
 PLACES = (
     "/usr/local/cuda*/bin",
@@ -22,6 +29,24 @@ def found(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
 
 
-def missing(name: str) -> str:
-    """Return the reason to skip a step without its tool."""
-    return f"{name} is neither on PATH nor in CUDA's usual places"
+def run(module: str, name: str, use: Callable[[str, list[str], Path], int]) -> int:
+    """Run a program of this package alone, which compiles its kernels, then under a tool; return the exit status.
+
+    Args:
+        module: the program. It gets the device, the first argument of this process.
+        name: the tool's name.
+        use: runs the program under the tool at a path, adds what it says to a file, and returns the exit status.
+    """
+    device, path = sys.argv[1], Path(sys.argv[2]) / "tools.txt"
+    program = [sys.executable, "-m", f"bench.first_contact.{module}", device]
+    alone = subprocess.run(program).returncode
+    if alone:
+        return alone
+    if device == DRY:
+        print(f"the program passes; a dry run does not call {name}")
+        return SKIP
+    tool = found(name)
+    if tool is None:
+        print(f"{name} is neither on PATH nor in CUDA's usual places")
+        return SKIP
+    return use(tool, program, path)
