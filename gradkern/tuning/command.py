@@ -1,6 +1,7 @@
 """``gradkern tune``: what it needs is looked at first, then it measures, tells and writes the table, in this order."""
 
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -57,9 +58,10 @@ def _read_by(path: Path, card: Card) -> str:
     """Return who reads a table, in words."""
     if places.named() == places.OFF:
         return f"no process reads a table while {places.VARIABLE} is {places.OFF}"
-    if path.absolute() == places.place(card).absolute():
-        return "later processes read it"
-    return f"processes read it under {places.VARIABLE}={path}"
+    with suppress(OSError):  # a user without a home directory has no place for tables
+        if path.absolute() == places.place(card).absolute():
+            return "later processes read it"
+    return f"processes read it under {places.VARIABLE}={path.absolute()}"
 
 
 def _failed(text: str) -> int:

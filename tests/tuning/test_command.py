@@ -166,6 +166,38 @@ def test_an_interrupt_leaves_the_old_table(
     assert place.read_text() == "old"
 
 
+def test_a_table_is_written_through_links_for_everybody(tmp_path: Path) -> None:
+    """A link leads to the file that several machines share, say, and other users read it."""
+    (tmp_path / "link.json").symlink_to(tmp_path / "file.json")
+    places.require_writable(tmp_path / "link.json")
+    places.replace(tmp_path / "link.json", "new")
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "file.json").read_text() == "new"
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "file.json").stat().st_mode == (tmp_path / "usual").stat().st_mode
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_table_takes_the_place_of_files_alone() -> None:
+    """A superuser could replace /dev/null, and all programs would write to a table."""
+    with pytest.raises(OSError, match="is no file"):
+        places.require_writable(Path(os.devnull))
+
+
+def test_a_user_without_a_home_directory_names_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere() -> Path:
+        raise FileNotFoundError("there is no place for tables")
+
+    monkeypatch.setattr(places, "_cache", nowhere)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TUNE, "1e-6", "--out", "out.json"]) == 0
+    assert f"written to out.json; processes read it under GRADKERN_TUNING={tmp_path / 'out.json'}" in (
+        capsys.readouterr().out
+    )
+
+
 @pytest.mark.parametrize("kind", ["below a file", "a folder"])
 def test_an_unwritable_place_is_refused_before_anything_is_measured(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import sys
 import tempfile
 from contextlib import suppress
@@ -53,21 +54,22 @@ def _home() -> Path:
 
 def require_writable(path: Path) -> None:
     """Make the folder of a file that is to be written, and raise OSError if the file cannot be."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder")
+    if path.exists() and not path.is_file():  # a folder, or a device, which the table would take the place of
+        raise OSError(f"{path} is no file")
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
 def replace(path: Path, text: str) -> None:
-    """Write a file as a whole: whatever goes wrong, the old one stays."""
-    number, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write a file as a whole: whatever goes wrong, the old one stays. A link stays too, and its file is replaced."""
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(text)
+        beside.write_text(text, encoding="utf-8")  # with the user's usual permissions, unlike files of tempfile's
         os.replace(beside, path)
     except BaseException:
         with suppress(OSError):
-            os.unlink(beside)
+            beside.unlink()
         raise
