@@ -1,6 +1,7 @@
 """Tests of the table that serves a device: damaged and foreign files are ignored with one warning that says why."""
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import gradkern as gk
 from gradkern import cli
 from gradkern.kernels.served import Key, served
+from gradkern.kernels.settings import ONE_LAUNCH, Sizes
 from gradkern.ops.devices import CPU
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting, cut
 from gradkern.ops.tables import places, reading
@@ -83,6 +85,9 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "long": (lambda told: json.dumps(told) + " " * reading.LARGEST, "it has more than"),
     "format": (changed(format=2), "it has format 2, and this version of gradkern reads format 1"),
     "no format": (lambda told: "{}", "it has format None"),
+    "kind": (changed(kind="tpu"), "it is for a device of type 'tpu', not cpu"),
+    "no kind": (changed(kind=None), "it is for a device of type None, not cpu"),
+    "a list as kind": (changed(kind=["cuda"]), "it is for a device of type ['cuda'], not cpu"),
     "card": (changed(card="another"), "it is for 'another', not"),
     "gradkern": (changed(versions={"gradkern": "9.9"}), "it was measured under other versions than gradkern"),
     "numbers of versions": (lambda told: json.dumps(told | {"versions": told["versions"] | {"torch": 5}}), "versions"),
@@ -133,6 +138,15 @@ def test_a_named_file_must_be_there(kind: str, tmp_path: Path, monkeypatch: pyte
     named = tmp_path if kind == "a folder" else tmp_path / "missing.json"
     monkeypatch.setenv(places.VARIABLE, str(named))
     with pytest.warns(UserWarning, match="it cannot be read: "):
+        assert width() == LONGEST
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setenv(places.VARIABLE, str(tmp_path / "pipe"))
+    monkeypatch.setattr(Path, "open", lambda *arguments: pytest.fail("it opens a pipe, and waits"))
+    with pytest.warns(UserWarning, match="it cannot be read: it is no file"):
         assert width() == LONGEST
 
 
@@ -234,3 +248,11 @@ def test_ranks_agree_by_what_is_not_as_written(card: Card, place: Path) -> None:
         changed.append(serving(CPU).changed)
     assert changed[0] == changed[1]
     assert len(set(changed)) == 3
+
+
+def test_ranks_agree_with_a_table_that_chooses_no_one_launch() -> None:
+    """Without a table there is none either, so bits are the same."""
+    key = Key("one_launch", 3, 4)
+    assert ONE_LAUNCH == {}
+    assert reading._changed({key: Sizes(0, 0)}) == ()
+    assert reading._changed({key: Sizes(10**5, 10**5 + 1)}) == ((*key, 10**5, 10**5 + 1),)

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradkern.kernels.served import Choices, served
+from gradkern.kernels.served import Choices, Key, served
+from gradkern.kernels.settings import ONE_LAUNCH, Sizes
+from gradkern.ops.tables.candidates import Setting
 from gradkern.ops.tables.card import Card, card_of
 from gradkern.ops.tables.places import OFF, VARIABLE, default_place, named
 from gradkern.ops.tables.table import OtherKind, Table, Unfit, parsed
@@ -70,12 +72,13 @@ def _written(*why: str) -> Serving:
 
 
 def _changed(choices: Choices) -> tuple[tuple[Any, ...], ...]:
-    changed = [
-        (*key, *setting)
-        for key, setting in choices.items()
-        if setting != served.tunable[key.kernel].written(key.rows, key.itemsize)
-    ]
-    return tuple(sorted(changed))
+    return tuple(sorted([(*key, *setting) for key, setting in choices.items() if not _is_written(key, setting)]))
+
+
+def _is_written(key: Key, setting: Setting) -> bool:
+    if isinstance(setting, Sizes):
+        return range(*setting) == ONE_LAUNCH.get((key.rows, key.itemsize), range(0))
+    return bool(setting == served.tunable[key.kernel].written(key.rows, key.itemsize))
 
 
 def _default(card: Card) -> Path | None:
@@ -89,6 +92,8 @@ def _default(card: Card) -> Path | None:
 
 def _read(path: Path, card: Card) -> Table:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe might wait for ever
+            raise Unfit("it cannot be read: it is no file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
         if len(data) > LARGEST:

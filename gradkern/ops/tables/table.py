@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from gradkern.kernels.served import Choices, Key
-from gradkern.ops.tables.candidates import Setting, candidates, keys
+from gradkern.ops.tables.candidates import KERNELS, Setting, candidates, keys
 from gradkern.ops.tables.card import Card
 
 FORMAT = 1
@@ -79,8 +79,10 @@ def parsed(text: str, card: Card) -> Table:
         raise Unfit("it holds no table")
     if told.get("format") != FORMAT:
         raise Unfit(f"it has format {told.get('format')!r:.50}, and this version of gradkern reads format {FORMAT}")
-    if told.get("kind") != card.kind:
-        raise OtherKind(f"it is for a device of type {told.get('kind')!r:.50}, not {card.kind}")
+    kind = told.get("kind")
+    if kind != card.kind:
+        unfit = OtherKind if kind in tuple(KERNELS) else Unfit  # a tuple takes any value, also one that has no hash
+        raise unfit(f"it is for a device of type {kind!r:.50}, not {card.kind}")
     if told.get("card") != card.name:
         raise Unfit(f"it is for {told.get('card')!r:.200}, not {card.name!r}")
     if told.get("versions") != dict(card.versions):
