@@ -1,4 +1,4 @@
-"""``gradkern tune``: what it needs is looked at first, then it measures, tells and writes the table, in this order."""
+"""``gradkern tune``: what it needs is looked at first, then it measures, writes the table, and tells of it."""
 
 import sys
 from contextlib import suppress
@@ -44,14 +44,21 @@ def tune(device: torch.device, minutes: float, out: Path | None) -> int:
     todo = keys(card.kind)
     with bar(len(todo)) as progress:
         findings = tuned(todo, card.kind, device, 60 * minutes, progress)
+    failure = _written(path, text_of(card, datetime.now(UTC), report.settings(findings), report.refused(findings)))
     print(f"{card.name}\n{report.text(findings, card.kind)}")
-    made = text_of(card, datetime.now(UTC), report.settings(findings), report.refused(findings))
+    if failure is not None:
+        return _failed(failure)
+    print(f"written to {path}; {_read_by(path, card)}")
+    return 1 if findings.refused else 0
+
+
+def _written(path: Path, made: str) -> str | None:
+    """Write a table and return why that fails, if it does. It comes before the report, whose reader may have gone."""
     try:
         places.replace(path, made)
     except OSError as error:
-        return _failed(f"cannot write {path}: {error.strerror or error}")
-    print(f"written to {path}; {_read_by(path, card)}")
-    return 1 if findings.refused else 0
+        return f"cannot write {path}: {error.strerror or error}"
+    return None
 
 
 def _read_by(path: Path, card: Card) -> str:

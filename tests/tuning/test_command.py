@@ -1,5 +1,6 @@
 """Tests of ``gradkern tune`` on this machine's CPU, from the command line to the process that reads the table."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -196,6 +197,30 @@ def test_a_user_without_a_home_directory_names_a_file(
     assert f"written to out.json; processes read it under GRADKERN_TUNING={tmp_path / 'out.json'}" in (
         capsys.readouterr().out
     )
+
+
+def test_a_reader_that_has_gone_loses_no_table(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in ``gradkern tune | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writer, "w", buffering=1))
+    with pytest.raises(BrokenPipeError):
+        cli.main([*TUNE, "1e-6"])
+    assert json.loads(place.read_text())["settings"]
+
+
+def test_a_failure_to_write_loses_no_report(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(places.os, "replace", full)
+    assert cli.main([*TUNE, "1e-6"]) == 1
+    printed = capsys.readouterr()
+    assert "chunks         3  float32" in printed.out
+    assert f"cannot write {place}: No space left on device" in printed.err
+    assert files(place.parent) == []
 
 
 @pytest.mark.parametrize("kind", ["below a file", "a folder"])

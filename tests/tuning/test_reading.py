@@ -143,9 +143,15 @@ def test_a_named_file_must_be_there(kind: str, tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    monkeypatch.setenv(places.VARIABLE, str(tmp_path / "pipe"))
-    monkeypatch.setattr(Path, "open", lambda *arguments: pytest.fail("it opens a pipe, and waits"))
+    pipe, opened = tmp_path / "pipe", Path.open
+
+    def open_file(path: Path, *arguments: Any, **options: Any) -> Any:
+        assert path != pipe, "it waits for a writer"
+        return opened(path, *arguments, **options)
+
+    os.mkfifo(pipe)
+    monkeypatch.setenv(places.VARIABLE, str(pipe))
+    monkeypatch.setattr(Path, "open", open_file)
     with pytest.warns(UserWarning, match="it cannot be read: it is no file"):
         assert width() == LONGEST
 
