@@ -18,6 +18,8 @@ GRACE = 3.0
 """Seconds of the limit that a child has to write what it found, after an interrupt. It is then killed."""
 TAIL = 30
 """Lines of output that a summary keeps of a child that did not pass."""
+READ = 1 << 16
+"""Bytes of output that are read, the last ones: a child may print gigabytes."""
 
 
 class Outcome(NamedTuple):
@@ -61,12 +63,14 @@ def run(command: Sequence[str], limit: float, environment: Mapping[str, str]) ->
 
 def _end(child: subprocess.Popen[bytes]) -> None:
     """End the child's group: by an interrupt if it still runs, then by force, and also what it left behind."""
-    if child.poll() is None:
-        _signal(child, signal.SIGINT)
-        with suppress(subprocess.TimeoutExpired):
-            child.wait(GRACE)
-    _signal(child, signal.SIGKILL)
-    child.wait()
+    try:
+        if child.poll() is None:
+            _signal(child, signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE)
+    finally:  # a second interrupt comes while it waits
+        _signal(child, signal.SIGKILL)
+        child.wait()
 
 
 def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
@@ -75,7 +79,7 @@ def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
 
 
 def _lines(log: IO[bytes]) -> list[str]:
-    log.seek(0)
+    log.seek(max(0, log.seek(0, os.SEEK_END) - READ))
     return [line.rstrip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
 
 

@@ -1,6 +1,7 @@
 """A child under a time limit: how it ended, and that nothing of it is left."""
 
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +39,12 @@ def test_a_failure_keeps_its_last_lines() -> None:
     assert run(python("print(1)"), LONG, {}).tail == ()
 
 
+def test_of_a_flood_the_end_is_kept() -> None:
+    outcome = run(python(f"print('x' * {4 * child.READ}); print('last'); raise SystemExit(1)"), LONG, {})
+    assert outcome.message == "last"
+    assert sum(map(len, outcome.tail)) <= child.READ
+
+
 def test_the_environment_is_added_to() -> None:
     code = "import os; print(os.environ['ADDED'], 'PATH' in os.environ)"
     assert run(python(code), LONG, {"ADDED": "yes"}).message == "yes True"
@@ -72,6 +79,30 @@ def test_what_a_child_leaves_behind_is_ended(tmp_path: Path) -> None:
         f"while not os.path.exists({str(ids)!r}): time.sleep(0.01)\nprint('done')"
     )
     assert run(python(outer), LONG, {})[:1] == (PASSED,)
+    assert_gone(ids)
+
+
+def test_a_second_interrupt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while a child that heeds no interrupt has time to end."""
+    ids = tmp_path / "ids"
+    deaf = f"""
+import os, signal, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+open({str(ids)!r}, "a").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None:
+            return waited(process)
+        while not (ids.exists() and ids.read_text()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    waited = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(python(deaf), LONG, {})
     assert_gone(ids)
 
 
