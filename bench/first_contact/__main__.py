@@ -3,6 +3,7 @@
 import argparse
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if course.ok else 1
 
 
+def interrupt_on_signals() -> None:
+    """Let every signal that ends this process end the step's processes too, behind a shell's "&" as well.
+
+    A terminal that closes does not end it under ``nohup``.
+    """
+    ends = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ends.append(signal.SIGHUP)
+    for number in ends:
+        signal.signal(number, signal.default_int_handler)
+
+
 def _parser() -> argparse.ArgumentParser:
     names = [step.name for step in plan(CARD, Path())]
     steps = f"some steps only, of {', '.join(names)}"
@@ -49,8 +62,10 @@ def _parser() -> argparse.ArgumentParser:
 def _folder(text: str) -> Path:
     try:
         Path(text).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=text):
+            pass
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder: {error.strerror}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder for results: {error.strerror}") from None
     return Path(text).absolute()
 
 
@@ -65,6 +80,5 @@ def _minutes(text: str) -> float:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # children must not outlive it, not even behind a shell's "&"
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     sys.exit(main())

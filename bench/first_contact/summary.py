@@ -37,7 +37,12 @@ def _versions(machine: Json) -> str:
 
 
 def _read(path: Path) -> Json:
-    return json.loads(path.read_text()) if path.exists() else {}
+    """Return what a file holds; nothing if it is missing, or damaged, as one of another program's may be."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _tests(tests: Json) -> list[str]:

@@ -124,18 +124,23 @@ from bench.first_contact.plan import Step
 Course._machine = lambda course: {}
 codes = {"first": "print('found')", "second": "import time; time.sleep(60)"}
 command.plan = lambda device, out: [Step(name, 60, (), ("-c", code), "") for name, code in codes.items()]
+command.interrupt_on_signals()
 sys.exit(command.main(["--dry", "--out", sys.argv[1]]))
 """
 
 
-def test_an_interrupt_loses_no_finished_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupt_loses_no_finished_step(number: signal.Signals, tmp_path: Path) -> None:
+    """Other signals that end the process are interrupts too, that of a terminal that closes among them."""
+    if signal.getsignal(number) == signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as under nohup")
     code = [sys.executable, "-c", INTERRUPTED, str(tmp_path)]
     process = subprocess.Popen(code, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("second:"):
             break
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == command.INTERRUPTED == 130
     assert "interrupted" in rest

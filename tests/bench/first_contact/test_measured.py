@@ -81,6 +81,15 @@ def test_the_summarys_tables_by_hand(tmp_path: Path) -> None:
     assert lines[start + 2 :] == ["| T = 3, float32 | 1.2 (91) | 2 (89) |", "| T = 8, float32 |  | 4 (95) |"]
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
+def test_damaged_files_of_others_are_left_out(text: str, tmp_path: Path) -> None:
+    """Steps that do not run leave the files in the folder alone."""
+    without = markdown(SUMMARY, tmp_path)
+    for name in ("tests.json", "sweep.json"):
+        (tmp_path / name).write_text(text, encoding="latin-1")
+    assert markdown(SUMMARY, tmp_path) == without
+
+
 def test_gradients_that_nothing_holds_are_not_copied() -> None:
     found = counted(CPU, 2, lambda text: None)
     assert [of["clones"] for of in found] == [0, 0]

@@ -80,7 +80,14 @@ def test_this_checkout_has_its_link() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--minutes", "0"], ["--minutes", "nan"], ["--minutes", "nine"], ["--only", "nothing"], ["--out", __file__]],
+    [
+        ["--minutes", "0"],
+        ["--minutes", "nan"],
+        ["--minutes", "nine"],
+        ["--only", "nothing"],
+        ["--out", __file__],
+        ["--out", "/proc"],  # a folder that takes no files, from nobody
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
