@@ -156,6 +156,16 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert width() == LONGEST
 
 
+def test_a_sandbox_may_hide_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first launch asks for its name, and must not fail for it."""
+
+    def hidden(path: Path) -> str:
+        raise PermissionError(f"{path} is hidden")
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    assert width() == LONGEST
+
+
 def test_off_reads_nothing(card: Card, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(place, table(card))
     monkeypatch.setenv(places.VARIABLE, "off")
