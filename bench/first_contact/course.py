@@ -42,6 +42,7 @@ class Course:
         self.out.mkdir(parents=True, exist_ok=True)
         for name in {name for step in self.steps for name in step.files}:
             (self.out / name).unlink(missing_ok=True)  # an earlier run's
+        self.write()  # in place of an earlier run's, before anything takes time
         self.machine = self._machine()
         self.write()
         for step in self.steps:
@@ -86,8 +87,8 @@ class Course:
         """Return card, driver and versions, which a child of its own looks up, because looking may already fail."""
         path = self.out / ".machine.json"
         command = python(("-m", "bench.first_contact.machine", self.device, str(path)))
-        outcome = child.run(command, 60, self.environment())
         try:
+            outcome = child.run(command, 60, self.environment())
             return json.loads(path.read_text()) if outcome.status == PASSED else {FAILED: outcome.message}
         finally:
             path.unlink(missing_ok=True)

@@ -21,6 +21,10 @@ OK, WRONG, SKIPS = "print('fine')", "import sys; print('before'); sys.exit('brok
 MACHINE = {"model": "a card", "versions": {"torch": "2.11"}, "card": {"nvidia-smi": {"driver_version": "600.1"}}}
 
 
+LOOKED_UP = Course._machine
+"""The function, which each test replaces."""
+
+
 def step(name: str, code: str, limit: float = 60.0) -> Step:
     return Step(name, limit, (), ("-c", code), "nothing")
 
@@ -101,6 +105,24 @@ def test_files_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> Non
         (course.out / name).write_text("{}")
     course.run(lambda text: None)
     assert {path.name for path in course.out.iterdir()} == {"b.json", *SUMMARY}
+
+
+def test_an_interrupt_before_the_first_step_leaves_no_earlier_summary(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: list[str], limit: float, environment: dict[str, str]) -> courses.Outcome:
+        Path(command[-1]).write_text("{}")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Course, "_machine", LOOKED_UP)
+    monkeypatch.setattr(courses.child, "run", interrupted)
+    course = course_of(tmp_path, step("a", OK))
+    course.out.mkdir(parents=True)
+    (course.out / SUMMARY[0]).write_text("an earlier run's")
+    with pytest.raises(KeyboardInterrupt):
+        course.run(lambda text: None)
+    assert statuses(course) == {"a": NOT_RUN}
+    assert {path.name for path in course.out.iterdir()} == set(SUMMARY)
 
 
 def test_children_see_this_checkout_and_no_settings_from_elsewhere(
