@@ -9,26 +9,32 @@ from functools import partial
 from pathlib import Path
 
 from bench.first_contact import checkout
-from bench.first_contact.course import Course
-from bench.first_contact.plan import CARD, DRY, SUMMARY, plan
+from bench.first_contact.course import Course, NoDevice
+from bench.first_contact.plan import CARD, DRY, SUMMARY, earlier_results, plan
 
 INTERRUPTED = 130
 """The status that a shell reports for a process that SIGINT ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check and measure everything that is open on a GPU that gradkern has not seen before.
+    """Check and measure on an NVIDIA GPU what no machine without one can tell.
 
     The exit status is 0 if all steps passed, 1 if any did not, and 130 after an interrupt. An interrupt loses no
     finished step.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if earlier := earlier_results(options.out):
+        parser.error(f"--out {options.out} has results of an earlier run ({', '.join(earlier)}): name another folder")
     checkout.link_kernels()
     device, out = DRY if options.dry else CARD, options.out
     steps = [step for step in plan(device, out) if step.name in options.only]
     course = Course(steps, out, device, options.minutes)
     try:
         course.run(partial(print, flush=True))
+    except NoDevice as error:
+        print(error, file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"interrupted: what was found is in {out}")
         return INTERRUPTED

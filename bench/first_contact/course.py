@@ -17,6 +17,10 @@ LEAST = 2 * child.GRACE
 """Seconds without which no step starts."""
 
 
+class NoDevice(Exception):
+    """The device cannot be used."""
+
+
 @dataclass
 class Course:
     """The steps of one run.
@@ -37,12 +41,13 @@ class Course:
     found: dict[str, Outcome] = field(default_factory=dict)
 
     def run(self, say: Callable[[str], object]) -> None:
-        """Run all steps that the time allows. No other runs if the gate fails; if it is late, nothing was wrong."""
+        """Run all steps that the time allows. No other runs if the gate fails; if it is late, nothing was wrong.
+
+        Raises:
+            NoDevice: the device cannot be used. Nothing has been written then.
+        """
         end = time.monotonic() + 60 * self.minutes
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in {name for step in self.steps for name in step.files}:
-            (self.out / name).unlink(missing_ok=True)  # an earlier run's
-        self.write()  # in place of an earlier run's, before anything takes time
         self.machine = self._machine()
         self.write()
         for step in self.steps:
@@ -84,12 +89,14 @@ class Course:
             _replace(self.out / name, text)
 
     def _machine(self) -> dict[str, Any]:
-        """Return card, driver and versions, which a child of its own looks up, because looking may already fail."""
+        """Return card, driver and versions. A child of its own looks them up, because looking may already fail."""
         path = self.out / ".machine.json"
         command = python(("-m", "bench.first_contact.machine", self.device, str(path)))
         try:
             outcome = child.run(command, 60, self.environment())
-            return json.loads(path.read_text()) if outcome.status == PASSED else {FAILED: outcome.message}
+            if outcome.status != PASSED:
+                raise NoDevice(f"{self.device} cannot be used: {outcome.message}. --dry tries all steps without a GPU")
+            return json.loads(path.read_text())
         finally:
             path.unlink(missing_ok=True)
 

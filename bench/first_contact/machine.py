@@ -1,5 +1,6 @@
 """``python -m bench.first_contact.machine DEVICE FILE``: the card, its driver, and the versions, as JSON."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -44,4 +45,7 @@ def nvidia_smi() -> dict[str, str] | str:
 
 
 if __name__ == "__main__":
-    write_json(Path(sys.argv[2]), machine(parse_device(sys.argv[1])))
+    try:
+        write_json(Path(sys.argv[2]), machine(parse_device(sys.argv[1])))
+    except argparse.ArgumentTypeError as error:  # there is no such device
+        sys.exit(str(error))

@@ -93,3 +93,9 @@ def _tune(device: str, out: Path) -> tuple[str, ...]:
 def _step(device: str, out: Path) -> tuple[str, ...]:
     size, seconds = ("tiny", "0.1") if device == DRY else ("bert-base", "3")
     return ("-m", "bench.step", "--size", size, "--seconds", seconds, "--device", device, "--out", str(out))
+
+
+def earlier_results(out: Path) -> list[str]:
+    """Return the names of the files in a folder that a run would write over."""
+    names = {*SUMMARY, *(name for step in plan(CARD, out) for name in step.files)}
+    return sorted(name for name in names if (out / name).exists())

@@ -17,10 +17,12 @@ def markdown(summary: Json, out: Path) -> str:
     machine = summary["machine"]
     lines = ["# First contact" + (", a dry run without a GPU" if summary["dry"] else ""), ""]
     lines += [f"{machine.get('model', machine)}; {_versions(machine)}", ""]
-    lines += ["| step | result | seconds | of | |", "|---|---|--:|--:|---|"]
+    if summary["dry"]:
+        lines += ["The inputs are tiny, and the CPU computes: no figure here is a measurement of a GPU.", ""]
+    lines += ["| step | decides | | seconds | limit | result |", "|---|---|---|--:|--:|---|"]
     for step in summary["steps"]:
-        message = step["message"].replace("|", "\\|")
-        lines.append(f"| {step['name']} | {step['status']} | {step['seconds']:.0f} | {step['limit']:.0f} | {message} |")
+        took, message = f"{step['seconds']:.0f} | {step['limit']:.0f}", step["message"].replace("|", "\\|")
+        lines.append(f"| {step['name']} | {step['decides']} | {step['status']} | {took} | {message} |")
     for step in summary["steps"]:
         if step["status"] not in (PASSED, SKIPPED) and step["tail"]:
             lines += ["", f"## {step['name']}: {step['status']}", "", "```", *step["tail"], "```"]

@@ -55,7 +55,7 @@ def test_a_failing_step_does_not_stop_the_others(tmp_path: Path) -> None:
     assert not course.ok
     text = (course.out / SUMMARY[1]).read_text()
     assert "before\nbroken\n" in text
-    assert "| a | failed |" in text
+    assert "| a | nothing | failed |" in text
     assert "a card; torch 2.11; driver 600.1" in text
     assert any(line.startswith("a: failed") and line.endswith("broken") for line in said)
 
@@ -98,13 +98,15 @@ def test_limits_are_cut_to_the_time_that_is_left(tmp_path: Path, monkeypatch: py
     assert not course.ok
 
 
-def test_files_of_an_earlier_run_do_not_pass_for_new_ones(tmp_path: Path) -> None:
-    course = course_of(tmp_path, Step("a", 60.0, ("a.json",), ("-c", WRONG), ""))
-    course.out.mkdir(parents=True)
-    for name in ("a.json", "b.json"):
-        (course.out / name).write_text("{}")
-    course.run(lambda text: None)
-    assert {path.name for path in course.out.iterdir()} == {"b.json", *SUMMARY}
+def test_a_folder_with_results_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--dry", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "has results of an earlier run (sweep.json)" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.json"]
 
 
 def test_an_interrupt_before_the_first_step_leaves_no_earlier_summary(

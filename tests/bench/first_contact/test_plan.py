@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.first_contact import __main__ as command
 from bench.first_contact import sweep
@@ -94,3 +95,10 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
         command.main(arguments)
     assert stopped.value.code == 2
     assert f"argument {arguments[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--out", str(tmp_path)]) == 1
+    assert "--dry tries all steps without a GPU" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
