@@ -26,7 +26,7 @@ OPTION: dict[str, Any] = {
     "nargs": "?",
     "const": ARCHS[-1],
     "choices": ARCHS,
-    "help": "run the kernels on an emulator of PTX, as Triton compiles them for compute capability 8.0 or 9.0 (default); "
+    "help": "run kernels on an emulator of PTX, as Triton compiles them for compute capability 8.0 or 9.0 (default); "
     "else they run in Triton's interpreter",
 }
 
