@@ -114,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
 
     tune = commands.add_parser(
         "tune",
-        help="measure this machine's device and write down the fastest settings",
-        description="Check the kernels' settings against the reference, measure them, and write those that are faster "
-        "than the written ones to a table, which later processes on the same card read.",
+        help="check and measure launch settings on a device, and keep the fastest in a table",
+        description="Check launch settings against the reference and measure them. Keep those that are faster than the "
+        "defaults in a table, which later processes on the same card read.",
     )
     tune.add_argument(
         "--device", type=_device, default=_default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"

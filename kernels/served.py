@@ -1,4 +1,4 @@
-"""The settings that launches take: those of a measured table where one serves the device, else the written ones.
+"""The settings that launches take: those of a measured table where one serves the device, else the defaults.
 
 A launcher finds its setting with one look into a dictionary. Only the first launch of its kind on a device takes more:
 it asks for the device's table. ``gradkern tune`` writes these tables, and nothing else changes a setting.
@@ -29,7 +29,7 @@ class Tunable(NamedTuple):
     rows: tuple[int, ...]
     """The T that it is measured at, ascending. A setting serves the T from the last one on up to its own. The greatest
     serves all larger T too."""
-    written: Callable[[int, int], Any]
+    default: Callable[[int, int], Any]
     """The setting without a table, by T and the bytes of a number."""
 
 
@@ -52,7 +52,7 @@ class Served(dict[tuple[str, int, int, torch.device], Any]):
     def __missing__(self, launch: tuple[str, int, int, torch.device]) -> Any:
         kernel, T, itemsize, device = launch
         chosen = self.table(device).get(self.key(kernel, T, itemsize))
-        self[launch] = setting = self.tunable[kernel].written(T, itemsize) if chosen is None else chosen
+        self[launch] = setting = self.tunable[kernel].default(T, itemsize) if chosen is None else chosen
         return setting
 
     def key(self, kernel: str, T: int, itemsize: int) -> Key:
@@ -68,7 +68,7 @@ def _gramian(T: int, itemsize: int) -> settings.GramianSetting | settings.DotSet
 
 
 ROWS = (2, 3, 4, 8, 12, 16, 32, 40)
-"""The usual numbers of tasks, and those at which the written settings change. From 33 rows on nothing changes."""
+"""The usual numbers of tasks, and those at which the default settings change. From 33 rows on nothing changes."""
 
 served = Served()
 served.tunable |= {

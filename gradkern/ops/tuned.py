@@ -14,7 +14,7 @@ def _table(device: torch.device) -> Choices:
 
 
 def changed_settings(device: torch.device) -> tuple[tuple[Any, ...], ...]:
-    """Return the settings of a device that are not as written: ranks that have the same ones compute alike."""
+    """Return the settings of a device that are not the defaults: ranks that have the same ones compute alike."""
     from gradkern.ops.tables.reading import serving
 
     return serving(device).changed

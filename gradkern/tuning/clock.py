@@ -28,12 +28,12 @@ def now(device: torch.device) -> Moment:
 
 def between(start: Moment, end: Moment) -> float:
     """Return the seconds between two moments, waiting until the second has passed."""
-    if isinstance(start, float):
-        assert isinstance(end, float)
-        return end - start
-    assert isinstance(end, torch.cuda.Event)
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    if isinstance(start, torch.cuda.Event):
+        assert isinstance(end, torch.cuda.Event)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    assert not isinstance(end, torch.cuda.Event)
+    return end - start
 
 
 def timed(run: Callable[[], object], calls: int, device: torch.device, ahead: bool = False) -> float:

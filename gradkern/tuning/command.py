@@ -1,18 +1,21 @@
 """``gradkern tune``: what it needs is looked at first, then it measures, writes the table, and tells of it."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from gradkern.kernels.served import Key
 from gradkern.ops import backend
 from gradkern.ops.devices import GPU
 from gradkern.ops.tables import places
-from gradkern.ops.tables.candidates import keys
+from gradkern.ops.tables.candidates import Setting, keys
 from gradkern.ops.tables.card import Card, card_of
-from gradkern.ops.tables.table import text_of
+from gradkern.ops.tables.reading import read
+from gradkern.ops.tables.table import Unfit, entry, text_of
 from gradkern.ops.triton.backend import BACKEND
 from gradkern.tuning import report
 from gradkern.tuning.progress import bar
@@ -44,12 +47,23 @@ def tune(device: torch.device, minutes: float, out: Path | None) -> int:
     todo = keys(card.kind)
     with bar(len(todo)) as progress:
         findings = tuned(todo, card.kind, device, 60 * minutes, progress)
-    failure = _written(path, text_of(card, datetime.now(UTC), report.settings(findings), report.refused(findings)))
-    print(f"{card.name}\n{report.text(findings, card.kind)}")
+    kept = _kept(path, card, findings.unreached)
+    settings = report.settings(findings) + [entry(key, setting) for key, setting in kept.items()]
+    failure = _written(path, text_of(card, datetime.now(UTC), settings, report.refused(findings)))
+    print(f"{card.name}\n{report.text(findings, card.kind, len(kept))}")
     if failure is not None:
         return _failed(failure)
     print(f"written to {path}; {_read_by(path, card)}")
     return 1 if findings.refused else 0
+
+
+def _kept(path: Path, card: Card, unreached: Sequence[Key]) -> dict[Key, Setting]:
+    """Return the settings that an earlier table of the card has for what time has not reached."""
+    try:
+        earlier = read(path, card).choices
+    except Unfit:
+        return {}
+    return {key: earlier[key] for key in unreached if key in earlier}
 
 
 def _written(path: Path, made: str) -> str | None:

@@ -1,7 +1,7 @@
 """Candidates timed in rounds, and the decision.
 
-Machines drift, so every round runs all candidates in turn, the written setting twice, and a copy of the same rows. The
-two times of the written setting show the noise: whatever makes them differ is not the setting's doing. Another
+Machines drift, so every round runs all candidates in turn, the default setting twice, and a copy of the same rows. The
+two times of the default setting show the noise: whatever makes them differ is not the setting's doing. Another
 candidate wins only if it is faster by more than that.
 """
 
@@ -19,7 +19,7 @@ FEWEST, MOST = 5, 25
 MOST_CALLS = 100
 """Calls of a round: more launches than some hundreds would not wait in a GPU's queue."""
 LEAST = 0.01
-"""The least noise. A setting that gains less is not worth another one than the written."""
+"""The least noise. A setting that gains less does not take the default's place."""
 
 
 class Contestant(NamedTuple):
@@ -60,12 +60,12 @@ def noise(first: Sequence[float], again: Sequence[float]) -> float:
 
 
 def ratio(of: Sequence[float], first: Sequence[float], again: Sequence[float]) -> float:
-    """Return the median over the rounds of a time over that of the written setting, the mean of its two."""
+    """Return the median over the rounds of a time over that of the default setting, the mean of its two."""
     return statistics.median([2 * t / (a + b) for t, a, b in zip(of, first, again, strict=True)])
 
 
 def is_faster(of: Sequence[float], first: Sequence[float], again: Sequence[float]) -> bool:
-    """Return whether times are lower than the two of the written setting by more than the noise."""
+    """Return whether times are lower than the two of the default setting by more than the noise."""
     return ratio(of, first, again) < 1 - noise(first, again)
 
 
@@ -89,7 +89,7 @@ def contest(
     seconds: float,
     device: torch.device,
 ) -> Won:
-    """Time a run under each candidate; the first one is the written setting, and wins unless another is faster."""
+    """Time a run under each candidate; the first one is the default setting, and wins unless another is faster."""
     contestants = [Contestant(candidate, run) for candidate in candidates]
     *times, again, of_copy = rounds_of([*contestants, contestants[0], Contestant(nullcontext(), copy)], seconds, device)
     winner = min(range(len(times)), key=lambda k: ratio(times[k], times[0], again))

@@ -4,25 +4,42 @@ from collections.abc import Iterator
 from typing import Any
 
 from gradkern.kernels.served import Key
+from gradkern.ops.devices import CPU, GPU
 from gradkern.ops.tables.candidates import DTYPES, Setting
 from gradkern.ops.tables.table import entry
 from gradkern.tuning.tune import Findings, Refused
 
-HEAD = f"{'kernel':12}{'T':>4}  {'dtype':10}{'time':>10}{'of copy':>9}{'written':>9}{'noise':>7}  setting"
+NOISY = 0.1
+"""Noise above which hardly any setting can win."""
+
+HEAD = f"{'kernel':12}{'T':>4}  {'dtype':10}{'time':>10}{'of copy':>9}{'default':>9}{'noise':>7}  setting"
 
 
-def text(findings: Findings, kind: str) -> str:
-    """Return the findings as lines."""
-    return "\n".join(_lines(findings, kind))
+LEGEND = {
+    CPU.type: """\
+chunks     the Gramian: LONGEST, the most columns of a product; SCRATCH, the numbers that are copied at a time
+columns    the combination: COLUMNS, the columns of a row that are added at a time""",
+    GPU: """\
+gramian, combine, adamw, project    BLOCK numbers are taken at a time, by so many threads
+pieces     the Gramian: the programs that share its tiles, and the most tiles of one""",
+}
 
 
-def _lines(findings: Findings, kind: str) -> Iterator[str]:
-    yield "share of a copy's bandwidth with the chosen setting and with the written one; a gain below the noise is none"
+def text(findings: Findings, kind: str, n_kept: int) -> str:
+    """Return the findings as lines; ``n_kept`` of those that were not reached are in an earlier table."""
+    return "\n".join(_lines(findings, kind, n_kept))
+
+
+def _lines(findings: Findings, kind: str, n_kept: int) -> Iterator[str]:
+    yield LEGEND[kind]
+    yield "of copy    the bytes a second, as a share of a plain copy's; reading alone may exceed 100 %"
+    yield "default    the same with the default setting"
+    yield "noise      a setting has to be faster by more than this to take the default's place"
     yield HEAD
     for m in findings.measured:
-        written = "wrong" if m.written is None else f"{m.written:.1%}"
-        chosen = _setting(m.setting) + ("" if m.is_new else " (written)")
-        numbers = f"{1e3 * m.seconds:>7.3f} ms{m.share:>9.1%}{written:>9}{m.noise:>7.0%}"
+        default = "wrong" if m.default is None else f"{m.default:.1%}"
+        chosen = _setting(m.setting) + ("" if m.is_new else " (default)")
+        numbers = f"{1e3 * m.seconds:>7.3f} ms{m.share:>9.1%}{default:>9}{m.noise:>7.0%}"
         yield f"{_place(m.key, kind)}{numbers}  {chosen}"
     for one in findings.one_launch:
         start, stop = one.setting
@@ -31,18 +48,20 @@ def _lines(findings: Findings, kind: str) -> Iterator[str]:
         yield f"{_place(one.key, kind)}  faster than three {won}; its time over theirs: {ratios}"
     for wrong in findings.refused:
         yield f"{_place(wrong.key, kind)}  WRONG, {_refused(wrong)}: {wrong.problem}"
-    if findings.unreached:
-        yield (
-            f"{len(findings.unreached)} measurements were not reached, and keep the written settings: give more "
-            "--minutes"
-        )
+    done, left = findings.measured + findings.one_launch, len(findings.unreached)
+    yield f"{sum(one.is_new for one in done)} of {len(done)} settings are not the defaults"
+    if left:
+        kept = f"{n_kept} keep the settings of an earlier table, and {left - n_kept} the defaults"
+        yield f"time ended before {left} of {len(done) + left} measurements, of which {kept}; more --minutes reach more"
+    if any(m.noise > NOISY for m in findings.measured):
+        yield f"noise above {NOISY:.0%}: the machine was busy; measure again when nothing else runs"
 
 
 def settings(findings: Findings) -> list[dict[str, Any]]:
     """Return the settings as entries of a table, with numbers for people."""
     return [
         entry(m.key, m.setting)
-        | {"seconds": m.seconds, "share of copy": m.share, "written share": m.written, "noise": m.noise}
+        | {"seconds": m.seconds, "share of copy": m.share, "default share": m.default, "noise": m.noise}
         for m in findings.measured
     ] + [entry(one.key, one.setting) | {"time over three": one.ratios} for one in findings.one_launch]
 

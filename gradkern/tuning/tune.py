@@ -25,7 +25,7 @@ class Measured:
         setting: the setting.
         seconds: the time of a run.
         share: the bytes it moves in a second, as a share of those that a copy moves.
-        written: the same share for the written setting; None if its results are wrong.
+        default: the same share for the default setting; None if its results are wrong.
         noise: the part by which a setting had to be faster.
     """
 
@@ -33,13 +33,13 @@ class Measured:
     setting: Setting
     seconds: float
     share: float
-    written: float | None
+    default: float | None
     noise: float
 
     @property
     def is_new(self) -> bool:
-        """Whether it is another one than written."""
-        return self.setting != served.tunable[self.key.kernel].written(self.key.rows, self.key.itemsize)
+        """Whether it is another one than the default."""
+        return self.setting != served.tunable[self.key.kernel].default(self.key.rows, self.key.itemsize)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class OneLaunch:
     key: Key
     setting: Sizes
     ratios: dict[int, float]
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it is taken for any length."""
+        return self.setting.stop > 0
 
 
 @dataclass(frozen=True)
@@ -144,5 +149,5 @@ def _measured(key: Key, settings: Sequence[Setting], x: Inputs, until: float) ->
     )
     copy = 2 * x.J.numel() * x.J.itemsize / won.copy
     share, first = (subject.moved(x) / t / copy for t in (won.seconds, won.first))
-    is_written = settings[0] == served.tunable[key.kernel].written(key.rows, key.itemsize)
-    return Measured(key, settings[won.winner], won.seconds, share, first if is_written else None, won.noise)
+    is_default = settings[0] == served.tunable[key.kernel].default(key.rows, key.itemsize)
+    return Measured(key, settings[won.winner], won.seconds, share, first if is_default else None, won.noise)

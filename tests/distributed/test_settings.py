@@ -60,14 +60,14 @@ def test_ranks_of_other_tables_raise_and_name_them(pool: Pool, tmp_path: Path) -
     for files in (["off", shorter], [shorter, more]):
         for text, has_written in pool.run(step_under, files, files[0] == "off", ranks=2):
             for rank, file in enumerate(files):
-                origin = "written defaults (GRADKERN_TUNING is off)" if file == "off" else f"{file}, measured "
+                origin = "default settings (GRADKERN_TUNING is off)" if file == "off" else f"{file}, measured "
                 assert f"rank {rank}: {origin}" in text
             assert "Set GRADKERN_TUNING to the same file on all ranks, or to off" in text
             assert not has_written
 
 
 def test_ranks_of_equal_settings_take_the_step(pool: Pool, tmp_path: Path) -> None:
-    """The files may differ: what counts is what they choose that is not as written."""
+    """The files may differ: what counts is what they choose that is not the defaults."""
     first, second = write(tmp_path / "first.json", SHORTER), write(tmp_path / "second.json", SHORTER)
     written = write(tmp_path / "written.json", ChunkSetting(LONGEST, SCRATCH))
     for files in ([first, second], ["off", written]):

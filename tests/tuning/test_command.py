@@ -16,7 +16,7 @@ from gradkern.check import selfcheck
 from gradkern.kernels.served import served
 from gradkern.ops.devices import CPU
 from gradkern.ops.pytorch.chunks import LONGEST, SCRATCH, ChunkSetting
-from gradkern.ops.pytorch.combination import ColumnSetting
+from gradkern.ops.pytorch.combination import COLUMNS, ColumnSetting
 from gradkern.ops.tables import candidates, places
 from gradkern.ops.triton.backend import BACKEND
 from gradkern.tuning import clock, command
@@ -46,8 +46,21 @@ def test_a_tiny_budget_writes_a_table_of_what_was_reached(
     assert told["refused"] == []
     assert all(e["seconds"] > 0 and e["share of copy"] > 0 for e in told["settings"])
     assert f"written to {place}; later processes read it" in printed.out
-    assert "not reached, and keep the written settings" in printed.out
+    assert "0 keep the settings of an earlier table, and 1 the defaults" in printed.out
     assert printed.err.startswith("[1/2] chunks, T = 3, float32\n")
+
+
+def test_what_is_not_reached_again_keeps_what_an_earlier_table_has(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*TUNE, "1e-3"]) == 0
+    told = json.loads(place.read_text())
+    earlier = {"kernel": "columns", "rows": 3, "itemsize": 4, "setting": {"COLUMNS": COLUMNS // 2}}
+    told["settings"].append(earlier)
+    place.write_text(json.dumps(told))
+    assert cli.main([*TUNE, "1e-3"]) == 0
+    assert json.loads(place.read_text())["settings"][1:] == [earlier]
+    assert "1 keep the settings of an earlier table, and 0 the defaults" in capsys.readouterr().out
 
 
 def test_a_later_process_computes_under_the_table(
@@ -90,13 +103,13 @@ def test_info_tells_which_table_serves(
         lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
         return next(line for line in lines if line.startswith("settings: "))
 
-    assert told() == "settings: written defaults"
+    assert told() == "settings: default settings"
     stopped(faster_in_shorter_chunks)
     assert cli.main([*TUNE, "60"]) == 0
     assert told().startswith(f"settings: {place}, measured 20")
     assert f"torch {torch.__version__}" in told()
     monkeypatch.setenv(places.VARIABLE, "off")
-    assert told() == "settings: written defaults (GRADKERN_TUNING is off)"
+    assert told() == "settings: default settings (GRADKERN_TUNING is off)"
 
 
 def test_the_variable_names_what_is_written_unless_out_does(
@@ -135,16 +148,16 @@ def test_wrong_settings_are_refused_and_the_others_measured(
     assert SHORTER._asdict() in [e["setting"] for e in told["settings"]]
 
 
-def test_the_written_setting_is_refused_too(
+def test_the_default_setting_is_refused_too(
     place: Path, stopped: Clock, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = ColumnSetting(-1)
-    monkeypatch.setitem(served.tunable, "columns", served.tunable["columns"]._replace(written=lambda T, size: written))
+    monkeypatch.setitem(served.tunable, "columns", served.tunable["columns"]._replace(default=lambda T, size: written))
     stopped(lambda: 1.0)
     assert cli.main([*TUNE, "60"]) == 1
     settings = [e for e in json.loads(place.read_text())["settings"] if e["kernel"] == "columns"]
     assert settings
-    assert all(e["setting"]["COLUMNS"] > 0 and e["written share"] is None for e in settings)
+    assert all(e["setting"]["COLUMNS"] > 0 and e["default share"] is None for e in settings)
     assert "    wrong     1%  COLUMNS" in capsys.readouterr().out
 
 

@@ -72,7 +72,7 @@ def test_the_fastest_setting_is_launched(key: Key, tune: Callable[..., int], sto
     assert tune(key) == 0
     (told,) = json.loads(default_place(GPU).read_text())["settings"]
     assert told["setting"] == chosen._asdict()
-    assert told["share of copy"] == pytest.approx(2 * told["written share"])
+    assert told["share of copy"] == pytest.approx(2 * told["default share"])
     assert served[launch] == chosen
     assert served[key.kernel, 40, key.itemsize, CPU] != chosen
 
@@ -159,4 +159,4 @@ def test_a_table_of_the_cpus_leaves_kernels_as_written(card: Card, place: Path) 
     assert {key.kernel for key in candidates.keys(card.kind)}.isdisjoint(candidates.KERNELS["cuda"])
     for kernel in candidates.KERNELS["cuda"]:
         for T in (1, 3, 13, 40, 64):
-            assert served[kernel, T, 4, CPU] == served.tunable[kernel].written(T, 4)
+            assert served[kernel, T, 4, CPU] == served.tunable[kernel].default(T, 4)

@@ -123,7 +123,7 @@ def test_a_damaged_or_foreign_table_is_ignored_with_one_warning(what: str, card:
     assert f"the tuning table {place} is ignored" in str(warning.message)
     assert why in str(warning.message)
     assert "gradkern tune" in str(warning.message)
-    assert serving(CPU).origin.startswith(f"written defaults ({place} is ignored: ")
+    assert serving(CPU).origin.startswith(f"default settings ({place} is ignored: ")
 
 
 def test_bytes_that_are_no_text_are_damage(place: Path) -> None:
@@ -180,10 +180,10 @@ def test_tables_of_other_cards_are_not_looked_at(card: Card, place: Path) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert width() == LONGEST
-    assert serving(CPU).origin == "written defaults"
+    assert serving(CPU).origin == "default settings"
 
 
-def test_a_named_table_of_a_gpu_leaves_the_cpu_as_written(
+def test_a_named_table_of_a_gpu_leaves_the_cpu_as_defaults(
     card: Card, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process on that GPU has a CPU too, so there is nothing to warn of."""
@@ -234,7 +234,7 @@ def test_without_a_home_directory_nothing_is_read(
     monkeypatch.setattr(Path, "home", home)
     read_anew()
     assert width() == LONGEST
-    assert serving(CPU).origin == "written defaults"
+    assert serving(CPU).origin == "default settings"
     assert cli.main(["tune", "--device", "cpu"]) == 1
     assert "cannot write a table: there is no place for tables: Could not" in capsys.readouterr().err
 
@@ -253,10 +253,10 @@ def test_the_written_setting_is_the_first_candidate() -> None:
     for kind in KERNELS:
         for key in keys(kind):
             if key.kernel != "one_launch":
-                assert candidates(key)[0] == served.tunable[key.kernel].written(key.rows, key.itemsize)
+                assert candidates(key)[0] == served.tunable[key.kernel].default(key.rows, key.itemsize)
 
 
-def test_ranks_agree_by_what_is_not_as_written(card: Card, place: Path) -> None:
+def test_ranks_agree_by_what_is_not_as_defaults(card: Card, place: Path) -> None:
     written = entry(KEY, candidates(KEY)[0])
     changed = []
     for entries in ([], [written], [entry(KEY, SHORTER)], [entry(KEY, candidates(KEY)[1])]):

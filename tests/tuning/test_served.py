@@ -30,8 +30,8 @@ def test_a_setting_serves_the_rows_up_to_its_own() -> None:
 @pytest.mark.parametrize("kernel", served.tunable)
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_written_settings_do_not_change_within_a_class(kernel: str, itemsize: int) -> None:
-    """A table's choice takes the place of one written setting."""
-    written = served.tunable[kernel].written
+    """A table's choice takes the place of one default setting."""
+    written = served.tunable[kernel].default
     for T in COUNTS:
         assert written(T, itemsize) == written(served.key(kernel, T, itemsize).rows, itemsize)
 

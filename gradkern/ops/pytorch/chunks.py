@@ -46,7 +46,7 @@ Batch = tuple[Tensor, int]
 
 
 class ChunkSetting(NamedTuple):
-    """Setting of the cut; see ``LONGEST`` and ``SCRATCH``. A longer chunk than written would break the error bound."""
+    """Setting of the cut; see ``LONGEST`` and ``SCRATCH``. Chunks longer than the default break the error bound."""
 
     LONGEST: int
     SCRATCH: int

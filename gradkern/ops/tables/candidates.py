@@ -1,4 +1,4 @@
-"""The settings that a table may choose from, for each kernel, with the written one among them.
+"""The settings that a table may choose from, for each kernel, with the default among them.
 
 The lists are short, since each setting is compiled, checked and measured. A table names settings of these lists and
 nothing else, so no file can make a kernel that has not been written down here.
@@ -36,7 +36,7 @@ DTYPES = {
     CPU.type: {4: torch.float32, 8: torch.float64},
     GPU: {4: torch.float32, 2: torch.bfloat16},
 }
-"""The dtype that is measured, by the bytes of a number. On a GPU, rows of float64 keep the written settings."""
+"""The dtype that is measured, by the bytes of a number. On a GPU, rows of float64 keep the default settings."""
 FIRST = (3, 2, 4)
 """The numbers of tasks that are measured first, since time may end before all are."""
 
@@ -57,10 +57,10 @@ def keys(kind: str) -> list[Key]:
 
 
 def candidates(key: Key) -> list[Setting]:
-    """Return the settings of a kernel, the written one first."""
-    written = served.tunable[key.kernel].written(key.rows, key.itemsize)
-    others = [setting for setting in _LISTS[key.kernel](key) if setting != written]
-    return others if written is None else [written, *others]
+    """Return the settings of a kernel, the default first."""
+    default = served.tunable[key.kernel].default(key.rows, key.itemsize)
+    others = [setting for setting in _LISTS[key.kernel](key) if setting != default]
+    return others if default is None else [default, *others]
 
 
 def _gramian(key: Key) -> Iterator[Setting]:
@@ -82,7 +82,7 @@ def _gramian(key: Key) -> Iterator[Setting]:
 
 
 def _pieces(key: Key) -> Iterator[Setting]:
-    """Yield fewer and more pieces. None is longer than written, since that bounds the error."""
+    """Yield fewer and more pieces. None is longer than the default, since that bounds the error."""
     for programs in (2048, 4096, 8192, 16384):
         yield PieceSetting(programs, 64)
 

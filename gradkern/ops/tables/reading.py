@@ -27,7 +27,7 @@ class Serving(NamedTuple):
     origin: str
     """Where it comes from, in words."""
     changed: tuple[tuple[Any, ...], ...]
-    """The choices that are not as written, sorted: ranks that have the same ones take the same settings."""
+    """The choices that are not the defaults, sorted: ranks that have the same ones take the same settings."""
 
 
 def serving(device: torch.device) -> Serving:
@@ -44,41 +44,41 @@ def serving(device: torch.device) -> Serving:
 def _serving(device: torch.device) -> Serving:
     name = named()
     if name == OFF:
-        return _written(f"({VARIABLE} is {OFF})")
+        return _defaults(f"({VARIABLE} is {OFF})")
     card = card_of(device)
     if card is None:
-        return _written()
+        return _defaults()
     path = _default(card) if name is None else Path(name)
     if path is None:
-        return _written()
+        return _defaults()
     try:
-        table = _read(path, card)
+        table = read(path, card)
     except OtherKind as error:  # the variable names the table of a GPU, say, and the process has a CPU too
-        return _written(f"({path} does not serve it: {error})")
+        return _defaults(f"({path} does not serve it: {error})")
     except Unfit as error:
         if path not in _warned:
             _warned.add(path)
             warnings.warn(
-                f"the tuning table {path} is ignored, and the written settings serve {device}: {error}. Write it anew "
+                f"the tuning table {path} is ignored, and the default settings serve {device}: {error}. Write it anew "
                 f"by gradkern tune, or set {VARIABLE}={OFF}",
                 stacklevel=2,
             )
-        return _written(f"({path} is ignored: {error})")
+        return _defaults(f"({path} is ignored: {error})")
     return Serving(table.choices, _told(path, table), _changed(table.choices))
 
 
-def _written(*why: str) -> Serving:
-    return Serving({}, " ".join(("written defaults", *why)), ())
+def _defaults(*why: str) -> Serving:
+    return Serving({}, " ".join(("default settings", *why)), ())
 
 
 def _changed(choices: Choices) -> tuple[tuple[Any, ...], ...]:
-    return tuple(sorted([(*key, *setting) for key, setting in choices.items() if not _is_written(key, setting)]))
+    return tuple(sorted([(*key, *setting) for key, setting in choices.items() if not _is_default(key, setting)]))
 
 
-def _is_written(key: Key, setting: Setting) -> bool:
+def _is_default(key: Key, setting: Setting) -> bool:
     if isinstance(setting, Sizes):
         return range(*setting) == ONE_LAUNCH.get((key.rows, key.itemsize), range(0))
-    return bool(setting == served.tunable[key.kernel].written(key.rows, key.itemsize))
+    return bool(setting == served.tunable[key.kernel].default(key.rows, key.itemsize))
 
 
 def _default(card: Card) -> Path | None:
@@ -90,7 +90,8 @@ def _default(card: Card) -> Path | None:
         return None
 
 
-def _read(path: Path, card: Card) -> Table:
+def read(path: Path, card: Card) -> Table:
+    """Return the table in a file; raise Unfit if it cannot serve the card."""
     try:
         if path.exists() and not path.is_file():  # opening a pipe might wait for ever
             raise Unfit("it cannot be read: it is no file")

@@ -1,6 +1,7 @@
 """The plugin that selects what a GPU decides, and its file of results."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -88,7 +89,8 @@ def test_the_results_of_a_run(workers: int, tmp_path: Path) -> None:
     command += ["--report-to", str(report), "--rootdir", str(tmp_path), "-c", str(tmp_path / "pytest.ini")]
     command += ["--continue-on-collection-errors", *(["-n", str(workers)] if workers else []), str(tmp_path)]
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}  # not its worker
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads(report.read_text())
     messages = {failure["test"].rpartition("::")[2]: failure["message"] for failure in found["failures"]}
