@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -407,17 +407,18 @@ def _cuobjdump(*arguments: str) -> str:
     return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def build_all(brief: bool) -> list[dict[str, Any]]:
-    """Compile every case for every target, on two processes.
+def build_all(whole: Collection[str]) -> list[dict[str, Any]]:
+    """Compile for every target, on two processes.
 
-    ``brief``: one case per kernel and dtype of ``BRIEF``, and one of each kernel ``IN_FP64``.
+    Targets of ``whole`` have every case; others one case per kernel and dtype of ``BRIEF``, and one of each kernel
+    ``IN_FP64``.
     """
     jobs = []
     for arch, target in TARGETS.items():
         seen = set()
         for index, case in enumerate(cases(target)):
             key = (case.kernel, case.dtype)
-            if not brief or ((case.dtype in BRIEF or case.kernel in IN_FP64) and key not in seen):
+            if arch in whole or ((case.dtype in BRIEF or case.kernel in IN_FP64) and key not in seen):
                 jobs.append((arch, index))
             seen.add(key)
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -440,11 +441,17 @@ def table(reports: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print the reports as JSON instead of a table")
-    parser.add_argument("--brief", action="store_true", help="each kernel once in float32 and in bfloat16")
+    parser.add_argument(
+        "--whole",
+        nargs="*",
+        default=list(TARGETS),
+        choices=TARGETS,
+        help="targets that have every setting (default: all); others have each kernel once in float32 and in bfloat16",
+    )
     arguments = parser.parse_args()
     if arguments.json and hasattr(os, "nice"):
         os.nice(10)  # other tests run beside it
-    reports = build_all(arguments.brief)
+    reports = build_all(arguments.whole)
     print(json.dumps(reports) if arguments.json else table(reports))
 
 

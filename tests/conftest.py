@@ -47,13 +47,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fast tests: those outside of the slow folders and files that do not run the interpreter.
-
-    With pytest-xdist a file's tests stay together (``--dist loadgroup``), and those of several ranks too: each of them
-    keeps as many processes busy.
-    """
+    """Mark the fast tests: those outside of the slow folders and files that do not run the interpreter."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ranks" if "distributed" in item.path.parts else str(item.path)))
         if SLOW.isdisjoint(item.path.parts) and "triton" not in item.name and "kernel" not in item.name:
             item.add_marker(pytest.mark.fast)
 
