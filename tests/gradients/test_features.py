@@ -422,6 +422,7 @@ def compiled_by(read: Callable[[Tensor], object], trunk: nn.Module) -> nn.Module
 
         return make_boxed_func(run)
 
+    torch._dynamo.reset()  # other tests may have compiled nn.Sequential.forward as often as torch allows
     return torch.compile(trunk, backend=aot_autograd(fw_compiler=nop, bw_compiler=compiler))
 
 
