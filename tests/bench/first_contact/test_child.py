@@ -1,9 +1,11 @@
 """A child under a time limit: how it ended, and that nothing of it is left."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ from bench.first_contact import child
 from bench.first_contact.child import FAILED, LATE, PASSED, SKIP, SKIPPED, run
 
 LONG = 60.0
+
+
+@pytest.fixture(autouse=True)
+def _children_heed_interrupts() -> Iterator[None]:
+    """Heed interrupts, as the command does: a shell has processes behind its "&", and their children, ignore them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def python(code: str) -> list[str]:
